@@ -1,0 +1,235 @@
+// The C boundary: pointers are checked, exceptions become statuses.
+
+#include "entmtp.h"
+
+#include "decoder.h"
+#include "heads.h"
+
+#include <algorithm>
+#include <exception>
+#include <string>
+
+struct entmtp_heads {
+    entmtp::heads impl;
+};
+
+struct entmtp_decoder {
+    entmtp::decoder impl;
+};
+
+static thread_local std::string last_error;
+
+static int32_t fail(const char * what) {
+    last_error = what;
+    return ENTMTP_ERROR;
+}
+
+// runs f() -> int32_t
+template <typename F> static int32_t guarded(F && f) {
+    try {
+        return f();
+    } catch (const std::exception & e) {
+        return fail(e.what());
+    } catch (...) {
+        return fail("unknown failure");
+    }
+}
+
+// the same for a decoder, whose statuses carry their reason along
+template <typename F> static int32_t guarded(entmtp_decoder * dec, F && f) {
+    if (!dec) {
+        return fail("no decoder");
+    }
+    const int32_t status = guarded([&] { return f(dec->impl); });
+    if (status != ENTMTP_OK && !dec->impl.error.empty()) {
+        last_error = dec->impl.error;
+        dec->impl.error.clear();
+    }
+    return status;
+}
+
+const char * entmtp_version(void) {
+    return ENTMTP_VERSION;
+}
+
+const char * entmtp_last_error(void) {
+    return last_error.c_str();
+}
+
+//
+// heads
+//
+
+entmtp_heads * entmtp_heads_load(const char * path, const llama_model * model, int32_t n_threads) {
+    entmtp_heads * res = nullptr;
+    guarded([&] {
+        if (!path || !model) {
+            return fail("no path or no model");
+        }
+        res = new entmtp_heads{ { path, model, std::max(n_threads, 1) } };
+        return (int32_t) ENTMTP_OK;
+    });
+    return res;
+}
+
+void entmtp_heads_free(entmtp_heads * heads) {
+    delete heads;
+}
+
+void entmtp_heads_get_info(const entmtp_heads * heads, entmtp_heads_info * info) {
+    *info = heads->impl.info();
+}
+
+int32_t entmtp_heads_logits(entmtp_heads * heads, int32_t head, const float * h, const int32_t * path, float * logits) {
+    return guarded([&] {
+        if (!heads || !h || !path || !logits) {
+            return fail("a pointer is missing");
+        }
+        heads->impl.logits(head, h, path, logits);
+        return (int32_t) ENTMTP_OK;
+    });
+}
+
+int32_t entmtp_heads_prefix(entmtp_heads * heads, const float * h, int32_t n, int32_t pos0, float * out) {
+    return guarded([&] {
+        if (!heads || !h || !out) {
+            return fail("a pointer is missing");
+        }
+        entmtp::prefix_layer * prefix = heads->impl.prefix();
+        if (!prefix) {
+            return fail("these heads have no prefix layer");
+        }
+        if (prefix->size() < pos0 + n) {
+            heads->impl.reserve_prefix(std::max(pos0 + n, 512));
+        }
+        prefix->truncate(pos0);
+        prefix->run(h, n, pos0, out);
+        return (int32_t) ENTMTP_OK;
+    });
+}
+
+uint64_t entmtp_vocab_fingerprint(const llama_model * model) {
+    return model ? entmtp::vocab_fingerprint(model) : 0;
+}
+
+//
+// decoder
+//
+
+entmtp_decoder * entmtp_decoder_init(llama_context * ctx, entmtp_heads * heads) {
+    entmtp_decoder * res = nullptr;
+    guarded([&] {
+        if (!ctx) {
+            return fail("no context");
+        }
+        if (!llama_get_memory(ctx)) {
+            return fail("this model has no memory to decode with (an encoder?)");
+        }
+        res = new entmtp_decoder{ { ctx, heads ? &heads->impl : nullptr } };
+        return (int32_t) ENTMTP_OK;
+    });
+    return res;
+}
+
+void entmtp_decoder_free(entmtp_decoder * dec) {
+    delete dec;
+}
+
+int32_t entmtp_decoder_set_trees(
+        entmtp_decoder * dec, int32_t n_trees, const int32_t * n_nodes, const int32_t * parent, const int32_t * rank) {
+    return guarded(dec, [&](entmtp::decoder & d) {
+        if (n_trees < 1 || !n_nodes || !parent || !rank) {
+            return fail("bank: no trees");
+        }
+        std::vector<entmtp::tree> bank;
+        for (int32_t i = 0; i < n_trees; ++i) {
+            bank.push_back(entmtp::make_tree(parent, rank, n_nodes[i]));
+            parent += n_nodes[i];
+            rank   += n_nodes[i];
+        }
+        d.set_trees(std::move(bank));
+        return (int32_t) ENTMTP_OK;
+    });
+}
+
+int32_t entmtp_decoder_set_policy(entmtp_decoder * dec, const entmtp_policy_params * params) {
+    return guarded(dec, [&](entmtp::decoder & d) {
+        if (!params) {
+            return fail("policy: no parameters");
+        }
+        d.set_policy(*params);
+        return (int32_t) ENTMTP_OK;
+    });
+}
+
+int32_t entmtp_decoder_eval(entmtp_decoder * dec, const int32_t * tokens, int32_t n, int32_t n_past, bool all_outputs) {
+    return guarded(dec, [&](entmtp::decoder & d) {
+        return tokens || n == 0 ? d.eval(tokens, n, n_past, all_outputs) : fail("no tokens");
+    });
+}
+
+int32_t entmtp_decoder_sample(entmtp_decoder * dec, llama_sampler * sampler, int32_t * token) {
+    return guarded(dec, [&](entmtp::decoder & d) {
+        return sampler && token ? d.sample(sampler, token) : fail("no sampler");
+    });
+}
+
+int32_t entmtp_decoder_sample_typical(entmtp_decoder * dec, float temp, float epsilon, float alpha, int32_t * token) {
+    return guarded(dec, [&](entmtp::decoder & d) {
+        return token ? d.sample_typical({ temp, epsilon, alpha }, token) : fail("no token");
+    });
+}
+
+int32_t entmtp_decoder_settle(entmtp_decoder * dec) {
+    return guarded(dec, [&](entmtp::decoder & d) { return d.settle(); });
+}
+
+void entmtp_decoder_invalidate(entmtp_decoder * dec, int32_t n_past) {
+    guarded(dec, [&](entmtp::decoder & d) {
+        d.invalidate(n_past);
+        return (int32_t) ENTMTP_OK;
+    });
+}
+
+const float * entmtp_decoder_logits(entmtp_decoder * dec) {
+    return dec ? dec->impl.logits() : nullptr;
+}
+
+const float * entmtp_decoder_hidden(entmtp_decoder * dec) {
+    return dec ? dec->impl.hidden() : nullptr;
+}
+
+void entmtp_decoder_cancel(entmtp_decoder * dec) {
+    if (dec) {
+        dec->impl.cancel();
+    }
+}
+
+//
+// statistics
+//
+
+void entmtp_decoder_set_stats(entmtp_decoder * dec, bool enabled) {
+    if (dec) {
+        dec->impl.set_stats(enabled);
+    }
+}
+
+size_t entmtp_decoder_n_steps(const entmtp_decoder * dec) {
+    return dec ? dec->impl.steps.size() : 0;
+}
+
+size_t entmtp_decoder_get_steps(const entmtp_decoder * dec, entmtp_step * steps, size_t first, size_t n) {
+    if (!dec || !steps || first >= dec->impl.steps.size()) {
+        return 0;
+    }
+    n = std::min(n, dec->impl.steps.size() - first);
+    std::copy_n(dec->impl.steps.begin() + (ptrdiff_t) first, n, steps);
+    return n;
+}
+
+void entmtp_decoder_reset_stats(entmtp_decoder * dec) {
+    if (dec) {
+        dec->impl.steps.clear();
+    }
+}

@@ -1,0 +1,388 @@
+#include "decoder.h"
+
+#include "ggml.h"
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+
+namespace entmtp {
+
+static bool is_cancelled(void * data) {
+    return static_cast<std::atomic<bool> *>(data)->load(std::memory_order_relaxed);
+}
+
+decoder::decoder(llama_context * ctx, heads * h) :
+        ctx(ctx), draft_heads(h), verify(ctx),
+        n_vocab(llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)))),
+        n_embd(llama_model_n_embd(llama_get_model(ctx))) {
+    const int32_t root_parent = -1;
+    const int32_t root_rank   = 0;
+    set_trees({ make_tree(&root_parent, &root_rank, 1) });
+
+    if (draft_heads) {
+        if (llama_pooling_type(ctx) != LLAMA_POOLING_TYPE_NONE) {
+            throw std::runtime_error("decoder: a context with pooling gives embeddings, not text; create it without pooling to draft");
+        }
+        llama_set_embeddings_out(ctx, true);
+        if (draft_heads->prefix()) {
+            draft_heads->reserve_prefix((int32_t) llama_n_ctx_seq(ctx));
+            prefix_out.resize(n_embd);
+        }
+    }
+
+    llama_set_abort_callback(ctx, is_cancelled, &cancelled);
+}
+
+decoder::~decoder() {
+    llama_set_abort_callback(ctx, nullptr, nullptr);
+    if (draft_heads) {
+        llama_set_embeddings_out(ctx, false);
+    }
+}
+
+void decoder::set_trees(std::vector<tree> trees) {
+    if (trees.empty() || trees[0].n_nodes() != 1) {
+        throw std::runtime_error("bank: the first tree must be a lone root (plain decoding)");
+    }
+
+    size_t depth = 0;
+    for (const auto & t : trees) {
+        depth = std::max(depth, t.levels.size());
+    }
+    if (depth > 0 && !draft_heads) {
+        throw std::runtime_error("bank: trees need draft heads");
+    }
+    if (depth > 0 && !verify.can_tree()) {
+        throw std::runtime_error("the memory of this model (recurrent, hybrid or of a special kind) cannot hold a token tree; use draft=None");
+    }
+    if (draft_heads && depth > (size_t) draft_heads->n_heads()) {
+        throw std::runtime_error("bank: a tree is " + std::to_string(depth) + " deep, but there are only " +
+                                 std::to_string(draft_heads->n_heads()) + " heads");
+    }
+
+    settle();
+
+    // graphs are kept per tree, by address
+    if (draft_heads) {
+        draft_heads->forget_graphs();
+    }
+    bank = std::move(trees);
+
+    n_nodes.clear();
+    for (const auto & t : bank) {
+        n_nodes.push_back(t.n_nodes());
+    }
+    policy = scheduler();
+}
+
+void decoder::set_policy(const entmtp_policy_params & p) {
+    policy  = scheduler(p, (int32_t) bank.size());
+    running = ema(policy.window());
+}
+
+//
+// evaluate
+//
+
+// the memory may refuse a batch, or the user may have stopped it
+int32_t decoder::decode_status(int32_t status) {
+    if (status == 0) {
+        return ENTMTP_OK;
+    }
+
+    live = false;
+    row  = -1;
+
+    if (status == 2 || (cancelled && status < 0)) {
+        cancelled = false;
+        error     = "cancelled";
+        return ENTMTP_CANCELLED;
+    }
+    if (status == 1) {
+        error = "the context is full: " + std::to_string(n_past) + " of " + std::to_string(llama_n_ctx_seq(ctx)) +
+                " positions are taken; create the model with a larger n_ctx";
+        return ENTMTP_CONTEXT_FULL;
+    }
+    error = "llama.cpp could not evaluate the batch (status " + std::to_string(status) + ")";
+    return ENTMTP_ERROR;
+}
+
+int32_t decoder::eval(const int32_t * toks, int32_t n, int32_t past, bool all_outputs) {
+    if (n < 1) {
+        error = "nothing to evaluate";
+        return ENTMTP_ERROR;
+    }
+    for (int32_t i = 0; i < n; ++i) {
+        if (toks[i] < 0 || toks[i] >= n_vocab) {
+            error = "token " + std::to_string(toks[i]) + " is not in the vocabulary of " + std::to_string(n_vocab);
+            return ENTMTP_ERROR;
+        }
+    }
+    if (cancelled) {
+        cancelled = false;
+        error     = "cancelled";
+        return ENTMTP_CANCELLED;
+    }
+    if (n == 1 && live && past == n_past + (int32_t) path.size()) {
+        return advance(toks[0]);
+    }
+    return eval_prompt(toks, n, past, all_outputs);
+}
+
+int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool all_outputs) {
+    if (const int32_t status = settle(); status != ENTMTP_OK) {
+        return status;
+    }
+    if (past > n_past) {
+        error = "cannot continue after " + std::to_string(past) + " tokens: only " + std::to_string(n_past) + " are evaluated";
+        return ENTMTP_ERROR;
+    }
+    if (n > (int32_t) llama_n_batch(ctx)) {
+        error = std::to_string(n) + " tokens are more than n_batch (" + std::to_string(llama_n_batch(ctx)) + ")";
+        return ENTMTP_ERROR;
+    }
+
+    prefix_layer * prefix = draft_heads ? draft_heads->prefix() : nullptr;
+
+    // the prefix layer wants every hidden state, and hidden states come with output rows
+    all_outputs = all_outputs || prefix;
+
+    if (!verify.truncate(past)) {
+        error = "the memory of this model cannot be cut back to " + std::to_string(past) + " tokens";
+        return ENTMTP_ERROR;
+    }
+    n_past = past;
+
+    live = false;
+    running.reset();
+    if (prefix) {
+        prefix->truncate(past);
+    }
+
+    const int32_t status = decode_status(verify.decode(toks, n, past, all_outputs));
+    if (status != ENTMTP_OK) {
+        // what was evaluated before the failure stays in llama.cpp's memory: cut it back
+        verify.truncate(past);
+        return status;
+    }
+
+    n_past = past + n;
+    live   = true;
+    row    = n - 1;
+
+    if (prefix) {
+        std::vector<int32_t> rows(n);
+        std::iota(rows.begin(), rows.end(), 0);
+        run_prefix(rows, past);
+    }
+    return ENTMTP_OK;
+}
+
+// one more token: follow the tree, or start the next step
+int32_t decoder::advance(int32_t token) {
+    if (tree_id >= 0) {
+        const int32_t child = bank[tree_id].find_child(path.back(), tokens, token);
+        if (child >= 0) {
+            path.push_back(child);
+            row = child;
+            if (stats) {
+                steps.back().n_accepted++;
+            }
+            return ENTMTP_OK;
+        }
+    }
+    return step(token);
+}
+
+int32_t decoder::room() const {
+    const int32_t free = (int32_t) llama_n_ctx_seq(ctx) - n_past;
+    return std::min({ free, (int32_t) llama_n_ubatch(ctx), (int32_t) llama_n_batch(ctx) });
+}
+
+int32_t decoder::step(int32_t token) {
+    const bool    timed   = stats || policy.needs_timing();
+    const int64_t t_start = timed ? ggml_time_us() : 0;
+
+    // what the last step did
+    if (in_step) {
+        policy.observe(tree_id, (int32_t) path.size() - 1, t_step + t_walk);
+    }
+
+    if (const int32_t status = settle(); status != ENTMTP_OK) {
+        return status;
+    }
+
+    int32_t id = policy.choose(running.get(), room(), n_nodes);
+
+    const int64_t t_draft = timed ? ggml_time_us() : 0;
+
+    tokens.assign(bank[id].n_nodes(), 0);
+    tokens[0] = token;
+
+    if (bank[id].n_nodes() > 1) {
+        draft_heads->draft(bank[id], draft_heads->prefix() ? prefix_out.data() : hidden(), tokens);
+    }
+
+    const int64_t t_verify = timed ? ggml_time_us() : 0;
+
+    int32_t status = verify.decode(bank[id], tokens, n_past);
+    if (status == 1 && id != 0) {
+        // no room for the tree in this memory: the token alone may still fit
+        id = 0;
+        tokens.resize(1);
+        status = verify.decode(bank[id], tokens, n_past);
+    }
+    if (timed) {
+        llama_synchronize(ctx);
+    }
+    if (const int32_t res = decode_status(status); res != ENTMTP_OK) {
+        verify.truncate(n_past);
+        return res;
+    }
+
+    tree_id = id;
+    path.assign(1, 0);
+    row     = 0;
+    in_step = true;
+    t_walk  = 0;
+
+    if (timed) {
+        const int64_t t_end = ggml_time_us();
+        t_step = (double) (t_end - t_draft);
+
+        if (stats) {
+            entmtp_step s = {};
+            s.entropy     = running.get();
+            s.tree        = id;
+            s.n_nodes     = bank[id].n_nodes();
+            s.t_draft_us  = (int32_t) (t_verify - t_draft);
+            s.t_verify_us = (int32_t) (t_end - t_verify);
+            s.t_host_us   = (int32_t) (t_draft - t_start);
+            steps.push_back(s);
+        }
+    }
+    return ENTMTP_OK;
+}
+
+int32_t decoder::settle() {
+    if (tree_id < 0) {
+        return ENTMTP_OK;
+    }
+
+    const bool is_tree = bank[tree_id].n_nodes() > 1;
+    if (is_tree && !verify.commit(path)) {
+        // cannot happen unless the memory was changed behind our back
+        verify.truncate(n_past);
+        tree_id = -1;
+        live    = false;
+        path.clear();
+        error = "the memory of the context was changed while a tree was being walked";
+        return ENTMTP_ERROR;
+    }
+
+    // the prefix layer follows the settled tokens: their hidden states are still in the context's outputs
+    if (draft_heads && draft_heads->prefix()) {
+        run_prefix(path, n_past);
+    }
+
+    n_past += (int32_t) path.size();
+    path.clear();
+    typical.clear();
+    tree_id = -1;
+    in_step = false;
+    return ENTMTP_OK;
+}
+
+void decoder::run_prefix(const std::vector<int32_t> & rows, int32_t pos0) {
+    rows_hidden.resize(rows.size() * n_embd);
+    for (size_t i = 0; i < rows.size(); ++i) {
+        std::copy_n(llama_get_embeddings_ith(ctx, rows[i]), n_embd, rows_hidden.data() + i * n_embd);
+    }
+    draft_heads->prefix()->run(rows_hidden.data(), (int32_t) rows.size(), pos0, prefix_out.data());
+}
+
+void decoder::invalidate(int32_t past) {
+    tree_id = -1;
+    path.clear();
+    typical.clear();
+    live    = false;
+    row     = -1;
+    in_step = false;
+    n_past  = past;
+    running.reset();
+    if (draft_heads && draft_heads->prefix()) {
+        draft_heads->prefix()->truncate(0);
+    }
+}
+
+//
+// sample
+//
+
+const float * decoder::logits() {
+    return live ? llama_get_logits_ith(ctx, row) : nullptr;
+}
+
+const float * decoder::hidden() {
+    return live && draft_heads ? llama_get_embeddings_ith(ctx, row) : nullptr;
+}
+
+// the entropy of the distribution that the next token is drawn from
+void decoder::begin_token() {
+    if (policy.needs_entropy() || stats) {
+        if (const float * l = logits()) {
+            running.add(entropy(l, n_vocab));
+        }
+    }
+}
+
+int32_t decoder::sample(llama_sampler * sampler, int32_t * token) {
+    if (!live) {
+        error = "there are no logits to sample from: evaluate a token first";
+        return ENTMTP_ERROR;
+    }
+
+    const bool    timed = in_step && (stats || policy.needs_timing());
+    const int64_t t0    = timed ? ggml_time_us() : 0;
+
+    begin_token();
+
+    const int64_t t1 = timed ? ggml_time_us() : 0;
+
+    *token = llama_sampler_sample(sampler, ctx, row);
+
+    if (timed) {
+        const int64_t t2 = ggml_time_us();
+        t_walk += (double) (t2 - t0);
+        if (stats) {
+            steps.back().t_host_us   += (int32_t) (t1 - t0);
+            steps.back().t_sample_us += (int32_t) (t2 - t1);
+        }
+    }
+    return ENTMTP_OK;
+}
+
+int32_t decoder::sample_typical(const typical_params & p, int32_t * token) {
+    if (!live) {
+        error = "there are no logits to sample from: evaluate a token first";
+        return ENTMTP_ERROR;
+    }
+
+    begin_token();
+
+    if (tree_id >= 0 && typical.empty()) {
+        typical = typical_path(bank[tree_id], tokens, n_vocab, p,
+                [&](int32_t node) { return llama_get_logits_ith(ctx, node); });
+    }
+
+    if (tree_id >= 0 && path.size() < typical.size()) {
+        *token = tokens[typical[path.size()]];
+    } else {
+        const float * l = logits();
+        *token = (int32_t) (std::max_element(l, l + n_vocab) - l);
+    }
+    return ENTMTP_OK;
+}
+
+} // namespace entmtp

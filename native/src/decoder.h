@@ -1,0 +1,96 @@
+// The decode loop: entropy -> topology -> draft -> verify -> accept -> commit.
+
+#pragma once
+
+#include "accept.h"
+#include "entropy.h"
+#include "heads.h"
+#include "scheduler.h"
+#include "tree.h"
+#include "verify.h"
+
+#include "entmtp.h"
+#include "llama.h"
+
+#include <atomic>
+#include <string>
+#include <vector>
+
+namespace entmtp {
+
+// To its user a decoder is a plain loop of "evaluate a token" and "sample the next". A step drafts and verifies a tree;
+// the tokens sampled afterwards walk it from the root, one child each, until one leaves the tree: that one is the root
+// of the next step. So every draw of the sampler sees what it would see in plain decoding, and a caller who stops
+// between two tokens leaves no trace of the guesses behind him (settle).
+class decoder {
+  public:
+    // heads may be null; the context outlives the decoder
+    decoder(llama_context * ctx, heads * h);
+    ~decoder();
+
+    decoder(const decoder &)             = delete;
+    decoder & operator=(const decoder &) = delete;
+
+    void set_trees(std::vector<tree> bank);
+    void set_policy(const entmtp_policy_params & p);
+    void set_stats(bool enabled) { stats = enabled; }
+
+    // these return an entmtp_status; `error` says why it is not ENTMTP_OK
+    int32_t eval(const int32_t * tokens, int32_t n, int32_t n_past, bool all_outputs);
+    int32_t sample(llama_sampler * sampler, int32_t * token);
+    int32_t sample_typical(const typical_params & p, int32_t * token);
+    int32_t settle();
+
+    void invalidate(int32_t n_past);
+    void cancel() { cancelled = true; }
+
+    const float * logits();
+    const float * hidden();
+
+    std::vector<entmtp_step> steps;
+    std::string              error;
+
+  private:
+    int32_t eval_prompt(const int32_t * tokens, int32_t n, int32_t n_past, bool all_outputs);
+    int32_t advance(int32_t token);
+    int32_t step(int32_t token);
+    int32_t decode_status(int32_t status);
+
+    void    run_prefix(const std::vector<int32_t> & rows, int32_t pos0);
+    void    begin_token();
+    int32_t room() const;
+
+    llama_context * ctx;
+    heads *         draft_heads;
+    verifier        verify;
+
+    const int32_t n_vocab;
+    const int32_t n_embd;
+
+    std::vector<tree>    bank;    // bank[0] is a lone root
+    std::vector<int32_t> n_nodes; // [n_trees]
+    scheduler            policy;
+    ema                  running;
+
+    int32_t n_past = 0;     // settled tokens in the memory
+    bool    live   = false; // the outputs of the context belong to the last evaluated token
+    int32_t row    = -1;    // its index in the last batch
+
+    // the verified tree, while it is being walked
+    int32_t              tree_id = -1; // -1: none
+    std::vector<int32_t> tokens;       // [n_nodes]
+    std::vector<int32_t> path;         // visited nodes, the root first
+    std::vector<int32_t> typical;      // path chosen by typical acceptance, empty if none was
+
+    std::vector<float> rows_hidden; // [n][n_embd] input of the prefix layer
+    std::vector<float> prefix_out;  // [n_embd]    its output for the last evaluated token
+
+    bool   stats   = false;
+    bool   in_step = false; // a step was verified and is being walked
+    double t_step  = 0;     // us, its draft and verify
+    double t_walk  = 0;     // us, sampling since
+
+    std::atomic<bool> cancelled{ false };
+};
+
+} // namespace entmtp

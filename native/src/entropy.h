@@ -1,0 +1,29 @@
+// Entropy of the base model's next-token distribution, and its running estimate.
+
+#pragma once
+
+#include <cstdint>
+
+namespace entmtp {
+
+// H = -sum p ln p of softmax(logits / temp), in nats
+//   logits [n]
+float entropy(const float * logits, int32_t n, float temp = 1.0f);
+
+// Exponential moving average with bias correction, so that the first values count fully
+// (Adam, arXiv 1412.6980, section 3). A window of w tokens means decay 1 - 2/(w + 1).
+class ema {
+  public:
+    explicit ema(float window = 8.0f);
+
+    void  add(float x);
+    float get() const; // 0 before the first value
+    void  reset();
+
+  private:
+    float decay;
+    float sum    = 0.0f;
+    float weight = 0.0f;
+};
+
+} // namespace entmtp

@@ -1,0 +1,47 @@
+"""EntMTP: local language models faster, with the same output.
+
+    from entmtp import Llama
+    llm = Llama("model.gguf", draft="entmtp", heads="heads.gguf")
+
+Importing this package points llama_cpp to the libraries of this package, so that a process holds one llama.cpp.
+Whatever needs the libraries is loaded on first use: the converter runs without them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import _lib
+
+if TYPE_CHECKING:
+    from .bank import Bank, Tree
+    from .errors import BankError, Cancelled, EntmtpError
+    from .llama import Llama
+    from .stats import DraftStats
+
+__version__ = "0.1.0"
+
+try:
+    _lib.prepare()
+except _lib.LibrariesMissing:
+    pass  # said again, in full, when something needs them
+
+_WHERE = {
+    "Llama": "llama",
+    "Bank": "bank",
+    "Tree": "bank",
+    "DraftStats": "stats",
+    "BankError": "errors",
+    "Cancelled": "errors",
+    "EntmtpError": "errors",
+}
+
+__all__ = [*_WHERE, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_WHERE[name]}", __name__), name)

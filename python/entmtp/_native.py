@@ -1,0 +1,158 @@
+"""ctypes bindings of native/include/entmtp.h: each declaration under the C prototype it mirrors, nothing else."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_bool, c_char, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from typing import Any
+
+from . import _lib
+
+lib = _lib.load()
+
+OK = 0
+ERROR = -1
+CONTEXT_FULL = -2
+CANCELLED = -3
+
+POLICIES = {"off": 0, "static": 1, "entropy": 2}
+
+
+class HeadsInfo(ctypes.Structure):
+    """struct entmtp_heads_info"""
+
+    _fields_ = [
+        ("n_heads", c_int32),
+        ("n_blocks", c_int32),
+        ("n_embd", c_int32),
+        ("n_vocab", c_int32),
+        ("n_vocab_draft", c_int32),
+        ("hydra", c_int32),
+        ("grounded", c_int32),
+        ("prefix", c_int32),
+        ("n_bytes", c_int64),
+        ("device", c_char * 64),
+    ]
+
+
+class PolicyParams(ctypes.Structure):
+    """struct entmtp_policy_params"""
+
+    _fields_ = [
+        ("policy", c_int32),
+        ("static_tree", c_int32),
+        ("ema_window", c_float),
+        ("n_bins", c_int32),
+        ("bin_edges", POINTER(c_float)),
+        ("expected", POINTER(c_float)),
+        ("cost", POINTER(c_float)),
+    ]
+
+
+class Step(ctypes.Structure):
+    """struct entmtp_step"""
+
+    _fields_ = [
+        ("entropy", c_float),
+        ("tree", c_int32),
+        ("n_nodes", c_int32),
+        ("n_accepted", c_int32),
+        ("t_draft_us", c_int32),
+        ("t_verify_us", c_int32),
+        ("t_sample_us", c_int32),
+        ("t_host_us", c_int32),
+    ]
+
+
+def _bind(name: str, restype: Any, *argtypes: Any) -> Any:
+    function = getattr(lib, name)
+    function.restype = restype
+    function.argtypes = list(argtypes)
+    return function
+
+
+# const char * entmtp_version(void);
+version = _bind("entmtp_version", c_char_p)
+
+# const char * entmtp_last_error(void);
+_last_error = _bind("entmtp_last_error", c_char_p)
+
+
+def last_error() -> str:
+    """The reason of the last failure in this thread."""
+    return _last_error().decode("utf-8", errors="replace")
+
+
+# struct entmtp_heads * entmtp_heads_load(const char * path, const struct llama_model * model, int32_t n_threads);
+heads_load = _bind("entmtp_heads_load", c_void_p, c_char_p, c_void_p, c_int32)
+
+# void entmtp_heads_free(struct entmtp_heads * heads);
+heads_free = _bind("entmtp_heads_free", None, c_void_p)
+
+# void entmtp_heads_get_info(const struct entmtp_heads * heads, struct entmtp_heads_info * info);
+heads_get_info = _bind("entmtp_heads_get_info", None, c_void_p, POINTER(HeadsInfo))
+
+# int32_t entmtp_heads_logits(
+#         struct entmtp_heads * heads, int32_t head, const float * h, const int32_t * path, float * logits);
+heads_logits = _bind("entmtp_heads_logits", c_int32, c_void_p, c_int32, c_void_p, c_void_p, c_void_p)
+
+# int32_t entmtp_heads_prefix(struct entmtp_heads * heads, const float * h, int32_t n, int32_t pos0, float * out);
+heads_prefix = _bind("entmtp_heads_prefix", c_int32, c_void_p, c_void_p, c_int32, c_int32, c_void_p)
+
+# uint64_t entmtp_vocab_fingerprint(const struct llama_model * model);
+vocab_fingerprint = _bind("entmtp_vocab_fingerprint", c_uint64, c_void_p)
+
+# struct entmtp_decoder * entmtp_decoder_init(struct llama_context * ctx, struct entmtp_heads * heads);
+decoder_init = _bind("entmtp_decoder_init", c_void_p, c_void_p, c_void_p)
+
+# void entmtp_decoder_free(struct entmtp_decoder * dec);
+decoder_free = _bind("entmtp_decoder_free", None, c_void_p)
+
+# int32_t entmtp_decoder_set_trees(
+#         struct entmtp_decoder * dec, int32_t n_trees, const int32_t * n_nodes, const int32_t * parent,
+#         const int32_t * rank);
+decoder_set_trees = _bind("entmtp_decoder_set_trees", c_int32, c_void_p, c_int32, c_void_p, c_void_p, c_void_p)
+
+# int32_t entmtp_decoder_set_policy(struct entmtp_decoder * dec, const struct entmtp_policy_params * params);
+decoder_set_policy = _bind("entmtp_decoder_set_policy", c_int32, c_void_p, POINTER(PolicyParams))
+
+# int32_t entmtp_decoder_eval(
+#         struct entmtp_decoder * dec, const int32_t * tokens, int32_t n, int32_t n_past, bool all_outputs);
+decoder_eval = _bind("entmtp_decoder_eval", c_int32, c_void_p, c_void_p, c_int32, c_int32, c_bool)
+
+# int32_t entmtp_decoder_sample(struct entmtp_decoder * dec, struct llama_sampler * sampler, int32_t * token);
+decoder_sample = _bind("entmtp_decoder_sample", c_int32, c_void_p, c_void_p, POINTER(c_int32))
+
+# int32_t entmtp_decoder_sample_typical(
+#         struct entmtp_decoder * dec, float temp, float epsilon, float alpha, int32_t * token);
+decoder_sample_typical = _bind(
+    "entmtp_decoder_sample_typical", c_int32, c_void_p, c_float, c_float, c_float, POINTER(c_int32)
+)
+
+# int32_t entmtp_decoder_settle(struct entmtp_decoder * dec);
+decoder_settle = _bind("entmtp_decoder_settle", c_int32, c_void_p)
+
+# void entmtp_decoder_invalidate(struct entmtp_decoder * dec, int32_t n_past);
+decoder_invalidate = _bind("entmtp_decoder_invalidate", None, c_void_p, c_int32)
+
+# const float * entmtp_decoder_logits(struct entmtp_decoder * dec);
+decoder_logits = _bind("entmtp_decoder_logits", POINTER(c_float), c_void_p)
+
+# const float * entmtp_decoder_hidden(struct entmtp_decoder * dec);
+decoder_hidden = _bind("entmtp_decoder_hidden", POINTER(c_float), c_void_p)
+
+# void entmtp_decoder_cancel(struct entmtp_decoder * dec);
+decoder_cancel = _bind("entmtp_decoder_cancel", None, c_void_p)
+
+# void entmtp_decoder_set_stats(struct entmtp_decoder * dec, bool enabled);
+decoder_set_stats = _bind("entmtp_decoder_set_stats", None, c_void_p, c_bool)
+
+# size_t entmtp_decoder_n_steps(const struct entmtp_decoder * dec);
+decoder_n_steps = _bind("entmtp_decoder_n_steps", c_size_t, c_void_p)
+
+# size_t entmtp_decoder_get_steps(
+#         const struct entmtp_decoder * dec, struct entmtp_step * steps, size_t first, size_t n);
+decoder_get_steps = _bind("entmtp_decoder_get_steps", c_size_t, c_void_p, c_void_p, c_size_t, c_size_t)
+
+# void entmtp_decoder_reset_stats(struct entmtp_decoder * dec);
+decoder_reset_stats = _bind("entmtp_decoder_reset_stats", None, c_void_p)

@@ -1,0 +1,187 @@
+"""The native decoder and its heads as Python objects: lifetimes, errors as exceptions, arrays as numpy."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _native as n
+from .bank import Bank
+from .errors import Cancelled, EntmtpError
+from .stats import STEP_DTYPE, DraftStats
+
+
+def _check(status: int) -> None:
+    if status == n.OK:
+        return
+    if status == n.CANCELLED:
+        raise Cancelled("the generation was cancelled")
+    raise EntmtpError(n.last_error())
+
+
+class Heads:
+    """Draft heads on the device of the base model's output layer.
+
+    Args:
+        path: heads file (docs/heads-gguf.md).
+        model: `llama_model *` of the base model, which must outlive the heads.
+        n_threads: CPU threads to draft with.
+
+    Raises:
+        EntmtpError: the file is damaged, or was made for another base model; the text says what differs.
+    """
+
+    def __init__(self, path: str | Path, model: int, n_threads: int):
+        self._ptr = n.heads_load(str(path).encode(), model, n_threads)
+        if not self._ptr:
+            raise EntmtpError(n.last_error())
+        self.info = n.HeadsInfo()
+        n.heads_get_info(self._ptr, ctypes.byref(self.info))
+
+    @property
+    def n_heads(self) -> int:
+        return self.info.n_heads
+
+    @property
+    def arch(self) -> str:
+        """`medusa` or `hydra`."""
+        return "hydra" if self.info.hydra else "medusa"
+
+    def logits(self, head: int, hidden: npt.NDArray[np.float32], path: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Logits [n_vocab_draft] of one head.
+
+        Args:
+            head: its index.
+            hidden: hidden state [n_embd]; with a prefix layer its output.
+            path: the `head + 1` tokens after the hidden state's, read by grounded heads only.
+        """
+        h = np.ascontiguousarray(hidden, dtype=np.float32)
+        tokens = np.zeros(head + 1, dtype=np.int32)
+        tokens[: len(path)] = path[: head + 1]
+        out = np.empty(self.info.n_vocab_draft, dtype=np.float32)
+        _check(n.heads_logits(self._ptr, head, h.ctypes.data, tokens.ctypes.data, out.ctypes.data))
+        return out
+
+    def prefix(self, hidden: npt.NDArray[np.float32], pos0: int) -> npt.NDArray[np.float32]:
+        """Output [n_embd] of the Hydra++ layer for the last of `hidden` [n, n_embd], positions from `pos0` on."""
+        h = np.ascontiguousarray(hidden, dtype=np.float32)
+        out = np.empty(self.info.n_embd, dtype=np.float32)
+        _check(n.heads_prefix(self._ptr, h.ctypes.data, len(h), pos0, out.ctypes.data))
+        return out
+
+    def close(self) -> None:
+        if self._ptr:
+            n.heads_free(self._ptr)
+            self._ptr = None
+
+
+class Decoder:
+    """A decode loop over a `llama_context *`: evaluate tokens, sample the next one (native/include/entmtp.h).
+
+    Args:
+        ctx: the context, which must outlive the decoder.
+        heads: draft heads, used by this decoder alone; None decodes plainly.
+    """
+
+    def __init__(self, ctx: int, heads: Heads | None = None):
+        self._ptr = n.decoder_init(ctx, heads._ptr if heads else None)
+        if not self._ptr:
+            raise EntmtpError(n.last_error())
+        self._token = ctypes.c_int32()
+        self._heads = heads
+        self.bank: Bank | None = None
+
+    def set_bank(self, bank: Bank, policy: str, static_tree: int = 0) -> None:
+        """Draft from the trees of `bank`.
+
+        Args:
+            policy: `off`, `static` or `entropy`.
+            static_tree: index in the bank, for `static`.
+        """
+        parent = np.concatenate([t.parent for t in bank.trees]).astype(np.int32)
+        rank = np.concatenate([t.rank for t in bank.trees]).astype(np.int32)
+        sizes = np.array([t.n_nodes for t in bank.trees], dtype=np.int32)
+        _check(
+            n.decoder_set_trees(self._ptr, len(sizes), sizes.ctypes.data, parent.ctypes.data, rank.ctypes.data)
+        )
+
+        params = n.PolicyParams(
+            policy=n.POLICIES[policy], static_tree=static_tree, ema_window=bank.ema_window, n_bins=1
+        )
+        if policy == "entropy":
+            as_float = ctypes.POINTER(ctypes.c_float)
+            edges = np.array(bank.bin_edges, dtype=np.float32)
+            expected = np.ascontiguousarray(bank.expected(), dtype=np.float32)
+            cost = np.ascontiguousarray(bank.step_costs(), dtype=np.float32)
+            params.n_bins = len(edges) + 1
+            params.bin_edges = edges.ctypes.data_as(as_float)
+            params.expected = expected.ctypes.data_as(as_float)
+            params.cost = cost.ctypes.data_as(as_float)
+        _check(n.decoder_set_policy(self._ptr, ctypes.byref(params)))
+        self.bank = bank
+
+    def eval(self, tokens: Sequence[int], n_past: int, all_outputs: bool = False) -> None:
+        """Evaluate `tokens` after the first `n_past` ones.
+
+        Raises:
+            Cancelled: `cancel` was called.
+            EntmtpError: the context is full, or llama.cpp refused the batch.
+        """
+        array = (ctypes.c_int32 * len(tokens))(*tokens)
+        _check(n.decoder_eval(self._ptr, array, len(tokens), n_past, all_outputs))
+
+    def sample(self, sampler: int) -> int:
+        """The next token, through a `llama_sampler *` chain."""
+        _check(n.decoder_sample(self._ptr, sampler, ctypes.byref(self._token)))
+        return self._token.value
+
+    def sample_typical(self, temp: float, epsilon: float, alpha: float) -> int:
+        """The next token by typical acceptance (lossy)."""
+        _check(n.decoder_sample_typical(self._ptr, temp, epsilon, alpha, ctypes.byref(self._token)))
+        return self._token.value
+
+    def settle(self) -> None:
+        """Leave in the context's memory what plain decoding would have there."""
+        if self._ptr:
+            _check(n.decoder_settle(self._ptr))
+
+    def invalidate(self, n_past: int) -> None:
+        """The memory was changed from outside and holds `n_past` tokens now."""
+        n.decoder_invalidate(self._ptr, n_past)
+
+    def logits(self, n_vocab: int) -> npt.NDArray[np.float32] | None:
+        """Logits [n_vocab] of the last evaluated token, valid until the next evaluation."""
+        ptr = n.decoder_logits(self._ptr)
+        return np.ctypeslib.as_array(ptr, shape=(n_vocab,)) if ptr else None
+
+    def hidden(self) -> npt.NDArray[np.float32] | None:
+        """Hidden state [n_embd] of the last evaluated token, valid until the next evaluation; needs heads."""
+        ptr = n.decoder_hidden(self._ptr)
+        return np.ctypeslib.as_array(ptr, shape=(self._heads.info.n_embd,)) if ptr and self._heads else None
+
+    def cancel(self) -> None:
+        """Stop the running evaluation, from any thread."""
+        if self._ptr:
+            n.decoder_cancel(self._ptr)
+
+    def set_stats(self, enabled: bool) -> None:
+        n.decoder_set_stats(self._ptr, enabled)
+
+    def reset_stats(self) -> None:
+        n.decoder_reset_stats(self._ptr)
+
+    def stats(self) -> DraftStats:
+        """What the steps since the last `reset_stats` did."""
+        steps = np.zeros(n.decoder_n_steps(self._ptr), dtype=STEP_DTYPE)
+        n.decoder_get_steps(self._ptr, steps.ctypes.data, 0, len(steps))
+        names = [t.name for t in self.bank.trees] if self.bank else ["plain"]
+        return DraftStats(steps=steps, tree_names=names)
+
+    def close(self) -> None:
+        if self._ptr:
+            n.decoder_free(self._ptr)
+            self._ptr = None

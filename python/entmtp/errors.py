@@ -1,0 +1,13 @@
+"""What can go wrong. The text of every error is one sentence: what, where, how to mend it."""
+
+
+class EntmtpError(RuntimeError):
+    """A native call failed."""
+
+
+class Cancelled(EntmtpError):
+    """`Llama.cancel()` stopped an evaluation."""
+
+
+class BankError(ValueError):
+    """A tree bank is not what the schema asks for."""

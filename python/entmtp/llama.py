@@ -1,0 +1,283 @@
+"""`entmtp.Llama`: a `llama_cpp.Llama` that drafts."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+from .bank import Bank
+from .decoder import Decoder, Heads
+from .errors import Cancelled, EntmtpError
+from .stats import DraftStats
+
+POLICIES = ("off", "static", "entropy")
+ACCEPT = ("lossless", "typical")
+
+
+class Llama(llama_cpp.Llama):
+    """A `llama_cpp.Llama` in every argument and method, with tree speculation by draft heads.
+
+    With `draft="entmtp"` the same calls give the same tokens, in fewer passes of the model: each step drafts a tree of
+    guesses with the heads, checks it in one pass, and samples along the branch that your sampler settings really draw.
+
+    Examples:
+        >>> llm = Llama("model.gguf", draft="entmtp", heads="heads.gguf")
+        >>> llm("def fibonacci(n):", max_tokens=64)["choices"][0]["text"]
+        >>> print(llm.draft_stats)
+
+    Args:
+        model_path: the base model.
+        draft: None (plain decoding, through the same library) or `"entmtp"`.
+        heads: heads file of this base model, written by `python -m entmtp.convert`.
+        trees: a bank of trees: a path, a name under `trees/`, or either followed by `:tree` for one tree of it.
+            None: the generic bank of the heads' kind.
+        policy: `"entropy"` (choose a tree for every step), `"static"` (always the same tree) or `"off"`.
+        accept: `"lossless"`, or `"typical"` (Medusa's posterior threshold: faster at high temperature, and lossy).
+        typical_epsilon, typical_alpha: the threshold, min(epsilon, alpha * exp(-H)).
+        stats: keep a record of every step for `draft_stats`.
+        **kwargs: everything `llama_cpp.Llama` takes.
+
+    Raises:
+        ValueError: an argument that cannot work, or a broken tree bank.
+        EntmtpError: the heads file is damaged or belongs to another base model.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        draft: str | None = None,
+        heads: str | Path | None = None,
+        trees: str | Path | Bank | None = None,
+        policy: str = "entropy",
+        accept: str = "lossless",
+        typical_epsilon: float = 0.09,
+        typical_alpha: float = 0.3,
+        stats: bool = True,
+        **kwargs: Any,
+    ):
+        self._decoder: Decoder | None = None  # first, for __del__
+        self._heads: Heads | None = None
+        _check_arguments(draft, heads, policy, accept, kwargs)
+
+        # read before the model, which may take long to load
+        bank, tree = (None, None) if draft is None or trees is None else _load_bank(trees)
+
+        super().__init__(str(model_path), **kwargs)
+
+        self._accept = accept
+        self._typical = (typical_epsilon, typical_alpha)
+        self._warned: set[str] = set()
+
+        # embedding contexts are not decoded from, and encoders have no decode loop
+        if self.context_params.embeddings or llama_cpp.llama_model_has_encoder(self.model):
+            if draft is not None:
+                raise ValueError("draft: this model is an encoder, there is nothing to draft")
+            return
+        if kwargs.get("vocab_only") or kwargs.get("draft_model") is not None:
+            return
+
+        if draft is not None:
+            assert heads is not None
+            self._heads = self._stack.enter_context(
+                contextlib.closing(Heads(heads, self.model, self.n_threads_batch))
+            )
+        self._decoder = self._stack.enter_context(contextlib.closing(Decoder(self.ctx, self._heads)))
+        self._decoder.set_stats(stats)
+
+        if self._heads is not None:
+            if bank is None:
+                bank = Bank.load(f"generic-{self._heads.arch}").pruned(self._heads.n_heads)
+            self._set_bank(bank, tree, policy)
+
+    def _set_bank(self, bank: Bank, tree: str | None, policy: str) -> None:
+        assert self._decoder is not None
+        static_tree = 0
+        if policy == "static":
+            if tree is None and len(bank.trees) != 2:
+                names = ", ".join(t.name for t in bank.trees)
+                raise ValueError(f'policy="static" needs one tree: trees="{bank.name}:NAME" with one of {names}')
+            static_tree = bank.index(tree) if tree is not None else 1
+        elif tree is not None:
+            raise ValueError(f'trees names the tree {tree}, which only policy="static" uses')
+        self._decoder.set_bank(bank, policy, static_tree)
+
+    def set_trees(self, trees: str | Path | Bank, policy: str = "entropy") -> None:
+        """Draft from other trees from now on; arguments as in the constructor."""
+        if self._heads is None:
+            raise ValueError('trees need draft heads: create the model with draft="entmtp" and heads')
+        if policy not in POLICIES:
+            raise ValueError(f"policy is {policy!r}, must be one of {', '.join(POLICIES)}")
+        bank, tree = _load_bank(trees)
+        self._set_bank(bank, tree, policy)
+
+    @property
+    def draft_stats(self) -> DraftStats:
+        """What the steps since the last `reset_draft_stats` did."""
+        return self._decoder.stats() if self._decoder else DraftStats()
+
+    def reset_draft_stats(self) -> None:
+        """Start counting anew."""
+        if self._decoder:
+            self._decoder.reset_stats()
+
+    def cancel(self) -> None:
+        """Stop the running generation within one pass of the model, from any thread. What was generated stays."""
+        if self._decoder:
+            self._decoder.cancel()
+
+    # The two calls below are the plain decode loop. The rest of llama_cpp.Llama is built on them.
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens after those evaluated before."""
+        if self._decoder is None:
+            super().eval(tokens)
+            return
+        for i in range(0, len(tokens), self.n_batch):
+            batch = tokens[i : i + self.n_batch]
+            first, last = self.n_tokens, self.n_tokens + len(batch)
+            self._decoder.eval(batch, first, self._logits_all)
+            self.input_ids[first:last] = batch
+            if self._logits_all:
+                if len(batch) == 1:
+                    self.scores[first] = self._decoder.logits(self._n_vocab)
+                else:
+                    rows = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(batch), self._n_vocab))
+                    self.scores[first:last] = rows
+            self.n_tokens = last
+            self._requires_eval = False
+
+    def sample(
+        self,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        typical_p: float = 1.0,
+        temp: float = 0.80,
+        repeat_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        tfs_z: float = 1.0,
+        mirostat_mode: int = 0,
+        mirostat_eta: float = 0.1,
+        mirostat_tau: float = 5.0,
+        penalize_nl: bool = True,
+        logits_processor: Any = None,
+        grammar: Any = None,
+        idx: int | None = None,
+    ) -> int:
+        """Sample the token after the evaluated ones; arguments as in `llama_cpp.Llama.sample`."""
+        settings = {
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "typical_p": typical_p,
+            "temp": temp,
+            "repeat_penalty": repeat_penalty,
+            "frequency_penalty": frequency_penalty,
+            "presence_penalty": presence_penalty,
+            "tfs_z": tfs_z,
+            "mirostat_mode": mirostat_mode,
+            "mirostat_eta": mirostat_eta,
+            "mirostat_tau": mirostat_tau,
+            "penalize_nl": penalize_nl,
+            "logits_processor": logits_processor,
+            "grammar": grammar,
+        }
+        if self._decoder is None or (idx is not None and idx != self.n_tokens - 1):
+            return super().sample(**settings, idx=idx)
+
+        if self._accept == "typical" and temp > 0.0:
+            asked = [k for k in ("grammar", "logits_processor") if settings[k] is not None]
+            asked += [k for k in ("frequency_penalty", "presence_penalty") if settings[k] != 0.0]
+            asked += ["repeat_penalty"] if repeat_penalty != 1.0 else []
+            if not asked:
+                return self._decoder.sample_typical(temp, *self._typical)
+            self._say_once(f'accept="typical" does not know {asked[0]}: accepting losslessly')
+
+        # outside of generate() there is no sampler that lives on, as in llama_cpp
+        sampler = self._sampler if self._sampler is not None else self._init_sampler(**settings)
+        return self._decoder.sample(sampler.sampler)
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """Generate tokens; arguments and behaviour as in `llama_cpp.Llama.generate`."""
+        self._settle()
+        try:
+            yield from super().generate(tokens, *args, **kwargs)
+        except Cancelled:
+            return
+        finally:
+            self._settle()
+
+    # Whatever looks at the memory, or changes it, finds what plain decoding would have left there.
+
+    def _settle(self) -> None:
+        if self._decoder is not None:
+            self._decoder.settle()
+
+    def save_state(self) -> llama_cpp.LlamaState:
+        self._settle()
+        return super().save_state()
+
+    def load_state(self, state: llama_cpp.LlamaState) -> None:
+        self._settle()
+        super().load_state(state)
+        if self._decoder is not None:
+            self._decoder.invalidate(self.n_tokens)
+
+    def reset(self) -> None:
+        self._settle()
+        super().reset()
+
+
+def _check_arguments(draft: Any, heads: Any, policy: str, accept: str, kwargs: dict[str, Any]) -> None:
+    if draft not in (None, "entmtp"):
+        raise ValueError(f'draft is {draft!r}, must be None or "entmtp"')
+    if policy not in POLICIES:
+        raise ValueError(f"policy is {policy!r}, must be one of {', '.join(POLICIES)}")
+    if accept not in ACCEPT:
+        raise ValueError(f"accept is {accept!r}, must be one of {', '.join(ACCEPT)}")
+    if draft is None:
+        if heads is not None:
+            raise ValueError('heads are given but draft is None: pass draft="entmtp" to use them')
+        return
+    if heads is None:
+        raise ValueError(
+            'draft="entmtp" needs heads=PATH, a heads file of this base model; '
+            "python -m entmtp.convert makes one from a Medusa or Hydra checkpoint"
+        )
+    if not Path(heads).is_file():
+        raise ValueError(f"heads: there is no file {heads}")
+    for name, why in {
+        "draft_model": "drafts too: use one of the two",
+        "embedding": "makes a context for embeddings, which has nothing to draft",
+        "vocab_only": "loads no weights, so there is nothing to draft",
+    }.items():
+        if kwargs.get(name):
+            raise ValueError(f'{name} cannot be combined with draft="entmtp": it {why}')
+
+
+def _load_bank(trees: str | Path | Bank) -> tuple[Bank, str | None]:
+    """A bank and the name of one tree of it, from `bank`, `bank:tree` or a Bank."""
+    if isinstance(trees, Bank):
+        return trees, None
+    if isinstance(trees, Path) or Path(trees).exists():
+        return Bank.load(trees), None
+    name, _, tree = str(trees).rpartition(":")
+    if name and "/" not in tree and "\\" not in tree:
+        return Bank.load(name), tree
+    return Bank.load(trees), None
+
+
+__all__ = ["Llama", "EntmtpError", "Cancelled"]
