@@ -1,0 +1,242 @@
+"""`python -m entmtp.bench`: decoding methods side by side, in one process, in alternation.
+
+For every prompt all methods run in turn, starting with another one each time, so that the machine's drift hits them
+alike. Speeds are of decoding alone: from the first token of an answer to its last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from rich.progress import Progress
+
+from .atomic import atomic_path
+from .errors import EntmtpError
+from .llama import Llama
+from .methods import ENTMTP, PLAIN_LOOP, Method, generic, published
+from .tune import read_prompts
+
+Runner = Callable[[list[int], int, float], dict[str, Any]]
+
+
+def cpu_name() -> str:
+    """What the operating system calls the processor."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def peak_memory_mb() -> float | None:
+    """Largest resident size of this process, MB; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
+
+
+def decode(llm: llama_cpp.Llama, prompt: list[int], n_tokens: int, temp: float) -> dict[str, Any]:
+    """Generate from a fresh start: tokens, and seconds from the first token to the last."""
+    llm.reset()
+    llm.set_seed(1234)
+    tokens: list[int] = []
+    start = 0.0
+    for token in llm.generate(prompt, temp=temp):
+        if not tokens:
+            start = time.perf_counter()
+        tokens.append(token)
+        if token == llm.token_eos() or len(tokens) == n_tokens:
+            break
+    return {"tokens": tokens, "seconds": time.perf_counter() - start}
+
+
+def runners(args: argparse.Namespace) -> tuple[dict[str, Runner], list[Any]]:
+    """The methods to run, by label; and the models to close afterwards."""
+    settings: dict[str, Any] = {
+        "n_ctx": args.ctx, "n_threads": args.threads, "n_threads_batch": args.threads, "verbose": False,
+        "n_gpu_layers": args.n_gpu_layers, "flash_attn": args.flash_attn,
+    }  # fmt: skip
+    stock = llama_cpp.Llama(args.model, **settings)
+    plain = Llama(args.model, stats=False, **settings)
+    draft = Llama(args.model, draft="entmtp", heads=args.heads, **settings)
+    assert draft._heads is not None
+
+    methods: list[Method] = [*published()[: args.published], *generic(draft._heads.arch), ENTMTP]
+    if args.methods:
+        known = {m.label: m for m in [*published(), *generic(draft._heads.arch), ENTMTP]}
+        if missing := [m for m in args.methods if m not in known]:
+            raise ValueError(f"there is no method {missing[0]}; there are {', '.join(known)}")
+        methods = [known[m] for m in args.methods]
+
+    def with_method(method: Method) -> Runner:
+        def run(prompt: list[int], n_tokens: int, temp: float) -> dict[str, Any]:
+            method.apply(draft)
+            decode(draft, prompt, 8, temp)  # graphs of the new trees
+            draft.reset_draft_stats()
+            result = decode(draft, prompt, n_tokens, temp)
+            return result | {"stats": draft.draft_stats}
+
+        return run
+
+    table: dict[str, Runner] = {
+        "llama-cpp-python": lambda *a: decode(stock, *a),
+        PLAIN_LOOP.label: lambda *a: decode(plain, *a),
+    }
+    table |= {m.label: with_method(m) for m in methods}
+    return table, [stock, plain, draft]
+
+
+def bench_task(
+    table: dict[str, Runner], prompts: list[list[int]], n_tokens: int, temp: float, advance: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """One row per method over the prompts of a task."""
+    labels = list(table)
+    results: dict[str, list[dict[str, Any]]] = {label: [] for label in labels}
+    for i, prompt in enumerate(prompts):
+        for j in range(len(labels)):
+            label = labels[(i + j) % len(labels)]
+            results[label].append(table[label](prompt, n_tokens, temp))
+            advance()
+
+    speeds = {k: np.array([(len(r["tokens"]) - 1) / r["seconds"] for r in rs if len(r["tokens"]) > 8]) for k, rs in results.items()}
+    base = results[labels[0]]
+    rows = []
+    for label in labels:
+        rs = results[label]
+        ratio = speeds[label] / speeds[labels[0]] if len(speeds[label]) == len(speeds[labels[0]]) else np.array([np.nan])
+        row: dict[str, Any] = {
+            "method": label,
+            "tokens_per_second": [float(x) for x in np.percentile(speeds[label], [50, 25, 75])],
+            "ratio": [float(x) for x in np.percentile(ratio, [50, 25, 75])],
+            "identical": sum(r["tokens"] == b["tokens"] for r, b in zip(rs, base, strict=True)),
+            "answers": len(rs),
+        }
+        stats = [r["stats"] for r in rs if "stats" in r]
+        if stats:
+            n_steps = sum(s.n_steps for s in stats)
+            seconds = sum(r["seconds"] for r in rs)
+            split = {k: sum(s.time_split[k] for s in stats) / seconds for k in stats[0].time_split}
+            split["rest"] = max(0.0, 1.0 - sum(split.values()))
+            row |= {
+                "tokens_per_step": 1.0 + sum(s.n_accepted for s in stats) / max(n_steps, 1),
+                "time_split": split,
+                "entropy": float(np.mean([s.mean_entropy for s in stats])),
+            }
+        rows.append(row)
+    return rows
+
+
+def markdown(title: str, rows: list[dict[str, Any]]) -> str:
+    """A task's rows as a Markdown table."""
+    lines = [
+        f"### {title}",
+        "",
+        f"| method | tokens/s | against {rows[0]['method']} | tokens/step | draft | verify | sample | host | rest | identical |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for r in rows:
+        s, q = r["tokens_per_second"], r["ratio"]
+        parts = [f"{100 * r['time_split'][k]:.0f} %" for k in r["time_split"]] if "time_split" in r else [""] * 5
+        tau = f"{r['tokens_per_step']:.2f}" if "tokens_per_step" in r else "1.00"
+        lines.append(
+            f"| {r['method']} | {s[0]:.1f} ({s[1]:.1f}–{s[2]:.1f}) | {q[0]:.2f}× ({q[1]:.2f}–{q[2]:.2f}) | {tau} | "
+            + " | ".join(parts)
+            + f" | {r['identical']}/{r['answers']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def curve(args: argparse.Namespace) -> str:
+    """Cost of a verify pass by number of tokens, as a Markdown table."""
+    from .verify_curve import verify_curve
+
+    rows = verify_curve(args.model, args.threads, args.contexts, n_gpu_layers=args.n_gpu_layers, flash_attn=args.flash_attn)
+    head = [f"context {c}" for c in args.contexts]
+    lines = ["| tokens in one pass | " + " | ".join(head) + " |", "| --: |" + " --: |" * len(head)]
+    for n, costs in rows.items():
+        cells = [f"{ms:.2f} ms ({ms / rows[1][i][0]:.2f}×, ±{100 * sd:.0f} %)" for i, (ms, sd) in enumerate(costs)]
+        lines.append(f"| {n} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m entmtp.bench",
+        description="Measure llama-cpp-python, our plain loop, static trees and EntMTP side by side in one process.",
+        epilog="example: python -m entmtp.bench --model model.gguf --heads heads.gguf --prompts code.jsonl chat.jsonl "
+        "--temp 0 0.8 -o bench.json",
+    )
+    parser.add_argument("--model", required=True, help="base model (GGUF)")
+    parser.add_argument("--heads", help="its heads")
+    parser.add_argument("--prompts", nargs="+", default=[], help="JSONL files, one task each")
+    parser.add_argument("--limit", type=int, default=10, help="prompts per task (default: 10)")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens per answer (default: 200)")
+    parser.add_argument("--temp", type=float, nargs="+", default=[0.0, 0.8], help="temperatures (default: 0 and 0.8)")
+    parser.add_argument("--methods", nargs="+", help="methods besides the plain loops (default: all)")
+    parser.add_argument("--published", type=int, default=1, help="how many published trees to include (default: 1)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: all)")
+    parser.add_argument("--n-gpu-layers", type=int, default=0, help="layers on the GPU, -1 for all (default: 0)")
+    parser.add_argument("--flash-attn", action="store_true", help="use flash attention")
+    parser.add_argument("--ctx", type=int, default=1024, help="context length (default: 1024)")
+    parser.add_argument("--verify-curve", action="store_true", help="measure the cost of 1 to 64 tokens in one pass instead")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[64], help="context depths of --verify-curve (default: 64)")
+    parser.add_argument("-o", "--outfile", help="write the figures as JSON, too")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = setup_arg_parser()
+    args = parser.parse_args(argv)
+    if not args.verify_curve and not (args.heads and args.prompts):
+        parser.error("--heads and --prompts are needed, or --verify-curve")
+    print(f"{cpu_name()}, {args.threads} threads, {platform.system()}; {Path(args.model).name}; entmtp, llama.cpp "
+          f"{llama_cpp.__version__}\n")  # fmt: skip
+    try:
+        if args.verify_curve:
+            print(curve(args))
+            return 0
+        tasks = {Path(p).stem: read_prompts(p, args.limit) for p in args.prompts}
+        table, models = runners(args)
+        report = {"machine": cpu_name(), "threads": args.threads, "model": Path(args.model).name, "tasks": []}
+        with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
+            total = sum(map(len, tasks.values())) * len(args.temp) * len(table)
+            job = progress.add_task("answers", total=total)
+            for task, texts in tasks.items():
+                prompts = [models[0].tokenize(t.encode(), special=True)[: args.ctx - args.tokens - 1] for t in texts]
+                for temp in args.temp:
+                    rows = bench_task(table, prompts, args.tokens, temp, lambda: progress.advance(job))
+                    report["tasks"].append({"task": task, "temp": temp, "rows": rows})
+                    progress.console.print(markdown(f"{task}, temperature {temp:g}", rows), markup=False, soft_wrap=True)
+        if (peak := peak_memory_mb()) is not None:
+            report["peak_memory_mb"] = peak
+            print(f"peak memory of the process, with {len(models)} instances of the model: {peak:.0f} MB")
+        for model in models:
+            model.close()
+        if args.outfile:
+            with atomic_path(args.outfile) as temporary:
+                temporary.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    except (EntmtpError, ValueError, OSError) as e:
+        print(f"entmtp.bench: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

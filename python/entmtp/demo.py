@@ -1,0 +1,172 @@
+"""`python -m entmtp.demo`: the whole path on the bundled model, in under a minute.
+
+Converts a published-layout checkpoint, generates from three prompts with plain decoding, with every published tree and
+with EntMTP, and checks that the text is the same each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .gguf_expand import expand
+from .llama import Llama
+from .methods import ENTMTP, PLAIN_LOOP, Method, generic, published
+from .stats import DraftStats
+
+PROMPTS = {
+    "code": 'import os\n\ndef read_lines(path):\n    """Return the lines of a file as a list of strings."""\n',
+    "arithmetic": "Question: Tom has 12 boxes with 8 apples in each box. He sells 30 apples in the morning and half of "
+    "the rest in the afternoon. How many apples are left?\nAnswer:",
+    "story": "It was a cold and windy night when the carriage stopped before the old house, and",
+}
+
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def assets() -> Path:
+    """Folder of the bundled demo model and checkpoints."""
+    return Path(str(files(__package__) / "assets"))
+
+
+def sparkline(values: Any, width: int = 60) -> str:
+    """Values as bars, averaged down to `width` characters."""
+    values = [float(v) for v in values]
+    if not values:
+        return ""
+    n = min(width, len(values))
+    chunks = [values[i * len(values) // n : (i + 1) * len(values) // n] for i in range(n)]
+    means = [sum(c) / len(c) for c in chunks]
+    top = max(means) or 1.0
+    return "".join(BARS[round(m / top * (len(BARS) - 1))] for m in means)
+
+
+def generate(llm: Llama, prompt: str, n_tokens: int, temp: float) -> tuple[list[int], float]:
+    """Tokens from a fresh start, and tokens per second from the first token on."""
+    llm.reset()
+    llm.reset_draft_stats()
+    llm.set_seed(1234)
+    tokens: list[int] = []
+    start = 0.0
+    for token in llm.generate(llm.tokenize(prompt.encode(), special=True), temp=temp):
+        if not tokens:
+            start = time.perf_counter()
+        tokens.append(token)
+        if token == llm.token_eos() or len(tokens) == n_tokens:
+            break
+    return tokens, (len(tokens) - 1) / max(time.perf_counter() - start, 1e-9)
+
+
+def compare(llm: Llama, methods: list[Method], prompt: str, n_tokens: int, temp: float) -> list[dict[str, Any]]:
+    """One row per method: tokens, speed, statistics. The first method is the reference."""
+    rows: list[dict[str, Any]] = []
+    for method in methods:
+        method.apply(llm)
+        generate(llm, prompt, 16, temp)  # builds graphs, wakes the threads
+        tokens, speed = generate(llm, prompt, n_tokens, temp)
+        same = not rows or tokens == rows[0]["tokens"]
+        rows.append({"method": method.label, "tokens": tokens, "speed": speed, "same": same, "stats": llm.draft_stats})
+    return rows
+
+
+def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    """A table of the methods, and the entropy along the text."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in ("method", "identical", "tokens/s", "vs plain", "tokens/step", "trees used"):
+        table.add_column(column, justify="right" if column in ("tokens/s", "vs plain", "tokens/step") else "left")
+    for row in rows:
+        stats: DraftStats = row["stats"]
+        used = " ".join(f"{name}:{count}" for name, count in stats.trees_used.items())
+        table.add_row(
+            row["method"],
+            "yes" if row["same"] else "[bold red]no[/]",
+            f"{row['speed']:.0f}",
+            f"{row['speed'] / rows[0]['speed']:.2f}×",
+            f"{stats.tokens_per_step:.2f}",
+            used,
+        )
+    console.print(table)
+    entropy = rows[0]["stats"].steps["entropy"]
+    if len(entropy):
+        console.print(f"entropy {sparkline(entropy)} {entropy.min():.2f} to {entropy.max():.2f} nats\n")
+
+
+def run(arch: str, n_tokens: int, temp: float, n_threads: int, quantised: bool, console: Console) -> bool:
+    """The demo. Returns whether every method gave the same text."""
+    from .convert import convert
+
+    model = assets() / "demo-base-q8_0.gguf"
+    checkpoint = assets() / arch
+    with tempfile.TemporaryDirectory(prefix="entmtp-demo-") as folder:
+        if not quantised:
+            model = expand(model, Path(folder) / "demo-base-f32.gguf")
+        heads = Path(folder) / f"{arch}.gguf"
+        console.print(f"[bold]python -m entmtp.convert[/] {checkpoint.name}/ --base {model.name} --outfile {heads.name}")
+        convert(checkpoint, model, heads, outtype="q8_0", progress=console.is_terminal)
+
+        llm = Llama(
+            model, draft="entmtp", heads=heads, n_ctx=1024, n_threads=n_threads, n_threads_batch=n_threads,
+            type_k=0, type_v=0, verbose=False,
+        )  # fmt: skip
+        console.print(
+            f"base {model.name}, {llm._heads.n_heads} {arch} heads, {n_threads} threads, "  # type: ignore[union-attr]
+            f"temperature {temp:g}, {n_tokens} tokens\n"
+        )
+        methods = [PLAIN_LOOP, *published(), *generic(arch), ENTMTP]
+        same = True
+        totals: dict[str, list[float]] = {}
+        for kind, prompt in PROMPTS.items():
+            rows = compare(llm, methods, prompt, n_tokens, temp)
+            text = llm.detokenize(rows[0]["tokens"]).decode("utf-8", errors="replace")
+            console.print(f"[bold]{kind}[/]")
+            console.print(prompt, style="dim", markup=False, highlight=False, end="")
+            console.print(text, markup=False, highlight=False)
+            show(console, "", rows)
+            same = same and all(row["same"] for row in rows)
+            for row in rows:
+                totals.setdefault(row["method"], []).append(row["speed"] / rows[0]["speed"])
+        llm.close()
+    speedup = " ".join(f"{x:.2f}×" for x in totals[ENTMTP.label])
+    console.print(f"EntMTP against plain decoding: {speedup}; every text identical: {'yes' if same else 'no'}")
+    return same
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m entmtp.demo",
+        description="Convert a bundled checkpoint and compare plain decoding, the published trees and EntMTP on it.",
+        epilog="The base runs with its weights expanded to f32, where batches of any size give the same bits up to the "
+        "order of a sum; --quantised runs the q8_0 file as it is, where a near-tie may fall the other way.",
+    )
+    parser.add_argument("--heads", choices=("hydra", "medusa"), default="hydra", help="checkpoint (default: hydra)")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens per text (default: 128)")
+    parser.add_argument("--temp", type=float, default=0.0, help="temperature (default: 0, greedy)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: all)")
+    parser.add_argument("--quantised", action="store_true", help="run the bundled q8_0 file as it is")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = setup_arg_parser().parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        same = run(args.heads, args.tokens, args.temp, args.threads, args.quantised, console)
+    except KeyboardInterrupt:
+        return 130
+    if not same:
+        print("entmtp.demo: a method gave another text than plain decoding", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,51 @@
+"""The decoding methods that the demo and the benchmark compare, as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .bank import PLAIN, Bank, names
+from .llama import Llama
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to decode with a model that has heads.
+
+    Attributes:
+        label: how it is called in tables.
+        bank: name of the bank, None for the generic one of the heads' kind.
+        tree: one tree of the bank, for the static policy.
+        policy: `off`, `static` or `entropy`.
+    """
+
+    label: str
+    bank: str | None
+    policy: str
+    tree: str | None = None
+
+    def apply(self, llm: Llama) -> None:
+        """Decode with this method from now on."""
+        assert llm._heads is not None
+        if self.policy == "off":
+            llm.set_trees(Bank("plain", (PLAIN,)), policy="off")
+            return
+        bank = Bank.load(self.bank or f"generic-{llm._heads.arch}").pruned(llm._heads.n_heads)
+        if self.tree:
+            bank = Bank(bank.name, (PLAIN, bank.trees[bank.index(self.tree)]))
+        llm.set_trees(bank, policy=self.policy)
+
+
+PLAIN_LOOP = Method("plain", None, "off")
+ENTMTP = Method("EntMTP", None, "entropy")
+
+
+def published() -> list[Method]:
+    """The trees that Medusa and Hydra were published with, each as a static method."""
+    return [Method(name, name, "static") for name in names() if not name.startswith("generic-")]
+
+
+def generic(arch: str) -> list[Method]:
+    """Every tree of the generic bank, each as a static method."""
+    bank = Bank.load(f"generic-{arch}")
+    return [Method(f"static {t.name}", None, "static", t.name) for t in bank.trees if t.n_nodes > 1]

@@ -1,0 +1,63 @@
+"""Models that several tests share. Everything is made from the bundled demo assets."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import entmtp
+from entmtp.convert import convert
+from entmtp.demo import assets
+from entmtp.gguf_expand import expand
+
+# xdist workers share the cores between them
+N_THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+# f32 weights and cache: the only differences left between batch sizes are orders of summation
+F32 = {"n_ctx": 1024, "n_threads": N_THREADS, "n_threads_batch": N_THREADS, "type_k": 0, "type_v": 0, "verbose": False}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The demo base in f32, f16 and q8_0, and its heads in f32."""
+    folder = tmp_path_factory.mktemp("models")
+    q8_0 = assets() / "demo-base-q8_0.gguf"
+    found = {
+        "q8_0": q8_0,
+        "f32": expand(q8_0, folder / "base-f32.gguf"),
+        "f16": expand(q8_0, folder / "base-f16.gguf", dtype="f16"),
+    }
+    for arch in ("medusa", "hydra"):
+        found[arch] = folder / f"{arch}.gguf"
+        convert(assets() / arch, found["f32"], found[arch], outtype="f32", progress=False)
+    return found
+
+
+@pytest.fixture(scope="session")
+def load(models: dict[str, Path]) -> Iterator[Callable[..., entmtp.Llama]]:
+    """load(base="f32", heads=None, **settings): a model, closed at the end; equal calls share one."""
+    loaded: dict[str, entmtp.Llama] = {}
+
+    def get(base: str = "f32", heads: str | None = None, **settings: object) -> entmtp.Llama:
+        key = repr((base, heads, sorted(settings.items(), key=str)))
+        if key not in loaded:
+            draft = {"draft": "entmtp", "heads": models[heads]} if heads else {}
+            loaded[key] = entmtp.Llama(models[base], **{**F32, **draft, **settings})
+        return loaded[key]
+
+    yield get
+    for llm in loaded.values():
+        llm.close()
+
+
+def prompts(*tasks: str) -> list[str]:
+    """The committed benchmark prompts of some tasks."""
+    texts = []
+    for task in tasks or ("humaneval", "gsm8k", "literature"):
+        lines = (Path(__file__).parent / "prompts" / f"{task}.jsonl").read_text("utf-8").splitlines()
+        texts += [json.loads(line)["prompt"] for line in lines]
+    return texts
