@@ -62,7 +62,8 @@ class Llama(llama_cpp.Llama):
         stats: bool = True,
         **kwargs: Any,
     ):
-        self._decoder: Decoder | None = None  # first, for __del__
+        self._stack = contextlib.ExitStack()  # first: close() needs it, even after an argument that cannot work
+        self._decoder: Decoder | None = None
         self._heads: Heads | None = None
         _check_arguments(draft, heads, policy, accept, kwargs)
 
@@ -190,7 +191,12 @@ class Llama(llama_cpp.Llama):
             "logits_processor": logits_processor,
             "grammar": grammar,
         }
-        if self._decoder is None or (idx is not None and idx != self.n_tokens - 1):
+        if self._decoder is None:
+            return super().sample(**settings, idx=idx)
+        if idx is not None and idx != self.n_tokens - 1:
+            # an earlier token of the last batch, as after tokens that were sent into generate()
+            if not self._logits_all:
+                raise ValueError("sampling before the last evaluated token needs a model with logits_all=True")
             return super().sample(**settings, idx=idx)
 
         if self._accept == "typical" and temp > 0.0:

@@ -1,0 +1,136 @@
+# From a fresh clone, with Python >= 3.10 and a C++ compiler: `make demo` or `make test`.
+# Everything else (cmake, ninja, llama.cpp, Python packages) is fetched into .venv and a cache. See docs/build.md.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BUILD  ?= build/cmake
+TORCH  ?= torch==2.13.0
+
+FLAGS :=
+ifeq ($(CUDA),1)
+FLAGS += -DGGML_CUDA=ON
+endif
+ifeq ($(METAL),1)
+FLAGS += -DGGML_METAL=ON
+endif
+ifeq ($(VULKAN),1)
+FLAGS += -DGGML_VULKAN=ON
+endif
+ifeq ($(NATIVE),0)
+FLAGS += -DGGML_NATIVE=OFF
+endif
+ifneq ($(LLAMA_CPP_DIR),)
+FLAGS += -DENTMTP_LLAMA_CPP_DIR=$(abspath $(LLAMA_CPP_DIR))
+endif
+FLAGS += $(CMAKE_ARGS)
+
+BIN := $(abspath $(VENV))/bin
+PY  := $(BIN)/python
+PIP := $(PY) -m pip --disable-pip-version-check
+export PATH := $(BIN):$(PATH)
+
+# the version that pyproject.toml pins
+SKBUILD := $(shell sed -n 's/^requires = \["\(scikit-build-core==[^"]*\)".*/\1/p' pyproject.toml)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-native test-python test-torch test-asan build install wheel lint format clean distclean
+.DELETE_ON_ERROR:
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-20s%s\n", $$1, $$2}'
+	@echo
+	@echo "  CUDA=1 METAL=1 VULKAN=1    build for that GPU"
+	@echo "  NATIVE=0                   no instructions that only this CPU has"
+	@echo "  LLAMA_CPP_DIR=path         build from your own llama.cpp"
+	@echo "  CMAKE_ARGS=\"-DGGML_..\"     any option of llama.cpp"
+	@echo "  PYTHON=python3.12          the Python that makes .venv"
+	@echo "  PYTEST_ARGS=\"-k tree\"      passed on to pytest"
+	@echo "  TRAIN=1                    make test: also the tests that need PyTorch"
+
+demo: install ## build, then show the speed-up on a small model
+	@$(PY) -m entmtp.demo $(DEMO_ARGS)
+
+test: test-native test-python $(if $(filter 1,$(TRAIN)),test-torch) ## build, then run all tests that need no PyTorch
+
+test-native: build
+	ctest --test-dir $(BUILD) --output-on-failure
+
+test-python: install
+	$(PY) -m pytest -m "not torch" $(PYTEST_ARGS)
+
+test-torch: $(VENV)/.torch ## run the tests that need PyTorch (fetches it)
+	$(PY) -m pytest -m torch $(PYTEST_ARGS)
+
+test-asan: $(VENV)/.tools ## run the native tests with AddressSanitizer and UBSan
+	cmake -S . -B build/asan -G Ninja -DENTMTP_TESTS=ON -DENTMTP_SANITIZE=address,undefined \
+		-DCMAKE_BUILD_TYPE=RelWithDebInfo $(FLAGS)
+	cmake --build build/asan
+	UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir build/asan --output-on-failure
+
+build: $(BUILD)/.flags ## build llama.cpp (once, cached) and libentmtp
+	@$(if $(LLAMA_CPP_DIR),cmake $(BUILD)) # looks for changes in that directory
+	@cmake --build $(BUILD)
+
+install: build $(VENV)/.deps ## install entmtp into .venv, editable
+	@if [ ! -f $(VENV)/.installed ] || [ $(VENV)/.deps -nt $(VENV)/.installed ] \
+		|| [ -n "$$(find $(BUILD)/lib pyproject.toml -newer $(VENV)/.installed -type f)" ]; then \
+		$(call install_editable,test) && touch $(VENV)/.installed; fi
+
+# The build directory is the one `make build` used, so nothing is compiled here.
+comma := ,
+install_editable = echo "installing entmtp into $(VENV)"; CMAKE_ARGS="$(FLAGS)" $(PIP) install --quiet \
+	--no-build-isolation -C build-dir=$(BUILD) -C cmake.define.ENTMTP_TESTS=ON -e ".[$(1)]"
+
+wheel: $(VENV)/.tools ## build a wheel for this platform into dist/
+	CMAKE_ARGS="$(FLAGS)" $(PIP) wheel --no-build-isolation --no-deps -v -C build-dir=build/wheel -w dist .
+
+lint: $(VENV)/.dev ## check formatting, style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(find native -name '*.cpp' -o -name '*.h')
+
+format: $(VENV)/.dev ## format Python and C++
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find native -name '*.cpp' -o -name '*.h')
+
+clean: ## remove what was built here (keeps .venv and the llama.cpp cache)
+	rm -rf build dist $(VENV)/.installed
+
+distclean: clean ## also remove .venv
+	rm -rf $(VENV)
+
+# Stamps. Each is touched last, so an interrupted step runs again.
+
+$(VENV)/.tools: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python >= 3.10 is needed, this is %s; try make PYTHON=python3.12" % sys.version.split()[0])'
+	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV) \
+		|| { echo "could not create $(VENV); on Debian and Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }
+	$(PIP) install --quiet "$(SKBUILD)" "pip>=23.1" "cmake>=3.28,<5" "ninja>=1.11,<2"
+	@touch $@
+
+# llama-cpp-python as Python code only: its libraries are replaced by ours, so compiling them would waste minutes.
+# The archive is the one whose llama.cpp is built.
+$(VENV)/.deps: native/llama.cpp.pin.json | $(VENV)/.tools
+	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" \
+		$(PIP) install --quiet --no-build-isolation "$$($(PY) native/llama_cpp.py sdist)"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml install
+	@[ -f $@ ] && [ $@ -nt pyproject.toml ] || $(call install_editable,test$(comma)dev)
+	@touch $@
+
+$(VENV)/.torch: install
+	@[ -f $@ ] || $(PIP) install --quiet "$(TORCH)"
+	@touch $@
+
+# Other flags, other build: an option left out must not survive in the old CMake cache.
+$(BUILD)/.flags: FORCE | $(VENV)/.tools
+	@if [ ! -f $@ ] || [ "$$(cat $@)" != '$(FLAGS)' ] || [ ! -f $(BUILD)/CMakeCache.txt ]; then \
+		rm -rf $(BUILD) && mkdir -p $(BUILD) \
+		&& cmake -S . -B $(BUILD) -G Ninja -DENTMTP_TESTS=ON $(FLAGS) \
+		&& echo '$(FLAGS)' > $@; fi
+
+.PHONY: FORCE
+FORCE:

@@ -1,0 +1,190 @@
+"""Small models with random weights, written as GGUF: enough of an architecture to run its graph and its memory."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+N_VOCAB = 320  # 256 bytes, one merge, the end token, fillers
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape of a model; what an architecture does not use is ignored."""
+
+    arch: str
+    n_layer: int = 2
+    n_embd: int = 64
+    n_head: int = 4
+    n_head_kv: int = 2
+    head_dim: int = 32  # a row of q8_0 blocks
+    n_ff: int = 96
+    window: int = 0  # sliding window of every other layer
+    n_expert: int = 0
+    n_expert_used: int = 0
+
+
+SPECS = {
+    "llama": Spec("llama"),
+    "qwen3": Spec("qwen3", n_head_kv=1),
+    "gemma3": Spec("gemma3", n_layer=4, window=16),
+    "gemma3-narrow": Spec("gemma3", n_layer=4, window=4),  # a deep node no longer sees the tree's root
+    "qwen3moe": Spec("qwen3moe", n_expert=8, n_expert_used=2, n_ff=32),
+    "mamba": Spec("mamba"),
+}
+
+
+def byte_tokens() -> list[str]:
+    """The 256 byte tokens of a GPT-2 vocabulary: printable bytes stand for themselves, others from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) if b in printable else chr(0x100 + others.index(b)) for b in range(256)]
+
+
+class _Weights:
+    """Draws tensors and adds them to the file; the same name and seed give the same weights."""
+
+    def __init__(self, writer: gguf.GGUFWriter, seed: int) -> None:
+        self.writer = writer
+        self.seed = seed
+
+    def normal(self, name: str, *shape: int, gain: float = 1.0) -> None:
+        """Rows first, as numpy has it. Variance 1 / columns: activations keep their size."""
+        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+        scale = gain / np.sqrt(shape[-1])
+        self.writer.add_tensor(name, rng.normal(0.0, scale, shape).astype(np.float32))
+
+    def norm(self, name: str, n: int) -> None:
+        """A norm's weights near 1, all different: a hidden state before the norm cannot pass for one after it."""
+        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+        self.writer.add_tensor(name, rng.uniform(0.7, 1.3, n).astype(np.float32))
+
+
+def _add_vocab(w: gguf.GGUFWriter) -> None:
+    tokens = [*byte_tokens(), "th", "<|end|>"]
+    kinds = [gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL]
+    while len(tokens) < N_VOCAB:
+        tokens.append(f"<|{len(tokens)}|>")
+        kinds.append(gguf.TokenType.UNUSED)
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre("gpt-2")
+    w.add_token_list(tokens)
+    w.add_token_types(kinds)
+    w.add_token_merges(["t h"])
+    w.add_bos_token_id(257)
+    w.add_eos_token_id(257)
+    w.add_add_bos_token(False)
+
+
+def _add_attention(t: _Weights, s: Spec, prefix: str) -> None:
+    # sharp attention (gain on queries and keys): one token wrongly seen, or missed, moves the logits a lot
+    t.normal(f"{prefix}.attn_q.weight", s.n_head * s.head_dim, s.n_embd, gain=1.5)
+    t.normal(f"{prefix}.attn_k.weight", s.n_head_kv * s.head_dim, s.n_embd, gain=1.5)
+    t.normal(f"{prefix}.attn_v.weight", s.n_head_kv * s.head_dim, s.n_embd)
+    t.normal(f"{prefix}.attn_output.weight", s.n_embd, s.n_head * s.head_dim)
+    if s.arch != "llama":
+        t.norm(f"{prefix}.attn_q_norm.weight", s.head_dim)
+        t.norm(f"{prefix}.attn_k_norm.weight", s.head_dim)
+    if s.arch == "gemma3":
+        t.norm(f"{prefix}.post_attention_norm.weight", s.n_embd)
+
+
+def _add_ffn(t: _Weights, s: Spec, prefix: str) -> None:
+    t.norm(f"{prefix}.ffn_norm.weight", s.n_embd)
+    if s.n_expert:
+        t.normal(f"{prefix}.ffn_gate_inp.weight", s.n_expert, s.n_embd)
+        t.normal(f"{prefix}.ffn_gate_exps.weight", s.n_expert, s.n_ff, s.n_embd)
+        t.normal(f"{prefix}.ffn_up_exps.weight", s.n_expert, s.n_ff, s.n_embd)
+        t.normal(f"{prefix}.ffn_down_exps.weight", s.n_expert, s.n_embd, s.n_ff)
+        return
+    t.normal(f"{prefix}.ffn_gate.weight", s.n_ff, s.n_embd)
+    t.normal(f"{prefix}.ffn_up.weight", s.n_ff, s.n_embd)
+    t.normal(f"{prefix}.ffn_down.weight", s.n_embd, s.n_ff)
+    if s.arch == "gemma3":
+        t.norm(f"{prefix}.post_ffw_norm.weight", s.n_embd)
+
+
+def _add_mamba(w: gguf.GGUFWriter, t: _Weights, s: Spec, prefix: str) -> None:
+    d_conv, d_inner, d_state, dt_rank = 4, 2 * s.n_embd, 16, 4
+    t.normal(f"{prefix}.ssm_in.weight", 2 * d_inner, s.n_embd)
+    t.normal(f"{prefix}.ssm_conv1d.weight", d_inner, d_conv)
+    t.norm(f"{prefix}.ssm_conv1d.bias", d_inner)
+    t.normal(f"{prefix}.ssm_x.weight", dt_rank + 2 * d_state, d_inner)
+    t.normal(f"{prefix}.ssm_dt.weight", d_inner, dt_rank)
+    t.norm(f"{prefix}.ssm_dt.bias", d_inner)
+    decay = -np.tile(np.arange(1, d_state + 1, dtype=np.float32), (d_inner, 1))  # negative: the state decays
+    w.add_tensor(f"{prefix}.ssm_a", decay)
+    t.norm(f"{prefix}.ssm_d", d_inner)
+    t.normal(f"{prefix}.ssm_out.weight", s.n_embd, d_inner)
+
+
+def write_model(path: Path, spec: Spec, seed: int = 1) -> Path:
+    """Write a model of shape `spec` to `path`, weights in f32."""
+    s = spec
+    w = gguf.GGUFWriter(path, s.arch)
+    t = _Weights(w, seed)
+
+    w.add_name(f"random {s.arch}")
+    w.add_context_length(2048)
+    w.add_embedding_length(s.n_embd)
+    w.add_block_count(s.n_layer)
+    w.add_feed_forward_length(s.n_ff)
+    w.add_layer_norm_rms_eps(1e-6)
+    w.add_vocab_size(N_VOCAB)
+    _add_vocab(w)
+    if s.arch == "mamba":
+        w.add_head_count(0)
+        w.add_ssm_conv_kernel(4)
+        w.add_ssm_inner_size(2 * s.n_embd)
+        w.add_ssm_state_size(16)
+        w.add_ssm_time_step_rank(4)
+    else:
+        w.add_head_count(s.n_head)
+        w.add_head_count_kv(s.n_head_kv)
+        w.add_key_length(s.head_dim)
+        w.add_value_length(s.head_dim)
+        w.add_rope_dimension_count(s.head_dim)
+        w.add_rope_freq_base(10000.0)
+    if s.window:
+        w.add_sliding_window(s.window)
+        w.add_uint32(f"{s.arch}.attention.sliding_window_pattern", 2)  # every second layer is global
+    if s.n_expert:
+        w.add_expert_count(s.n_expert)
+        w.add_expert_used_count(s.n_expert_used)
+        w.add_expert_feed_forward_length(s.n_ff)
+
+    # embeddings of size 1, except where the architecture scales them itself
+    t.normal("token_embd.weight", N_VOCAB, s.n_embd, gain=1.0 if s.arch == "gemma3" else s.n_embd**0.5)
+    t.norm("output_norm.weight", s.n_embd)
+    t.normal("output.weight", N_VOCAB, s.n_embd, gain=2.0)
+    for i in range(s.n_layer):
+        prefix = f"blk.{i}"
+        t.norm(f"{prefix}.attn_norm.weight", s.n_embd)
+        if s.arch == "mamba":
+            _add_mamba(w, t, s, prefix)
+        else:
+            _add_attention(t, s, prefix)
+            _add_ffn(t, s, prefix)
+
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="entmtp-models-")  # removed when the process ends
+
+
+@functools.cache
+def model_path(name: str) -> Path:
+    """The GGUF file of SPECS[name], written once per process."""
+    return write_model(Path(_folder().name) / f"{name}.gguf", SPECS[name])

@@ -1,0 +1,179 @@
+"""Tree banks: what is valid loads and means what it says, everything else is refused by the name of its field."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from entmtp.bank import Bank, Tree, from_json, names, to_json
+from entmtp.errors import BankError
+from entmtp.tune import grow, node_probabilities
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+GOOD: dict[str, Any] = {
+    "version": 1,
+    "name": "good",
+    "trees": [{"name": "plain", "paths": []}, {"name": "a", "paths": [[0], [1], [0, 0]]}, {"name": "b", "paths": [[0]]}],
+    "ema_window": 8,
+    "bin_edges": [0.5],
+    "acceptance": [[[], [0.6, 0.2, 0.3], [0.6]], [[], [0.4, 0.1, 0.1], [0.4]]],
+    "verify_cost": {"1": 1.0, "2": 1.2, "4": 2.0},
+    "draft_cost": [0.0, 0.1, 0.2],
+}
+
+
+@st.composite
+def rank_paths(draw: st.DrawFn) -> list[list[int]]:
+    """Random trees as rank paths, in random order."""
+    paths: list[list[int]] = []
+    for _ in range(draw(st.integers(0, 20))):
+        parent = draw(st.sampled_from([[], *paths]))
+        path = [*parent, draw(st.integers(0, 5))]
+        if path not in paths and len(path) < 7:
+            paths.append(path)
+    return draw(st.permutations(paths))
+
+
+@given(rank_paths())
+@settings(derandomize=True, deadline=None)
+def test_trees_keep_their_paths_and_come_breadth_first(paths: list[list[int]]) -> None:
+    tree = Tree.from_paths("t", paths)
+    assert sorted(map(list, tree.paths)) == sorted(paths)
+    assert tree.n_nodes == len(paths) + 1
+    depths = [len(p) for p in tree.paths]
+    assert depths == sorted(depths)
+    # walking up from a node spells its path backwards
+    for i in range(1, tree.n_nodes):
+        ranks, node = [], i
+        while node > 0:
+            ranks.append(tree.rank[node])
+            assert tree.parent[node] < node
+            node = tree.parent[node]
+        assert tuple(reversed(ranks)) == tree.paths[i - 1]
+
+
+def test_round_trip() -> None:
+    bank = from_json(GOOD, "x")
+    assert from_json(to_json(bank), "x") == bank
+    assert bank.expected().tolist() == [[0.0, pytest.approx(1.1), 0.6], [0.0, pytest.approx(0.6), 0.4]]
+    assert bank.step_costs().tolist() == pytest.approx([1.0, 2.2, 1.3])
+
+
+def test_pruning_drops_deep_nodes_and_what_becomes_equal() -> None:
+    data = copy.deepcopy(GOOD)
+    data["trees"][2]["paths"] = [[0], [1]]
+    data["acceptance"][0][2] = [0.6, 0.2]
+    data["acceptance"][1][2] = [0.4, 0.1]
+    bank = from_json(data, "x").pruned(1)
+    assert [t.paths for t in bank.trees] == [(), ((0,), (1,))]
+    assert bank.expected().tolist() == [[0.0, 0.8], [0.0, 0.5]]
+
+
+BROKEN = {
+    "version": (lambda d: d.update(version=2), "version"),
+    "no version": (lambda d: d.pop("version"), "version"),
+    "unknown field": (lambda d: d.update(colour="red"), "colour"),
+    "no trees": (lambda d: d.update(trees=[]), "trees"),
+    "trees no list": (lambda d: d.update(trees={"a": 1}), "trees"),
+    "first tree not plain": (lambda d: d["trees"].pop(0), "acceptance|trees\\[0\\]"),
+    "same names": (lambda d: d["trees"][2].update(name="a"), "different names"),
+    "orphan": (lambda d: d["trees"][1].update(paths=[[0], [1], [2, 0]]), "no parent"),
+    "twice": (lambda d: d["trees"][1].update(paths=[[0], [0], [0, 0]]), "twice"),
+    "negative rank": (lambda d: d["trees"][1].update(paths=[[0], [-1], [0, 0]]), "rank path"),
+    "text rank": (lambda d: d["trees"][1].update(paths=[[0], ["1"], [0, 0]]), "rank path"),
+    "bool rank": (lambda d: d["trees"][1].update(paths=[[0], [True], [0, 0]]), "rank path"),
+    "empty path": (lambda d: d["trees"][1].update(paths=[[], [1], [0, 0]]), "rank path"),
+    "too many nodes": (lambda d: d["trees"][1].update(paths=[[i] for i in range(600)]), "601 nodes"),
+    "not breadth first": (lambda d: d["trees"][1].update(paths=[[0], [0, 0], [1]]), "breadth-first"),
+    "edges fall": (lambda d: d.update(bin_edges=[1.0, 0.5], acceptance=GOOD["acceptance"] + [GOOD["acceptance"][0]]), "increasing"),
+    "edges text": (lambda d: d.update(bin_edges=["1"]), "bin_edges"),
+    "edge nan": (lambda d: d.update(bin_edges=[float("nan")]), "bin_edges"),
+    "a bin is missing": (lambda d: d["acceptance"].pop(), "acceptance"),
+    "a tree is missing": (lambda d: d["acceptance"][0].pop(), "acceptance\\[0\\]"),
+    "a node is missing": (lambda d: d["acceptance"][0][1].pop(), "acceptance\\[0\\]\\[1\\]"),
+    "probability above 1": (lambda d: d["acceptance"][0].__setitem__(2, [1.5]), "between 0 and 1"),
+    "window": (lambda d: d.update(ema_window=0), "ema_window"),
+    "cost key": (lambda d: d.update(verify_cost={"two": 1.0}), "verify_cost"),
+    "cost zero": (lambda d: d.update(verify_cost={"1": 0}), "verify_cost"),
+    "draft cost": (lambda d: d.update(draft_cost=[-1]), "draft_cost"),
+    "name": (lambda d: d.update(name=3), "name"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN, ids=str)
+def test_every_broken_field_is_named(case: str) -> None:
+    data = copy.deepcopy(GOOD)
+    change, match = BROKEN[case]
+    change(data)
+    with pytest.raises(BankError, match=match):
+        from_json(data, "x")
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2", "[]", "3", '"x"', "[" * 100_000], ids=lambda t: t[:8] or "empty")
+def test_files_that_are_no_banks(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "bank.json"
+    path.write_text(text)
+    with pytest.raises(BankError):
+        Bank.load(path)
+
+
+def test_missing_files_and_names(tmp_path: Path) -> None:
+    with pytest.raises(BankError, match="cannot read"):
+        Bank.load(tmp_path / "none.json")
+    with pytest.raises(BankError, match="mc_sim_7b_63"):
+        Bank.load("no-such-bank")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BankError, match="UTF-8"):
+        Bank.load(tmp_path / "binary.json")
+
+
+def test_banks_that_come_along() -> None:
+    for name in names():
+        bank = Bank.load(name)
+        assert bank.source, name
+        if name.startswith("generic-"):
+            assert bank.expected().shape == (len(bank.bin_edges) + 1, len(bank.trees))
+            assert [t.n_nodes for t in bank.trees] == [1, 2, 4, 8, 16, 32]
+        else:
+            assert [t.n_nodes for t in bank.trees] == [1, 64]
+            with pytest.raises(BankError, match="no calibration"):
+                bank.expected()
+
+
+def test_growth_against_brute_force() -> None:
+    """The most probable tree of n nodes, among all trees over the observed paths."""
+    import itertools
+
+    import numpy as np
+
+    rng = np.random.default_rng(3)
+    ranks = np.minimum(rng.geometric(0.6, (400, 3)) - 1, 3).astype(np.int32)
+    p = node_probabilities(ranks, max_rank=3)
+    for n in (2, 3, 4, 5):
+        best = 0.0
+        for paths in itertools.combinations(p, n - 1):
+            if all(len(q) == 1 or q[:-1] in paths for q in paths):
+                best = max(best, sum(p[q] for q in paths))
+        grown = grow(p, n)
+        assert len(grown) == n - 1
+        assert sum(p[q] for q in grown) == pytest.approx(best)
+
+
+def test_node_probabilities_are_shares() -> None:
+    import numpy as np
+
+    ranks = np.array([[0, 0], [0, 1], [1, 0], [0, -1]], dtype=np.int32)
+    assert node_probabilities(ranks) == {
+        (0,): 3 / 4, (1,): 1 / 4, (0, 0): 1 / 3, (0, 1): 1 / 3, (1, 0): 1 / 3,
+    }  # fmt: skip
+
+
+def test_schema_file_lists_the_fields_that_the_reader_knows() -> None:
+    from importlib.resources import files
+
+    schema = json.loads((files("entmtp") / "trees" / "bank.schema.json").read_text())
+    assert set(schema["properties"]) == set(to_json(from_json(GOOD | {"task": "t", "heads": "h", "device": "d"}, "x")))
