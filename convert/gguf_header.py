@@ -69,11 +69,9 @@ class _Cursor:
         item, count = GGUFValueType(self.scalar("<I")), self.scalar("<Q")
         if item == GGUFValueType.ARRAY:
             raise ValueError("it holds an array of arrays")
-        width = 8 if item == GGUFValueType.STRING else struct.calcsize(_SCALARS[item])
-        if count * width > self.end - self.pos:
-            raise ValueError("an array reaches beyond the end of the file")
         if item == GGUFValueType.STRING:
             return [self.string() for _ in range(count)]
+        width = struct.calcsize(_SCALARS[item])
         return list(struct.unpack(f"<{count}{_SCALARS[item][1]}", self.take(count * width)))
 
 

@@ -402,6 +402,11 @@ def plan_heads(
         raise ConvertError(
             f"{label}: the file holds no tensors; check that it is a Medusa or Hydra checkpoint"
         )
+    if any(name.startswith("model.layers.") for name in heads):
+        raise ConvertError(
+            f"{label}: this is a model without Medusa or Hydra heads; give the heads as CHECKPOINT and this model, "
+            "as GGUF, as --base"
+        )
     is_hydra = any(name.startswith(("hydra_", _PREFIX)) for name in heads) or "hydra_head_arch" in config
     reader = _Reader(heads, config, base, label)
     return reader.hydra() if is_hydra else reader.medusa()

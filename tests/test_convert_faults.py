@@ -153,9 +153,26 @@ def test_unsupported_hydra(tmp_path, run, change, words):
     failed(run(write_checkpoint(tmp_path / "c", hydra_state(3, prefix=True), config)), *words)
 
 
+def test_prefix_layer_in_one_of_config_and_file(tmp_path, run):
+    mlp, prefix = hydra_state(2), hydra_state(2, prefix=True)
+    failed(
+        run(write_checkpoint(tmp_path / "a", mlp, hydra_config(2, prefix=True))), "q_proj.weight' is missing"
+    )
+    code, err = run(write_checkpoint(tmp_path / "b", prefix, hydra_config(2)))
+    assert code == 0 and "config.json says 'mlp'" in err
+
+
 def test_first_medusa_release(tmp_path, run):
     state = {name: array for name, array in medusa_state().items() if "linear" in name}
     failed(run(write_checkpoint(tmp_path / "c", state, medusa_config())), "first Medusa release")
+
+
+def test_model_without_heads(tmp_path, run):
+    state = {
+        "model.embed_tokens.weight": np.ones((48, 32)),
+        "model.layers.0.mlp.up_proj.weight": np.ones((64, 32)),
+    }
+    failed(run(write_checkpoint(tmp_path / "c", state, {}, file="model.safetensors")), "a model without")
 
 
 def test_two_sets_of_heads(tmp_path, run):

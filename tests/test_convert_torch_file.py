@@ -277,6 +277,8 @@ def test_refused_by_name(tmp_path, protocol):
     for function, name in ((os.system, f"{os.name}.system"), (eval, "eval'"), (getattr, "getattr'")):
         evil = pickle.dumps({"0.0.linear.weight": Reduces(function, "x", "y")}, protocol=protocol)
         refused(write_pickle(tmp_path / "x.pt", evil), name)
+        unused = pickle.dumps({"0.0.linear.weight": 1, "never called": function}, protocol=protocol)
+        refused(write_pickle(tmp_path / "x.pt", unused), rf"asks for '\w+\.{name.split('.')[-1]}")
 
 
 def raw(body):

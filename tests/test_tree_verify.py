@@ -31,26 +31,28 @@ from llama_tree import (
 from llama_tree import C as llama
 from models import N_VOCAB, SPECS, model_path
 
-# f32 throughout: other batch sizes add up in another order, nothing else.
-ATOL = 1e-4
+# The reference's batches are as large as the tree's (see plain_rows). With flash attention the logits then are equal
+# bit for bit, whatever the types (measured: 0). Without it the softmax adds up its cells in another order.
+ATOL = 1e-4  # measured: 3e-6
 
-# Elsewhere ggml rounds to f16: flash attention casts an f32 cache, gemma's GELU is a table with f16 arguments, a cache
-# may be f16 itself. Values that differ by 1e-6 between batch sizes then round apart now and then, by 2^-11 of
-# themselves, in plain decoding as in a tree. In q8_0 such a step is 1/127 of the largest of 32 values, but rarer.
-ATOL_F16 = 1e-2
-ATOL_Q8 = 5e-2
+# Where ggml rounds to f16 on the way, values that differ by 1e-6 round apart now and then, in plain decoding as in a
+# tree: an f16 cache, gemma's GELU (a table of f16), flash attention (casts an f32 cache) after cells changed order.
+ATOL_F16 = 1e-2  # measured: 2.4e-3
+ATOL_QUANTISED = 0.5  # activations before q8_0 weights, steps of 1/127; measured: 0.11 of logits up to 14
 
 
-def tolerance(name: str, flash: bool, kv: int) -> float:
-    """Largest difference of a logit (standard deviation 2)."""
-    if kv == Q8_0:
-        return ATOL_Q8
-    return ATOL if kv == F32 and not flash and not name.startswith("gemma") else ATOL_F16
+def tolerance(name: str, flash: bool, kv: int = F32) -> float:
+    """Largest difference between the logits of a tree and those of plain decoding. They have a deviation of 2."""
+    if flash:
+        return ATOL
+    if "q8_0" in name:
+        return ATOL_QUANTISED
+    return ATOL if kv == F32 and not name.startswith("gemma") else ATOL_F16
 
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMOS = [*sorted(ROOT.glob("python/entmtp/assets/*.gguf")), ROOT.parent / "shared/demo/demo-base-f32.gguf"]
-DEMO = next((p for p in DEMOS if p.exists()), None)
+DEMO = {p.stem: p for p in DEMOS if p.exists()}
 
 
 # trees
@@ -120,7 +122,7 @@ _models: dict[str, Model] = {}
 
 def load(name: str) -> Model:
     if name not in _models:
-        _models[name] = Model(DEMO if name == "demo" and DEMO else model_path(name))
+        _models[name] = Model(DEMO.get(name) or model_path(name))
     return _models[name]
 
 
@@ -144,8 +146,21 @@ def two() -> Iterator[list[Context]]:
 
 
 PROMPT = np.random.default_rng(5).integers(0, N_VOCAB, 50).tolist()
+START = len(PROMPT)
 TREE = Tree([-1, 0, 0, 0, 1, 1, 2, 4], [10, 11, 12, 13, 14, 15, 16, 17])
 LOOK = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+def plain_path(ctx: Context, tree: Tree, path: list[int]) -> np.ndarray:
+    """Decode the path as plain tokens and return their logits.
+
+    The batch is as large as the tree, so that ggml takes the same kernels: what follows a path cannot change it, and is
+    removed.
+    """
+    end = ctx.pos_max() + 1 + len(path)
+    logits = ctx.decode([tree.tokens[i] for i in path] + [0] * (len(tree) - len(path)))
+    ctx.rm(end)
+    return logits[: len(path)]
 
 
 def plain_rows(ctx: Context, tree: Tree, hidden: bool = False) -> np.ndarray:
@@ -153,7 +168,7 @@ def plain_rows(ctx: Context, tree: Tree, hidden: bool = False) -> np.ndarray:
     start = ctx.pos_max() + 1
     rows: dict[int, np.ndarray] = {}
     for path in tree.leaf_paths():
-        logits = ctx.decode([tree.tokens[i] for i in path])
+        logits = plain_path(ctx, tree, path)
         rows |= {i: ctx.hidden(k) if hidden else logits[k] for k, i in enumerate(path)}
         ctx.rm(start)
     return np.stack([rows[i] for i in range(len(tree))])
@@ -187,7 +202,7 @@ def check_every_node(name: str, flash: bool, kv: int, n_examples: int, max_prefi
             np.testing.assert_allclose(got, want, atol=tolerance(name, flash, kv), rtol=0)
 
         check()
-    print(f"WORST {name} flash={flash} kv={kv}: {worst:.2e}")
+    print(f"{name}, flash={flash}, kv={kv}: largest difference {worst:.1e}")  # pytest -s shows it
 
 
 @pytest.mark.parametrize("flash", [False, True], ids=["eager", "flash"])
@@ -199,15 +214,29 @@ def test_every_node_equals_its_path(name: str, flash: bool) -> None:
 # no experts here: a rounding can send a token to another expert, with no bound on the difference
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize(("kv", "flash"), [(F16, False), (F16, True), (Q8_0, True)], ids=["f16", "f16-flash", "q8-flash"])
-def test_every_node_equals_its_path_quantised(name: str, kv: int, flash: bool) -> None:
-    """A quantised V needs flash attention."""
+def test_every_node_equals_its_path_small_kv(name: str, kv: int, flash: bool) -> None:
+    """llama.cpp takes a quantised V with flash attention only."""
     check_every_node(name, flash, kv, n_examples=10)
 
 
-@pytest.mark.skipif(DEMO is None, reason="the demo model is not in this checkout")
 @pytest.mark.parametrize("flash", [False, True], ids=["eager", "flash"])
-def test_every_node_equals_its_path_demo(flash: bool) -> None:
-    check_every_node("demo", flash, F32, n_examples=3, max_prefix=400)
+@pytest.mark.parametrize("name", sorted(DEMO) or [None])
+def test_every_node_equals_its_path_demo(name: str | None, flash: bool) -> None:
+    if name is None:
+        pytest.skip("the demo model is not in this checkout")
+    check_every_node(name, flash, F32, n_examples=3, max_prefix=400)
+
+
+def test_paths_alone(two: list[Context]) -> None:
+    """The reference without its trick: each path is decoded alone, then token by token."""
+    tree_ctx, plain_ctx = two
+    got = tree_ctx.decode(TREE.tokens, TREE.parents)
+    for path in TREE.leaf_paths():
+        tokens = [TREE.tokens[i] for i in path]
+        np.testing.assert_allclose(got[path], plain_ctx.decode(tokens), atol=ATOL, rtol=0)
+        plain_ctx.rm(START)
+        np.testing.assert_allclose(got[path], np.concatenate([plain_ctx.decode([t]) for t in tokens]), atol=ATOL, rtol=0)
+        plain_ctx.rm(START)
 
 
 @pytest.mark.parametrize("unified", [True, False])
@@ -248,7 +277,7 @@ def test_hidden_states_of_output_rows(name: str) -> None:
         if name != "mamba":
             logits = a.decode(TREE.tokens, TREE.parents)
             hidden = np.stack([a.hidden(i) for i in range(len(TREE))])
-            np.testing.assert_allclose(hidden, plain_rows(b, TREE, hidden=True), atol=tolerance(name, False, F32), rtol=0)
+            np.testing.assert_allclose(hidden, plain_rows(b, TREE, hidden=True), atol=tolerance(name, False), rtol=0)
             np.testing.assert_allclose(hidden @ head.T, logits, atol=ATOL, rtol=0)
 
 
@@ -267,7 +296,8 @@ def test_outputs_of_some_nodes(two: list[Context]) -> None:
 def test_decoding_continues_after_commit(name: str, flash: bool) -> None:
     """The reference decodes the committed paths only; later plain and tree steps give the same."""
     rng = np.random.default_rng(7)
-    atol = tolerance(name, flash, F32)
+    # cells that a commit freed are used again in another order
+    atol = ATOL_F16 if flash else tolerance(name, flash)
     with contexts(name, flash=flash) as (tree_ctx, plain_ctx):
         for c in (tree_ctx, plain_ctx):
             c.decode(PROMPT)
@@ -277,7 +307,7 @@ def test_decoding_continues_after_commit(name: str, flash: bool) -> None:
             np.testing.assert_allclose(got, plain_rows(plain_ctx, tree), atol=atol, rtol=0)
             path = tree.path(int(rng.integers(len(tree))))
             assert tree_ctx.commit(path)
-            plain_ctx.decode([tree.tokens[i] for i in path])
+            plain_path(plain_ctx, tree, path)
             for n in (1, 3):
                 tokens = rng.integers(0, N_VOCAB, n).tolist()
                 np.testing.assert_allclose(tree_ctx.decode(tokens), plain_ctx.decode(tokens), atol=atol, rtol=0)
@@ -289,8 +319,7 @@ def test_many_rounds_leave_the_cells_of_plain_decoding(name: str, flash: bool) -
     """1,000 rounds of tree, commit (all of a path, some or nothing) and now and then a rollback."""
     rng = np.random.default_rng(11)
     n_ctx, max_nodes, window = 256, 16, SPECS[name].window
-    # layers add up what roundings of the KV before them did; V comes back transposed without flash attention
-    atol = tolerance(name, flash, F32)
+    atol = ATOL_F16 if flash else tolerance(name, flash)
     n_rounds = n_tokens = n_rollbacks = 0
     with contexts(name, n_ctx=n_ctx, n_ubatch=32, flash=flash) as (tree_ctx, plain_ctx):
         for c in (tree_ctx, plain_ctx):
@@ -303,7 +332,7 @@ def test_many_rounds_leave_the_cells_of_plain_decoding(name: str, flash: bool) -
             path = path[: int(rng.integers(len(path) + 1))]
             assert tree_ctx.commit(path)
             if path:
-                plain_ctx.decode([tree.tokens[i] for i in path], outputs=[0])
+                plain_path(plain_ctx, tree, path)
                 n_tokens += len(path)
 
             end = plain_ctx.pos_max() + 1
@@ -377,6 +406,7 @@ def assert_still_right(ctx: Context, other: Context, state: bytes) -> None:
 @pytest.mark.parametrize(("idx", "parent"), [(0, 0), (1, 1), (1, 2), (1, -1), (0, -1), (-1, 0), (3, 0), (3, 2), (1, 99)])
 def test_set_parent_refuses(two: list[Context], idx: int, parent: int) -> None:
     ctx, plain = two
+    llama.llama_batch_ext_clear(ctx.batch)
     for i in range(3):
         llama.llama_batch_ext_add_token(ctx.batch, 0, i)
         llama.llama_batch_ext_set_pos(ctx.batch, i, (ctypes.c_int32 * 1)(len(PROMPT) + i))
@@ -386,8 +416,6 @@ def test_set_parent_refuses(two: list[Context], idx: int, parent: int) -> None:
     assert llama.llama_process(ctx.ptr, llama.LLAMA_PROCESS_TYPE_DECODE, ctx.batch) == 0
     assert np.array_equal(ctx.logits(3), plain.decode([0, 1, 2]))
 
-
-START = len(PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -489,6 +517,7 @@ def test_recurrent_memory_refuses_a_tree() -> None:
     with contexts("mamba") as (ctx, plain):
         for c in (ctx, plain):
             c.decode(PROMPT)
+        llama.llama_batch_ext_clear(ctx.batch)
         for i in range(2):
             llama.llama_batch_ext_add_token(ctx.batch, 0, i)
             llama.llama_batch_ext_set_pos(ctx.batch, i, (ctypes.c_int32 * 1)(START + i))

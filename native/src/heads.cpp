@@ -157,7 +157,10 @@ void heads::load_weights(const char * path, const llama_model * model) {
     }
 
     // the base model
-    const std::string base = gguf_find_key(gguf.get(), "entmtp.base.name") >= 0 ? key.str("entmtp.base.name") : "another model";
+    std::string base = key.str("entmtp.base.name");
+    if (base.empty()) {
+        base = "another model";
+    }
 
     const auto differs = [&](const char * what, const std::string & ours, const std::string & theirs) {
         fail(std::string(path) + " was made for " + base + ": its " + what + " is " + ours + ", the loaded model's is " + theirs);
@@ -181,10 +184,10 @@ void heads::load_weights(const char * path, const llama_model * model) {
         differs("tokenizer fingerprint", expected, fingerprint);
     }
 
-    const int32_t n_heads  = key.u32(key.arch + ".predict_heads", 1, 64);
-    const int32_t n_blocks = key.u32(key.arch + ".block_count",   1, 64);
-
     grounded = is_hydra && key.flag("hydra.grounded");
+
+    const int32_t n_heads  = key.u32(key.arch + ".predict_heads", 1, 64);
+    const int32_t n_blocks = key.u32(key.arch + ".block_count", grounded ? 1 : 0, 64);
 
     // weights: shapes are checked here, data is read below
     std::vector<std::pair<ggml_tensor *, size_t>> to_read; // tensor, offset in the file

@@ -409,6 +409,10 @@ static void test_errors() {
     CHECK_EQ(entmtp_decoder_eval(l.dec.get(), prompt.data(), -5, 0, false), ENTMTP_ERROR);
     CHECK_EQ(l.eval(prompt, 5), ENTMTP_ERROR);
     CHECK_HAS(entmtp_last_error(), "only 0 are evaluated");
+    for (const int32_t n_past : { -1, -7, INT32_MIN }) {
+        CHECK_EQ(l.eval(prompt, n_past), ENTMTP_ERROR);
+        CHECK_HAS(entmtp_last_error(), "cannot continue");
+    }
     CHECK_EQ(l.eval(tokens(129, 5), 0), ENTMTP_ERROR);
     CHECK_HAS(entmtp_last_error(), "n_batch");
 
@@ -449,6 +453,61 @@ static void test_errors() {
     CHECK(run(l, greedy().get(), 50) == expected);
 }
 
+// settings that change while a tree is being walked
+static void test_changes_in_a_step() {
+    constexpr int32_t n = 60;
+
+    loop         plain;
+    const tokens expected = run(plain, greedy().get(), n);
+
+    for (const bool drafts : { false, true }) {
+        loop l(drafts ? "medusa.gguf" : nullptr);
+
+        const auto again = [&](const between & f) {
+            if (drafts) {
+                l.use_tree(every_token);
+            }
+            entmtp_decoder_set_stats(l.dec.get(), true);
+            CHECK(run(l, greedy().get(), n, f) == expected);
+        };
+        for (const int32_t phase : { 0, 1, 2 }) {
+            again([&](loop & x, int32_t i) {
+                if (i % 3 == phase) {
+                    entmtp_decoder_reset_stats(x.dec.get());
+                }
+            });
+            CHECK((int32_t) l.steps().size() + l.n_accepted() <= 3);
+            again([&](loop & x, int32_t i) { entmtp_decoder_set_stats(x.dec.get(), i % 3 != phase); });
+            for (const auto & s : l.steps()) {
+                CHECK(s.n_accepted >= 0 && s.n_accepted < s.n_nodes);
+            }
+        }
+        // between evaluation and sampling
+        CHECK_EQ(l.eval(prompt, 0), ENTMTP_OK);
+        const auto s = greedy();
+        for (int32_t i = 0; i < 10; ++i) {
+            int32_t token = -1;
+            entmtp_decoder_reset_stats(l.dec.get());
+            CHECK_EQ(entmtp_decoder_sample(l.dec.get(), s.get(), &token), ENTMTP_OK);
+            CHECK_EQ(l.eval({ token }, (int32_t) prompt.size() + i), ENTMTP_OK);
+        }
+    }
+
+    // an untimed step of the old policy is no evidence for the new one
+    loop l("medusa.gguf");
+    entmtp_decoder_set_stats(l.dec.get(), false);
+    l.use_tree(every_token);
+    const tokens got = run(l, greedy().get(), n, [](loop & x, int32_t i) {
+        if (i == 5) {
+            x.use_entropy();
+            entmtp_decoder_set_stats(x.dec.get(), true);
+        }
+    });
+    CHECK(got == expected);
+    const auto steps = l.steps();
+    CHECK(std::any_of(steps.begin(), steps.end(), [](const entmtp_step & s) { return s.tree != every_token; }));
+}
+
 static void test_typical() {
     // a threshold that only the most probable token passes: greedy decoding
     loop         plain;
@@ -470,6 +529,35 @@ static void test_typical() {
             CHECK(epsilon != 1.0f || got == expected);
             CHECK_EQ((int32_t) l.steps().size() + l.n_accepted(), 100);
         }
+    }
+
+    // the caller goes another way than the typical one: it does not lead on from there
+    tokens parent = { -1 };
+    tokens rank   = { 0 };
+    for (const bool leaf : { false, true }) {
+        for (int32_t i = 0; i < tiny::n_vocab; ++i) {
+            parent.push_back(leaf ? i + 1 : 0);
+            rank  .push_back(leaf ? 0 : i);
+        }
+    }
+    bank b;
+    b.add(parent, rank);
+    CHECK_EQ(entmtp_decoder_set_trees(l.dec.get(), 2, b.n_nodes.data(), b.parent.data(), b.rank.data()), ENTMTP_OK);
+    l.use_tree(1);
+    for (int32_t i = 0; i < 20; ++i) {
+        const int32_t pos = (int32_t) prompt.size();
+        CHECK_EQ(l.eval(prompt, 0), ENTMTP_OK);
+        CHECK_EQ(l.eval({ i }, pos), ENTMTP_OK);
+
+        int32_t token = -1;
+        CHECK_EQ(entmtp_decoder_sample_typical(l.dec.get(), 1.0f, 1e-9f, 1.0f, &token), ENTMTP_OK);
+        const int32_t other = (token + 1 + i) % tiny::n_vocab;
+        CHECK_EQ(l.eval({ other }, pos + 1), ENTMTP_OK); // in the tree, as every token is
+
+        const float * row  = entmtp_decoder_logits(l.dec.get());
+        const int32_t best = (int32_t) (std::max_element(row, row + tiny::n_vocab) - row);
+        CHECK_EQ(entmtp_decoder_sample_typical(l.dec.get(), 1.0f, 1e-9f, 1.0f, &token), ENTMTP_OK);
+        CHECK_EQ(token, best);
     }
 }
 
@@ -500,6 +588,7 @@ int main() {
     test_context_full();
     test_errors();
     test_typical();
+    test_changes_in_a_step();
 
     base.reset();
     llama_backend_free();

@@ -327,6 +327,19 @@ static void test_prefix_chunks() {
     std::vector<float> out(tiny::n_embd);
     CHECK_EQ(entmtp_heads_prefix(h.get(), hidden.data(), 0, 0, out.data()),  ENTMTP_ERROR);
     CHECK_EQ(entmtp_heads_prefix(h.get(), hidden.data(), 1, -1, out.data()), ENTMTP_ERROR);
+    CHECK_EQ(entmtp_heads_prefix(h.get(), hidden.data(), n, INT32_MAX - 2, out.data()), ENTMTP_ERROR);
+    CHECK_EQ(entmtp_heads_prefix(h.get(), hidden.data(), INT32_MAX, 1, out.data()), ENTMTP_ERROR);
+
+    // more positions than the cache was first made for: right, or an error
+    const auto longer = random_vector(700 * tiny::n_embd, 16);
+    const auto other  = load(o);
+    CHECK_EQ(entmtp_heads_prefix(other.get(), longer.data(), 700, 0, out.data()), ENTMTP_OK);
+    const auto expected = out;
+    CHECK_EQ(entmtp_heads_prefix(h.get(), longer.data(), 400, 0, out.data()), ENTMTP_OK);
+    if (entmtp_heads_prefix(h.get(), longer.data() + 400 * tiny::n_embd, 300, 400, out.data()) == ENTMTP_OK) {
+        CHECK_NEAR(max_diff(out, expected), 0.0, 1e-5);
+    }
+
     CHECK_EQ(entmtp_heads_prefix(load(head_options{}).get(), hidden.data(), 1, 0, out.data()), ENTMTP_ERROR);
     CHECK_HAS(entmtp_last_error(), "no prefix layer");
 }
@@ -416,6 +429,18 @@ static void test_wrong_tensors() {
     o.change = [](tiny::file & f) { f.add_raw<int32_t>("head.0.blk.0.weight", GGML_TYPE_I32, { tiny::n_embd, tiny::n_embd }, {}); };
     refused("a matrix of whole numbers", o, { "head.0.blk.0.weight", "i32" });
 
+    // types that are quantised, but that no weights have: nothing can multiply with them
+    o          = {};
+    o.arch     = "hydra";
+    o.grounded = true;
+    o.n_heads  = 7; // its input is as wide as a block of q8_K
+    o.skip     = { "head.6.blk.0.weight" };
+    for (const ggml_type type : { GGML_TYPE_Q8_1, GGML_TYPE_Q8_K }) {
+        o.change = [type](tiny::file & f) { f.add_raw<uint8_t>("head.6.blk.0.weight", type, { 8 * tiny::n_embd, tiny::n_embd }, std::vector<uint8_t>(1 << 16)); };
+        refused("a type for activations", o, { "head.6.blk.0.weight", ggml_type_name(type) });
+    }
+
+    o        = {};
     o.skip   = { "head.0.blk.0.bias" };
     o.change = [](tiny::file & f) { f.add("head.0.blk.0.bias", GGML_TYPE_F16, tiny::n_embd, 1, 1.0f); };
     refused("a bias in f16", o, { "head.0.blk.0.bias", "f16" });
@@ -507,6 +532,17 @@ static void test_arguments() {
     CHECK(!entmtp_heads_load(nullptr, base.get(), 1));
     CHECK(!entmtp_heads_load("x", nullptr, 1));
     CHECK_EQ(entmtp_vocab_fingerprint(nullptr), 0);
+
+    entmtp_heads_info info;
+    entmtp_heads_get_info(nullptr, &info);
+    CHECK_EQ(info.n_heads, 0);
+
+    // a base model without a tokenizer
+    const auto mute = tiny::load_base(tiny::write_base(dir / "no-vocab.gguf", 1, "no_vocab"));
+    CHECK(mute);
+    CHECK_EQ(entmtp_vocab_fingerprint(mute.get()), 0);
+    CHECK(!entmtp_heads_load(tiny::write_heads(dir / "heads.gguf").c_str(), mute.get(), 1));
+    CHECK_HAS(entmtp_last_error(), "tokenizer");
     entmtp_heads_free(nullptr);
 
     head_options o;

@@ -222,6 +222,27 @@ static void test_learns() {
         m.run(s, b, 5000);
         CHECK(m.share(1, 5000) > 0.95);
     }
+    // plain decoding looked slow when it was timed first: that is found out
+    {
+        scheduler s = b.make();
+        warm_up(s, b, 5000.0);
+        machine m = { { 1000, 3000, 9000 }, { 0, 1, 3 } };
+        m.run(s, b, 3000);
+        m.run(s, b, 5000);
+        CHECK(m.share(0, 5000) > 0.98);
+    }
+    // a clock that does not tick makes no tree free of charge for ever
+    {
+        scheduler s = b.make();
+        warm_up(s, b);
+        for (int i = 0; i < 4; ++i) {
+            s.observe(2, 0, 0.0);
+        }
+        machine m = { { 1000, 3000, 9000 }, { 0, 1, 3 } };
+        m.run(s, b, 3000);
+        m.run(s, b, 5000);
+        CHECK(m.share(0, 5000) > 0.98);
+    }
 }
 
 // bins learn apart from each other
@@ -260,7 +281,7 @@ static void test_bad_params() {
     CHECK_THROWS(with([](bank & b) { b.policy = ENTMTP_POLICY_STATIC; b.static_tree = 2; }),  "static_tree");
     CHECK_THROWS(with([](bank & b) { b.policy = ENTMTP_POLICY_STATIC; b.static_tree = -1; }), "static_tree");
 
-    for (const float x : { 0.0f, 0.5f, -3.0f, nan }) {
+    for (const float x : { 0.0f, 0.5f, -3.0f, nan, inf }) {
         CHECK_THROWS(with([&](bank & b) { b.window = x; }), "ema_window");
     }
     for (const float x : { 0.5f, 0.2f, nan, inf }) {
