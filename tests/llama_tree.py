@@ -79,6 +79,7 @@ class Context:
         kv: int = F32,
         n_seq: int = 1,
         unified: bool = True,
+        swa_full: bool = False,
     ) -> None:
         params = C.llama_context_default_params()
         params.n_ctx = n_ctx
@@ -86,10 +87,13 @@ class Context:
         params.n_ubatch = n_ubatch
         params.n_seq_max = n_seq
         params.n_outputs_max = n_ctx
-        params.n_threads = params.n_threads_batch = 1  # threads that wait for each other cost more than they give
+        params.n_threads = params.n_threads_batch = (
+            1  # threads that wait for each other cost more than they give
+        )
         params.flash_attn_type = int(flash)  # 0 off, 1 on; not "auto"
         params.type_k = params.type_v = kv
         params.kv_unified = unified
+        params.swa_full = swa_full  # False: a small cache for sliding windows, its cells soon used again
         params.offload_kqv = params.op_offload = False
         params.no_perf = True
         self.model = model
@@ -121,7 +125,9 @@ class Context:
                 assert batch_set_parent(self.batch, i, parents[i])
         return C.llama_process(self.ptr, C.LLAMA_PROCESS_TYPE_DECODE, self.batch)
 
-    def decode(self, tokens: Sequence[int], parents: Sequence[int] | None = None, **kwargs: Any) -> np.ndarray:
+    def decode(
+        self, tokens: Sequence[int], parents: Sequence[int] | None = None, **kwargs: Any
+    ) -> np.ndarray:
         """Decode after the cached tokens; positions follow from the parents. Returns logits [n_outputs, n_vocab]."""
         start = self.pos_max(kwargs.get("seq", 0)) + 1
         if parents is None:
@@ -205,10 +211,73 @@ def parse_state(data: bytes) -> list[Cells]:
             for _ in range(n_layer):
                 if transposed:  # without flash attention a row of V is one dimension of all cells
                     kind, width, n_embd = take("=iII")
-                    v.append(rows(n_embd, n * width, kind).reshape(n_embd, n, -1).transpose(1, 0, 2).reshape(n, -1)[order])
+                    v.append(
+                        rows(n_embd, n * width, kind)
+                        .reshape(n_embd, n, -1)
+                        .transpose(1, 0, 2)
+                        .reshape(n, -1)[order]
+                    )
                 else:
                     kind, width = take("=iQ")
                     v.append(rows(n, width, kind)[order])
             caches.append(Cells(pos[order], k, v))
     assert at == len(data)
     return caches
+
+
+@dataclass(frozen=True)
+class Tree:
+    parents: list[int]  # -1 for a root; levels in order, as llama.cpp wants positions not to decrease
+    tokens: list[int]
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+    def path(self, node: int) -> list[int]:
+        """Nodes from the root to `node`."""
+        path = []
+        while node >= 0:
+            path.append(node)
+            node = self.parents[node]
+        return path[::-1]
+
+    def leaf_paths(self) -> list[list[int]]:
+        return [self.path(i) for i in range(len(self)) if i not in self.parents]
+
+
+def make_tree(choices: Sequence[int], tokens: Sequence[int], max_depth: int, forest: bool = False) -> Tree:
+    """Node i hangs below node choices[i] mod i, or below its first ancestor that is not too deep."""
+    parent, depth = [-1], [1]
+    for i in range(1, len(choices)):
+        p = choices[i] % (i + forest) - forest
+        while p >= 0 and depth[p] >= max_depth:
+            p = parent[p]
+        parent.append(p)
+        depth.append(depth[p] + 1 if p >= 0 else 1)
+    # by level, in any order within one
+    order = sorted(range(len(choices)), key=lambda i: (depth[i], choices[i] // 7 % 5))
+    where = {old: new for new, old in enumerate(order)}
+    return Tree([where[parent[i]] if parent[i] >= 0 else -1 for i in order], [tokens[i] for i in order])
+
+
+def plain_path(ctx: Context, tree: Tree, path: list[int]) -> np.ndarray:
+    """Decode the path as plain tokens and return their logits.
+
+    The batch is as large as the tree, so that ggml takes the same kernels: what follows a path cannot change it, and is
+    removed.
+    """
+    end = ctx.pos_max() + 1 + len(path)
+    logits = ctx.decode([tree.tokens[i] for i in path] + [0] * (len(tree) - len(path)))
+    ctx.rm(end)
+    return logits[: len(path)]
+
+
+def plain_rows(ctx: Context, tree: Tree, hidden: bool = False) -> np.ndarray:
+    """Row of each node from decoding its path as plain tokens; the context is left as it was."""
+    start = ctx.pos_max() + 1
+    rows: dict[int, np.ndarray] = {}
+    for path in tree.leaf_paths():
+        logits = plain_path(ctx, tree, path)
+        rows |= {i: ctx.hidden(k) if hidden else logits[k] for k, i in enumerate(path)}
+        ctx.rm(start)
+    return np.stack([rows[i] for i in range(len(tree))])

@@ -14,6 +14,9 @@ import numpy as np
 N_VOCAB = 320  # 256 bytes, one merge, the end token, fillers
 
 
+POST_NORM = {"gemma3", "olmo2"}  # norms after attention and feed-forward
+
+
 @dataclass(frozen=True)
 class Spec:
     """Shape of a model; what an architecture does not use is ignored."""
@@ -34,7 +37,10 @@ SPECS = {
     "llama": Spec("llama"),
     "qwen3": Spec("qwen3", n_head_kv=1),
     "gemma3": Spec("gemma3", n_layer=4, window=16),
-    "gemma3-narrow": Spec("gemma3", n_layer=4, window=4),  # a deep node no longer sees the tree's root
+    # sliding windows without gemma's GELU, which ggml takes from a table of f16
+    "olmo2": Spec("olmo2", n_layer=4, window=16, n_head=2, n_head_kv=1),
+    # a deep node no longer sees the tree's root
+    "olmo2-narrow": Spec("olmo2", n_layer=4, window=4, n_head=2, n_head_kv=1),
     "qwen3moe": Spec("qwen3moe", n_expert=8, n_expert_used=2, n_ff=32),
     "mamba": Spec("mamba"),
 }
@@ -89,14 +95,16 @@ def _add_attention(t: _Weights, s: Spec, prefix: str) -> None:
     t.normal(f"{prefix}.attn_v.weight", s.n_head_kv * s.head_dim, s.n_embd)
     t.normal(f"{prefix}.attn_output.weight", s.n_embd, s.n_head * s.head_dim)
     if s.arch != "llama":
-        t.norm(f"{prefix}.attn_q_norm.weight", s.head_dim)
-        t.norm(f"{prefix}.attn_k_norm.weight", s.head_dim)
-    if s.arch == "gemma3":
+        over_heads = s.arch == "olmo2"  # one norm over all heads
+        t.norm(f"{prefix}.attn_q_norm.weight", s.head_dim * (s.n_head if over_heads else 1))
+        t.norm(f"{prefix}.attn_k_norm.weight", s.head_dim * (s.n_head_kv if over_heads else 1))
+    if s.arch in POST_NORM:
         t.norm(f"{prefix}.post_attention_norm.weight", s.n_embd)
 
 
 def _add_ffn(t: _Weights, s: Spec, prefix: str) -> None:
-    t.norm(f"{prefix}.ffn_norm.weight", s.n_embd)
+    if s.arch != "olmo2":
+        t.norm(f"{prefix}.ffn_norm.weight", s.n_embd)
     if s.n_expert:
         t.normal(f"{prefix}.ffn_gate_inp.weight", s.n_expert, s.n_embd)
         t.normal(f"{prefix}.ffn_gate_exps.weight", s.n_expert, s.n_ff, s.n_embd)
@@ -106,7 +114,7 @@ def _add_ffn(t: _Weights, s: Spec, prefix: str) -> None:
     t.normal(f"{prefix}.ffn_gate.weight", s.n_ff, s.n_embd)
     t.normal(f"{prefix}.ffn_up.weight", s.n_ff, s.n_embd)
     t.normal(f"{prefix}.ffn_down.weight", s.n_embd, s.n_ff)
-    if s.arch == "gemma3":
+    if s.arch in POST_NORM:
         t.norm(f"{prefix}.post_ffw_norm.weight", s.n_embd)
 
 
@@ -165,7 +173,8 @@ def write_model(path: Path, spec: Spec, seed: int = 1) -> Path:
     t.normal("output.weight", N_VOCAB, s.n_embd, gain=2.0)
     for i in range(s.n_layer):
         prefix = f"blk.{i}"
-        t.norm(f"{prefix}.attn_norm.weight", s.n_embd)
+        if s.arch != "olmo2":
+            t.norm(f"{prefix}.attn_norm.weight", s.n_embd)
         if s.arch == "mamba":
             _add_mamba(w, t, s, prefix)
         else:

@@ -123,7 +123,9 @@ def test_logits(
             h = rng.standard_normal(N_EMBD).astype(np.float32)
             path = [int(t) for t in rng.integers(0, N_VOCAB, N_HEADS)]
             for i in range(N_HEADS):
-                same_logits(heads.logits(i, h, path[: i + 1]), reference(state, config, i, h, embd[path[: i + 1]]))
+                same_logits(
+                    heads.logits(i, h, path[: i + 1]), reference(state, config, i, h, embd[path[: i + 1]])
+                )
 
 
 def test_blocks_of_their_own(base: Llama, convert_f32: Callable[..., Path]) -> None:
@@ -173,7 +175,9 @@ def test_prefix_layer_feeds_the_heads(base: Llama, base_path: Path, convert_f32:
     with closing(Heads(convert_f32(state, config), base.model, 1)) as heads:
         h = prefix_forward(state, hidden, np.arange(12), N_HEAD, N_HEAD_KV)[-1]
         for i, path in enumerate(([7], [7, 9], [7, 9, 3])):
-            same_logits(heads.logits(i, heads.prefix(hidden, 0), path), reference(state, config, i, h, embd[path]))
+            same_logits(
+                heads.logits(i, heads.prefix(hidden, 0), path), reference(state, config, i, h, embd[path])
+            )
 
 
 def test_errors(base: Llama, tmp_path: Path, convert_f32: Callable[..., Path]) -> None:
@@ -190,7 +194,9 @@ def test_errors(base: Llama, tmp_path: Path, convert_f32: Callable[..., Path]) -
 # end to end
 
 CHAIN = Tree.from_paths("chain", [[0], [0, 0], [0, 0, 0]])
-BUSHY = Tree.from_paths("bushy", [[0], [1], [2], [3], [5], [0, 0], [0, 1], [1, 0], [2, 2], [0, 0, 0], [1, 0, 1]])
+BUSHY = Tree.from_paths(
+    "bushy", [[0], [1], [2], [3], [5], [0, 0], [0, 1], [1, 0], [2, 2], [0, 0, 0], [1, 0, 1]]
+)
 WIDE = Tree.from_paths("wide", [[r] for r in range(N_VOCAB)])
 
 
@@ -257,7 +263,9 @@ def read_state(folder: Path) -> tuple[State, Config]:
     return state, checkpoint.config
 
 
-@pytest.mark.skipif(not DEMO.exists(), reason="the demo model and its checkpoints are not beside the repository")
+@pytest.mark.skipif(
+    not DEMO.exists(), reason="the demo model and its checkpoints are not beside the repository"
+)
 @pytest.mark.parametrize("kind", ["medusa", "hydra"])
 def test_demo_heads(kind: str, tmp_path: Path) -> None:
     """Trained heads on the hidden states of a real text, and the same text with and without drafting."""
@@ -266,9 +274,14 @@ def test_demo_heads(kind: str, tmp_path: Path) -> None:
     path = convert(DEMO / kind, model, tmp_path / "heads.gguf", outtype="f32", progress=False).outfile
     embd = embeddings(model)
 
-    with closing(Llama(model, **F32)) as plain, closing(
-        Llama(model, draft="entmtp", heads=path, trees=Bank("chain", (PLAIN, CHAIN)), policy="static", **F32)
-    ) as llm:
+    with (
+        closing(Llama(model, **F32)) as plain,
+        closing(
+            Llama(
+                model, draft="entmtp", heads=path, trees=Bank("chain", (PLAIN, CHAIN)), policy="static", **F32
+            )
+        ) as llm,
+    ):
         prompt = llm.tokenize(b"def read_lines(path):\n", special=True)
         tokens = greedy(llm, prompt, 100)
         assert tokens == greedy(plain, prompt, 100)
@@ -284,6 +297,8 @@ def test_demo_heads(kind: str, tmp_path: Path) -> None:
             for i in range(llm._heads.n_heads):
                 guess = tokens[t : t + i + 1]
                 same_logits(
-                    llm._heads.logits(i, h, guess), reference(state, config, i, h, embd[guess]), tolerance=2e-4
+                    llm._heads.logits(i, h, guess),
+                    reference(state, config, i, h, embd[guess]),
+                    tolerance=2e-4,
                 )
             llm.eval([tokens[t]])

@@ -266,8 +266,6 @@ def test_cancel_from_another_thread(pair: tuple[Llama, Llama]) -> None:
         assert tokens == expected[: len(tokens)]
         # the next call is right
         again = [t for t, _ in zip(llm.generate(llm.tokenize(PROMPT.encode()), temp=0.0), range(40), strict=False)]
-        if again == []:  # the generation was over before the timer: the cancellation hit the next call, as documented
-            again = [t for t, _ in zip(llm.generate(llm.tokenize(PROMPT.encode()), temp=0.0), range(40), strict=False)]
         assert again == expected[:40]
         assert time.monotonic() - began < 60
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -23,74 +23,51 @@ from llama_tree import (
     Cells,
     Context,
     Model,
+    Tree,
     batch_set_parent,
+    make_tree,
     memory_tree_commit,
     model_get_tensor,
+    plain_path,
+    plain_rows,
     set_embeddings_out,
 )
 from llama_tree import C as llama
 from models import N_VOCAB, SPECS, model_path
 
-# The reference's batches are as large as the tree's (see plain_rows). With flash attention the logits then are equal
-# bit for bit, whatever the types (measured: 0). Without it the softmax adds up its cells in another order.
+import entmtp
+from entmtp.gguf_expand import expand
+
+# The reference's batches are as large as the tree's (see plain_path). With flash attention the logits of the small
+# models then are equal bit for bit, whatever the types (measured: 0). Without it, sums run in another order.
 ATOL = 1e-4  # measured: 3e-6
 
 # Where ggml rounds to f16 on the way, values that differ by 1e-6 round apart now and then, in plain decoding as in a
-# tree: an f16 cache, gemma's GELU (a table of f16), flash attention (casts an f32 cache) after cells changed order.
+# tree: an f16 cache, gemma's GELU (a table of f16), flash attention (casts an f32 cache, adds up V in f16).
 ATOL_F16 = 1e-2  # measured: 2.4e-3
+ATOL_F16_LATER = (
+    5e-2  # the same after several commits, on a cache with its cells in another order; measured: 1.5e-2
+)
 ATOL_QUANTISED = 0.5  # activations before q8_0 weights, steps of 1/127; measured: 0.11 of logits up to 14
 
 
 def tolerance(name: str, flash: bool, kv: int = F32) -> float:
     """Largest difference between the logits of a tree and those of plain decoding. They have a deviation of 2."""
-    if flash:
-        return ATOL
-    if "q8_0" in name:
+    if name == "demo-q8_0":
         return ATOL_QUANTISED
+    if flash:
+        return ATOL_F16 if name == "demo-f32" else ATOL
     return ATOL if kv == F32 and not name.startswith("gemma") else ATOL_F16
 
 
-ROOT = Path(__file__).resolve().parents[1]
-DEMOS = [*sorted(ROOT.glob("python/entmtp/assets/*.gguf")), ROOT.parent / "shared/demo/demo-base-f32.gguf"]
-DEMO = {p.stem: p for p in DEMOS if p.exists()}
+def tolerance_later(name: str, flash: bool) -> float:
+    return ATOL_F16_LATER if flash or name.startswith("gemma") else ATOL
+
+
+DEMO = Path(entmtp.__file__).parent / "assets" / "demo-base-q8_0.gguf"
 
 
 # trees
-
-
-@dataclass(frozen=True)
-class Tree:
-    parents: list[int]  # -1 for a root; levels in order, as llama.cpp wants positions not to decrease
-    tokens: list[int]
-
-    def __len__(self) -> int:
-        return len(self.parents)
-
-    def path(self, node: int) -> list[int]:
-        """Nodes from the root to `node`."""
-        path = []
-        while node >= 0:
-            path.append(node)
-            node = self.parents[node]
-        return path[::-1]
-
-    def leaf_paths(self) -> list[list[int]]:
-        return [self.path(i) for i in range(len(self)) if i not in self.parents]
-
-
-def make_tree(choices: Sequence[int], tokens: Sequence[int], max_depth: int, forest: bool = False) -> Tree:
-    """Node i hangs below node choices[i] mod i, or below its first ancestor that is not too deep."""
-    parent, depth = [-1], [1]
-    for i in range(1, len(choices)):
-        p = choices[i] % (i + forest) - forest
-        while p >= 0 and depth[p] >= max_depth:
-            p = parent[p]
-        parent.append(p)
-        depth.append(depth[p] + 1 if p >= 0 else 1)
-    # by level, in any order within one
-    order = sorted(range(len(choices)), key=lambda i: (depth[i], choices[i] // 7 % 5))
-    where = {old: new for new, old in enumerate(order)}
-    return Tree([where[parent[i]] if parent[i] >= 0 else -1 for i in order], [tokens[i] for i in order])
 
 
 def random_tree(rng: np.random.Generator, max_nodes: int, max_depth: int = 8) -> Tree:
@@ -117,12 +94,16 @@ def prefixes(draw: st.DrawFn, max_len: int = 900) -> list[int]:
 
 # models and contexts
 
+MODELS = ["llama", "qwen3", "gemma3", "olmo2", "olmo2-narrow", "qwen3moe"]
+
 _models: dict[str, Model] = {}
 
 
 def load(name: str) -> Model:
     if name not in _models:
-        _models[name] = Model(DEMO.get(name) or model_path(name))
+        path = DEMO if name == "demo-q8_0" else model_path(name) if name in SPECS else None
+        with tempfile.TemporaryDirectory() as folder:
+            _models[name] = Model(path or expand(DEMO, Path(folder) / "f32.gguf"))
     return _models[name]
 
 
@@ -149,29 +130,6 @@ PROMPT = np.random.default_rng(5).integers(0, N_VOCAB, 50).tolist()
 START = len(PROMPT)
 TREE = Tree([-1, 0, 0, 0, 1, 1, 2, 4], [10, 11, 12, 13, 14, 15, 16, 17])
 LOOK = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-
-
-def plain_path(ctx: Context, tree: Tree, path: list[int]) -> np.ndarray:
-    """Decode the path as plain tokens and return their logits.
-
-    The batch is as large as the tree, so that ggml takes the same kernels: what follows a path cannot change it, and is
-    removed.
-    """
-    end = ctx.pos_max() + 1 + len(path)
-    logits = ctx.decode([tree.tokens[i] for i in path] + [0] * (len(tree) - len(path)))
-    ctx.rm(end)
-    return logits[: len(path)]
-
-
-def plain_rows(ctx: Context, tree: Tree, hidden: bool = False) -> np.ndarray:
-    """Row of each node from decoding its path as plain tokens; the context is left as it was."""
-    start = ctx.pos_max() + 1
-    rows: dict[int, np.ndarray] = {}
-    for path in tree.leaf_paths():
-        logits = plain_path(ctx, tree, path)
-        rows |= {i: ctx.hidden(k) if hidden else logits[k] for k, i in enumerate(path)}
-        ctx.rm(start)
-    return np.stack([rows[i] for i in range(len(tree))])
 
 
 def assert_same_cells(a: list[Cells], b: list[Cells], atol: float = ATOL) -> None:
@@ -206,24 +164,25 @@ def check_every_node(name: str, flash: bool, kv: int, n_examples: int, max_prefi
 
 
 @pytest.mark.parametrize("flash", [False, True], ids=["eager", "flash"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gemma3-narrow", "qwen3moe"])
+@pytest.mark.parametrize("name", MODELS)
 def test_every_node_equals_its_path(name: str, flash: bool) -> None:
     check_every_node(name, flash, F32, n_examples=10)
 
 
 # no experts here: a rounding can send a token to another expert, with no bound on the difference
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
-@pytest.mark.parametrize(("kv", "flash"), [(F16, False), (F16, True), (Q8_0, True)], ids=["f16", "f16-flash", "q8-flash"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "olmo2"])
+@pytest.mark.parametrize(
+    ("kv", "flash"), [(F16, False), (F16, True), (Q8_0, True)], ids=["f16", "f16-flash", "q8-flash"]
+)
 def test_every_node_equals_its_path_small_kv(name: str, kv: int, flash: bool) -> None:
     """llama.cpp takes a quantised V with flash attention only."""
     check_every_node(name, flash, kv, n_examples=10)
 
 
+@pytest.mark.skipif(not DEMO.exists(), reason="the demo model is not in this checkout")
 @pytest.mark.parametrize("flash", [False, True], ids=["eager", "flash"])
-@pytest.mark.parametrize("name", sorted(DEMO) or [None])
-def test_every_node_equals_its_path_demo(name: str | None, flash: bool) -> None:
-    if name is None:
-        pytest.skip("the demo model is not in this checkout")
+@pytest.mark.parametrize("name", ["demo-f32", "demo-q8_0"])
+def test_every_node_equals_its_path_demo(name: str, flash: bool) -> None:
     check_every_node(name, flash, F32, n_examples=3, max_prefix=400)
 
 
@@ -235,7 +194,9 @@ def test_paths_alone(two: list[Context]) -> None:
         tokens = [TREE.tokens[i] for i in path]
         np.testing.assert_allclose(got[path], plain_ctx.decode(tokens), atol=ATOL, rtol=0)
         plain_ctx.rm(START)
-        np.testing.assert_allclose(got[path], np.concatenate([plain_ctx.decode([t]) for t in tokens]), atol=ATOL, rtol=0)
+        np.testing.assert_allclose(
+            got[path], np.concatenate([plain_ctx.decode([t]) for t in tokens]), atol=ATOL, rtol=0
+        )
         plain_ctx.rm(START)
 
 
@@ -277,7 +238,9 @@ def test_hidden_states_of_output_rows(name: str) -> None:
         if name != "mamba":
             logits = a.decode(TREE.tokens, TREE.parents)
             hidden = np.stack([a.hidden(i) for i in range(len(TREE))])
-            np.testing.assert_allclose(hidden, plain_rows(b, TREE, hidden=True), atol=tolerance(name, False), rtol=0)
+            np.testing.assert_allclose(
+                hidden, plain_rows(b, TREE, hidden=True), atol=tolerance(name, False), rtol=0
+            )
             np.testing.assert_allclose(hidden @ head.T, logits, atol=ATOL, rtol=0)
 
 
@@ -292,12 +255,11 @@ def test_outputs_of_some_nodes(two: list[Context]) -> None:
 
 
 @pytest.mark.parametrize("flash", [False, True], ids=["eager", "flash"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gemma3-narrow", "qwen3moe"])
+@pytest.mark.parametrize("name", MODELS)
 def test_decoding_continues_after_commit(name: str, flash: bool) -> None:
     """The reference decodes the committed paths only; later plain and tree steps give the same."""
     rng = np.random.default_rng(7)
-    # cells that a commit freed are used again in another order
-    atol = ATOL_F16 if flash else tolerance(name, flash)
+    atol = tolerance_later(name, flash)
     with contexts(name, flash=flash) as (tree_ctx, plain_ctx):
         for c in (tree_ctx, plain_ctx):
             c.decode(PROMPT)
@@ -310,18 +272,20 @@ def test_decoding_continues_after_commit(name: str, flash: bool) -> None:
             plain_path(plain_ctx, tree, path)
             for n in (1, 3):
                 tokens = rng.integers(0, N_VOCAB, n).tolist()
-                np.testing.assert_allclose(tree_ctx.decode(tokens), plain_ctx.decode(tokens), atol=atol, rtol=0)
+                np.testing.assert_allclose(
+                    tree_ctx.decode(tokens), plain_ctx.decode(tokens), atol=atol, rtol=0
+                )
 
 
 @pytest.mark.parametrize("flash", [False, True], ids=["eager", "flash"])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_many_rounds_leave_the_cells_of_plain_decoding(name: str, flash: bool) -> None:
+@pytest.mark.parametrize(("name", "swa_full"), [("llama", False), ("olmo2", False), ("olmo2", True)])
+def test_many_rounds_leave_the_cells_of_plain_decoding(name: str, swa_full: bool, flash: bool) -> None:
     """1,000 rounds of tree, commit (all of a path, some or nothing) and now and then a rollback."""
     rng = np.random.default_rng(11)
-    n_ctx, max_nodes, window = 256, 16, SPECS[name].window
-    atol = ATOL_F16 if flash else tolerance(name, flash)
+    n_ctx, max_nodes, window = 512, 16, SPECS[name].window
+    atol = tolerance_later(name, flash)
     n_rounds = n_tokens = n_rollbacks = 0
-    with contexts(name, n_ctx=n_ctx, n_ubatch=32, flash=flash) as (tree_ctx, plain_ctx):
+    with contexts(name, n_ctx=n_ctx, n_ubatch=32, flash=flash, swa_full=swa_full) as (tree_ctx, plain_ctx):
         for c in (tree_ctx, plain_ctx):
             c.decode(PROMPT)
         while n_rounds < 1000:
@@ -339,7 +303,11 @@ def test_many_rounds_leave_the_cells_of_plain_decoding(name: str, flash: bool) -
             if end > n_ctx - max_nodes or rng.random() < 0.05:
                 # a sliding window that was overwritten cannot be rolled back: llama.cpp's rule, in both caches
                 first = max(c.pos_min() for c in (tree_ctx, plain_ctx))
-                keep = int(rng.integers(max(1, first + window if window else 1), end)) if first + window < end else 0
+                keep = (
+                    int(rng.integers(max(1, first + window if window else 1), end))
+                    if first + window < end
+                    else 0
+                )
                 for c in (tree_ctx, plain_ctx):
                     c.rm(keep)
                     if keep == 0:
@@ -354,25 +322,16 @@ def test_many_rounds_leave_the_cells_of_plain_decoding(name: str, flash: bool) -
 
         # no cell was lost on the way: the cache still takes n_ctx tokens, and not one more
         rest = n_ctx - tree_ctx.pos_max() - 1
-        assert tree_ctx.process(list(range(rest)), [n_ctx - rest + i for i in range(rest)]) == 0
+        assert tree_ctx.process([0] * rest, [n_ctx - rest + i for i in range(rest)]) == 0
         assert tree_ctx.process([1], [n_ctx]) == 1
     assert n_tokens > 1000 and n_rollbacks > 20
-
-
-def test_commit_moves_no_data_and_keeps_the_path(two: list[Context]) -> None:
-    tree_ctx, plain_ctx = two
-    tree_ctx.decode(TREE.tokens, TREE.parents)
-    assert tree_ctx.commit([0, 2, 6])
-    plain_ctx.decode([10, 12, 16])
-    assert tree_ctx.pos_max() == plain_ctx.pos_max() == len(PROMPT) + 2
-    assert_same_cells(tree_ctx.cells(), plain_ctx.cells())
 
 
 # nothing changes without a tree
 
 
 @pytest.mark.parametrize("flash", [False, True], ids=["eager", "flash"])
-@pytest.mark.parametrize("name", ["llama", "gemma3-narrow"])
+@pytest.mark.parametrize("name", ["llama", "olmo2-narrow"])
 def test_chain_with_parents_is_bit_identical(name: str, flash: bool) -> None:
     chain = list(range(30, 38))
     with contexts(name, flash=flash) as (a, b):
@@ -403,7 +362,9 @@ def assert_still_right(ctx: Context, other: Context, state: bytes) -> None:
     np.testing.assert_allclose(got, plain_rows(other, TREE), atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize(("idx", "parent"), [(0, 0), (1, 1), (1, 2), (1, -1), (0, -1), (-1, 0), (3, 0), (3, 2), (1, 99)])
+@pytest.mark.parametrize(
+    ("idx", "parent"), [(0, 0), (1, 1), (1, 2), (1, -1), (0, -1), (-1, 0), (3, 0), (3, 2), (1, 99)]
+)
 def test_set_parent_refuses(two: list[Context], idx: int, parent: int) -> None:
     ctx, plain = two
     llama.llama_batch_ext_clear(ctx.batch)
@@ -415,7 +376,6 @@ def test_set_parent_refuses(two: list[Context], idx: int, parent: int) -> None:
     # the batch is as before: plain
     assert llama.llama_process(ctx.ptr, llama.LLAMA_PROCESS_TYPE_DECODE, ctx.batch) == 0
     assert np.array_equal(ctx.logits(3), plain.decode([0, 1, 2]))
-
 
 
 @pytest.mark.parametrize(
@@ -480,7 +440,9 @@ def test_tree_that_finds_no_room(two: list[Context]) -> None:
 
 
 def commit(ctx: Context, path: list[int], n: int | None = None, seq: int = 0) -> bool:
-    return memory_tree_commit(ctx.mem, seq, (ctypes.c_int32 * len(path))(*path), len(path) if n is None else n)
+    return memory_tree_commit(
+        ctx.mem, seq, (ctypes.c_int32 * len(path))(*path), len(path) if n is None else n
+    )
 
 
 def test_commit_refuses_what_is_no_path(two: list[Context]) -> None:

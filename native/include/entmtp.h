@@ -96,6 +96,8 @@ ENTMTP_API uint64_t entmtp_vocab_fingerprint(const struct llama_model * model);
 //
 
 // heads may be NULL: plain decoding only. The context must outlive the decoder. Sequence 0 is used.
+// A context has one decoder, and heads serve one decoder. Contexts with a lowered n_outputs_max cannot hold trees larger
+// than that: leave it at its default.
 ENTMTP_API struct entmtp_decoder * entmtp_decoder_init(struct llama_context * ctx, struct entmtp_heads * heads);
 ENTMTP_API void                    entmtp_decoder_free(struct entmtp_decoder * dec);
 
@@ -127,7 +129,8 @@ ENTMTP_API int32_t entmtp_decoder_set_policy(struct entmtp_decoder * dec, const 
 
 // Evaluate n tokens after the first n_past ones; later ones are forgotten. At most n_batch tokens.
 // One token that follows what was evaluated before is a decode step: it may already be verified.
-//   all_outputs   logits of every token, not only of the last, can be read with llama_get_logits()
+//   all_outputs   logits of every token, not only of the last, can be read with llama_get_logits(). Of a single token
+//                 that may have been verified already: read them with entmtp_decoder_logits()
 ENTMTP_API int32_t entmtp_decoder_eval(
         struct entmtp_decoder * dec, const int32_t * tokens, int32_t n, int32_t n_past, bool all_outputs);
 
@@ -152,6 +155,9 @@ ENTMTP_API const float * entmtp_decoder_hidden(struct entmtp_decoder * dec);
 
 // Stop the evaluation that is running, or the next one. May be called from any thread.
 ENTMTP_API void entmtp_decoder_cancel(struct entmtp_decoder * dec);
+
+// Take back a cancellation that came too late to stop anything.
+ENTMTP_API void entmtp_decoder_resume(struct entmtp_decoder * dec);
 
 //
 // statistics

@@ -40,6 +40,7 @@ template <typename F> static int32_t guarded(entmtp_decoder * dec, F && f) {
     if (!dec) {
         return fail("no decoder");
     }
+    dec->impl.error.clear();
     const int32_t status = guarded([&] { return f(dec->impl); });
     if (status != ENTMTP_OK && !dec->impl.error.empty()) {
         last_error = dec->impl.error;
@@ -77,7 +78,7 @@ void entmtp_heads_free(entmtp_heads * heads) {
 }
 
 void entmtp_heads_get_info(const entmtp_heads * heads, entmtp_heads_info * info) {
-    *info = heads->impl.info();
+    *info = heads ? heads->impl.info() : entmtp_heads_info{};
 }
 
 int32_t entmtp_heads_logits(entmtp_heads * heads, int32_t head, const float * h, const int32_t * path, float * logits) {
@@ -99,8 +100,14 @@ int32_t entmtp_heads_prefix(entmtp_heads * heads, const float * h, int32_t n, in
         if (!prefix) {
             return fail("these heads have no prefix layer");
         }
+        if (n < 1 || pos0 < 0 || pos0 > (1 << 24) || n > (1 << 24)) {
+            return fail("no hidden states, or positions that make no sense");
+        }
         if (prefix->size() < pos0 + n) {
-            heads->impl.reserve_prefix(std::max(pos0 + n, 512));
+            if (pos0 > 0 && prefix->size() > 0) {
+                return fail("the cache of the prefix layer is full; run it again from position 0");
+            }
+            heads->impl.reserve_prefix(std::max(pos0 + n, 4096));
         }
         prefix->truncate(pos0);
         prefix->run(h, n, pos0, out);
@@ -109,7 +116,12 @@ int32_t entmtp_heads_prefix(entmtp_heads * heads, const float * h, int32_t n, in
 }
 
 uint64_t entmtp_vocab_fingerprint(const llama_model * model) {
-    return model ? entmtp::vocab_fingerprint(model) : 0;
+    uint64_t res = 0;
+    guarded([&] {
+        res = model ? entmtp::vocab_fingerprint(model) : 0;
+        return (int32_t) ENTMTP_OK;
+    });
+    return res;
 }
 
 //
@@ -196,12 +208,23 @@ const float * entmtp_decoder_logits(entmtp_decoder * dec) {
 }
 
 const float * entmtp_decoder_hidden(entmtp_decoder * dec) {
-    return dec ? dec->impl.hidden() : nullptr;
+    const float * res = nullptr;
+    guarded(dec, [&](entmtp::decoder & d) {
+        res = d.hidden();
+        return (int32_t) ENTMTP_OK;
+    });
+    return res;
 }
 
 void entmtp_decoder_cancel(entmtp_decoder * dec) {
     if (dec) {
-        dec->impl.cancel();
+        dec->impl.cancel(true);
+    }
+}
+
+void entmtp_decoder_resume(entmtp_decoder * dec) {
+    if (dec) {
+        dec->impl.cancel(false);
     }
 }
 
@@ -230,6 +253,6 @@ size_t entmtp_decoder_get_steps(const entmtp_decoder * dec, entmtp_step * steps,
 
 void entmtp_decoder_reset_stats(entmtp_decoder * dec) {
     if (dec) {
-        dec->impl.steps.clear();
+        dec->impl.reset_stats();
     }
 }

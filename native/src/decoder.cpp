@@ -24,11 +24,11 @@ decoder::decoder(llama_context * ctx, heads * h) :
         if (llama_pooling_type(ctx) != LLAMA_POOLING_TYPE_NONE) {
             throw std::runtime_error("decoder: a context with pooling gives embeddings, not text; create it without pooling to draft");
         }
-        llama_set_embeddings_out(ctx, true);
         if (draft_heads->prefix()) {
             draft_heads->reserve_prefix((int32_t) llama_n_ctx_seq(ctx));
             prefix_out.resize(n_embd);
         }
+        llama_set_embeddings_out(ctx, true);
     }
 
     llama_set_abort_callback(ctx, is_cancelled, &cancelled);
@@ -79,6 +79,17 @@ void decoder::set_trees(std::vector<tree> trees) {
 void decoder::set_policy(const entmtp_policy_params & p) {
     policy  = scheduler(p, (int32_t) bank.size());
     running = ema(policy.window());
+    in_step = false; // what is being walked was neither chosen nor timed for this policy
+}
+
+void decoder::set_stats(bool enabled) {
+    stats   = enabled;
+    in_list = in_list && enabled;
+}
+
+void decoder::reset_stats() {
+    steps.clear();
+    in_list = false;
 }
 
 //
@@ -134,7 +145,7 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
     if (const int32_t status = settle(); status != ENTMTP_OK) {
         return status;
     }
-    if (past > n_past) {
+    if (past < 0 || past > n_past) {
         error = "cannot continue after " + std::to_string(past) + " tokens: only " + std::to_string(n_past) + " are evaluated";
         return ENTMTP_ERROR;
     }
@@ -144,9 +155,6 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
     }
 
     prefix_layer * prefix = draft_heads ? draft_heads->prefix() : nullptr;
-
-    // the prefix layer wants every hidden state, and hidden states come with output rows
-    all_outputs = all_outputs || prefix;
 
     if (!verify.truncate(past)) {
         error = "the memory of this model cannot be cut back to " + std::to_string(past) + " tokens";
@@ -160,22 +168,34 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
         prefix->truncate(past);
     }
 
-    const int32_t status = decode_status(verify.decode(toks, n, past, all_outputs));
-    if (status != ENTMTP_OK) {
-        // what was evaluated before the failure stays in llama.cpp's memory: cut it back
-        verify.truncate(past);
-        return status;
+    // the prefix layer wants every hidden state, and hidden states come with output rows: in small batches, so that the
+    // vocabulary-sized rows that come along stay few
+    const int32_t n_chunk = prefix && !all_outputs ? std::min(n, 64) : n;
+
+    for (int32_t i = 0; i < n; i += n_chunk) {
+        const int32_t m = std::min(n_chunk, n - i);
+
+        const int32_t status = decode_status(verify.decode(toks + i, m, past + i, all_outputs || prefix));
+        if (status != ENTMTP_OK) {
+            // what was evaluated before the failure stays in llama.cpp's memory: cut it back
+            verify.truncate(past);
+            n_past = past;
+            if (prefix) {
+                prefix->truncate(past);
+            }
+            return status;
+        }
+
+        if (prefix) {
+            std::vector<int32_t> rows(m);
+            std::iota(rows.begin(), rows.end(), 0);
+            run_prefix(rows, past + i);
+        }
+        row = m - 1;
     }
 
     n_past = past + n;
     live   = true;
-    row    = n - 1;
-
-    if (prefix) {
-        std::vector<int32_t> rows(n);
-        std::iota(rows.begin(), rows.end(), 0);
-        run_prefix(rows, past);
-    }
     return ENTMTP_OK;
 }
 
@@ -186,7 +206,7 @@ int32_t decoder::advance(int32_t token) {
         if (child >= 0) {
             path.push_back(child);
             row = child;
-            if (stats) {
+            if (in_list) {
                 steps.back().n_accepted++;
             }
             return ENTMTP_OK;
@@ -245,6 +265,7 @@ int32_t decoder::step(int32_t token) {
     path.assign(1, 0);
     row     = 0;
     in_step = true;
+    in_list = stats;
     t_walk  = 0;
 
     if (timed) {
@@ -291,13 +312,14 @@ int32_t decoder::settle() {
     typical.clear();
     tree_id = -1;
     in_step = false;
+    in_list = false;
     return ENTMTP_OK;
 }
 
 void decoder::run_prefix(const std::vector<int32_t> & rows, int32_t pos0) {
     rows_hidden.resize(rows.size() * n_embd);
     for (size_t i = 0; i < rows.size(); ++i) {
-        std::copy_n(llama_get_embeddings_ith(ctx, rows[i]), n_embd, rows_hidden.data() + i * n_embd);
+        std::copy_n(hidden_row(rows[i]), n_embd, rows_hidden.data() + i * n_embd);
     }
     draft_heads->prefix()->run(rows_hidden.data(), (int32_t) rows.size(), pos0, prefix_out.data());
 }
@@ -309,7 +331,8 @@ void decoder::invalidate(int32_t past) {
     live    = false;
     row     = -1;
     in_step = false;
-    n_past  = past;
+    in_list = false;
+    n_past  = std::max(past, 0);
     running.reset();
     if (draft_heads && draft_heads->prefix()) {
         draft_heads->prefix()->truncate(0);
@@ -325,7 +348,15 @@ const float * decoder::logits() {
 }
 
 const float * decoder::hidden() {
-    return live && draft_heads ? llama_get_embeddings_ith(ctx, row) : nullptr;
+    return live && draft_heads ? hidden_row(row) : nullptr;
+}
+
+const float * decoder::hidden_row(int32_t i) {
+    const float * h = llama_get_embeddings_ith(ctx, i);
+    if (!h) {
+        throw std::runtime_error("decoder: the context gives no hidden states; is there another decoder on it?");
+    }
+    return h;
 }
 
 // the entropy of the distribution that the next token is drawn from
@@ -355,7 +386,7 @@ int32_t decoder::sample(llama_sampler * sampler, int32_t * token) {
     if (timed) {
         const int64_t t2 = ggml_time_us();
         t_walk += (double) (t2 - t0);
-        if (stats) {
+        if (in_list) {
             steps.back().t_host_us   += (int32_t) (t1 - t0);
             steps.back().t_sample_us += (int32_t) (t2 - t1);
         }
@@ -376,7 +407,8 @@ int32_t decoder::sample_typical(const typical_params & p, int32_t * token) {
                 [&](int32_t node) { return llama_get_logits_ith(ctx, node); });
     }
 
-    if (tree_id >= 0 && path.size() < typical.size()) {
+    // the caller may have gone another way than the typical one
+    if (tree_id >= 0 && path.size() < typical.size() && std::equal(path.begin(), path.end(), typical.begin())) {
         *token = tokens[typical[path.size()]];
     } else {
         const float * l = logits();

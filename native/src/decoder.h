@@ -33,7 +33,8 @@ class decoder {
 
     void set_trees(std::vector<tree> bank);
     void set_policy(const entmtp_policy_params & p);
-    void set_stats(bool enabled) { stats = enabled; }
+    void set_stats(bool enabled);
+    void reset_stats();
 
     // these return an entmtp_status; `error` says why it is not ENTMTP_OK
     int32_t eval(const int32_t * tokens, int32_t n, int32_t n_past, bool all_outputs);
@@ -42,7 +43,7 @@ class decoder {
     int32_t settle();
 
     void invalidate(int32_t n_past);
-    void cancel() { cancelled = true; }
+    void cancel(bool value) { cancelled = value; }
 
     const float * logits();
     const float * hidden();
@@ -55,6 +56,8 @@ class decoder {
     int32_t advance(int32_t token);
     int32_t step(int32_t token);
     int32_t decode_status(int32_t status);
+
+    const float * hidden_row(int32_t i);
 
     void    run_prefix(const std::vector<int32_t> & rows, int32_t pos0);
     void    begin_token();
@@ -87,6 +90,7 @@ class decoder {
 
     bool   stats   = false;
     bool   in_step = false; // a step was verified and is being walked
+    bool   in_list = false; // it is the last of steps
     double t_step  = 0;     // us, its draft and verify
     double t_walk  = 0;     // us, sampling since
 

@@ -9,7 +9,7 @@ namespace entmtp {
 // exp(x) for x <= 0, relative error below 3e-7; branch-free, so that the loops below vectorise
 // 2^n * 2^f with n = round(x / ln 2), |f| <= 1/2, and a polynomial for 2^f
 static inline float exp_neg(float x) {
-    x = std::max(x, -87.0f);
+    x = x > -87.0f ? x : -87.0f; // nan too
 
     const float t = x * 1.44269504f;
     const float n = (t + 12582912.0f) - 12582912.0f; // round to nearest: 1.5 * 2^23

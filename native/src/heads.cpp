@@ -19,6 +19,9 @@ namespace entmtp {
 
 uint64_t vocab_fingerprint(const llama_model * model) {
     const llama_vocab * vocab = llama_model_get_vocab(model);
+    if (llama_vocab_type(vocab) == LLAMA_VOCAB_TYPE_NONE) {
+        fail("the base model has no tokenizer");
+    }
 
     uint64_t hash = 14695981039346656037ull;
 
@@ -74,7 +77,7 @@ struct key_reader {
 static ggml_backend_dev_t output_device(const llama_model * model) {
     for (const char * name : { "output.weight", "token_embd.weight" }) {
         const ggml_tensor * t = llama_model_get_tensor(model, name);
-        if (t && t->buffer) {
+        if (t && t->buffer && !ggml_backend_buffer_is_host(t->buffer)) {
             ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
             if (dev) {
                 return dev;
@@ -173,6 +176,9 @@ void heads::load_weights(const char * path, const llama_model * model) {
     if (n_embd != llama_model_n_embd(model)) {
         differs("embedding length", std::to_string(n_embd), std::to_string(llama_model_n_embd(model)));
     }
+    if (llama_model_n_embd_out(model) != n_embd) {
+        fail("the hidden states of this model are not as wide as its embeddings; heads cannot use them");
+    }
     if (n_vocab != n_vocab_model) {
         differs("vocabulary size", std::to_string(n_vocab), std::to_string(n_vocab_model));
     }
@@ -204,11 +210,12 @@ void heads::load_weights(const char * path, const llama_model * model) {
             fail(std::string(path) + " has no tensor " + name);
         }
         const ggml_tensor * meta = ggml_get_tensor(ctx_meta.get(), name.c_str());
-        if (meta->ne[0] != ne0 || meta->ne[1] != ne1 || ggml_n_dims(meta) > 2) {
+        if (meta->ne[0] != ne0 || meta->ne[1] != ne1 || meta->ne[2] != 1 || meta->ne[3] != 1) {
             fail(std::string(path) + ": tensor " + name + " has shape [" + std::to_string(meta->ne[0]) + ", " + std::to_string(meta->ne[1]) +
                  "], expected [" + std::to_string(ne0) + ", " + std::to_string(ne1) + "]");
         }
-        if (ne1 == 1 ? meta->type != GGML_TYPE_F32 : !(ggml_is_quantized(meta->type) ||
+        const bool is_weight = ggml_is_quantized(meta->type) && meta->type != GGML_TYPE_Q8_1 && meta->type != GGML_TYPE_Q8_K; // those two are for activations
+        if (ne1 == 1 ? meta->type != GGML_TYPE_F32 : !(is_weight ||
                 meta->type == GGML_TYPE_F32 || meta->type == GGML_TYPE_F16 || meta->type == GGML_TYPE_BF16)) {
             fail(std::string(path) + ": tensor " + name + " has type " + ggml_type_name(meta->type) + ", which is not expected there");
         }
@@ -238,6 +245,9 @@ void heads::load_weights(const char * path, const llama_model * model) {
         std::vector<int64_t> ids(n_draft);
         file.seekg((std::streamoff) offset);
         file.read((char *) ids.data(), (std::streamsize) ggml_nbytes(meta));
+        if (!file) {
+            fail(std::string(path) + " is truncated: tensor d2t could not be read");
+        }
         for (const int64_t t : ids) {
             if (t < 0 || t >= n_vocab) {
                 fail(std::string(path) + ": d2t names token " + std::to_string(t) + " of a vocabulary of " + std::to_string(n_vocab));

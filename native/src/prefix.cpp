@@ -12,6 +12,8 @@ void prefix_layer::reserve(ggml_backend_t b, int32_t n_ctx) {
     const int32_t head_dim  = params.n_embd / params.n_head;
     const int32_t n_embd_kv = head_dim * params.n_head_kv;
 
+    valid.clear(); // nothing can run if there is no memory
+
     backend = b;
     n_ctx   = GGML_PAD(n_ctx, n_pad);
 
@@ -41,8 +43,8 @@ void prefix_layer::truncate(int32_t pos) {
 }
 
 void prefix_layer::run(const float * h, int32_t n, int32_t pos0, float * out) {
-    if (pos0 < 0 || n < 1 || pos0 + n > size()) {
-        throw std::runtime_error("heads: positions " + std::to_string(pos0) + " to " + std::to_string(pos0 + n) +
+    if (pos0 < 0 || n < 1 || n > size() || pos0 > size() - n) {
+        throw std::runtime_error("heads: " + std::to_string(n) + " positions from " + std::to_string(pos0) + " on" +
                                  " are outside the cache of the prefix layer");
     }
 

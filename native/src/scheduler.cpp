@@ -13,7 +13,7 @@ static constexpr double prior_steps = 16.0;
 static constexpr int64_t n_warmup = 2;
 
 // once in so many steps a promising tree whose timing is old is tried again: costs drift with the context and the machine
-static constexpr int64_t n_retry = 128;
+static constexpr int64_t n_retry = 512;
 
 // "promising": as good as the best choice if its cost were lower by this factor
 static constexpr double optimism = 1.3;
@@ -34,8 +34,8 @@ scheduler::scheduler(const entmtp_policy_params & p, int32_t n_trees) :
     if (p.n_bins < 1 || !p.expected || !p.cost || (p.n_bins > 1 && !p.bin_edges)) {
         throw std::runtime_error("policy: entropy needs bins, expected acceptance and costs");
     }
-    if (!(ema_window >= 1.0f)) {
-        throw std::runtime_error("policy: ema_window must be at least 1 token");
+    if (!(ema_window >= 1.0f && ema_window <= 1e6f)) {
+        throw std::runtime_error("policy: ema_window must be 1 to 1000000 tokens");
     }
 
     for (int32_t b = 0; b + 1 < p.n_bins; ++b) {
@@ -73,13 +73,15 @@ double scheduler::cost_of(int32_t tree) const {
     if (cost[tree].n >= n_warmup) {
         return cost[tree].mean;
     }
-    // not measured: the bank's ratio, on the scale of what was measured
+    // not measured: the bank's ratio to the largest tree below it that was. A machine where small trees turn out to be
+    // cheaper than the bank says is thereby led on to larger ones
+    const timing * nearest = nullptr;
     for (const auto & c : cost) {
-        if (c.n >= n_warmup) {
-            return cost[tree].prior * c.mean / c.prior;
+        if (c.n >= n_warmup && c.prior <= cost[tree].prior && (!nearest || c.prior > nearest->prior)) {
+            nearest = &c;
         }
     }
-    return cost[tree].prior;
+    return nearest ? cost[tree].prior * nearest->mean / nearest->prior : cost[tree].prior;
 }
 
 int32_t scheduler::choose(float entropy, int32_t n_max, const std::vector<int32_t> & n_nodes) {
@@ -116,9 +118,12 @@ int32_t scheduler::choose(float entropy, int32_t n_max, const std::vector<int32_
     // try what could be better: a tree that was never timed, or not for long
     for (int32_t t = 0; t < n_trees; ++t) {
         const bool is_new = cost[t].n < n_warmup;
-        const bool is_old = n_steps - cost[t].last > n_retry * n_trees;
+        const bool is_old = n_steps - cost[t].last > n_retry;
 
-        if (t != best && n_nodes[t] <= n_max && (is_new || is_old) && optimism * score(t) > score(best)) {
+        // plain decoding is what must never be lost to: its timing is kept fresh whatever it says
+        const bool is_due = t == 0 && is_old;
+
+        if (t != best && n_nodes[t] <= n_max && (is_due || ((is_new || is_old) && optimism * score(t) > score(best)))) {
             return t;
         }
     }
@@ -141,6 +146,8 @@ void scheduler::observe(int32_t tree, int32_t n_accepted, double t_us) {
 
     auto & c = cost[tree];
 
+    t_us = std::max(t_us, 1.0); // a mean of 0 would stay 0
+
     // a step that was interrupted by something else says nothing about the tree
     const double x = c.n >= n_warmup ? std::min(t_us, 2.0 * c.mean) : t_us;
 
@@ -148,7 +155,9 @@ void scheduler::observe(int32_t tree, int32_t n_accepted, double t_us) {
         // the first passes of a shape allocate and build graphs: keep the fastest
         c.mean = c.n == 0 ? x : std::min(c.mean, x);
     } else {
-        c.mean += (x - c.mean) / 16.0;
+        // a timing that is long past counts for little
+        const bool is_old = n_steps - c.last > n_retry;
+        c.mean += (x - c.mean) / (is_old ? 2.0 : 16.0);
     }
 
     c.n   += 1;

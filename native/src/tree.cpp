@@ -8,6 +8,8 @@
 
 namespace entmtp {
 
+static constexpr int32_t max_rank = 1 << 26;
+
 static std::runtime_error invalid(int32_t node, const char * what) {
     return std::runtime_error("tree: node " + std::to_string(node) + " " + what);
 }
@@ -34,6 +36,9 @@ tree make_tree(const int32_t * parent, const int32_t * rank, int32_t n_nodes) {
         }
         if (rank[i] < 0) {
             throw invalid(i, "has a negative rank");
+        }
+        if (rank[i] >= max_rank) {
+            throw invalid(i, "has a rank beyond any vocabulary");
         }
         if (!seen.insert({ parent[i], rank[i] }).second) {
             throw invalid(i, "is there twice");

@@ -144,6 +144,9 @@ decoder_hidden = _bind("entmtp_decoder_hidden", POINTER(c_float), c_void_p)
 # void entmtp_decoder_cancel(struct entmtp_decoder * dec);
 decoder_cancel = _bind("entmtp_decoder_cancel", None, c_void_p)
 
+# void entmtp_decoder_resume(struct entmtp_decoder * dec);
+decoder_resume = _bind("entmtp_decoder_resume", None, c_void_p)
+
 # void entmtp_decoder_set_stats(struct entmtp_decoder * dec, bool enabled);
 decoder_set_stats = _bind("entmtp_decoder_set_stats", None, c_void_p, c_bool)
 

@@ -74,6 +74,7 @@ def runners(args: argparse.Namespace) -> tuple[dict[str, Runner], list[Any]]:
     stock = llama_cpp.Llama(args.model, **settings)
     plain = Llama(args.model, stats=False, **settings)
     draft = Llama(args.model, draft="entmtp", heads=args.heads, **settings)
+    adaptive = Llama(args.model, draft="entmtp", heads=args.heads, **settings)  # learns costs from answer to answer
     assert draft._heads is not None
 
     methods: list[Method] = [*published()[: args.published], *generic(draft._heads.arch), ENTMTP]
@@ -85,11 +86,13 @@ def runners(args: argparse.Namespace) -> tuple[dict[str, Runner], list[Any]]:
 
     def with_method(method: Method) -> Runner:
         def run(prompt: list[int], n_tokens: int, temp: float) -> dict[str, Any]:
-            method.apply(draft)
-            decode(draft, prompt, 8, temp)  # graphs of the new trees
-            draft.reset_draft_stats()
-            result = decode(draft, prompt, n_tokens, temp)
-            return result | {"stats": draft.draft_stats}
+            llm = adaptive if method is ENTMTP else draft
+            if llm is draft:
+                method.apply(llm)
+            decode(llm, prompt, 8, temp)  # graphs of the new trees
+            llm.reset_draft_stats()
+            result = decode(llm, prompt, n_tokens, temp)
+            return result | {"stats": llm.draft_stats}
 
         return run
 
@@ -98,7 +101,7 @@ def runners(args: argparse.Namespace) -> tuple[dict[str, Runner], list[Any]]:
         PLAIN_LOOP.label: lambda *a: decode(plain, *a),
     }
     table |= {m.label: with_method(m) for m in methods}
-    return table, [stock, plain, draft]
+    return table, [stock, plain, draft, adaptive]
 
 
 def bench_task(

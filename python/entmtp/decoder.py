@@ -51,6 +51,12 @@ class Heads:
         """`medusa` or `hydra`."""
         return "hydra" if self.info.hydra else "medusa"
 
+    def _states(self, hidden: npt.NDArray[np.float32], n_dims: int) -> npt.NDArray[np.float32]:
+        h = np.ascontiguousarray(hidden, dtype=np.float32)
+        if h.ndim != n_dims or h.shape[-1] != self.info.n_embd:
+            raise ValueError(f"hidden has shape {h.shape}, its last dimension must be {self.info.n_embd} of {n_dims}")
+        return h
+
     def logits(self, head: int, hidden: npt.NDArray[np.float32], path: Sequence[int]) -> npt.NDArray[np.float32]:
         """Logits [n_vocab_draft] of one head.
 
@@ -59,7 +65,7 @@ class Heads:
             hidden: hidden state [n_embd]; with a prefix layer its output.
             path: the `head + 1` tokens after the hidden state's, read by grounded heads only.
         """
-        h = np.ascontiguousarray(hidden, dtype=np.float32)
+        h = self._states(hidden, 1)
         tokens = np.zeros(head + 1, dtype=np.int32)
         tokens[: len(path)] = path[: head + 1]
         out = np.empty(self.info.n_vocab_draft, dtype=np.float32)
@@ -68,7 +74,7 @@ class Heads:
 
     def prefix(self, hidden: npt.NDArray[np.float32], pos0: int) -> npt.NDArray[np.float32]:
         """Output [n_embd] of the Hydra++ layer for the last of `hidden` [n, n_embd], positions from `pos0` on."""
-        h = np.ascontiguousarray(hidden, dtype=np.float32)
+        h = self._states(hidden, 2)
         out = np.empty(self.info.n_embd, dtype=np.float32)
         _check(n.heads_prefix(self._ptr, h.ctypes.data, len(h), pos0, out.ctypes.data))
         return out
@@ -167,6 +173,10 @@ class Decoder:
         """Stop the running evaluation, from any thread."""
         if self._ptr:
             n.decoder_cancel(self._ptr)
+
+    def resume(self) -> None:
+        """Take back a cancellation that came too late to stop anything."""
+        n.decoder_resume(self._ptr)
 
     def set_stats(self, enabled: bool) -> None:
         n.decoder_set_stats(self._ptr, enabled)

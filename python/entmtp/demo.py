@@ -66,11 +66,14 @@ def generate(llm: Llama, prompt: str, n_tokens: int, temp: float) -> tuple[list[
     return tokens, (len(tokens) - 1) / max(time.perf_counter() - start, 1e-9)
 
 
-def compare(llm: Llama, methods: list[Method], prompt: str, n_tokens: int, temp: float) -> list[dict[str, Any]]:
+def compare(
+    methods: list[tuple[Method, Llama]], prompt: str, n_tokens: int, temp: float
+) -> list[dict[str, Any]]:
     """One row per method: tokens, speed, statistics. The first method is the reference."""
     rows: list[dict[str, Any]] = []
-    for method in methods:
-        method.apply(llm)
+    for method, llm in methods:
+        if method is not ENTMTP:
+            method.apply(llm)
         generate(llm, prompt, 16, temp)  # builds graphs, wakes the threads
         tokens, speed = generate(llm, prompt, n_tokens, temp)
         same = not rows or tokens == rows[0]["tokens"]
@@ -113,19 +116,20 @@ def run(arch: str, n_tokens: int, temp: float, n_threads: int, quantised: bool, 
         console.print(f"[bold]python -m entmtp.convert[/] {checkpoint.name}/ --base {model.name} --outfile {heads.name}")
         convert(checkpoint, model, heads, outtype="q8_0", progress=console.is_terminal)
 
-        llm = Llama(
-            model, draft="entmtp", heads=heads, n_ctx=1024, n_threads=n_threads, n_threads_batch=n_threads,
-            type_k=0, type_v=0, verbose=False,
-        )  # fmt: skip
+        settings: dict[str, Any] = {
+            "draft": "entmtp", "heads": heads, "n_ctx": 1024, "n_threads": n_threads, "n_threads_batch": n_threads,
+            "type_k": 0, "type_v": 0, "verbose": False,
+        }  # fmt: skip
+        llm = Llama(model, **settings)
+        adaptive = Llama(model, **settings)  # of its own: it learns this machine's costs from text to text
         console.print(
-            f"base {model.name}, {llm._heads.n_heads} {arch} heads, {n_threads} threads, "  # type: ignore[union-attr]
-            f"temperature {temp:g}, {n_tokens} tokens\n"
+            f"base {model.name}, {arch} heads, {n_threads} threads, temperature {temp:g}, {n_tokens} tokens\n"
         )
-        methods = [PLAIN_LOOP, *published(), *generic(arch), ENTMTP]
+        methods = [(m, llm) for m in (PLAIN_LOOP, *published(), *generic(arch))] + [(ENTMTP, adaptive)]
         same = True
         totals: dict[str, list[float]] = {}
         for kind, prompt in PROMPTS.items():
-            rows = compare(llm, methods, prompt, n_tokens, temp)
+            rows = compare(methods, prompt, n_tokens, temp)
             text = llm.detokenize(rows[0]["tokens"]).decode("utf-8", errors="replace")
             console.print(f"[bold]{kind}[/]")
             console.print(prompt, style="dim", markup=False, highlight=False, end="")
@@ -135,6 +139,7 @@ def run(arch: str, n_tokens: int, temp: float, n_threads: int, quantised: bool, 
             for row in rows:
                 totals.setdefault(row["method"], []).append(row["speed"] / rows[0]["speed"])
         llm.close()
+        adaptive.close()
     speedup = " ".join(f"{x:.2f}×" for x in totals[ENTMTP.label])
     console.print(f"EntMTP against plain decoding: {speedup}; every text identical: {'yes' if same else 'no'}")
     return same

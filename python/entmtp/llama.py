@@ -219,6 +219,8 @@ class Llama(llama_cpp.Llama):
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """Generate tokens; arguments and behaviour as in `llama_cpp.Llama.generate`."""
         self._settle()
+        if self._decoder is not None:
+            self._decoder.resume()  # a cancellation after the end of the last generation is not meant for this one
         try:
             yield from super().generate(tokens, *args, **kwargs)
         except Cancelled:

@@ -1,0 +1,223 @@
+// The decode loop when something goes wrong, or changes under way.
+
+#include "loop.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <thread>
+
+static void test_cancel() {
+    constexpr int32_t n = 300;
+
+    loop         plain;
+    const tokens expected = run(plain, greedy().get(), n);
+
+    for (const char * path : { (const char *) nullptr, "medusa.gguf", "hydra-prefix.gguf" }) {
+        loop l(path);
+        if (path) {
+            l.use_tree(bushy);
+        }
+
+        // before a call: that call is refused, the next is not
+        entmtp_decoder_cancel(l.dec.get());
+        CHECK_EQ(l.eval(prompt, 0), ENTMTP_CANCELLED);
+        CHECK_HAS(entmtp_last_error(), "cancelled");
+        CHECK_EQ(l.eval(prompt, 0), ENTMTP_OK);
+
+        // from another thread, again and again
+        std::atomic<bool> stop{ false };
+        std::thread       other([&] {
+            while (!stop) {
+                std::this_thread::sleep_for(std::chrono::microseconds(700));
+                entmtp_decoder_cancel(l.dec.get());
+            }
+        });
+
+        const auto s           = greedy();
+        int32_t    pos         = (int32_t) prompt.size();
+        int32_t    n_cancelled = 0;
+        tokens     got;
+        while ((int32_t) got.size() < n) {
+            int32_t token = -1;
+            if (!CHECK_EQ(entmtp_decoder_sample(l.dec.get(), s.get(), &token), ENTMTP_OK)) {
+                break;
+            }
+            int32_t status = l.eval({ token }, pos);
+            for (int tries = 0; status == ENTMTP_CANCELLED && tries < 1000; ++tries) {
+                n_cancelled++;
+                status = l.eval({ token }, pos); // what was settled is still there
+            }
+            if (!CHECK_EQ(status, ENTMTP_OK)) {
+                break;
+            }
+            got.push_back(token);
+            pos++;
+        }
+        stop = true;
+        other.join();
+
+        CHECK(got == expected);
+        CHECK(n_cancelled > 0);
+    }
+}
+
+static void test_context_full() {
+    loop          plain(nullptr, 256);
+    const int32_t n_ctx = (int32_t) llama_n_ctx_seq(plain.ctx.get());
+
+    const auto fill = [&](loop & l) {
+        const auto s = sampling(3);
+        CHECK_EQ(l.eval(prompt, 0), ENTMTP_OK);
+        tokens  res;
+        int32_t status = ENTMTP_OK;
+        for (int32_t pos = (int32_t) prompt.size(); status == ENTMTP_OK && pos < 2 * n_ctx; ++pos) {
+            int32_t token = -1;
+            CHECK_EQ(entmtp_decoder_sample(l.dec.get(), s.get(), &token), ENTMTP_OK);
+            status = l.eval({ token }, pos);
+            res.push_back(token);
+        }
+        CHECK_EQ(status, ENTMTP_CONTEXT_FULL);
+        CHECK_HAS(entmtp_last_error(), "context is full");
+        CHECK_HAS(entmtp_last_error(), "n_ctx");
+        return res;
+    };
+
+    const tokens expected = fill(plain);
+    CHECK_EQ((int32_t) (expected.size() + prompt.size()), n_ctx + 1);
+
+    for (const char * path : all_heads) {
+        loop l(path, 256);
+        for (const int32_t tree : { chain, bushy, every_token }) {
+            l.use_tree(tree);
+            CHECK(fill(l) == expected);
+        }
+        // and it goes on from an earlier place
+        CHECK(run(l, greedy().get(), 20) == run(plain, greedy().get(), 20));
+    }
+}
+
+static void test_errors() {
+    loop l("medusa.gguf");
+    l.use_tree(bushy);
+
+    int32_t    token = -1;
+    const auto s     = greedy();
+    CHECK_EQ(entmtp_decoder_sample(l.dec.get(), s.get(), &token), ENTMTP_ERROR);
+    CHECK_HAS(entmtp_last_error(), "evaluate a token first");
+
+    for (const int32_t bad : { -1, tiny::n_vocab, INT32_MAX, INT32_MIN }) {
+        CHECK_EQ(l.eval({ 1, bad }, 0), ENTMTP_ERROR);
+        CHECK_HAS(entmtp_last_error(), "not in the vocabulary");
+    }
+    CHECK_EQ(l.eval({}, 0), ENTMTP_ERROR);
+    CHECK_EQ(entmtp_decoder_eval(l.dec.get(), prompt.data(), -5, 0, false), ENTMTP_ERROR);
+    CHECK_EQ(l.eval(prompt, 5), ENTMTP_ERROR);
+    CHECK_HAS(entmtp_last_error(), "only 0 are evaluated");
+    for (const int32_t n_past : { -1, -7, INT32_MIN }) {
+        CHECK_EQ(l.eval(prompt, n_past), ENTMTP_ERROR);
+        CHECK_HAS(entmtp_last_error(), "cannot continue");
+    }
+    CHECK_EQ(l.eval(tokens(129, 5), 0), ENTMTP_ERROR);
+    CHECK_HAS(entmtp_last_error(), "n_batch");
+
+    CHECK_EQ(entmtp_decoder_eval(nullptr, prompt.data(), 1, 0, false), ENTMTP_ERROR);
+    CHECK_EQ(entmtp_decoder_sample(l.dec.get(), nullptr, &token), ENTMTP_ERROR);
+    CHECK(!entmtp_decoder_init(nullptr, nullptr));
+
+    // a bad token in the middle of a tree leaves the tree as it was
+    loop         plain;
+    const tokens expected = run(plain, greedy().get(), 50);
+    const tokens got      = run(l, greedy().get(), 50, [](loop & x, int32_t i) {
+        CHECK_EQ(x.eval({ tiny::n_vocab }, (int32_t) prompt.size() + i), ENTMTP_ERROR);
+    });
+    CHECK(got == expected);
+
+    // banks and policies that cannot work
+    const auto set = [&](const bank & b) {
+        return entmtp_decoder_set_trees(l.dec.get(), (int32_t) b.n_nodes.size(), b.n_nodes.data(), b.parent.data(), b.rank.data());
+    };
+    bank b;
+    b.n_nodes = { 2 };
+    b.parent  = { -1, 0 };
+    b.rank    = { 0, 0 };
+    CHECK_EQ(set(b), ENTMTP_ERROR);
+    CHECK_HAS(entmtp_last_error(), "lone root");
+    b = {};
+    b.add({ -1, 0, 1, 2, 3 }, { 0, 0, 0, 0, 0 });
+    CHECK_EQ(set(b), ENTMTP_ERROR);
+    CHECK_HAS(entmtp_last_error(), "only 3 heads");
+    CHECK_EQ(entmtp_decoder_set_trees(l.dec.get(), 0, nullptr, nullptr, nullptr), ENTMTP_ERROR);
+    CHECK_EQ(entmtp_decoder_set_policy(l.dec.get(), nullptr), ENTMTP_ERROR);
+
+    b = make_bank();
+    CHECK_EQ(entmtp_decoder_set_trees(plain.dec.get(), 4, b.n_nodes.data(), b.parent.data(), b.rank.data()), ENTMTP_ERROR);
+    CHECK_HAS(entmtp_last_error(), "need draft heads");
+
+    // the decoder still works
+    CHECK(run(l, greedy().get(), 50) == expected);
+}
+
+static void test_changes_in_a_step() {
+    constexpr int32_t n = 60;
+
+    loop         plain;
+    const tokens expected = run(plain, greedy().get(), n);
+
+    for (const bool drafts : { false, true }) {
+        loop l(drafts ? "medusa.gguf" : nullptr);
+
+        const auto again = [&](const between & f) {
+            if (drafts) {
+                l.use_tree(every_token);
+            }
+            entmtp_decoder_set_stats(l.dec.get(), true);
+            CHECK(run(l, greedy().get(), n, f) == expected);
+        };
+        for (const int32_t phase : { 0, 1, 2 }) {
+            again([&](loop & x, int32_t i) {
+                if (i % 3 == phase) {
+                    entmtp_decoder_reset_stats(x.dec.get());
+                }
+            });
+            CHECK((int32_t) l.steps().size() + l.n_accepted() <= 3);
+            again([&](loop & x, int32_t i) { entmtp_decoder_set_stats(x.dec.get(), i % 3 != phase); });
+            for (const auto & s : l.steps()) {
+                CHECK(s.n_accepted >= 0 && s.n_accepted < s.n_nodes);
+            }
+        }
+        // between evaluation and sampling
+        CHECK_EQ(l.eval(prompt, 0), ENTMTP_OK);
+        const auto s = greedy();
+        for (int32_t i = 0; i < 10; ++i) {
+            int32_t token = -1;
+            entmtp_decoder_reset_stats(l.dec.get());
+            CHECK_EQ(entmtp_decoder_sample(l.dec.get(), s.get(), &token), ENTMTP_OK);
+            CHECK_EQ(l.eval({ token }, (int32_t) prompt.size() + i), ENTMTP_OK);
+        }
+    }
+
+    // an untimed step of the old policy is no evidence for the new one
+    loop l("medusa.gguf");
+    entmtp_decoder_set_stats(l.dec.get(), false);
+    l.use_tree(every_token);
+    const tokens got = run(l, greedy().get(), n, [](loop & x, int32_t i) {
+        if (i == 5) {
+            x.use_entropy();
+            entmtp_decoder_set_stats(x.dec.get(), true);
+        }
+    });
+    CHECK(got == expected);
+    const auto steps = l.steps();
+    CHECK(std::any_of(steps.begin(), steps.end(), [](const entmtp_step & s) { return s.tree != every_token; }));
+}
+
+int main() {
+    if (set_up()) {
+        test_cancel();
+        test_context_full();
+        test_errors();
+        test_changes_in_a_step();
+    }
+    return tear_down("test_decoder_faults");
+}
