@@ -12,7 +12,7 @@ static constexpr double prior_steps = 16.0;
 // a tree is timed this often before its measured cost is trusted over the bank's
 static constexpr int64_t n_warmup = 2;
 
-// once in so many steps a promising tree whose timing is old is tried again: costs drift with the context and the machine
+// once in so many steps a tree whose timing is old is tried again: costs drift with the context and the machine
 static constexpr int64_t n_retry = 512;
 
 // "promising": as good as the best choice if its cost were lower by this factor
@@ -115,15 +115,17 @@ int32_t scheduler::choose(float entropy, int32_t n_max, const std::vector<int32_
         }
     }
 
-    // try what could be better: a tree that was never timed, or not for long
+    // try what could be better: a tree that was never timed, or not for long. Plain decoding is what must never be lost
+    // to: its timing is kept fresh whatever it says
     for (int32_t t = 0; t < n_trees; ++t) {
-        const bool is_new = cost[t].n < n_warmup;
-        const bool is_old = n_steps - cost[t].last > n_retry;
+        if (t == best || n_nodes[t] > n_max) {
+            continue;
+        }
 
-        // plain decoding is what must never be lost to: its timing is kept fresh whatever it says
-        const bool is_due = t == 0 && is_old;
+        const int64_t age    = n_steps - cost[t].last;
+        const bool    is_due = cost[t].n < n_warmup || age > n_retry / 4 * n_trees;
 
-        if (t != best && n_nodes[t] <= n_max && (is_due || ((is_new || is_old) && optimism * score(t) > score(best)))) {
+        if (t == 0 ? age > n_retry : is_due && optimism * score(t) > score(best)) {
             return t;
         }
     }
@@ -156,7 +158,7 @@ void scheduler::observe(int32_t tree, int32_t n_accepted, double t_us) {
         c.mean = c.n == 0 ? x : std::min(c.mean, x);
     } else {
         // a timing that is long past counts for little
-        const bool is_old = n_steps - c.last > n_retry;
+        const bool is_old = n_steps - c.last > n_retry / 4;
         c.mean += (x - c.mean) / (is_old ? 2.0 : 16.0);
     }
 
