@@ -38,30 +38,25 @@ from models import N_VOCAB, SPECS, model_path
 import entmtp
 from entmtp.gguf_expand import expand
 
-# The reference's batches are as large as the tree's (see plain_path). With flash attention the logits of the small
-# models then are equal bit for bit, whatever the types (measured: 0). Without it, sums run in another order.
-ATOL = 1e-4  # measured: 3e-6
+# Differences come from sums in another order: other positions of the cells, other batch sizes (see plain_path).
+ATOL = 1e-4  # measured: 9e-6
 
 # Where ggml rounds to f16 on the way, values that differ by 1e-6 round apart now and then, in plain decoding as in a
 # tree: an f16 cache, gemma's GELU (a table of f16), flash attention (casts an f32 cache, adds up V in f16).
-ATOL_F16 = 1e-2  # measured: 2.4e-3
-ATOL_F16_LATER = (
-    5e-2  # the same after several commits, on a cache with its cells in another order; measured: 1.5e-2
-)
+ATOL_F16 = 5e-2  # measured: 1.6e-2
 ATOL_QUANTISED = 0.5  # activations before q8_0 weights, steps of 1/127; measured: 0.11 of logits up to 14
 
 
-def tolerance(name: str, flash: bool, kv: int = F32) -> float:
+def tolerance(name: str, flash: bool, kv: int = F32, n_nodes: int = 0) -> float:
     """Largest difference between the logits of a tree and those of plain decoding. They have a deviation of 2."""
     if name == "demo-q8_0":
         return ATOL_QUANTISED
+    window = name in SPECS and SPECS[name].window > 0
+    # ggml's flash attention skips hidden cells: the sums are the same to the bit, for any type (measured: 0), unless
+    # cells lie elsewhere (a window's are used again) or its kernel for 64 rows and more adds up tile by tile
     if flash:
-        return ATOL_F16 if name == "demo-f32" else ATOL
+        return ATOL if 0 < n_nodes < 64 and not window else ATOL_F16
     return ATOL if kv == F32 and not name.startswith("gemma") else ATOL_F16
-
-
-def tolerance_later(name: str, flash: bool) -> float:
-    return ATOL_F16_LATER if flash or name.startswith("gemma") else ATOL
 
 
 DEMO = Path(entmtp.__file__).parent / "assets" / "demo-base-q8_0.gguf"
@@ -157,7 +152,7 @@ def check_every_node(name: str, flash: bool, kv: int, n_examples: int, max_prefi
             got = tree_ctx.decode(tree.tokens, tree.parents)
             want = plain_rows(plain_ctx, tree)
             worst = max(worst, np.abs(got - want).max())
-            np.testing.assert_allclose(got, want, atol=tolerance(name, flash, kv), rtol=0)
+            np.testing.assert_allclose(got, want, atol=tolerance(name, flash, kv, len(tree)), rtol=0)
 
         check()
     print(f"{name}, flash={flash}, kv={kv}: largest difference {worst:.1e}")  # pytest -s shows it
@@ -259,7 +254,7 @@ def test_outputs_of_some_nodes(two: list[Context]) -> None:
 def test_decoding_continues_after_commit(name: str, flash: bool) -> None:
     """The reference decodes the committed paths only; later plain and tree steps give the same."""
     rng = np.random.default_rng(7)
-    atol = tolerance_later(name, flash)
+    atol = tolerance(name, flash)
     with contexts(name, flash=flash) as (tree_ctx, plain_ctx):
         for c in (tree_ctx, plain_ctx):
             c.decode(PROMPT)
@@ -283,7 +278,7 @@ def test_many_rounds_leave_the_cells_of_plain_decoding(name: str, swa_full: bool
     """1,000 rounds of tree, commit (all of a path, some or nothing) and now and then a rollback."""
     rng = np.random.default_rng(11)
     n_ctx, max_nodes, window = 512, 16, SPECS[name].window
-    atol = tolerance_later(name, flash)
+    atol = tolerance(name, flash)
     n_rounds = n_tokens = n_rollbacks = 0
     with contexts(name, n_ctx=n_ctx, n_ubatch=32, flash=flash, swa_full=swa_full) as (tree_ctx, plain_ctx):
         for c in (tree_ctx, plain_ctx):

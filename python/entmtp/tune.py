@@ -144,12 +144,12 @@ def measure_costs(
     for _ in range(n_rounds):
         for i in range(len(bank.trees)):
             dec.set_bank(bank, "static", i)
+            dec.eval([prompt[-1]], n_past - 1)  # back to the prompt
             llm.reset_draft_stats()
-            for _ in range(5):
-                dec.eval([prompt[-1]], n_past - 1)  # back to the prompt
-                dec.eval([prompt[0]], n_past)  # a step
+            for k in range(6):  # one step after another, as in a text: the graph of a shape is built once and reused
+                dec.eval([prompt[k]], n_past + k)
             steps = llm.draft_stats.steps
-            times[i] += [(int(s["t_draft_us"]), int(s["t_verify_us"])) for s in steps[1:]]  # the first step builds the graphs
+            times[i] += [(int(s["t_draft_us"]), int(s["t_verify_us"])) for s in steps[1:]]
             if progress and task is not None:
                 progress.advance(task)
     llm.reset()
