@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from entmtp.bank import Bank, Tree, from_json, names, to_json
+from entmtp.bank import Bank, Tree, dumps, from_json, names, to_json
 from entmtp.errors import BankError
 from entmtp.tune import grow, node_probabilities
 from hypothesis import given, settings
@@ -59,6 +59,7 @@ def test_trees_keep_their_paths_and_come_breadth_first(paths: list[list[int]]) -
 def test_round_trip() -> None:
     bank = from_json(GOOD, "x")
     assert from_json(to_json(bank), "x") == bank
+    assert from_json(json.loads(dumps(bank)), "x") == bank
     assert bank.expected().tolist() == [[0.0, pytest.approx(1.1), 0.6], [0.0, pytest.approx(0.6), 0.4]]
     assert bank.step_costs().tolist() == pytest.approx([1.0, 2.2, 1.3])
 

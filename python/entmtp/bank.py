@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -318,3 +319,11 @@ def to_json(bank: Bank) -> dict[str, Any]:
         data["verify_cost"] = {str(k): v for k, v in sorted(bank.verify_cost.items())}
         data["draft_cost"] = list(bank.draft_cost)
     return data
+
+
+def dumps(bank: Bank) -> str:
+    """The text of a bank's file: lists of numbers and of paths on one line each."""
+    text = json.dumps(to_json(bank), indent=1)
+    for _ in range(2):  # numbers, then lists of them
+        text = re.sub(r"\[\s+((?:[^\[\]{}]|\[[^\[\]{}]*\])*?)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text)
+    return text + "\n"

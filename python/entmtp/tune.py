@@ -25,7 +25,7 @@ import numpy.typing as npt
 from rich.progress import Progress
 
 from .atomic import atomic_path
-from .bank import PLAIN, Bank, Paths, Tree, to_json
+from .bank import PLAIN, Bank, Paths, Tree, dumps
 from .errors import EntmtpError
 from .llama import Llama
 
@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
             n_tokens=args.tokens, n_bins=args.bins, n_threads=args.threads, n_ctx=args.ctx,
         )  # fmt: skip
         with atomic_path(out) as temporary:
-            temporary.write_text(json.dumps(to_json(bank), indent=1) + "\n", "utf-8")
+            temporary.write_text(dumps(bank), "utf-8")
     except (EntmtpError, ValueError, OSError) as e:
         print(f"entmtp.tune: {e}", file=sys.stderr)
         return 1
