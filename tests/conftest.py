@@ -22,7 +22,14 @@ from entmtp.gguf_expand import expand
 N_THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 # f32 weights and cache: the only differences left between batch sizes are orders of summation
-F32 = {"n_ctx": 1024, "n_threads": N_THREADS, "n_threads_batch": N_THREADS, "type_k": 0, "type_v": 0, "verbose": False}
+F32 = {
+    "n_ctx": 1024,
+    "n_threads": N_THREADS,
+    "n_threads_batch": N_THREADS,
+    "type_k": 0,
+    "type_v": 0,
+    "verbose": False,
+}
 
 
 @pytest.fixture(scope="session")

@@ -8,16 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from entmtp.bank import Bank, Tree, dumps, from_json, names, to_json
 from entmtp.errors import BankError
 from entmtp.tune import grow, node_probabilities
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 GOOD: dict[str, Any] = {
     "version": 1,
     "name": "good",
-    "trees": [{"name": "plain", "paths": []}, {"name": "a", "paths": [[0], [1], [0, 0]]}, {"name": "b", "paths": [[0]]}],
+    "trees": [
+        {"name": "plain", "paths": []},
+        {"name": "a", "paths": [[0], [1], [0, 0]]},
+        {"name": "b", "paths": [[0]]},
+    ],
     "ema_window": 8,
     "bin_edges": [0.5],
     "acceptance": [[[], [0.6, 0.2, 0.3], [0.6]], [[], [0.4, 0.1, 0.1], [0.4]]],
@@ -90,7 +95,10 @@ BROKEN = {
     "empty path": (lambda d: d["trees"][1].update(paths=[[], [1], [0, 0]]), "rank path"),
     "too many nodes": (lambda d: d["trees"][1].update(paths=[[i] for i in range(600)]), "601 nodes"),
     "not breadth first": (lambda d: d["trees"][1].update(paths=[[0], [0, 0], [1]]), "breadth-first"),
-    "edges fall": (lambda d: d.update(bin_edges=[1.0, 0.5], acceptance=GOOD["acceptance"] + [GOOD["acceptance"][0]]), "increasing"),
+    "edges fall": (
+        lambda d: d.update(bin_edges=[1.0, 0.5], acceptance=GOOD["acceptance"] + [GOOD["acceptance"][0]]),
+        "increasing",
+    ),
     "edges text": (lambda d: d.update(bin_edges=["1"]), "bin_edges"),
     "edge nan": (lambda d: d.update(bin_edges=[float("nan")]), "bin_edges"),
     "a bin is missing": (lambda d: d["acceptance"].pop(), "acceptance"),
@@ -114,7 +122,9 @@ def test_every_broken_field_is_named(case: str) -> None:
         from_json(data, "x")
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2", "[]", "3", '"x"', "[" * 100_000], ids=lambda t: t[:8] or "empty")
+@pytest.mark.parametrize(
+    "text", ["", "[1, 2", "[]", "3", '"x"', "[" * 100_000], ids=lambda t: t[:8] or "empty"
+)
 def test_files_that_are_no_banks(text: str, tmp_path: Path) -> None:
     path = tmp_path / "bank.json"
     path.write_text(text)
@@ -177,4 +187,6 @@ def test_schema_file_lists_the_fields_that_the_reader_knows() -> None:
     from importlib.resources import files
 
     schema = json.loads((files("entmtp") / "trees" / "bank.schema.json").read_text())
-    assert set(schema["properties"]) == set(to_json(from_json(GOOD | {"task": "t", "heads": "h", "device": "d"}, "x")))
+    assert set(schema["properties"]) == set(
+        to_json(from_json(GOOD | {"task": "t", "heads": "h", "device": "d"}, "x"))
+    )

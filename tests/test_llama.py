@@ -12,8 +12,9 @@ import llama_cpp
 import numpy as np
 import pytest
 from conftest import F32
-from entmtp import Cancelled, EntmtpError, Llama
 from llama_cpp import LlamaGrammar, LogitsProcessorList, StoppingCriteriaList
+
+from entmtp import Cancelled, EntmtpError, Llama
 
 PROMPT = "Question: Tom has 12 boxes with 8 apples in each box. How many apples does he have?\nAnswer:"
 
@@ -74,14 +75,17 @@ class Twice:
 CALLS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0, "max_tokens": 64},
     "sampled": {"temperature": 0.8, "seed": 7, "max_tokens": 64},
-    "top-k, top-p, min-p, typical": {"top_k": 20, "top_p": 0.8, "min_p": 0.02, "typical_p": 0.9, "seed": 3, "max_tokens": 64},
+    "top-k, top-p, min-p, typical": {
+        "top_k": 20, "top_p": 0.8, "min_p": 0.02, "typical_p": 0.9, "seed": 3, "max_tokens": 64,
+    },
     "one token": {"temperature": 0.0, "max_tokens": 1},
     "no limit": {"temperature": 0.0, "max_tokens": None},
     "stop": {"temperature": 0.0, "stop": ["=", "\n"], "max_tokens": 64},
     "stop inside a token": {"temperature": 0.8, "seed": 5, "stop": ["pl"], "max_tokens": 64},
     "echo": {"temperature": 0.0, "echo": True, "max_tokens": 24},
     "penalties": {
-        "temperature": 0.8, "seed": 2, "repeat_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.2, "max_tokens": 64,
+        "temperature": 0.8, "seed": 2, "max_tokens": 64,
+        "repeat_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.2,
     },
     "mirostat": {"mirostat_mode": 1, "seed": 4, "max_tokens": 64},
     "mirostat 2": {"mirostat_mode": 2, "seed": 4, "max_tokens": 64},
@@ -134,7 +138,10 @@ def test_chat_and_json(pair: tuple[Llama, Llama]) -> None:
     ):
         answers = [strip(llm.create_chat_completion(messages, max_tokens=48, **extra)) for llm in pair]
         assert answers[0] == answers[1]
-        chunks = [[strip(c) for c in llm.create_chat_completion(messages, max_tokens=48, stream=True, **extra)] for llm in pair]
+        chunks = [
+            [strip(c) for c in llm.create_chat_completion(messages, max_tokens=48, stream=True, **extra)]
+            for llm in pair
+        ]
         assert chunks[0] == chunks[1]
 
 
@@ -181,7 +188,12 @@ def test_prefix_reuse_between_calls(pair: tuple[Llama, Llama]) -> None:
     texts = [PROMPT, PROMPT + " He has", PROMPT, PROMPT[:60], PROMPT + " He has 96", "def f(x):", "def f(x):"]
     answers = []
     for llm in pair:
-        answers.append([strip(llm.create_completion(t, temperature=0.8, seed=i, max_tokens=20)) for i, t in enumerate(texts)])
+        answers.append(
+            [
+                strip(llm.create_completion(t, temperature=0.8, seed=i, max_tokens=20))
+                for i, t in enumerate(texts)
+            ]
+        )
         answers[-1].append(llm.n_tokens)
     assert answers[0] == answers[1]
 
@@ -226,7 +238,12 @@ def test_ram_cache(load: Callable[..., Llama]) -> None:
     for llm in (load(), load(heads="hydra", **STATIC)):
         llm.reset()
         llm.set_cache(llama_cpp.LlamaRAMCache())
-        results.append([strip(llm.create_completion(t, temperature=0.0, max_tokens=16)) for t in (PROMPT, "import", PROMPT)])
+        results.append(
+            [
+                strip(llm.create_completion(t, temperature=0.0, max_tokens=16))
+                for t in (PROMPT, "import", PROMPT)
+            ]
+        )
         llm.set_cache(None)
     assert results[0] == results[1]
 
@@ -252,7 +269,9 @@ def test_context_end(policy: str, load: Callable[..., Llama]) -> None:
 
 def test_cancel_from_another_thread(pair: tuple[Llama, Llama]) -> None:
     for llm in pair:
-        expected = [t for t, _ in zip(llm.generate(llm.tokenize(PROMPT.encode()), temp=0.0), range(400), strict=False)]
+        expected = [
+            t for t, _ in zip(llm.generate(llm.tokenize(PROMPT.encode()), temp=0.0), range(400), strict=False)
+        ]
         llm.reset()
         tokens: list[int] = []
         timer = threading.Timer(0.05, llm.cancel)
@@ -260,12 +279,16 @@ def test_cancel_from_another_thread(pair: tuple[Llama, Llama]) -> None:
         began = time.monotonic()
         for token in llm.generate(llm.tokenize(PROMPT.encode()), temp=0.0):
             tokens.append(token)
-            if len(tokens) >= 400:  # far more than fits in the time: a generation that is not cancelled fails below
+            if (
+                len(tokens) >= 400
+            ):  # far more than fits in the time: a generation that is not cancelled fails below
                 break
         timer.join()
         assert tokens == expected[: len(tokens)]
         # the next call is right
-        again = [t for t, _ in zip(llm.generate(llm.tokenize(PROMPT.encode()), temp=0.0), range(40), strict=False)]
+        again = [
+            t for t, _ in zip(llm.generate(llm.tokenize(PROMPT.encode()), temp=0.0), range(40), strict=False)
+        ]
         assert again == expected[:40]
         assert time.monotonic() - began < 60
 
@@ -284,7 +307,10 @@ def test_typical_acceptance(load: Callable[..., Llama]) -> None:
     llm = load(heads="hydra", accept="typical", **STATIC)
     plain = load()
     # greedy stays greedy
-    a, b = (m.create_completion(PROMPT, temperature=0.0, max_tokens=48)["choices"][0]["text"] for m in (plain, llm))
+    a, b = (
+        m.create_completion(PROMPT, temperature=0.0, max_tokens=48)["choices"][0]["text"]
+        for m in (plain, llm)
+    )
     assert a == b
     llm.reset_draft_stats()
     llm.create_completion(PROMPT, temperature=1.0, max_tokens=200)
@@ -297,7 +323,9 @@ def test_typical_acceptance(load: Callable[..., Llama]) -> None:
 
 def test_statistics_add_up(pair: tuple[Llama, Llama]) -> None:
     llm = pair[1]
-    tokens = [t for t, _ in zip(llm.generate(llm.tokenize(PROMPT.encode()), temp=0.0), range(100), strict=False)]
+    tokens = [
+        t for t, _ in zip(llm.generate(llm.tokenize(PROMPT.encode()), temp=0.0), range(100), strict=False)
+    ]
     stats = llm.draft_stats
     # every token but the last was evaluated, in as many passes as there are steps
     assert stats.n_steps + stats.n_accepted == llm.n_tokens - len(llm.tokenize(PROMPT.encode()))
@@ -320,7 +348,10 @@ def test_statistics_add_up(pair: tuple[Llama, Llama]) -> None:
         ({"draft": "entmtp", "heads": "HYDRA", "embedding": True}, "embedding"),
         ({"draft": "entmtp", "heads": "HYDRA", "vocab_only": True}, "vocab_only"),
         ({"draft": "entmtp", "heads": "HYDRA", "trees": "no-such-bank"}, "no tree bank"),
-        ({"draft": "entmtp", "heads": "HYDRA", "trees": "generic-hydra:n3", "policy": "static"}, "no tree n3"),
+        (
+            {"draft": "entmtp", "heads": "HYDRA", "trees": "generic-hydra:n3", "policy": "static"},
+            "no tree n3",
+        ),
         ({"draft": "entmtp", "heads": "HYDRA", "policy": "static"}, "needs one tree"),
         ({"draft": "entmtp", "heads": "HYDRA", "trees": "mc_sim_7b_63"}, "no calibration"),
     ],
@@ -341,4 +372,7 @@ def test_grammar_object_is_reusable(pair: tuple[Llama, Llama]) -> None:
     grammar = LlamaGrammar.from_string('root ::= "yes" | "no"', verbose=False)
     for llm in pair:
         for _ in range(2):
-            assert llm.create_completion("Is it?", grammar=grammar, max_tokens=8)["choices"][0]["text"] in ("yes", "no")
+            assert llm.create_completion("Is it?", grammar=grammar, max_tokens=8)["choices"][0]["text"] in (
+                "yes",
+                "no",
+            )

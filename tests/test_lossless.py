@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import prompts
+
 from entmtp import Llama
 from entmtp.methods import ENTMTP, Method, generic, published
 
@@ -36,7 +37,7 @@ def decode(llm: Llama, prompt: list[int], n: int, **sampling: Any) -> list[int]:
 
 
 def gap_at(plain: Llama, prompt: list[int], a: list[int], b: list[int]) -> tuple[int, float]:
-    """First position where two answers differ, and how far apart plain decoding's logits of the two tokens are there."""
+    """First position where two answers differ, and the gap between plain decoding's logits of the two tokens there."""
     i = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     plain.reset()
     plain.eval(prompt)
@@ -47,7 +48,9 @@ def gap_at(plain: Llama, prompt: list[int], a: list[int], b: list[int]) -> tuple
 
 
 @pytest.fixture(scope="session")
-def greedy(load: Callable[..., Llama], tmp_path_factory: pytest.TempPathFactory) -> list[tuple[list[int], list[int]]]:
+def greedy(
+    load: Callable[..., Llama], tmp_path_factory: pytest.TempPathFactory
+) -> list[tuple[list[int], list[int]]]:
     """Plain greedy answers to the 100 prompts, 256 tokens each: [(prompt, answer)]. Workers share them."""
     root = tmp_path_factory.getbasetemp()
     cache = (root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root) / "greedy.json"
@@ -98,7 +101,9 @@ def test_published_trees_are_token_identical(heads: str, method: Method, load: C
 
 @pytest.mark.parametrize("method", [ENTMTP, TREES[1], TREES[2]], ids=lambda m: m.label)
 @pytest.mark.parametrize("heads", ["medusa", "hydra"])
-def test_sampling_with_a_seed_is_token_identical(heads: str, method: Method, load: Callable[..., Llama]) -> None:
+def test_sampling_with_a_seed_is_token_identical(
+    heads: str, method: Method, load: Callable[..., Llama]
+) -> None:
     llm, plain = load(heads=heads), load()
     method.apply(llm)
     texts = prompts()
@@ -210,11 +215,14 @@ def test_grammar_constrained_json_is_identical(heads: str, load: Callable[..., L
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["f16", "q8_0"])
 def test_rounded_bases_diverge_only_at_ties(
-    base: str, load: Callable[..., Llama], models: dict[str, Path], record_property: Callable[[str, object], None]
+    base: str,
+    load: Callable[..., Llama],
+    models: dict[str, Path],
+    record_property: Callable[[str, object], None],
 ) -> None:
-    """Kernels for one and for several rows round differently on f16 and quantised weights. The share of identical runs is
-    printed; where an answer differs, the two tokens must be closer than twice the largest difference seen between the
-    logits of a tree pass and of plain decoding of the same text."""
+    """Kernels for one and for several rows round differently on f16 and quantised weights. The share of identical
+    runs is printed. Where an answer differs, the two tokens must be closer than twice the largest difference seen
+    between the logits of a tree pass and of plain decoding of the same text."""
     llm, plain = load(base, heads="hydra"), load(base)
     TREES[2].apply(llm)
     texts = prompts()[::4]

@@ -41,7 +41,7 @@ struct entmtp_heads;
 struct entmtp_decoder;
 
 enum entmtp_status {
-    ENTMTP_OK           =  0,
+    ENTMTP_OK           = 0,
     ENTMTP_ERROR        = -1, // see entmtp_last_error()
     ENTMTP_CONTEXT_FULL = -2, // no room for another token
     ENTMTP_CANCELLED    = -3, // entmtp_decoder_cancel() was called; the decoder holds what was settled before
@@ -58,8 +58,9 @@ ENTMTP_API const char * entmtp_last_error(void);
 
 // Load a heads file (docs/heads-gguf.md) for a base model. Every key is checked against the model.
 // The weights go to the device that holds the model's output layer. NULL on failure.
-ENTMTP_API struct entmtp_heads * entmtp_heads_load(const char * path, const struct llama_model * model, int32_t n_threads);
-ENTMTP_API void                  entmtp_heads_free(struct entmtp_heads * heads);
+ENTMTP_API struct entmtp_heads *
+entmtp_heads_load(const char * path, const struct llama_model * model, int32_t n_threads);
+ENTMTP_API void entmtp_heads_free(struct entmtp_heads * heads);
 
 struct entmtp_heads_info {
     int32_t n_heads;
@@ -80,13 +81,14 @@ ENTMTP_API void entmtp_heads_get_info(const struct entmtp_heads * heads, struct 
 //   h      [n_embd]         hidden state; with a prefix layer, its output
 //   path   [head + 1]       the tokens after the hidden state's (read by grounded heads only)
 //   logits [n_vocab_draft]  result
-ENTMTP_API int32_t entmtp_heads_logits(
-        struct entmtp_heads * heads, int32_t head, const float * h, const int32_t * path, float * logits);
+ENTMTP_API int32_t
+entmtp_heads_logits(struct entmtp_heads * heads, int32_t head, const float * h, const int32_t * path, float * logits);
 
 // The Hydra++ decoder layer over n hidden states at positions pos0 .. pos0 + n - 1, continuing what was run before.
 //   h   [n][n_embd]
 //   out [n_embd]      result for the last one
-ENTMTP_API int32_t entmtp_heads_prefix(struct entmtp_heads * heads, const float * h, int32_t n, int32_t pos0, float * out);
+ENTMTP_API int32_t
+entmtp_heads_prefix(struct entmtp_heads * heads, const float * h, int32_t n, int32_t pos0, float * out);
 
 // FNV-1a 64 of the model's vocabulary, see docs/heads-gguf.md
 ENTMTP_API uint64_t entmtp_vocab_fingerprint(const struct llama_model * model);
@@ -105,8 +107,11 @@ ENTMTP_API void                    entmtp_decoder_free(struct entmtp_decoder * d
 //   n_nodes [n_trees]     nodes of each tree, the root among them
 //   parent  [sum n_nodes] index of the parent in the same tree, lower than the node's own; -1 for the root
 //   rank    [sum n_nodes] which of the parent's children the node is in the head's order (0: most probable); 0 for the root
-ENTMTP_API int32_t entmtp_decoder_set_trees(
-        struct entmtp_decoder * dec, int32_t n_trees, const int32_t * n_nodes, const int32_t * parent, const int32_t * rank);
+ENTMTP_API int32_t entmtp_decoder_set_trees(struct entmtp_decoder * dec,
+                                            int32_t                 n_trees,
+                                            const int32_t *         n_nodes,
+                                            const int32_t *         parent,
+                                            const int32_t *         rank);
 
 enum entmtp_policy {
     ENTMTP_POLICY_OFF     = 0, // plain decoding
@@ -131,16 +136,16 @@ ENTMTP_API int32_t entmtp_decoder_set_policy(struct entmtp_decoder * dec, const 
 // One token that follows what was evaluated before is a decode step: it may already be verified.
 //   all_outputs   logits of every token, not only of the last, can be read with llama_get_logits(). Of a single token
 //                 that may have been verified already: read them with entmtp_decoder_logits()
-ENTMTP_API int32_t entmtp_decoder_eval(
-        struct entmtp_decoder * dec, const int32_t * tokens, int32_t n, int32_t n_past, bool all_outputs);
+ENTMTP_API int32_t
+entmtp_decoder_eval(struct entmtp_decoder * dec, const int32_t * tokens, int32_t n, int32_t n_past, bool all_outputs);
 
 // Sample the next token through the sampler chain, and accept it there.
 ENTMTP_API int32_t entmtp_decoder_sample(struct entmtp_decoder * dec, struct llama_sampler * sampler, int32_t * token);
 
 // Typical acceptance (lossy): follow the longest path whose tokens all have p > min(epsilon, alpha * exp(-H)) under the
 // base model at temperature temp, then take the most probable token. Medusa (arXiv 2401.10774), section 2.3.1.
-ENTMTP_API int32_t entmtp_decoder_sample_typical(
-        struct entmtp_decoder * dec, float temp, float epsilon, float alpha, int32_t * token);
+ENTMTP_API int32_t
+entmtp_decoder_sample_typical(struct entmtp_decoder * dec, float temp, float epsilon, float alpha, int32_t * token);
 
 // Leave in the memory exactly what plain decoding would have there: the evaluated tokens, no drafts.
 ENTMTP_API int32_t entmtp_decoder_settle(struct entmtp_decoder * dec);
@@ -164,9 +169,9 @@ ENTMTP_API void entmtp_decoder_resume(struct entmtp_decoder * dec);
 //
 
 struct entmtp_step {
-    float   entropy;   // running estimate when the tree was chosen, nats
-    int32_t tree;      // index in the bank
-    int32_t n_nodes;   // tokens in the verify pass, the root among them
+    float   entropy; // running estimate when the tree was chosen, nats
+    int32_t tree;    // index in the bank
+    int32_t n_nodes; // tokens in the verify pass, the root among them
     int32_t n_accepted;
     int32_t t_draft_us;
     int32_t t_verify_us;
@@ -177,7 +182,10 @@ struct entmtp_step {
 // off by default: then nothing is timed or kept
 ENTMTP_API void   entmtp_decoder_set_stats(struct entmtp_decoder * dec, bool enabled);
 ENTMTP_API size_t entmtp_decoder_n_steps(const struct entmtp_decoder * dec);
-ENTMTP_API size_t entmtp_decoder_get_steps(const struct entmtp_decoder * dec, struct entmtp_step * steps, size_t first, size_t n);
+ENTMTP_API size_t entmtp_decoder_get_steps(const struct entmtp_decoder * dec,
+                                           struct entmtp_step *          steps,
+                                           size_t                        first,
+                                           size_t                        n);
 ENTMTP_API void   entmtp_decoder_reset_stats(struct entmtp_decoder * dec);
 
 #ifdef __cplusplus

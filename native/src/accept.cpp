@@ -9,16 +9,18 @@ namespace entmtp {
 
 static double log_sum_exp(const float * logits, int32_t n, float inv_temp) {
     const float max = *std::max_element(logits, logits + n);
-    double sum = 0.0;
+    double      sum = 0.0;
     for (int32_t i = 0; i < n; ++i) {
         sum += std::exp((double) (logits[i] - max) * inv_temp);
     }
     return (double) max * inv_temp + std::log(sum);
 }
 
-std::vector<int32_t> typical_path(
-        const tree & topology, const std::vector<int32_t> & tokens, int32_t n_vocab, const typical_params & p,
-        const std::function<const float *(int32_t node)> & logits) {
+std::vector<int32_t> typical_path(const tree &                                       topology,
+                                  const std::vector<int32_t> &                       tokens,
+                                  int32_t                                            n_vocab,
+                                  const typical_params &                             p,
+                                  const std::function<const float *(int32_t node)> & logits) {
     const int32_t n        = topology.n_nodes();
     const float   temp     = std::max(p.temp, 1e-3f);
     const float   inv_temp = 1.0f / temp;
@@ -43,9 +45,10 @@ std::vector<int32_t> typical_path(
         }
         const float * row = logits(topology.parent[i]);
         if (!up.has_norm) {
-            up.has_norm  = true;
-            up.log_norm  = log_sum_exp(row, n_vocab, inv_temp);
-            up.threshold = std::min(std::log((double) p.epsilon), std::log((double) p.alpha) - entropy(row, n_vocab, temp));
+            up.has_norm = true;
+            up.log_norm = log_sum_exp(row, n_vocab, inv_temp);
+            up.threshold =
+                std::min(std::log((double) p.epsilon), std::log((double) p.alpha) - entropy(row, n_vocab, temp));
         }
 
         const double log_p = (double) row[tokens[i]] * inv_temp - up.log_norm;

@@ -22,8 +22,10 @@ struct typical_params {
 // among equally long ones the most probable. Medusa (arXiv 2401.10774), section 2.3.1.
 //   tokens [n_nodes]
 //   logits(node) -> [n_vocab]
-std::vector<int32_t> typical_path(
-        const tree & topology, const std::vector<int32_t> & tokens, int32_t n_vocab, const typical_params & p,
-        const std::function<const float *(int32_t node)> & logits);
+std::vector<int32_t> typical_path(const tree &                                       topology,
+                                  const std::vector<int32_t> &                       tokens,
+                                  int32_t                                            n_vocab,
+                                  const typical_params &                             p,
+                                  const std::function<const float *(int32_t node)> & logits);
 
 } // namespace entmtp

@@ -25,7 +25,8 @@ static int32_t fail(const char * what) {
 }
 
 // runs f() -> int32_t
-template <typename F> static int32_t guarded(F && f) {
+template <typename F>
+static int32_t guarded(F && f) {
     try {
         return f();
     } catch (const std::exception & e) {
@@ -36,7 +37,8 @@ template <typename F> static int32_t guarded(F && f) {
 }
 
 // the same for a decoder, whose statuses carry their reason along
-template <typename F> static int32_t guarded(entmtp_decoder * dec, F && f) {
+template <typename F>
+static int32_t guarded(entmtp_decoder * dec, F && f) {
     if (!dec) {
         return fail("no decoder");
     }
@@ -148,7 +150,7 @@ void entmtp_decoder_free(entmtp_decoder * dec) {
 }
 
 int32_t entmtp_decoder_set_trees(
-        entmtp_decoder * dec, int32_t n_trees, const int32_t * n_nodes, const int32_t * parent, const int32_t * rank) {
+    entmtp_decoder * dec, int32_t n_trees, const int32_t * n_nodes, const int32_t * parent, const int32_t * rank) {
     return guarded(dec, [&](entmtp::decoder & d) {
         if (n_trees < 1 || !n_nodes || !parent || !rank) {
             return fail("bank: no trees");
@@ -157,7 +159,7 @@ int32_t entmtp_decoder_set_trees(
         for (int32_t i = 0; i < n_trees; ++i) {
             bank.push_back(entmtp::make_tree(parent, rank, n_nodes[i]));
             parent += n_nodes[i];
-            rank   += n_nodes[i];
+            rank += n_nodes[i];
         }
         d.set_trees(std::move(bank));
         return (int32_t) ENTMTP_OK;
@@ -181,9 +183,8 @@ int32_t entmtp_decoder_eval(entmtp_decoder * dec, const int32_t * tokens, int32_
 }
 
 int32_t entmtp_decoder_sample(entmtp_decoder * dec, llama_sampler * sampler, int32_t * token) {
-    return guarded(dec, [&](entmtp::decoder & d) {
-        return sampler && token ? d.sample(sampler, token) : fail("no sampler");
-    });
+    return guarded(
+        dec, [&](entmtp::decoder & d) { return sampler && token ? d.sample(sampler, token) : fail("no sampler"); });
 }
 
 int32_t entmtp_decoder_sample_typical(entmtp_decoder * dec, float temp, float epsilon, float alpha, int32_t * token) {

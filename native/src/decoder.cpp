@@ -13,16 +13,16 @@ static bool is_cancelled(void * data) {
 }
 
 decoder::decoder(llama_context * ctx, heads * h) :
-        ctx(ctx), draft_heads(h), verify(ctx),
-        n_vocab(llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)))),
-        n_embd(llama_model_n_embd(llama_get_model(ctx))) {
+    ctx(ctx), draft_heads(h), verify(ctx), n_vocab(llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)))),
+    n_embd(llama_model_n_embd(llama_get_model(ctx))) {
     const int32_t root_parent = -1;
     const int32_t root_rank   = 0;
     set_trees({ make_tree(&root_parent, &root_rank, 1) });
 
     if (draft_heads) {
         if (llama_pooling_type(ctx) != LLAMA_POOLING_TYPE_NONE) {
-            throw std::runtime_error("decoder: a context with pooling gives embeddings, not text; create it without pooling to draft");
+            throw std::runtime_error(
+                "decoder: a context with pooling gives embeddings, not text; create it without pooling to draft");
         }
         if (draft_heads->prefix()) {
             draft_heads->reserve_prefix((int32_t) llama_n_ctx_seq(ctx));
@@ -54,7 +54,8 @@ void decoder::set_trees(std::vector<tree> trees) {
         throw std::runtime_error("bank: trees need draft heads");
     }
     if (depth > 0 && !verify.can_tree()) {
-        throw std::runtime_error("the memory of this model (recurrent, hybrid or of a special kind) cannot hold a token tree; use draft=None");
+        throw std::runtime_error(
+            "the memory of this model (recurrent, hybrid or of a special kind) cannot hold a token tree; use draft=None");
     }
     if (draft_heads && depth > (size_t) draft_heads->n_heads()) {
         throw std::runtime_error("bank: a tree is " + std::to_string(depth) + " deep, but there are only " +
@@ -146,7 +147,8 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
         return status;
     }
     if (past < 0 || past > n_past) {
-        error = "cannot continue after " + std::to_string(past) + " tokens: only " + std::to_string(n_past) + " are evaluated";
+        error = "cannot continue after " + std::to_string(past) + " tokens: only " + std::to_string(n_past) +
+                " are evaluated";
         return ENTMTP_ERROR;
     }
     if (n > (int32_t) llama_n_batch(ctx)) {
@@ -270,7 +272,7 @@ int32_t decoder::step(int32_t token) {
 
     if (timed) {
         const int64_t t_end = ggml_time_us();
-        t_step = (double) (t_end - t_draft);
+        t_step              = (double) (t_end - t_draft);
 
         if (stats) {
             entmtp_step s = {};
@@ -387,7 +389,7 @@ int32_t decoder::sample(llama_sampler * sampler, int32_t * token) {
         const int64_t t2 = ggml_time_us();
         t_walk += (double) (t2 - t0);
         if (in_list) {
-            steps.back().t_host_us   += (int32_t) (t1 - t0);
+            steps.back().t_host_us += (int32_t) (t1 - t0);
             steps.back().t_sample_us += (int32_t) (t2 - t1);
         }
     }
@@ -404,7 +406,7 @@ int32_t decoder::sample_typical(const typical_params & p, int32_t * token) {
 
     if (tree_id >= 0 && typical.empty()) {
         typical = typical_path(bank[tree_id], tokens, n_vocab, p,
-                [&](int32_t node) { return llama_get_logits_ith(ctx, node); });
+                               [&](int32_t node) { return llama_get_logits_ith(ctx, node); });
     }
 
     // the caller may have gone another way than the typical one
@@ -412,7 +414,7 @@ int32_t decoder::sample_typical(const typical_params & p, int32_t * token) {
         *token = tokens[typical[path.size()]];
     } else {
         const float * l = logits();
-        *token = (int32_t) (std::max_element(l, l + n_vocab) - l);
+        *token          = (int32_t) (std::max_element(l, l + n_vocab) - l);
     }
     return ENTMTP_OK;
 }

@@ -85,8 +85,8 @@ class decoder {
     std::vector<int32_t> path;         // visited nodes, the root first
     std::vector<int32_t> typical;      // path chosen by typical acceptance, empty if none was
 
-    std::vector<float> rows_hidden; // [n][n_embd] input of the prefix layer
-    std::vector<float> prefix_out;  // [n_embd]    its output for the last evaluated token
+    std::vector<float> rows_hidden;    // [n][n_embd] input of the prefix layer
+    std::vector<float> prefix_out;     // [n_embd]    its output for the last evaluated token
 
     bool   stats   = false;
     bool   in_step = false; // a step was verified and is being walked

@@ -15,11 +15,13 @@ static inline float exp_neg(float x) {
     const float n = (t + 12582912.0f) - 12582912.0f; // round to nearest: 1.5 * 2^23
     const float f = t - n;
 
-    const float p = 1.0f + f * (0.693147182f + f * (0.240226462f + f * (0.0555045344f +
-                           f * (0.00961822376f + f * (0.00133365194f + f * 0.000154697f)))));
+    const float p =
+        1.0f +
+        f * (0.693147182f +
+             f * (0.240226462f + f * (0.0555045344f + f * (0.00961822376f + f * (0.00133365194f + f * 0.000154697f)))));
 
     const int32_t bits = ((int32_t) n + 127) << 23;
-    float scale;
+    float         scale;
     std::memcpy(&scale, &bits, sizeof(scale));
 
     return p * scale;
@@ -56,7 +58,7 @@ float entropy(const float * logits, int32_t n, float temp) {
         for (int32_t j = 0; j < n_lanes; ++j) {
             const float d = std::max((logits[i + j] - max) * inv_temp, -87.0f);
             const float e = exp_neg(d);
-            sum_lane[j]  += e;
+            sum_lane[j] += e;
             dsum_lane[j] += d * e;
         }
     }
@@ -64,13 +66,13 @@ float entropy(const float * logits, int32_t n, float temp) {
     double sum  = 0.0;
     double dsum = 0.0;
     for (int32_t j = 0; j < n_lanes; ++j) {
-        sum  += sum_lane[j];
+        sum += sum_lane[j];
         dsum += dsum_lane[j];
     }
     for (; i < n; ++i) {
         const float d = std::max((logits[i] - max) * inv_temp, -87.0f);
         const float e = exp_neg(d);
-        sum  += e;
+        sum += e;
         dsum += d * e;
     }
 
@@ -80,7 +82,7 @@ float entropy(const float * logits, int32_t n, float temp) {
 ema::ema(float window) : decay(1.0f - 2.0f / (std::max(window, 1.0f) + 1.0f)) {}
 
 void ema::add(float x) {
-    sum    = decay * sum    + (1.0f - decay) * x;
+    sum    = decay * sum + (1.0f - decay) * x;
     weight = decay * weight + (1.0f - decay);
 }
 

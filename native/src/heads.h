@@ -79,9 +79,9 @@ class heads {
 
     std::unique_ptr<draft_graph> build_graph(const tree & topology) const;
 
-    ggml_tensor * build_head  (ggml_context * ctx, int32_t i, ggml_tensor * x) const;
-    ggml_tensor * build_top_k (ggml_context * ctx, ggml_tensor * logits, int32_t k) const;
-    ggml_tensor * build_embd  (ggml_context * ctx, ggml_tensor * tokens) const;
+    ggml_tensor * build_head(ggml_context * ctx, int32_t i, ggml_tensor * x) const;
+    ggml_tensor * build_top_k(ggml_context * ctx, ggml_tensor * logits, int32_t k) const;
+    ggml_tensor * build_embd(ggml_context * ctx, ggml_tensor * tokens) const;
 
     int32_t n_embd   = 0;
     int32_t n_vocab  = 0;
@@ -101,6 +101,9 @@ class heads {
 
     std::map<const tree *, std::unique_ptr<draft_graph>> graphs;
 };
+
+// throws std::runtime_error("heads: ...")
+[[noreturn]] void heads_fail(const std::string & what);
 
 uint64_t vocab_fingerprint(const llama_model * model);
 

@@ -27,7 +27,8 @@ void prefix_layer::reserve(ggml_backend_t b, int32_t n_ctx) {
 
     buf_kv.reset(ggml_backend_alloc_ctx_tensors(ctx_kv.get(), backend));
     if (!buf_kv) {
-        throw std::runtime_error("heads: no memory for the cache of the prefix layer (" + std::to_string(n_ctx) + " positions)");
+        throw std::runtime_error("heads: no memory for the cache of the prefix layer (" + std::to_string(n_ctx) +
+                                 " positions)");
     }
     ggml_backend_buffer_clear(buf_kv.get(), 0);
 
@@ -63,17 +64,18 @@ void prefix_layer::run(const float * h, int32_t n, int32_t pos0, float * out) {
         return t;
     };
 
-    ggml_tensor * inp  = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd, n));
-    ggml_tensor * pos  = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n));
-    ggml_tensor * last = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1)); // position of the only query
-    ggml_tensor * rows = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n));
+    ggml_tensor * inp     = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd, n));
+    ggml_tensor * pos     = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n));
+    ggml_tensor * last    = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1)); // position of the only query
+    ggml_tensor * rows    = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n));
     ggml_tensor * kq_mask = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_kv, 1));
 
     const auto norm = [&](ggml_tensor * x, ggml_tensor * w) {
         return ggml_mul(ctx, ggml_rms_norm(ctx, x, params.rms_eps), w);
     };
     const auto rope = [&](ggml_tensor * x, ggml_tensor * p) {
-        return ggml_rope_ext(ctx, x, p, nullptr, head_dim, GGML_ROPE_TYPE_NEOX, 0, params.rope_base, 1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
+        return ggml_rope_ext(ctx, x, p, nullptr, head_dim, GGML_ROPE_TYPE_NEOX, 0, params.rope_base, 1.0f, 0.0f, 1.0f,
+                             0.0f, 0.0f);
     };
 
     ggml_tensor * x = norm(inp, attn_norm); // [n_embd, n]
@@ -81,7 +83,7 @@ void prefix_layer::run(const float * h, int32_t n, int32_t pos0, float * out) {
     // keys and values of all new positions
     {
         ggml_tensor * k = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, attn_k, x), head_dim, n_head_kv, n);
-        k = ggml_reshape_2d(ctx, rope(k, pos), head_dim * n_head_kv, n);
+        k               = ggml_reshape_2d(ctx, rope(k, pos), head_dim * n_head_kv, n);
 
         ggml_tensor * v = ggml_mul_mat(ctx, attn_v, x);
 
@@ -91,23 +93,24 @@ void prefix_layer::run(const float * h, int32_t n, int32_t pos0, float * out) {
 
     // only the last position is asked for its output
     const size_t  offset   = (size_t) (n - 1) * n_embd * sizeof(float);
-    ggml_tensor * x_last   = ggml_view_2d(ctx, x,   n_embd, 1, x->nb[1],   offset);
+    ggml_tensor * x_last   = ggml_view_2d(ctx, x, n_embd, 1, x->nb[1], offset);
     ggml_tensor * inp_last = ggml_view_2d(ctx, inp, n_embd, 1, inp->nb[1], offset);
 
     ggml_tensor * q = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, attn_q, x_last), head_dim, n_head, 1);
-    q = ggml_permute(ctx, rope(q, last), 0, 2, 1, 3); // [head_dim, 1, n_head]
+    q               = ggml_permute(ctx, rope(q, last), 0, 2, 1, 3); // [head_dim, 1, n_head]
 
     const size_t ts = ggml_type_size(k_cache->type);
 
     ggml_tensor * k = ggml_view_3d(ctx, k_cache, head_dim, n_kv, n_head_kv, k_cache->nb[1], head_dim * ts, 0);
     ggml_tensor * v = ggml_view_3d(ctx, v_cache, head_dim, n_kv, n_head_kv, v_cache->nb[1], head_dim * ts, 0);
 
-    ggml_tensor * kq = ggml_soft_max_ext(ctx, ggml_mul_mat(ctx, k, q), kq_mask, 1.0f / std::sqrt((float) head_dim), 0.0f);
+    ggml_tensor * kq =
+        ggml_soft_max_ext(ctx, ggml_mul_mat(ctx, k, q), kq_mask, 1.0f / std::sqrt((float) head_dim), 0.0f);
 
     v = ggml_cont(ctx, ggml_permute(ctx, v, 1, 0, 2, 3)); // [n_kv, head_dim, n_head_kv]
 
-    ggml_tensor * kqv = ggml_mul_mat(ctx, v, kq); // [head_dim, 1, n_head]
-    kqv = ggml_reshape_2d(ctx, ggml_cont(ctx, kqv), n_embd, 1);
+    ggml_tensor * kqv = ggml_mul_mat(ctx, v, kq);         // [head_dim, 1, n_head]
+    kqv               = ggml_reshape_2d(ctx, ggml_cont(ctx, kqv), n_embd, 1);
 
     ggml_tensor * cur = ggml_add(ctx, ggml_mul_mat(ctx, attn_output, kqv), inp_last);
 
@@ -126,8 +129,8 @@ void prefix_layer::run(const float * h, int32_t n, int32_t pos0, float * out) {
     std::vector<int32_t> pos_data(n);
     std::vector<int64_t> row_data(n);
     for (int32_t i = 0; i < n; ++i) {
-        pos_data[i] = pos0 + i;
-        row_data[i] = pos0 + i;
+        pos_data[i]     = pos0 + i;
+        row_data[i]     = pos0 + i;
         valid[pos0 + i] = true;
     }
 
@@ -138,11 +141,11 @@ void prefix_layer::run(const float * h, int32_t n, int32_t pos0, float * out) {
         }
     }
 
-    ggml_backend_tensor_set(inp,     h,                   0, ggml_nbytes(inp));
-    ggml_backend_tensor_set(pos,     pos_data.data(),     0, ggml_nbytes(pos));
-    ggml_backend_tensor_set(last,    &pos_data[n - 1],    0, ggml_nbytes(last));
-    ggml_backend_tensor_set(rows,    row_data.data(),     0, ggml_nbytes(rows));
-    ggml_backend_tensor_set(kq_mask, mask.data(),         0, ggml_nbytes(kq_mask));
+    ggml_backend_tensor_set(inp, h, 0, ggml_nbytes(inp));
+    ggml_backend_tensor_set(pos, pos_data.data(), 0, ggml_nbytes(pos));
+    ggml_backend_tensor_set(last, &pos_data[n - 1], 0, ggml_nbytes(last));
+    ggml_backend_tensor_set(rows, row_data.data(), 0, ggml_nbytes(rows));
+    ggml_backend_tensor_set(kq_mask, mask.data(), 0, ggml_nbytes(kq_mask));
 
     if (ggml_backend_graph_compute(backend, gf) != GGML_STATUS_SUCCESS) {
         throw std::runtime_error("heads: the prefix layer could not be computed");

@@ -12,11 +12,11 @@
 namespace entmtp {
 
 struct prefix_params {
-    int32_t n_embd     = 0;
-    int32_t n_head     = 0;
-    int32_t n_head_kv  = 0;
-    float   rms_eps    = 1e-5f;
-    float   rope_base  = 10000.0f;
+    int32_t n_embd    = 0;
+    int32_t n_head    = 0;
+    int32_t n_head_kv = 0;
+    float   rms_eps   = 1e-5f;
+    float   rope_base = 10000.0f;
 };
 
 // arXiv 2402.05109, section 4.2: a Llama decoder layer whose output replaces the hidden state as the heads' input
@@ -57,7 +57,7 @@ class prefix_layer {
     ggml_tensor * k_cache = nullptr; // [n_embd_kv, n_ctx]
     ggml_tensor * v_cache = nullptr; // [n_embd_kv, n_ctx]
 
-    std::vector<bool>  valid; // [n_ctx] positions that hold a key and a value
+    std::vector<bool>  valid;        // [n_ctx] positions that hold a key and a value
     std::vector<float> mask;
 };
 

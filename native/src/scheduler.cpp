@@ -21,7 +21,7 @@ static constexpr double optimism = 1.3;
 scheduler::scheduler() = default;
 
 scheduler::scheduler(const entmtp_policy_params & p, int32_t n_trees) :
-        policy(p.policy), static_tree(p.static_tree), ema_window(p.ema_window) {
+    policy(p.policy), static_tree(p.static_tree), ema_window(p.ema_window) {
     if (policy < ENTMTP_POLICY_OFF || policy > ENTMTP_POLICY_ENTROPY) {
         throw std::runtime_error("policy: unknown number");
     }
@@ -143,7 +143,7 @@ void scheduler::observe(int32_t tree, int32_t n_accepted, double t_us) {
     // a long memory, not an endless one: texts change
     static constexpr double forget = 1.0 - 1.0 / 256.0;
 
-    a.n     = forget * a.n     + 1.0;
+    a.n     = forget * a.n + 1.0;
     a.total = forget * a.total + n_accepted;
 
     auto & c = cost[tree];
@@ -162,7 +162,7 @@ void scheduler::observe(int32_t tree, int32_t n_accepted, double t_us) {
         c.mean += (x - c.mean) / (is_old ? 2.0 : 16.0);
     }
 
-    c.n   += 1;
+    c.n += 1;
     c.last = n_steps;
 }
 

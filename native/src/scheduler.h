@@ -30,7 +30,7 @@ class scheduler {
     void observe(int32_t tree, int32_t n_accepted, double t_us);
 
     bool needs_entropy() const { return policy == ENTMTP_POLICY_ENTROPY; }
-    bool needs_timing()  const { return policy == ENTMTP_POLICY_ENTROPY; }
+    bool needs_timing() const { return policy == ENTMTP_POLICY_ENTROPY; }
 
     float window() const { return ema_window; }
 

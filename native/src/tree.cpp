@@ -24,9 +24,9 @@ tree make_tree(const int32_t * parent, const int32_t * rank, int32_t n_nodes) {
 
     tree res;
     res.parent.assign(parent, parent + n_nodes);
-    res.rank  .assign(rank,   rank   + n_nodes);
-    res.depth .assign(n_nodes, 0);
-    res.slot  .assign(n_nodes, -1);
+    res.rank.assign(rank, rank + n_nodes);
+    res.depth.assign(n_nodes, 0);
+    res.slot.assign(n_nodes, -1);
 
     std::set<std::pair<int32_t, int32_t>> seen; // (parent, rank)
 

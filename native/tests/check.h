@@ -36,25 +36,28 @@ inline int check_result(const char * name) {
 #define CHECK_HAS(text, part) check_has(__FILE__, __LINE__, (text), (part))
 
 // expr throws a std::exception whose text holds a part
-#define CHECK_THROWS(expr, part)                                                        \
-    do {                                                                                \
-        try {                                                                           \
-            (void) (expr);                                                              \
-            check_failed(__FILE__, __LINE__, #expr " did not throw");                   \
-        } catch (const std::exception & e) {                                            \
-            check_has(__FILE__, __LINE__, e.what(), (part));                            \
-        }                                                                               \
+#define CHECK_THROWS(expr, part)                                      \
+    do {                                                              \
+        try {                                                         \
+            (void) (expr);                                            \
+            check_failed(__FILE__, __LINE__, #expr " did not throw"); \
+        } catch (const std::exception & e) {                          \
+            check_has(__FILE__, __LINE__, e.what(), (part));          \
+        }                                                             \
     } while (0)
 
 template <typename A, typename B>
 bool check_eq(const char * file, int line, const char * what, const A & a, const B & b) {
-    return a == (A) b || check_failed(file, line, std::string(what) + ": " + std::to_string(a) + ", " + std::to_string(b));
+    return a == (A) b ||
+           check_failed(file, line, std::string(what) + ": " + std::to_string(a) + ", " + std::to_string(b));
 }
 
 inline bool check_near(const char * file, int line, const char * what, double a, double b, double tol) {
-    return std::fabs(a - b) <= tol || check_failed(file, line, std::string(what) + ": " + std::to_string(a) + ", " + std::to_string(b));
+    return std::fabs(a - b) <= tol ||
+           check_failed(file, line, std::string(what) + ": " + std::to_string(a) + ", " + std::to_string(b));
 }
 
 inline bool check_has(const char * file, int line, const std::string & text, const std::string & part) {
-    return text.find(part) != std::string::npos || check_failed(file, line, "\"" + text + "\" does not say \"" + part + "\"");
+    return text.find(part) != std::string::npos ||
+           check_failed(file, line, "\"" + text + "\" does not say \"" + part + "\"");
 }

@@ -14,7 +14,9 @@
 
 using tiny::head_options;
 
-struct heads_deleter { void operator()(entmtp_heads * p) { entmtp_heads_free(p); } };
+struct heads_deleter {
+    void operator()(entmtp_heads * p) { entmtp_heads_free(p); }
+};
 using heads_ptr = std::unique_ptr<entmtp_heads, heads_deleter>;
 
 inline tiny::folder    dir;
@@ -51,17 +53,19 @@ inline void refused(const char * what, const head_options & o, std::initializer_
 }
 
 inline std::vector<float> random_vector(int32_t n, uint32_t seed) {
-    std::mt19937 rng(seed);
+    std::mt19937                    rng(seed);
     std::normal_distribution<float> normal;
-    std::vector<float> res(n);
+    std::vector<float>              res(n);
     for (auto & x : res) {
         x = normal(rng);
     }
     return res;
 }
 
-inline std::vector<float> logits(
-        entmtp_heads * h, int32_t head, const std::vector<float> & hidden, const std::vector<int32_t> & path = { 5, 6, 7, 8 }) {
+inline std::vector<float> logits(entmtp_heads *               h,
+                                 int32_t                      head,
+                                 const std::vector<float> &   hidden,
+                                 const std::vector<int32_t> & path = { 5, 6, 7, 8 }) {
     entmtp_heads_info info;
     entmtp_heads_get_info(h, &info);
     std::vector<float> res(info.n_vocab_draft, NAN);

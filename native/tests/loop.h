@@ -12,8 +12,12 @@
 #include <string>
 #include <vector>
 
-struct heads_deleter   { void operator()(entmtp_heads * p)   { entmtp_heads_free(p); } };
-struct decoder_deleter { void operator()(entmtp_decoder * p) { entmtp_decoder_free(p); } };
+struct heads_deleter {
+    void operator()(entmtp_heads * p) { entmtp_heads_free(p); }
+};
+struct decoder_deleter {
+    void operator()(entmtp_decoder * p) { entmtp_decoder_free(p); }
+};
 
 using heads_ptr   = std::unique_ptr<entmtp_heads, heads_deleter>;
 using decoder_ptr = std::unique_ptr<entmtp_decoder, decoder_deleter>;
@@ -36,7 +40,7 @@ struct bank {
     void add(const tokens & p, const tokens & r) {
         n_nodes.push_back((int32_t) p.size());
         parent.insert(parent.end(), p.begin(), p.end());
-        rank  .insert(rank.end(), r.begin(), r.end());
+        rank.insert(rank.end(), r.begin(), r.end());
     }
 };
 
@@ -73,14 +77,16 @@ struct loop {
         entmtp_decoder_set_stats(dec.get(), true);
         if (heads) {
             const bank b = make_bank();
-            CHECK_EQ(entmtp_decoder_set_trees(dec.get(), (int32_t) b.n_nodes.size(), b.n_nodes.data(), b.parent.data(), b.rank.data()), ENTMTP_OK);
+            CHECK_EQ(entmtp_decoder_set_trees(dec.get(), (int32_t) b.n_nodes.size(), b.n_nodes.data(), b.parent.data(),
+                                              b.rank.data()),
+                     ENTMTP_OK);
         }
     }
 
     void use_tree(int32_t id) {
         entmtp_policy_params p = {};
-        p.policy      = ENTMTP_POLICY_STATIC;
-        p.static_tree = id;
+        p.policy               = ENTMTP_POLICY_STATIC;
+        p.static_tree          = id;
         CHECK_EQ(entmtp_decoder_set_policy(dec.get(), &p), ENTMTP_OK);
     }
 
@@ -91,12 +97,12 @@ struct loop {
         const float cost[]     = { 1, 1.1f, 1.2f, 1.3f };
 
         entmtp_policy_params p = {};
-        p.policy     = ENTMTP_POLICY_ENTROPY;
-        p.ema_window = 4.0f;
-        p.n_bins     = 3;
-        p.bin_edges  = edges;
-        p.expected   = expected;
-        p.cost       = cost;
+        p.policy               = ENTMTP_POLICY_ENTROPY;
+        p.ema_window           = 4.0f;
+        p.n_bins               = 3;
+        p.bin_edges            = edges;
+        p.expected             = expected;
+        p.cost                 = cost;
         CHECK_EQ(entmtp_decoder_set_policy(dec.get(), &p), ENTMTP_OK);
     }
 

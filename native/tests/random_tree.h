@@ -20,11 +20,11 @@ struct random_tree {
             const int    left = n - (int32_t) parent.size();
             const int    size = 1 + (int) (rng() % std::min(left, 6));
 
-            std::vector<int32_t> level;
+            std::vector<int32_t>              level;
             std::vector<std::vector<int32_t>> used(up.size());
             for (int i = 0; i < size; ++i) {
                 const size_t u = rng() % up.size();
-                int32_t r = 0;
+                int32_t      r = 0;
                 do {
                     r = (int32_t) (rng() % 12);
                 } while (std::count(used[u].begin(), used[u].end(), r));

@@ -30,8 +30,11 @@ static distribution softmax(const std::vector<float> & logits, double temp) {
 }
 
 // every path from the root, checked token by token. false if rounding could decide
-static bool brute_force(const tree & t, const std::vector<int32_t> & tokens, const std::vector<std::vector<float>> & logits,
-                        const typical_params & p, std::vector<int32_t> & best) {
+static bool brute_force(const tree &                            t,
+                        const std::vector<int32_t> &            tokens,
+                        const std::vector<std::vector<float>> & logits,
+                        const typical_params &                  p,
+                        std::vector<int32_t> &                  best) {
     double best_p = 1.0;
     best          = { 0 };
 
@@ -101,7 +104,7 @@ static void test_random() {
         }
 
         std::vector<bool> asked(t.n_nodes());
-        const auto path = entmtp::typical_path(t, tokens, n_vocab, p, [&](int32_t node) {
+        const auto        path = entmtp::typical_path(t, tokens, n_vocab, p, [&](int32_t node) {
             asked[node] = true;
             return logits[node].data();
         });
@@ -130,7 +133,9 @@ static void test_edges() {
     const tree                 t      = entmtp::make_tree(parent.data(), rank.data(), 3);
 
     const std::vector<float> logits = { 0.0f, 10.0f, 9.0f, -INFINITY };
-    const auto               row    = [&](int32_t) { return logits.data(); };
+    const auto               row    = [&](int32_t) {
+        return logits.data();
+    };
 
     // temperature 0 stands for the most probable token alone
     typical_params p;

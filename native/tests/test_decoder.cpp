@@ -9,7 +9,9 @@ static void test_same_tokens() {
     constexpr int32_t n = 200;
 
     for (const bool is_greedy : { true, false }) {
-        const auto sampler = [&] { return is_greedy ? greedy() : sampling(42); };
+        const auto sampler = [&] {
+            return is_greedy ? greedy() : sampling(42);
+        };
 
         loop         plain;
         const tokens expected = run(plain, sampler().get(), n);
@@ -149,7 +151,9 @@ static void test_typical() {
             tokens got;
             for (int32_t i = 0; i < 100; ++i) {
                 int32_t token = -1;
-                CHECK_EQ(entmtp_decoder_sample_typical(l.dec.get(), epsilon == 1.0f ? 0.0f : 1.0f, epsilon, 0.3f, &token), ENTMTP_OK);
+                CHECK_EQ(
+                    entmtp_decoder_sample_typical(l.dec.get(), epsilon == 1.0f ? 0.0f : 1.0f, epsilon, 0.3f, &token),
+                    ENTMTP_OK);
                 CHECK_EQ(l.eval({ token }, (int32_t) prompt.size() + i), ENTMTP_OK);
                 got.push_back(token);
             }
@@ -164,7 +168,7 @@ static void test_typical() {
     for (const bool leaf : { false, true }) {
         for (int32_t i = 0; i < tiny::n_vocab; ++i) {
             parent.push_back(leaf ? i + 1 : 0);
-            rank  .push_back(leaf ? 0 : i);
+            rank.push_back(leaf ? 0 : i);
         }
     }
     bank b;

@@ -135,7 +135,8 @@ static void test_errors() {
 
     // banks and policies that cannot work
     const auto set = [&](const bank & b) {
-        return entmtp_decoder_set_trees(l.dec.get(), (int32_t) b.n_nodes.size(), b.n_nodes.data(), b.parent.data(), b.rank.data());
+        return entmtp_decoder_set_trees(l.dec.get(), (int32_t) b.n_nodes.size(), b.n_nodes.data(), b.parent.data(),
+                                        b.rank.data());
     };
     bank b;
     b.n_nodes = { 2 };
@@ -151,7 +152,8 @@ static void test_errors() {
     CHECK_EQ(entmtp_decoder_set_policy(l.dec.get(), nullptr), ENTMTP_ERROR);
 
     b = make_bank();
-    CHECK_EQ(entmtp_decoder_set_trees(plain.dec.get(), 4, b.n_nodes.data(), b.parent.data(), b.rank.data()), ENTMTP_ERROR);
+    CHECK_EQ(entmtp_decoder_set_trees(plain.dec.get(), 4, b.n_nodes.data(), b.parent.data(), b.rank.data()),
+             ENTMTP_ERROR);
     CHECK_HAS(entmtp_last_error(), "need draft heads");
 
     // the decoder still works

@@ -93,7 +93,7 @@ static void test_special() {
 }
 
 static void test_ema() {
-    std::mt19937 rng(2);
+    std::mt19937                          rng(2);
     std::uniform_real_distribution<float> uniform(0.0f, 3.0f);
 
     for (const float window : { 1.0f, 2.0f, 4.0f, 8.0f, 64.0f, 1000.0f }) {
@@ -113,7 +113,7 @@ static void test_ema() {
             double weight = 0.0;
             for (size_t j = 0; j < xs.size(); ++j) {
                 const double w = std::pow(decay, (double) (xs.size() - 1 - j));
-                sum    += w * xs[j];
+                sum += w * xs[j];
                 weight += w;
             }
             CHECK_NEAR(e.get(), sum / weight, 1e-4);

@@ -57,10 +57,10 @@ static void test_logits() {
                 continue; // the first block of a grounded head takes the embeddings in
             }
             head_options o;
-            o.arch     = kind ? "hydra" : "medusa";
-            o.grounded = kind == 2;
-            o.n_blocks = n_blocks;
-            o.bias     = n_blocks % 2;
+            o.arch             = kind ? "hydra" : "medusa";
+            o.grounded         = kind == 2;
+            o.n_blocks         = n_blocks;
+            o.bias             = n_blocks % 2;
             const tiny::file f = tiny::make_heads(o);
             const heads_ptr  h = load(f.write(dir / "heads.gguf"));
             CHECK(h);
@@ -86,12 +86,12 @@ static void test_shared_blocks() {
     const auto hidden = random_vector(tiny::n_embd, 12);
 
     head_options o;
-    o.n_blocks = 3;
-    o.equal    = true;
-    const auto full = load(o);
-    o.n_stored = 1;
+    o.n_blocks        = 3;
+    o.equal           = true;
+    const auto full   = load(o);
+    o.n_stored        = 1;
     const auto shared = load(o);
-    o.n_blocks = 1;
+    o.n_blocks        = 1;
     const auto single = load(o);
 
     // equal blocks draw no more random numbers than one: the first head of all three is the same but for its output
@@ -122,22 +122,25 @@ static void test_types() {
 
     for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_0 }) {
         head_options o;
-        o.type = type;
+        o.type       = type;
         const auto h = load(o);
         for (int32_t i = 0; i < 3 && h; ++i) {
-            const auto a = logits(exact.get(), i, hidden);
-            const auto b = logits(h.get(), i, hidden);
+            const auto   a    = logits(exact.get(), i, hidden);
+            const auto   b    = logits(h.get(), i, hidden);
             // error relative to the logits' size
             const double size = std::sqrt(std::inner_product(a.begin(), a.end(), a.begin(), 0.0) / (double) a.size());
-            const double tol  = type == GGML_TYPE_F16 ? 0.01 : type == GGML_TYPE_Q4_0 ? 0.5 : type == GGML_TYPE_Q5_0 ? 0.25 : 0.05;
+            const double tol  = type == GGML_TYPE_F16    ? 0.01
+                                : type == GGML_TYPE_Q4_0 ? 0.5
+                                : type == GGML_TYPE_Q5_0 ? 0.25
+                                                         : 0.05;
             CHECK_NEAR(max_diff(a, b) / size, 0.0, tol);
         }
 
         // and the decoder layer
-        o.arch     = "hydra";
-        o.grounded = true;
-        o.prefix   = true;
-        const auto prefix = load(o);
+        o.arch                    = "hydra";
+        o.grounded                = true;
+        o.prefix                  = true;
+        const auto         prefix = load(o);
         std::vector<float> out(tiny::n_embd, NAN);
         CHECK_EQ(entmtp_heads_prefix(prefix.get(), hidden.data(), 1, 0, out.data()), ENTMTP_OK);
         CHECK(std::isfinite(std::accumulate(out.begin(), out.end(), 0.0f)));
@@ -148,15 +151,15 @@ static void test_draft_vocabulary() {
     const auto hidden = random_vector(tiny::n_embd, 14);
 
     const std::vector<int32_t> parent = { -1, 0, 0, 0, 0, 1, 1 };
-    const std::vector<int32_t> rank   = {  0, 0, 1, 2, 5, 0, 9 };
+    const std::vector<int32_t> rank   = { 0, 0, 1, 2, 5, 0, 9 };
     const entmtp::tree         tree   = entmtp::make_tree(parent.data(), rank.data(), (int32_t) parent.size());
 
     for (const std::vector<int64_t> & d2t : { std::vector<int64_t>{}, { 39, 3, 20, 0, 17, 5, 8, 30 }, { 12 } }) {
         for (const bool grounded : { false, true }) {
             head_options o;
-            o.arch     = grounded ? "hydra" : "medusa";
-            o.grounded = grounded;
-            o.d2t      = d2t;
+            o.arch                 = grounded ? "hydra" : "medusa";
+            o.grounded             = grounded;
+            o.d2t                  = d2t;
             const std::string path = tiny::write_heads(dir / "heads.gguf", o);
             const auto        c    = load(path);
             CHECK(c);
@@ -191,16 +194,17 @@ static void test_draft_vocabulary() {
 
 static void test_prefix_chunks() {
     head_options o;
-    o.arch     = "hydra";
-    o.grounded = true;
-    o.prefix   = true;
+    o.arch       = "hydra";
+    o.grounded   = true;
+    o.prefix     = true;
     const auto h = load(o);
 
-    constexpr int32_t n = 130; // more than one padding of the cache
+    constexpr int32_t n      = 130; // more than one padding of the cache
     const auto        hidden = random_vector(n * tiny::n_embd, 15);
     const auto        run    = [&](int32_t from, int32_t to) {
         std::vector<float> out(tiny::n_embd, NAN);
-        CHECK_EQ(entmtp_heads_prefix(h.get(), hidden.data() + from * tiny::n_embd, to - from, from, out.data()), ENTMTP_OK);
+        CHECK_EQ(entmtp_heads_prefix(h.get(), hidden.data() + from * tiny::n_embd, to - from, from, out.data()),
+                 ENTMTP_OK);
         return out;
     };
 
@@ -220,7 +224,7 @@ static void test_prefix_chunks() {
     }
 
     std::vector<float> out(tiny::n_embd);
-    CHECK_EQ(entmtp_heads_prefix(h.get(), hidden.data(), 0, 0, out.data()),  ENTMTP_ERROR);
+    CHECK_EQ(entmtp_heads_prefix(h.get(), hidden.data(), 0, 0, out.data()), ENTMTP_ERROR);
     CHECK_EQ(entmtp_heads_prefix(h.get(), hidden.data(), 1, -1, out.data()), ENTMTP_ERROR);
     CHECK_EQ(entmtp_heads_prefix(h.get(), hidden.data(), n, INT32_MAX - 2, out.data()), ENTMTP_ERROR);
     CHECK_EQ(entmtp_heads_prefix(h.get(), hidden.data(), INT32_MAX, 1, out.data()), ENTMTP_ERROR);

@@ -20,11 +20,11 @@ static void test_info() {
     CHECK(strlen(info.device) > 0);
 
     head_options o;
-    o.arch     = "hydra";
-    o.grounded = true;
-    o.prefix   = true;
-    o.n_heads  = 4;
-    o.n_blocks = 2;
+    o.arch            = "hydra";
+    o.grounded        = true;
+    o.prefix          = true;
+    o.n_heads         = 4;
+    o.n_blocks        = 2;
     const heads_ptr h = load(o);
     entmtp_heads_get_info(h.get(), &info);
     CHECK_EQ(info.n_heads, 4);
@@ -46,24 +46,30 @@ static void test_wrong_keys() {
         return with([key](tiny::file & f) { gguf_remove_key(f.gguf.get(), key); });
     };
 
-    for (const char * key : { "general.architecture", "entmtp.format_version", "entmtp.base.name", "entmtp.tokenizer.fingerprint",
-                              "medusa.embedding_length", "medusa.vocab_size", "medusa.predict_heads", "medusa.block_count" }) {
+    for (const char * key :
+         { "general.architecture", "entmtp.format_version", "entmtp.base.name", "entmtp.tokenizer.fingerprint",
+           "medusa.embedding_length", "medusa.vocab_size", "medusa.predict_heads", "medusa.block_count" }) {
         refused("a missing key", without(key), { "has no key", key, "entmtp.convert" });
         refused("a key of a wrong type", with([&](tiny::file & f) { f.set(key, 1.0f); }), { key, "f32" });
         const uint32_t list[] = { 1, 2 };
-        refused("a list", with([&](tiny::file & f) { gguf_set_arr_data(f.gguf.get(), key, GGUF_TYPE_UINT32, list, 2); }), { key, "arr" });
+        refused("a list",
+                with([&](tiny::file & f) { gguf_set_arr_data(f.gguf.get(), key, GGUF_TYPE_UINT32, list, 2); }),
+                { key, "arr" });
     }
     CHECK(load(with([](tiny::file & f) { f.set("entmtp.base.name", ""); }))); // a base model may have none
 
-    refused("another architecture", with([](tiny::file & f) { f.set("general.architecture", "llama"); }), { "llama", "not draft heads" });
-    refused("a newer format", with([](tiny::file & f) { f.set("entmtp.format_version", (uint32_t) 2); }), { "newer version" });
+    refused("another architecture", with([](tiny::file & f) { f.set("general.architecture", "llama"); }),
+            { "llama", "not draft heads" });
+    refused("a newer format", with([](tiny::file & f) { f.set("entmtp.format_version", (uint32_t) 2); }),
+            { "newer version" });
 
     const auto u32 = [&](const char * key, uint32_t val) {
         return with([key, val](tiny::file & f) { f.set(std::string("medusa.") + key, val); });
     };
     refused("another width", u32("embedding_length", 64), { "tiny base", "embedding length is 64", "is 32" });
     refused("another vocabulary", u32("vocab_size", 50), { "tiny base", "vocabulary size is 50", "is 40" });
-    refused("another tokenizer", with([](tiny::file & f) { f.set("entmtp.tokenizer.fingerprint", "0123456789abcdef"); }),
+    refused("another tokenizer",
+            with([](tiny::file & f) { f.set("entmtp.tokenizer.fingerprint", "0123456789abcdef"); }),
             { "tokenizer fingerprint is 0123456789abcdef", tiny::fingerprint(tiny::vocabulary()).c_str() });
 
     for (const uint32_t x : { 0u, 65u, 0x80000000u, 0xffffffffu }) {
@@ -75,27 +81,35 @@ static void test_wrong_keys() {
     head_options g;
     g.arch     = "hydra";
     g.grounded = true;
-    g.change   = [](tiny::file & f) { f.set("hydra.block_count", (uint32_t) 0); };
+    g.change   = [](tiny::file & f) {
+        f.set("hydra.block_count", (uint32_t) 0);
+    };
     refused("grounded heads without blocks", g, { "hydra.block_count is 0", "expected 1 to" });
-    refused("no width",        u32("embedding_length", 0),           { "medusa.embedding_length" });
-    refused("a huge width",    u32("embedding_length", 0xffffffffu), { "medusa.embedding_length" });
-    refused("too many heads",  u32("predict_heads", 4),              { "has no tensor head.3.blk.0.weight" });
+    refused("no width", u32("embedding_length", 0), { "medusa.embedding_length" });
+    refused("a huge width", u32("embedding_length", 0xffffffffu), { "medusa.embedding_length" });
+    refused("too many heads", u32("predict_heads", 4), { "has no tensor head.3.blk.0.weight" });
 
     for (const char * key : { "hydra.grounded", "hydra.prefix_layer" }) {
         head_options o;
         o.arch   = "hydra";
-        o.change = [key](tiny::file & f) { f.set(key, (uint32_t) 1); };
+        o.change = [key](tiny::file & f) {
+            f.set(key, (uint32_t) 1);
+        };
         refused("a flag of a wrong type", o, { key, "u32", "bool" });
     }
 
     const std::pair<const char *, uint32_t> nonsense[] = {
-        { "hydra.attention.head_count", 3 }, { "hydra.attention.head_count", 32 }, { "hydra.attention.head_count_kv", 3 },
+        { "hydra.attention.head_count", 3 },
+        { "hydra.attention.head_count", 32 },
+        { "hydra.attention.head_count_kv", 3 },
     };
     for (const auto & [key, x] : nonsense) {
         head_options o;
         o.arch   = "hydra";
         o.prefix = true;
-        o.change = [key = key, x = x](tiny::file & f) { f.set(key, x); };
+        o.change = [key = key, x = x](tiny::file & f) {
+            f.set(key, x);
+        };
         refused("heads of attention that do not divide", o, { "make no sense" });
     }
 }
@@ -106,14 +120,21 @@ static void test_wrong_tensors() {
         o.skip = { name };
         refused("a missing tensor", o, { "has no tensor", name });
 
-        o.change = [name](tiny::file & f) { f.add(name, GGML_TYPE_F32, 16, 8, 1.0f); };
+        o.change = [name](tiny::file & f) {
+            f.add(name, GGML_TYPE_F32, 16, 8, 1.0f);
+        };
         refused("a tensor of a wrong shape", o, { name, "[16, 8]", "expected [" });
 
-        o.change = [name](tiny::file & f) { f.add_raw<float>(name, GGML_TYPE_F32, { tiny::n_embd, tiny::n_embd, 2 }, {}); };
+        o.change = [name](tiny::file & f) {
+            f.add_raw<float>(name, GGML_TYPE_F32, { tiny::n_embd, tiny::n_embd, 2 }, {});
+        };
         refused("a tensor of three dimensions", o, { name });
 
-        for (const std::vector<int64_t> & ne : { std::vector<int64_t>{ tiny::n_embd, 0 }, { tiny::n_embd, tiny::n_embd, 0 } }) {
-            o.change = [&](tiny::file & f) { f.add_raw<float>(name, GGML_TYPE_F32, ne, {}); };
+        for (const std::vector<int64_t> & ne :
+             { std::vector<int64_t>{ tiny::n_embd, 0 }, { tiny::n_embd, tiny::n_embd, 0 } }) {
+            o.change = [&](tiny::file & f) {
+                f.add_raw<float>(name, GGML_TYPE_F32, ne, {});
+            };
             refused("an empty tensor", o, { name });
         }
         o.change = nullptr;
@@ -121,7 +142,9 @@ static void test_wrong_tensors() {
 
     o        = {};
     o.skip   = { "head.0.blk.0.weight" };
-    o.change = [](tiny::file & f) { f.add_raw<int32_t>("head.0.blk.0.weight", GGML_TYPE_I32, { tiny::n_embd, tiny::n_embd }, {}); };
+    o.change = [](tiny::file & f) {
+        f.add_raw<int32_t>("head.0.blk.0.weight", GGML_TYPE_I32, { tiny::n_embd, tiny::n_embd }, {});
+    };
     refused("a matrix of whole numbers", o, { "head.0.blk.0.weight", "i32" });
 
     // types that are quantised, but that no weights have: nothing can multiply with them
@@ -132,14 +155,17 @@ static void test_wrong_tensors() {
     o.skip     = { "head.6.blk.0.weight" };
     for (const ggml_type type : { GGML_TYPE_Q8_1, GGML_TYPE_Q8_K }) {
         o.change = [type](tiny::file & f) {
-            f.add_raw<uint8_t>("head.6.blk.0.weight", type, { 8 * tiny::n_embd, tiny::n_embd }, std::vector<uint8_t>(1 << 16));
+            f.add_raw<uint8_t>("head.6.blk.0.weight", type, { 8 * tiny::n_embd, tiny::n_embd },
+                               std::vector<uint8_t>(1 << 16));
         };
         refused("a type for activations", o, { "head.6.blk.0.weight", ggml_type_name(type) });
     }
 
     o        = {};
     o.skip   = { "head.0.blk.0.bias" };
-    o.change = [](tiny::file & f) { f.add("head.0.blk.0.bias", GGML_TYPE_F16, tiny::n_embd, 1, 1.0f); };
+    o.change = [](tiny::file & f) {
+        f.add("head.0.blk.0.bias", GGML_TYPE_F16, tiny::n_embd, 1, 1.0f);
+    };
     refused("a bias in f16", o, { "head.0.blk.0.bias", "f16" });
 
     // values that are not numbers
@@ -149,7 +175,9 @@ static void test_wrong_tensors() {
             std::vector<float> data((size_t) (rows * tiny::n_embd), 0.5f);
             data[17] = x;
             o.skip   = { name };
-            o.change = [&](tiny::file & f) { f.add(name, GGML_TYPE_F32, tiny::n_embd, rows, data); };
+            o.change = [&](tiny::file & f) {
+                f.add(name, GGML_TYPE_F32, tiny::n_embd, rows, data);
+            };
             refused("not numbers", o, { name, "not numbers" });
         }
     }
@@ -160,17 +188,23 @@ static void test_wrong_tensors() {
         res.d2t = std::move(ids);
         return res;
     };
-    refused("a token below the vocabulary", d2t({ 1, 2, -1 }),        { "d2t names token -1" });
-    refused("a token beyond it",            d2t({ 1, 40, 3 }),        { "d2t names token 40" });
-    refused("a token far beyond it",        d2t({ 1ll << 32 | 5, 3 }), { "d2t names token" });
-    refused("a larger draft vocabulary",    d2t(std::vector<int64_t>(41, 1)), { "d2t is not a list of at most 40" });
+    refused("a token below the vocabulary", d2t({ 1, 2, -1 }), { "d2t names token -1" });
+    refused("a token beyond it", d2t({ 1, 40, 3 }), { "d2t names token 40" });
+    refused("a token far beyond it", d2t({ 1ll << 32 | 5, 3 }), { "d2t names token" });
+    refused("a larger draft vocabulary", d2t(std::vector<int64_t>(41, 1)), { "d2t is not a list of at most 40" });
 
     o        = {};
-    o.change = [](tiny::file & f) { f.add("d2t", GGML_TYPE_F32, 8, 1, 1.0f); };
+    o.change = [](tiny::file & f) {
+        f.add("d2t", GGML_TYPE_F32, 8, 1, 1.0f);
+    };
     refused("a d2t of floats", o, { "d2t is not a list" });
-    o.change = [](tiny::file & f) { f.add_raw<int64_t>("d2t", GGML_TYPE_I64, { 2, 4 }, std::vector<int64_t>(8, 1)); };
+    o.change = [](tiny::file & f) {
+        f.add_raw<int64_t>("d2t", GGML_TYPE_I64, { 2, 4 }, std::vector<int64_t>(8, 1));
+    };
     refused("a d2t of two dimensions", o, { "d2t is not a list" });
-    o.change = [](tiny::file & f) { f.add_raw<int64_t>("d2t", GGML_TYPE_I64, { 8 }, std::vector<int64_t>(8, 1)); };
+    o.change = [](tiny::file & f) {
+        f.add_raw<int64_t>("d2t", GGML_TYPE_I64, { 8 }, std::vector<int64_t>(8, 1));
+    };
     refused("a d2t that does not fit the heads", o, { "head.0.output.weight" });
 }
 
@@ -243,8 +277,8 @@ static void test_arguments() {
     entmtp_heads_free(nullptr);
 
     head_options o;
-    o.arch     = "hydra";
-    o.grounded = true;
+    o.arch       = "hydra";
+    o.grounded   = true;
     const auto h = load(o);
 
     std::vector<float> x(tiny::n_embd);

@@ -47,7 +47,7 @@ static void test_policies() {
     b_off.policy    = ENTMTP_POLICY_OFF;
     scheduler off2  = b_off.make();
     for (int i = 0; i < 10; ++i) {
-        CHECK_EQ(off .choose(0.1f * (float) i, no_limit, b.n_nodes), 0);
+        CHECK_EQ(off.choose(0.1f * (float) i, no_limit, b.n_nodes), 0);
         CHECK_EQ(off2.choose(0.1f * (float) i, no_limit, b.n_nodes), 0);
         off2.observe(0, 0, 1000.0);
     }
@@ -87,12 +87,12 @@ static void test_tables() {
         scheduler s = scaled.make();
         warm_up(s, b);
 
-        CHECK_EQ(s.choose(0.0f,   no_limit, b.n_nodes), 2);
+        CHECK_EQ(s.choose(0.0f, no_limit, b.n_nodes), 2);
         CHECK_EQ(s.choose(0.499f, no_limit, b.n_nodes), 2);
-        CHECK_EQ(s.choose(0.5f,   no_limit, b.n_nodes), 1); // an edge belongs to the bin above it
+        CHECK_EQ(s.choose(0.5f, no_limit, b.n_nodes), 1); // an edge belongs to the bin above it
         CHECK_EQ(s.choose(1.499f, no_limit, b.n_nodes), 1);
-        CHECK_EQ(s.choose(1.5f,   no_limit, b.n_nodes), 0);
-        CHECK_EQ(s.choose(99.0f,  no_limit, b.n_nodes), 0);
+        CHECK_EQ(s.choose(1.5f, no_limit, b.n_nodes), 0);
+        CHECK_EQ(s.choose(99.0f, no_limit, b.n_nodes), 0);
 
         // room
         CHECK_EQ(s.choose(0.0f, 8, b.n_nodes), 2);
@@ -151,7 +151,7 @@ struct machine {
             const int32_t whole = (int32_t) accept[id];
             const int32_t n_acc = whole + ((double) (rng() % 1000) / 1000.0 < accept[id] - whole ? 1 : 0);
             // now and then something else has the processor
-            const double slow = rng() % 200 == 0 ? 10.0 : 1.0;
+            const double  slow  = rng() % 200 == 0 ? 10.0 : 1.0;
             s.observe(id, n_acc, t_us[id] * (1.0 + uniform(rng)) * slow);
         }
     }
@@ -190,10 +190,10 @@ static void test_learns() {
         bank    many = { { 1 }, {}, { 0 }, { 1 } };
         machine m    = { { 1000 }, { 0 } };
         for (int i = 1; i < 16; ++i) {
-            many.n_nodes .push_back(1 + i);
+            many.n_nodes.push_back(1 + i);
             many.expected.push_back(2.0f);
-            many.cost    .push_back(1.2f);
-            m.t_us  .push_back(2500);
+            many.cost.push_back(1.2f);
+            m.t_us.push_back(2500);
             m.accept.push_back(0.5);
         }
         scheduler s = many.make();
@@ -253,7 +253,7 @@ static void test_bins_learn() {
     machine low  = { { 1000, 1500 }, { 0, 2 } };
     machine high = { { 1000, 1500 }, { 0, 0.1 } };
     for (int i = 0; i < 200; ++i) {
-        low .run(s, b, 10, 0.5f);
+        low.run(s, b, 10, 0.5f);
         high.run(s, b, 10, 2.0f);
     }
     low.run(s, b, 1000, 0.5f);
@@ -276,10 +276,18 @@ static void test_bad_params() {
     };
 
     CHECK_THROWS(with([](bank & b) { b.policy = -1; }), "unknown");
-    CHECK_THROWS(with([](bank & b) { b.policy = 3; }),  "unknown");
+    CHECK_THROWS(with([](bank & b) { b.policy = 3; }), "unknown");
 
-    CHECK_THROWS(with([](bank & b) { b.policy = ENTMTP_POLICY_STATIC; b.static_tree = 2; }),  "static_tree");
-    CHECK_THROWS(with([](bank & b) { b.policy = ENTMTP_POLICY_STATIC; b.static_tree = -1; }), "static_tree");
+    CHECK_THROWS(with([](bank & b) {
+                     b.policy      = ENTMTP_POLICY_STATIC;
+                     b.static_tree = 2;
+                 }),
+                 "static_tree");
+    CHECK_THROWS(with([](bank & b) {
+                     b.policy      = ENTMTP_POLICY_STATIC;
+                     b.static_tree = -1;
+                 }),
+                 "static_tree");
 
     for (const float x : { 0.0f, 0.5f, -3.0f, nan, inf }) {
         CHECK_THROWS(with([&](bank & b) { b.window = x; }), "ema_window");
@@ -307,7 +315,7 @@ static void test_bad_params() {
 
     // what only the entropy policy reads may be absent elsewhere
     entmtp_policy_params p = {};
-    p.policy = ENTMTP_POLICY_STATIC;
+    p.policy               = ENTMTP_POLICY_STATIC;
     (void) scheduler(p, 2);
 }
 

@@ -27,7 +27,7 @@ static void test_by_hand() {
     const tree t = make({ -1, 0, 0, 1, 1, 2, 4 }, { 0, 0, 2, 0, 3, 1, 0 });
 
     CHECK(t.depth == (std::vector<int32_t>{ 0, 1, 1, 2, 2, 2, 3 }));
-    CHECK(t.slot  == (std::vector<int32_t>{ 0, 0, 1, -1, 0, -1, -1 }));
+    CHECK(t.slot == (std::vector<int32_t>{ 0, 0, 1, -1, 0, -1, -1 }));
 
     CHECK_EQ(t.levels.size(), 3);
     CHECK(t.levels[0].expand == (std::vector<int32_t>{ 0 }));
@@ -52,18 +52,18 @@ static void test_by_hand() {
 
 static void test_malformed() {
     const int32_t none = 0;
-    CHECK_THROWS(make_tree(&none, &none,  0), "no root");
+    CHECK_THROWS(make_tree(&none, &none, 0), "no root");
     CHECK_THROWS(make_tree(&none, &none, -1), "no root");
 
-    CHECK_THROWS(make({ 0 }, { 0 }),                    "node 0 is the root and cannot have a parent");
-    CHECK_THROWS(make({ -1, -1 }, { 0, 0 }),            "node 1 must come after its parent"); // a second root
-    CHECK_THROWS(make({ -1, 1 }, { 0, 0 }),             "node 1 must come after its parent"); // its own parent
-    CHECK_THROWS(make({ -1, 2, 0 }, { 0, 0, 0 }),       "node 1 must come after its parent");
-    CHECK_THROWS(make({ -1, 7 }, { 0, 0 }),             "node 1 must come after its parent");
-    CHECK_THROWS(make({ -1, INT32_MIN }, { 0, 0 }),     "node 1 must come after its parent");
-    CHECK_THROWS(make({ -1, 0 }, { 0, -1 }),            "node 1 has a negative rank");
-    CHECK_THROWS(make({ -1, 0 }, { 0, INT32_MAX }),     "node 1 has a rank");
-    CHECK_THROWS(make({ -1, 0, 0 }, { 0, 1, 1 }),       "node 2 is there twice");
+    CHECK_THROWS(make({ 0 }, { 0 }), "node 0 is the root and cannot have a parent");
+    CHECK_THROWS(make({ -1, -1 }, { 0, 0 }), "node 1 must come after its parent"); // a second root
+    CHECK_THROWS(make({ -1, 1 }, { 0, 0 }), "node 1 must come after its parent");  // its own parent
+    CHECK_THROWS(make({ -1, 2, 0 }, { 0, 0, 0 }), "node 1 must come after its parent");
+    CHECK_THROWS(make({ -1, 7 }, { 0, 0 }), "node 1 must come after its parent");
+    CHECK_THROWS(make({ -1, INT32_MIN }, { 0, 0 }), "node 1 must come after its parent");
+    CHECK_THROWS(make({ -1, 0 }, { 0, -1 }), "node 1 has a negative rank");
+    CHECK_THROWS(make({ -1, 0 }, { 0, INT32_MAX }), "node 1 has a rank");
+    CHECK_THROWS(make({ -1, 0, 0 }, { 0, 1, 1 }), "node 2 is there twice");
     CHECK_THROWS(make({ -1, 0, 1, 0 }, { 0, 0, 0, 1 }), "node 3 breaks the breadth-first order");
 }
 

@@ -33,7 +33,8 @@ class folder {
   public:
     folder() {
         std::random_device seed;
-        path = std::filesystem::temp_directory_path() / ("entmtp-test-" + std::to_string(seed()) + std::to_string(seed()));
+        path =
+            std::filesystem::temp_directory_path() / ("entmtp-test-" + std::to_string(seed()) + std::to_string(seed()));
         std::filesystem::create_directories(path);
     }
     ~folder() {
@@ -58,15 +59,15 @@ class file {
 
     explicit file(uint32_t seed) : rng(seed), ctx(ggml_init({ 16 << 20, nullptr, false })) {}
 
-    void set(const std::string & key, const char * val) { gguf_set_val_str (gguf.get(), key.c_str(), val); }
-    void set(const std::string & key, uint32_t val)     { gguf_set_val_u32 (gguf.get(), key.c_str(), val); }
-    void set(const std::string & key, float val)        { gguf_set_val_f32 (gguf.get(), key.c_str(), val); }
-    void set(const std::string & key, bool val)         { gguf_set_val_bool(gguf.get(), key.c_str(), val); }
+    void set(const std::string & key, const char * val) { gguf_set_val_str(gguf.get(), key.c_str(), val); }
+    void set(const std::string & key, uint32_t val) { gguf_set_val_u32(gguf.get(), key.c_str(), val); }
+    void set(const std::string & key, float val) { gguf_set_val_f32(gguf.get(), key.c_str(), val); }
+    void set(const std::string & key, bool val) { gguf_set_val_bool(gguf.get(), key.c_str(), val); }
 
     // random values around mean
     void add(const std::string & name, ggml_type type, int64_t ne0, int64_t ne1, float scale, float mean = 0.0f) {
         std::normal_distribution<float> normal(mean, scale);
-        std::vector<float> data((size_t) (ne0 * ne1));
+        std::vector<float>              data((size_t) (ne0 * ne1));
         for (auto & x : data) {
             x = normal(rng);
         }
@@ -150,13 +151,13 @@ inline std::string write_base(const std::string & path, uint32_t seed = 1, const
     std::vector<float>        scores;
     std::vector<int32_t>      types;
     for (int32_t i = 0; i < n_vocab; ++i) {
-        texts .push_back(vocab[i].c_str());
+        texts.push_back(vocab[i].c_str());
         scores.push_back((float) -i);
-        types .push_back(i == 0 ? 2 : i < 3 ? 3 : i == 3 ? 6 : 1); // unknown, control, byte, normal
+        types.push_back(i == 0 ? 2 : i < 3 ? 3 : i == 3 ? 6 : 1); // unknown, control, byte, normal
     }
     f.set("tokenizer.ggml.model", tokenizer.c_str());
     if (tokenizer != "no_vocab") {
-        gguf_set_arr_str (f.gguf.get(), "tokenizer.ggml.tokens", texts.data(), n_vocab);
+        gguf_set_arr_str(f.gguf.get(), "tokenizer.ggml.tokens", texts.data(), n_vocab);
         gguf_set_arr_data(f.gguf.get(), "tokenizer.ggml.scores", GGUF_TYPE_FLOAT32, scores.data(), n_vocab);
         gguf_set_arr_data(f.gguf.get(), "tokenizer.ggml.token_type", GGUF_TYPE_INT32, types.data(), n_vocab);
         f.set("tokenizer.ggml.bos_token_id", (uint32_t) 1);
@@ -165,20 +166,20 @@ inline std::string write_base(const std::string & path, uint32_t seed = 1, const
 
     const float s = 1.0f / std::sqrt((float) n_embd);
 
-    f.add("token_embd.weight",  GGML_TYPE_F32, n_embd, n_vocab, 1.0f);
+    f.add("token_embd.weight", GGML_TYPE_F32, n_embd, n_vocab, 1.0f);
     f.add("output_norm.weight", GGML_TYPE_F32, n_embd, 1, 0.1f, 1.0f);
-    f.add("output.weight",      GGML_TYPE_F32, n_embd, n_vocab, 2.0f * s);
+    f.add("output.weight", GGML_TYPE_F32, n_embd, n_vocab, 2.0f * s);
     for (int32_t i = 0; i < n_layer; ++i) {
         const std::string b = "blk." + std::to_string(i) + ".";
-        f.add(b + "attn_norm.weight",   GGML_TYPE_F32, n_embd, 1, 0.1f, 1.0f);
-        f.add(b + "attn_q.weight",      GGML_TYPE_F32, n_embd, n_embd, 1.5f * s);
-        f.add(b + "attn_k.weight",      GGML_TYPE_F32, n_embd, n_kv, 1.5f * s);
-        f.add(b + "attn_v.weight",      GGML_TYPE_F32, n_embd, n_kv, s);
+        f.add(b + "attn_norm.weight", GGML_TYPE_F32, n_embd, 1, 0.1f, 1.0f);
+        f.add(b + "attn_q.weight", GGML_TYPE_F32, n_embd, n_embd, 1.5f * s);
+        f.add(b + "attn_k.weight", GGML_TYPE_F32, n_embd, n_kv, 1.5f * s);
+        f.add(b + "attn_v.weight", GGML_TYPE_F32, n_embd, n_kv, s);
         f.add(b + "attn_output.weight", GGML_TYPE_F32, n_embd, n_embd, s);
-        f.add(b + "ffn_norm.weight",    GGML_TYPE_F32, n_embd, 1, 0.1f, 1.0f);
-        f.add(b + "ffn_gate.weight",    GGML_TYPE_F32, n_embd, n_ff, s);
-        f.add(b + "ffn_up.weight",      GGML_TYPE_F32, n_embd, n_ff, s);
-        f.add(b + "ffn_down.weight",    GGML_TYPE_F32, n_ff, n_embd, 0.7f * s);
+        f.add(b + "ffn_norm.weight", GGML_TYPE_F32, n_embd, 1, 0.1f, 1.0f);
+        f.add(b + "ffn_gate.weight", GGML_TYPE_F32, n_embd, n_ff, s);
+        f.add(b + "ffn_up.weight", GGML_TYPE_F32, n_embd, n_ff, s);
+        f.add(b + "ffn_down.weight", GGML_TYPE_F32, n_ff, n_embd, 0.7f * s);
     }
     return f.write(path);
 }
@@ -188,16 +189,16 @@ struct head_options {
     bool        grounded = false;
     bool        prefix   = false;
 
-    int32_t n_heads  = 3;
-    int32_t n_blocks = 1;
-    int32_t n_stored = 0;             // blocks in the file, 0: all
-    bool    equal    = false;         // all blocks of a head are equal
-    bool    bias     = false;         // of the output
-    ggml_type type   = GGML_TYPE_F32; // of the matrices
+    int32_t   n_heads  = 3;
+    int32_t   n_blocks = 1;
+    int32_t   n_stored = 0;             // blocks in the file, 0: all
+    bool      equal    = false;         // all blocks of a head are equal
+    bool      bias     = false;         // of the output
+    ggml_type type     = GGML_TYPE_F32; // of the matrices
 
-    std::vector<int64_t> d2t; // empty: the whole vocabulary
+    std::vector<int64_t> d2t;           // empty: the whole vocabulary
 
-    std::set<std::string> skip; // tensors to leave out
+    std::set<std::string> skip;         // tensors to leave out
 
     std::function<void(file &)> change; // before the file is written
 };
@@ -220,7 +221,8 @@ inline file make_heads(const head_options & o, uint32_t seed = 2) {
         f.set("hydra.prefix_layer", o.prefix);
     }
 
-    const auto add = [&](const std::string & name, ggml_type type, int64_t ne0, int64_t ne1, float scale, float mean = 0.0f) {
+    const auto add = [&](const std::string & name, ggml_type type, int64_t ne0, int64_t ne1, float scale,
+                         float mean = 0.0f) {
         if (!o.skip.count(name)) {
             f.add(name, type, ne0, ne1, scale, mean);
         }
@@ -236,8 +238,8 @@ inline file make_heads(const head_options & o, uint32_t seed = 2) {
             const std::string b    = p + "blk." + std::to_string(j) + ".";
             const int32_t     n_in = o.grounded && j == 0 ? (i + 2) * n_embd : n_embd;
             if (o.equal && j > 0) {
-                f.add(b + "weight", o.type,        n_in, n_embd, std::vector<float>(f.values[p + "blk.0.weight"]));
-                f.add(b + "bias",   GGML_TYPE_F32, n_embd, 1,    std::vector<float>(f.values[p + "blk.0.bias"]));
+                f.add(b + "weight", o.type, n_in, n_embd, std::vector<float>(f.values[p + "blk.0.weight"]));
+                f.add(b + "bias", GGML_TYPE_F32, n_embd, 1, std::vector<float>(f.values[p + "blk.0.bias"]));
                 continue;
             }
             add(b + "weight", o.type, n_in, n_embd, s);
@@ -263,15 +265,15 @@ inline file make_heads(const head_options & o, uint32_t seed = 2) {
         f.set("hydra.rope.freq_base", 10000.0f);
         f.set("hydra.feed_forward_length", (uint32_t) n_ff);
 
-        add("prefix.attn_norm.weight",   GGML_TYPE_F32, n_embd, 1, 0.1f, 1.0f);
-        add("prefix.attn_q.weight",      o.type, n_embd, n_embd, s);
-        add("prefix.attn_k.weight",      o.type, n_embd, n_kv, s);
-        add("prefix.attn_v.weight",      o.type, n_embd, n_kv, s);
+        add("prefix.attn_norm.weight", GGML_TYPE_F32, n_embd, 1, 0.1f, 1.0f);
+        add("prefix.attn_q.weight", o.type, n_embd, n_embd, s);
+        add("prefix.attn_k.weight", o.type, n_embd, n_kv, s);
+        add("prefix.attn_v.weight", o.type, n_embd, n_kv, s);
         add("prefix.attn_output.weight", o.type, n_embd, n_embd, s);
-        add("prefix.ffn_norm.weight",    GGML_TYPE_F32, n_embd, 1, 0.1f, 1.0f);
-        add("prefix.ffn_gate.weight",    o.type, n_embd, n_ff, s);
-        add("prefix.ffn_up.weight",      o.type, n_embd, n_ff, s);
-        add("prefix.ffn_down.weight",    o.type, n_ff, n_embd, s);
+        add("prefix.ffn_norm.weight", GGML_TYPE_F32, n_embd, 1, 0.1f, 1.0f);
+        add("prefix.ffn_gate.weight", o.type, n_embd, n_ff, s);
+        add("prefix.ffn_up.weight", o.type, n_embd, n_ff, s);
+        add("prefix.ffn_down.weight", o.type, n_ff, n_embd, s);
         add("prefix.output_norm.weight", GGML_TYPE_F32, n_embd, 1, 0.1f, 1.0f);
     }
 
@@ -287,9 +289,15 @@ inline std::string write_heads(const std::string & path, const head_options & o 
 
 // owners
 
-struct model_deleter   { void operator()(llama_model * p)   { llama_model_free(p); } };
-struct context_deleter { void operator()(llama_context * p) { llama_free(p); } };
-struct sampler_deleter { void operator()(llama_sampler * p) { llama_sampler_free(p); } };
+struct model_deleter {
+    void operator()(llama_model * p) { llama_model_free(p); }
+};
+struct context_deleter {
+    void operator()(llama_context * p) { llama_free(p); }
+};
+struct sampler_deleter {
+    void operator()(llama_sampler * p) { llama_sampler_free(p); }
+};
 
 using model_ptr   = std::unique_ptr<llama_model, model_deleter>;
 using context_ptr = std::unique_ptr<llama_context, context_deleter>;
@@ -302,22 +310,22 @@ inline void be_quiet() {
 
 inline model_ptr load_base(const std::string & path) {
     llama_model_params params = llama_model_default_params();
-    params.n_gpu_layers = 0;
+    params.n_gpu_layers       = 0;
     return model_ptr(llama_model_load_from_file(path.c_str(), params));
 }
 
 inline context_ptr new_context(llama_model * model, uint32_t n_ctx = 512) {
     llama_context_params params = llama_context_default_params();
-    params.n_ctx           = n_ctx;
-    params.n_batch         = 128;
-    params.n_ubatch        = 128;
-    params.n_threads       = 1;
-    params.n_threads_batch = 1;
+    params.n_ctx                = n_ctx;
+    params.n_batch              = 128;
+    params.n_ubatch             = 128;
+    params.n_threads            = 1;
+    params.n_threads_batch      = 1;
     // f32 throughout: what is left between batch sizes is the order of sums.
     // the CPU's flash attention has a kernel for large batches that differs by 1e-2
-    params.type_k          = GGML_TYPE_F32;
-    params.type_v          = GGML_TYPE_F32;
-    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    params.type_k               = GGML_TYPE_F32;
+    params.type_v               = GGML_TYPE_F32;
+    params.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;
     return context_ptr(llama_init_from_model(model, params));
 }
 

@@ -9,6 +9,7 @@ Whatever needs the libraries is loaded on first use: the converter runs without 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from . import _lib
@@ -21,10 +22,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-try:
+with suppress(_lib.LibrariesMissing):  # said in full when something needs them
     _lib.prepare()
-except _lib.LibrariesMissing:
-    pass  # said again, in full, when something needs them
 
 _WHERE = {
     "Llama": "llama",
@@ -36,7 +35,7 @@ _WHERE = {
     "EntmtpError": "errors",
 }
 
-__all__ = [*_WHERE, "__version__"]
+__all__ = ["Bank", "BankError", "Cancelled", "DraftStats", "EntmtpError", "Llama", "Tree", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -40,7 +40,9 @@ def library_folder() -> Path:
         if library_path("entmtp", folder) and library_path("llama", folder):
             return folder.resolve()
     where = " or ".join(str(f) for f in folders)
-    raise LibrariesMissing(f"entmtp: libentmtp and libllama are not in {where}; build them with `make build` or `pip install .`")
+    raise LibrariesMissing(
+        f"entmtp: libentmtp and libllama are not in {where}; build them with `make build` or `pip install .`"
+    )
 
 
 def prepare() -> Path:

@@ -111,7 +111,9 @@ decoder_free = _bind("entmtp_decoder_free", None, c_void_p)
 # int32_t entmtp_decoder_set_trees(
 #         struct entmtp_decoder * dec, int32_t n_trees, const int32_t * n_nodes, const int32_t * parent,
 #         const int32_t * rank);
-decoder_set_trees = _bind("entmtp_decoder_set_trees", c_int32, c_void_p, c_int32, c_void_p, c_void_p, c_void_p)
+decoder_set_trees = _bind(
+    "entmtp_decoder_set_trees", c_int32, c_void_p, c_int32, c_void_p, c_void_p, c_void_p
+)
 
 # int32_t entmtp_decoder_set_policy(struct entmtp_decoder * dec, const struct entmtp_policy_params * params);
 decoder_set_policy = _bind("entmtp_decoder_set_policy", c_int32, c_void_p, POINTER(PolicyParams))

@@ -10,6 +10,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,11 @@ class Tree:
             raise BankError(f"tree {name}: {len(paths) + 1} nodes are more than {MAX_NODES}")
         seen: set[tuple[int, ...]] = set()
         for path in paths:
-            if not isinstance(path, list | tuple) or not path or not all(type(r) is int and 0 <= r < 1000 for r in path):
+            if (
+                not isinstance(path, list | tuple)
+                or not path
+                or not all(type(r) is int and 0 <= r < 1000 for r in path)
+            ):
                 raise BankError(f"tree {name}: {path!r} is not a rank path such as [0, 2, 1]")
             if tuple(path) in seen:
                 raise BankError(f"tree {name}: path {list(path)} is there twice")
@@ -119,13 +124,17 @@ class Bank:
     def expected(self) -> npt.NDArray[np.float64]:
         """Expected accepted guesses per step, [n_bins, n_trees]."""
         if self.acceptance is None:
-            raise BankError(f"bank {self.name} has no calibration: policy entropy cannot choose from it, use policy static")
+            raise BankError(
+                f"bank {self.name} has no calibration: policy entropy cannot choose from it, use policy static"
+            )
         return np.array([[sum(nodes) for nodes in trees] for trees in self.acceptance])
 
     def step_costs(self) -> npt.NDArray[np.float64]:
-        """Cost of a step with each tree, relative to plain decoding, [n_trees]. Between measured sizes: interpolated."""
+        """Cost of a step with each tree relative to plain decoding, [n_trees]; interpolated between measured sizes."""
         if not self.verify_cost:
-            raise BankError(f"bank {self.name} has no costs: policy entropy cannot choose from it, use policy static")
+            raise BankError(
+                f"bank {self.name} has no costs: policy entropy cannot choose from it, use policy static"
+            )
         sizes = sorted(self.verify_cost)
         verify = np.interp([t.n_nodes for t in self.trees], sizes, [self.verify_cost[n] for n in sizes])
         last = self.draft_cost[-1] if self.draft_cost else 0.0
@@ -156,7 +165,11 @@ class Bank:
         if self.acceptance is not None:
             acceptance = tuple(
                 tuple(
-                    tuple(p for p, path in zip(by_tree[i], self.trees[i].paths, strict=True) if len(path) <= depth)
+                    tuple(
+                        p
+                        for p, path in zip(by_tree[i], self.trees[i].paths, strict=True)
+                        if len(path) <= depth
+                    )
                     for i in keep.values()
                 )
                 for by_tree in self.acceptance
@@ -175,7 +188,9 @@ class Bank:
         if path.suffix != ".json" and not path.exists():
             resource = _folder() / f"{name_or_path}.json"
             if not resource.is_file():
-                raise BankError(f"there is no tree bank {name_or_path}: give a path, or one of {', '.join(names())}")
+                raise BankError(
+                    f"there is no tree bank {name_or_path}: give a path, or one of {', '.join(names())}"
+                )
             text, label = resource.read_text("utf-8"), str(name_or_path)
         else:
             try:
@@ -222,7 +237,12 @@ class _Fields:
         return value
 
     def number(self, key: str, value: Any, low: float) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < low:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+            or value < low
+        ):
             raise self.fail(key, f"a number not below {low:g}")
         return float(value)
 
@@ -246,7 +266,9 @@ def from_json(data: Any, label: str) -> Bank:
     if unknown := sorted(set(f.data) - known):
         raise BankError(f"bank {label}: unknown field {unknown[0]}")
     if f.data.get("version") != VERSION:
-        raise BankError(f"bank {label}: field version is {f.data.get('version')!r}, this entmtp reads version {VERSION}")
+        raise BankError(
+            f"bank {label}: field version is {f.data.get('version')!r}, this entmtp reads version {VERSION}"
+        )
 
     raw = f.data.get("trees")
     if not isinstance(raw, list) or not 1 <= len(raw) <= MAX_TREES:
@@ -256,16 +278,15 @@ def from_json(data: Any, label: str) -> Bank:
         if not isinstance(t, dict) or not isinstance(t.get("name"), str) or set(t) != {"name", "paths"}:
             raise f.fail(f"trees[{i}]", "an object with name and paths")
         trees.append(Tree.from_paths(t["name"], t["paths"]))
-        if len(t["paths"]) != len(trees[-1].paths) or [tuple(p) for p in t["paths"]] != list(trees[-1].paths):
-            if "acceptance" in f.data:
-                raise f.fail(f"trees[{i}].paths", "in breadth-first order, as acceptance is given per node")
+        if "acceptance" in f.data and [tuple(p) for p in t["paths"]] != list(trees[-1].paths):
+            raise f.fail(f"trees[{i}].paths", "in breadth-first order, as acceptance is given per node")
     if trees[0].paths:
         raise f.fail("trees[0]", "plain decoding: a tree without paths")
     if len({t.name for t in trees}) != len(trees):
         raise f.fail("trees", "trees of different names")
 
     edges = f.numbers("bin_edges", f.data.get("bin_edges", []), 0.0)
-    if any(b <= a for a, b in zip(edges, edges[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(edges)):
         raise f.fail("bin_edges", "increasing")
 
     acceptance = None
@@ -325,5 +346,9 @@ def dumps(bank: Bank) -> str:
     """The text of a bank's file: lists of numbers and of paths on one line each."""
     text = json.dumps(to_json(bank), indent=1)
     for _ in range(2):  # numbers, then lists of them
-        text = re.sub(r"\[\s+((?:[^\[\]{}]|\[[^\[\]{}]*\])*?)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text)
+        text = re.sub(
+            r"\[\s+((?:[^\[\]{}]|\[[^\[\]{}]*\])*?)\s+\]",
+            lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]",
+            text,
+        )
     return text + "\n"

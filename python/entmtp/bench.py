@@ -74,7 +74,9 @@ def runners(args: argparse.Namespace) -> tuple[dict[str, Runner], list[Any]]:
     stock = llama_cpp.Llama(args.model, **settings)
     plain = Llama(args.model, stats=False, **settings)
     draft = Llama(args.model, draft="entmtp", heads=args.heads, **settings)
-    adaptive = Llama(args.model, draft="entmtp", heads=args.heads, **settings)  # learns costs from answer to answer
+    adaptive = Llama(
+        args.model, draft="entmtp", heads=args.heads, **settings
+    )  # learns costs from answer to answer
     assert draft._heads is not None
 
     methods: list[Method] = [*published()[: args.published], *generic(draft._heads.arch), ENTMTP]
@@ -105,7 +107,11 @@ def runners(args: argparse.Namespace) -> tuple[dict[str, Runner], list[Any]]:
 
 
 def bench_task(
-    table: dict[str, Runner], prompts: list[list[int]], n_tokens: int, temp: float, advance: Callable[[], None]
+    table: dict[str, Runner],
+    prompts: list[list[int]],
+    n_tokens: int,
+    temp: float,
+    advance: Callable[[], None],
 ) -> list[dict[str, Any]]:
     """One row per method over the prompts of a task."""
     labels = list(table)
@@ -116,12 +122,19 @@ def bench_task(
             results[label].append(table[label](prompt, n_tokens, temp))
             advance()
 
-    speeds = {k: np.array([(len(r["tokens"]) - 1) / r["seconds"] for r in rs if len(r["tokens"]) > 8]) for k, rs in results.items()}
+    speeds = {
+        k: np.array([(len(r["tokens"]) - 1) / r["seconds"] for r in rs if len(r["tokens"]) > 8])
+        for k, rs in results.items()
+    }
     base = results[labels[0]]
     rows = []
     for label in labels:
         rs = results[label]
-        ratio = speeds[label] / speeds[labels[0]] if len(speeds[label]) == len(speeds[labels[0]]) else np.array([np.nan])
+        ratio = (
+            speeds[label] / speeds[labels[0]]
+            if len(speeds[label]) == len(speeds[labels[0]])
+            else np.array([np.nan])
+        )
         row: dict[str, Any] = {
             "method": label,
             "tokens_per_second": [float(x) for x in np.percentile(speeds[label], [50, 25, 75])],
@@ -149,12 +162,15 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
     lines = [
         f"### {title}",
         "",
-        f"| method | tokens/s | against {rows[0]['method']} | tokens/step | draft | verify | sample | host | rest | identical |",
+        f"| method | tokens/s | against {rows[0]['method']} | tokens/step | draft | verify | sample | host | rest "
+        "| identical |",
         "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for r in rows:
         s, q = r["tokens_per_second"], r["ratio"]
-        parts = [f"{100 * r['time_split'][k]:.0f} %" for k in r["time_split"]] if "time_split" in r else [""] * 5
+        parts = (
+            [f"{100 * r['time_split'][k]:.0f} %" for k in r["time_split"]] if "time_split" in r else [""] * 5
+        )
         tau = f"{r['tokens_per_step']:.2f}" if "tokens_per_step" in r else "1.00"
         lines.append(
             f"| {r['method']} | {s[0]:.1f} ({s[1]:.1f}–{s[2]:.1f}) | {q[0]:.2f}× ({q[1]:.2f}–{q[2]:.2f}) | {tau} | "
@@ -168,11 +184,15 @@ def curve(args: argparse.Namespace) -> str:
     """Cost of a verify pass by number of tokens, as a Markdown table."""
     from .verify_curve import verify_curve
 
-    rows = verify_curve(args.model, args.threads, args.contexts, n_gpu_layers=args.n_gpu_layers, flash_attn=args.flash_attn)
+    rows = verify_curve(
+        args.model, args.threads, args.contexts, n_gpu_layers=args.n_gpu_layers, flash_attn=args.flash_attn
+    )
     head = [f"context {c}" for c in args.contexts]
     lines = ["| tokens in one pass | " + " | ".join(head) + " |", "| --: |" + " --: |" * len(head)]
     for n, costs in rows.items():
-        cells = [f"{ms:.2f} ms ({ms / rows[1][i][0]:.2f}×, ±{100 * sd:.0f} %)" for i, (ms, sd) in enumerate(costs)]
+        cells = [
+            f"{ms:.2f} ms ({ms / rows[1][i][0]:.2f}×, ±{100 * sd:.0f} %)" for i, (ms, sd) in enumerate(costs)
+        ]
         lines.append(f"| {n} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -189,15 +209,25 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", nargs="+", default=[], help="JSONL files, one task each")
     parser.add_argument("--limit", type=int, default=10, help="prompts per task (default: 10)")
     parser.add_argument("--tokens", type=int, default=200, help="tokens per answer (default: 200)")
-    parser.add_argument("--temp", type=float, nargs="+", default=[0.0, 0.8], help="temperatures (default: 0 and 0.8)")
+    parser.add_argument(
+        "--temp", type=float, nargs="+", default=[0.0, 0.8], help="temperatures (default: 0 and 0.8)"
+    )
     parser.add_argument("--methods", nargs="+", help="methods besides the plain loops (default: all)")
-    parser.add_argument("--published", type=int, default=1, help="how many published trees to include (default: 1)")
+    parser.add_argument(
+        "--published", type=int, default=1, help="how many published trees to include (default: 1)"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: all)")
-    parser.add_argument("--n-gpu-layers", type=int, default=0, help="layers on the GPU, -1 for all (default: 0)")
+    parser.add_argument(
+        "--n-gpu-layers", type=int, default=0, help="layers on the GPU, -1 for all (default: 0)"
+    )
     parser.add_argument("--flash-attn", action="store_true", help="use flash attention")
     parser.add_argument("--ctx", type=int, default=1024, help="context length (default: 1024)")
-    parser.add_argument("--verify-curve", action="store_true", help="measure the cost of 1 to 64 tokens in one pass instead")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[64], help="context depths of --verify-curve (default: 64)")
+    parser.add_argument(
+        "--verify-curve", action="store_true", help="measure the cost of 1 to 64 tokens in one pass instead"
+    )
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", default=[64], help="context depths of --verify-curve (default: 64)"
+    )
     parser.add_argument("-o", "--outfile", help="write the figures as JSON, too")
     return parser
 
@@ -220,11 +250,15 @@ def main(argv: list[str] | None = None) -> int:
             total = sum(map(len, tasks.values())) * len(args.temp) * len(table)
             job = progress.add_task("answers", total=total)
             for task, texts in tasks.items():
-                prompts = [models[0].tokenize(t.encode(), special=True)[: args.ctx - args.tokens - 1] for t in texts]
+                prompts = [
+                    models[0].tokenize(t.encode(), special=True)[: args.ctx - args.tokens - 1] for t in texts
+                ]
                 for temp in args.temp:
                     rows = bench_task(table, prompts, args.tokens, temp, lambda: progress.advance(job))
                     report["tasks"].append({"task": task, "temp": temp, "rows": rows})
-                    progress.console.print(markdown(f"{task}, temperature {temp:g}", rows), markup=False, soft_wrap=True)
+                    progress.console.print(
+                        markdown(f"{task}, temperature {temp:g}", rows), markup=False, soft_wrap=True
+                    )
         if (peak := peak_memory_mb()) is not None:
             report["peak_memory_mb"] = peak
             print(f"peak memory of the process, with {len(models)} instances of the model: {peak:.0f} MB")

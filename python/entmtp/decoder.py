@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,10 +55,14 @@ class Heads:
     def _states(self, hidden: npt.NDArray[np.float32], n_dims: int) -> npt.NDArray[np.float32]:
         h = np.ascontiguousarray(hidden, dtype=np.float32)
         if h.ndim != n_dims or h.shape[-1] != self.info.n_embd:
-            raise ValueError(f"hidden has shape {h.shape}, its last dimension must be {self.info.n_embd} of {n_dims}")
+            raise ValueError(
+                f"hidden has shape {h.shape}, its last dimension must be {self.info.n_embd} of {n_dims}"
+            )
         return h
 
-    def logits(self, head: int, hidden: npt.NDArray[np.float32], path: Sequence[int]) -> npt.NDArray[np.float32]:
+    def logits(
+        self, head: int, hidden: npt.NDArray[np.float32], path: Sequence[int]
+    ) -> npt.NDArray[np.float32]:
         """Logits [n_vocab_draft] of one head.
 
         Args:
@@ -112,7 +117,9 @@ class Decoder:
         rank = np.concatenate([t.rank for t in bank.trees]).astype(np.int32)
         sizes = np.array([t.n_nodes for t in bank.trees], dtype=np.int32)
         _check(
-            n.decoder_set_trees(self._ptr, len(sizes), sizes.ctypes.data, parent.ctypes.data, rank.ctypes.data)
+            n.decoder_set_trees(
+                self._ptr, len(sizes), sizes.ctypes.data, parent.ctypes.data, rank.ctypes.data
+            )
         )
 
         params = n.PolicyParams(
@@ -159,15 +166,18 @@ class Decoder:
         """The memory was changed from outside and holds `n_past` tokens now."""
         n.decoder_invalidate(self._ptr, n_past)
 
-    def logits(self, n_vocab: int) -> npt.NDArray[np.float32] | None:
+    def logits(self, n_vocab: int) -> npt.NDArray[np.float32]:
         """Logits [n_vocab] of the last evaluated token, valid until the next evaluation."""
-        ptr = n.decoder_logits(self._ptr)
-        return np.ctypeslib.as_array(ptr, shape=(n_vocab,)) if ptr else None
+        return self._row(n.decoder_logits(self._ptr), n_vocab)
 
-    def hidden(self) -> npt.NDArray[np.float32] | None:
+    def hidden(self) -> npt.NDArray[np.float32]:
         """Hidden state [n_embd] of the last evaluated token, valid until the next evaluation; needs heads."""
-        ptr = n.decoder_hidden(self._ptr)
-        return np.ctypeslib.as_array(ptr, shape=(self._heads.info.n_embd,)) if ptr and self._heads else None
+        return self._row(n.decoder_hidden(self._ptr), self._heads.info.n_embd if self._heads else 0)
+
+    def _row(self, ptr: Any, width: int) -> npt.NDArray[np.float32]:
+        if not ptr:
+            raise EntmtpError("there is no evaluated token to read from, or the decoder has no heads")
+        return np.ctypeslib.as_array(ptr, shape=(width,))
 
     def cancel(self) -> None:
         """Stop the running evaluation, from any thread."""

@@ -77,7 +77,9 @@ def compare(
         generate(llm, prompt, 16, temp)  # builds graphs, wakes the threads
         tokens, speed = generate(llm, prompt, n_tokens, temp)
         same = not rows or tokens == rows[0]["tokens"]
-        rows.append({"method": method.label, "tokens": tokens, "speed": speed, "same": same, "stats": llm.draft_stats})
+        rows.append(
+            {"method": method.label, "tokens": tokens, "speed": speed, "same": same, "stats": llm.draft_stats}
+        )
     return rows
 
 
@@ -85,7 +87,9 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     """A table of the methods, and the entropy along the text."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for column in ("method", "identical", "tokens/s", "vs plain", "tokens/step", "trees used"):
-        table.add_column(column, justify="right" if column in ("tokens/s", "vs plain", "tokens/step") else "left")
+        table.add_column(
+            column, justify="right" if column in ("tokens/s", "vs plain", "tokens/step") else "left"
+        )
     for row in rows:
         stats: DraftStats = row["stats"]
         used = " ".join(f"{name}:{count}" for name, count in stats.trees_used.items())
@@ -113,7 +117,9 @@ def run(arch: str, n_tokens: int, temp: float, n_threads: int, quantised: bool, 
         if not quantised:
             model = expand(model, Path(folder) / "demo-base-f32.gguf")
         heads = Path(folder) / f"{arch}.gguf"
-        console.print(f"[bold]python -m entmtp.convert[/] {checkpoint.name}/ --base {model.name} --outfile {heads.name}")
+        console.print(
+            f"[bold]python -m entmtp.convert[/] {checkpoint.name}/ --base {model.name} --outfile {heads.name}"
+        )
         convert(checkpoint, model, heads, outtype="q8_0", progress=console.is_terminal)
 
         settings: dict[str, Any] = {
@@ -141,7 +147,9 @@ def run(arch: str, n_tokens: int, temp: float, n_threads: int, quantised: bool, 
         llm.close()
         adaptive.close()
     speedup = " ".join(f"{x:.2f}×" for x in totals[ENTMTP.label])
-    console.print(f"EntMTP against plain decoding: {speedup}; every text identical: {'yes' if same else 'no'}")
+    console.print(
+        f"EntMTP against plain decoding: {speedup}; every text identical: {'yes' if same else 'no'}"
+    )
     return same
 
 
@@ -152,7 +160,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         epilog="The base runs with its weights expanded to f32, where batches of any size give the same bits up to the "
         "order of a sum; --quantised runs the q8_0 file as it is, where a near-tie may fall the other way.",
     )
-    parser.add_argument("--heads", choices=("hydra", "medusa"), default="hydra", help="checkpoint (default: hydra)")
+    parser.add_argument(
+        "--heads", choices=("hydra", "medusa"), default="hydra", help="checkpoint (default: hydra)"
+    )
     parser.add_argument("--tokens", type=int, default=128, help="tokens per text (default: 128)")
     parser.add_argument("--temp", type=float, default=0.0, help="temperature (default: 0, greedy)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: all)")

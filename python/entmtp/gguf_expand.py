@@ -29,7 +29,9 @@ def expand(source: str | Path, target: str | Path, dtype: str = "f32") -> Path:
         for tensor in reader.tensors:
             data = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
             matrix = len(tensor.shape) > 1
-            writer.add_tensor(tensor.name, data.astype(np.float16 if dtype == "f16" and matrix else np.float32))
+            writer.add_tensor(
+                tensor.name, data.astype(np.float16 if dtype == "f16" and matrix else np.float32)
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -62,7 +62,9 @@ class Llama(llama_cpp.Llama):
         stats: bool = True,
         **kwargs: Any,
     ):
-        self._stack = contextlib.ExitStack()  # first: close() needs it, even after an argument that cannot work
+        self._stack = (
+            contextlib.ExitStack()
+        )  # first: close() needs it, even after an argument that cannot work
         self._decoder: Decoder | None = None
         self._heads: Heads | None = None
         _check_arguments(draft, heads, policy, accept, kwargs)
@@ -103,7 +105,9 @@ class Llama(llama_cpp.Llama):
         if policy == "static":
             if tree is None and len(bank.trees) != 2:
                 names = ", ".join(t.name for t in bank.trees)
-                raise ValueError(f'policy="static" needs one tree: trees="{bank.name}:NAME" with one of {names}')
+                raise ValueError(
+                    f'policy="static" needs one tree: trees="{bank.name}:NAME" with one of {names}'
+                )
             static_tree = bank.index(tree) if tree is not None else 1
         elif tree is not None:
             raise ValueError(f'trees names the tree {tree}, which only policy="static" uses')
@@ -196,7 +200,9 @@ class Llama(llama_cpp.Llama):
         if idx is not None and idx != self.n_tokens - 1:
             # an earlier token of the last batch, as after tokens that were sent into generate()
             if not self._logits_all:
-                raise ValueError("sampling before the last evaluated token needs a model with logits_all=True")
+                raise ValueError(
+                    "sampling before the last evaluated token needs a model with logits_all=True"
+                )
             return super().sample(**settings, idx=idx)
 
         if self._accept == "typical" and temp > 0.0:
@@ -216,7 +222,9 @@ class Llama(llama_cpp.Llama):
             self._warned.add(text)
             warnings.warn(text, RuntimeWarning, stacklevel=3)
 
-    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+    def generate(
+        self, tokens: Sequence[int], *args: Any, **kwargs: Any
+    ) -> Generator[int, Sequence[int] | None, None]:
         """Generate tokens; arguments and behaviour as in `llama_cpp.Llama.generate`."""
         self._settle()
         if self._decoder is not None:
@@ -288,4 +296,4 @@ def _load_bank(trees: str | Path | Bank) -> tuple[Bank, str | None]:
     return Bank.load(trees), None
 
 
-__all__ = ["Llama", "EntmtpError", "Cancelled"]
+__all__ = ["Cancelled", "EntmtpError", "Llama"]

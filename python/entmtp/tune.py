@@ -122,7 +122,7 @@ def grow(probabilities: dict[tuple[int, ...], float], n_nodes: int) -> Paths:
 def measure_costs(
     llm: Llama, sizes: list[int], n_rounds: int, progress: Progress | None = None
 ) -> tuple[dict[int, float], list[float]]:
-    """Median costs on this machine, relative to a pass of one token; sizes and depths interleaved, so that drift cancels.
+    """Median costs here, relative to a pass of one token; sizes and depths interleaved, so that drift cancels.
 
     Returns:
         verify: cost of a pass per number of nodes.
@@ -146,7 +146,9 @@ def measure_costs(
             dec.set_bank(bank, "static", i)
             dec.eval([prompt[-1]], n_past - 1)  # back to the prompt
             llm.reset_draft_stats()
-            for k in range(6):  # one step after another, as in a text: the graph of a shape is built once and reused
+            for k in range(
+                6
+            ):  # one step after another, as in a text: the graph of a shape is built once and reused
                 dec.eval([prompt[k]], n_past + k)
             steps = llm.draft_stats.steps
             times[i] += [(int(s["t_draft_us"]), int(s["t_verify_us"])) for s in steps[1:]]
@@ -263,7 +265,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="name of the bank (default: the file's)")
     parser.add_argument("--limit", type=int, help="use the first N prompts only")
     parser.add_argument("--tokens", type=int, default=128, help="tokens per rollout (default: 128)")
-    parser.add_argument("--temp", type=float, nargs="+", default=[0.0, 0.8], help="temperatures (default: 0 and 0.8)")
+    parser.add_argument(
+        "--temp", type=float, nargs="+", default=[0.0, 0.8], help="temperatures (default: 0 and 0.8)"
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="nodes per tree")
     parser.add_argument("--bins", type=int, default=4, help="entropy bins (default: 4)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
@@ -291,7 +295,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     for tree, cost, row in zip(bank.trees, bank.step_costs(), bank.expected().T, strict=True):
         accepted = " ".join(f"{e:.2f}" for e in row)
-        print(f"{tree.name:>6}: {tree.n_nodes:2d} nodes, step cost {cost:.2f}, accepted per entropy bin {accepted}")
+        print(
+            f"{tree.name:>6}: {tree.n_nodes:2d} nodes, step cost {cost:.2f}, accepted per entropy bin {accepted}"
+        )
     print(f"wrote {out}")
     return 0
 

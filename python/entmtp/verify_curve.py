@@ -14,7 +14,12 @@ SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 56, 64)
 
 
 def verify_curve(
-    model: str | Path, n_threads: int, contexts: list[int], n_rounds: int = 9, sizes: tuple[int, ...] = SIZES, **kwargs: Any
+    model: str | Path,
+    n_threads: int,
+    contexts: list[int],
+    n_rounds: int = 9,
+    sizes: tuple[int, ...] = SIZES,
+    **kwargs: Any,
 ) -> dict[int, list[tuple[float, float]]]:
     """Median time of a pass by number of tokens, sizes interleaved so that drift cancels.
 
