@@ -56,7 +56,7 @@ test-native: build
 	ctest --test-dir $(BUILD) --output-on-failure
 
 test-python: install
-	$(PY) -m pytest -n auto -m "not torch" $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto --dist worksteal -m "not torch" $(PYTEST_ARGS)
 
 test-torch: $(VENV)/.torch ## run the tests that need PyTorch (fetches it)
 	$(PY) -m pytest -m torch $(PYTEST_ARGS)

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-
-# threads that wait by spinning starve the other workers of a parallel run
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

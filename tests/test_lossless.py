@@ -99,7 +99,7 @@ def test_published_trees_are_token_identical(heads: str, method: Method, load: C
         assert decode(llm, prompt, 64, temp=0.0) == decode(plain, prompt, 64, temp=0.0)
 
 
-@pytest.mark.parametrize("method", [ENTMTP, TREES[1], TREES[2]], ids=lambda m: m.label)
+@pytest.mark.parametrize("method", [ENTMTP, TREES[1]], ids=lambda m: m.label)
 @pytest.mark.parametrize("heads", ["medusa", "hydra"])
 def test_sampling_with_a_seed_is_token_identical(
     heads: str, method: Method, load: Callable[..., Llama]
@@ -144,9 +144,11 @@ def distribution(logits: np.ndarray, temp: float, top_k: int) -> dict[int, float
 def test_distributions_after_one_and_two_steps(load: Callable[..., Llama]) -> None:
     """20,000 draws of three tokens: the second and third are drawn at nodes of a verified tree."""
     temp, top_k, n = 0.8, 6, 20_000
-    llm, plain = load(heads="hydra"), load()
+    llm, plain = load(heads="hydra", n_threads=1, n_threads_batch=1), load()
     TREES[1].apply(llm)
-    prompt = plain.tokenize(b"Question: Anna has 3 apples and buys 4 more. How many", special=True)
+    # a text that goes on in many ways, of which the heads guess most
+    text = "Question: Three people divided an amount of $1920. The second took $80 more than the first and the third took"
+    prompt = plain.tokenize(f"{text} twice what".encode(), special=True)
     sampling = {"temp": temp, "top_k": top_k, "top_p": 1.0, "min_p": 0.0}
 
     # exact probabilities of every continuation, from plain decoding's logits
@@ -180,7 +182,7 @@ def test_distributions_after_one_and_two_steps(load: Callable[..., Llama]) -> No
         pairs[tuple(drawn[:2])] += 1
         triples[tuple(drawn)] += 1
 
-    assert llm.draft_stats.n_accepted > n / 20, "the third token was hardly ever drawn inside a tree"
+    assert llm.draft_stats.n_accepted > n / 2, "the third token was seldom drawn inside a tree"
     assert set(pairs) <= set(one), "a token outside the top k was drawn"
     # 4 standard deviations: one false alarm in 30,000 runs, and seeds are fixed
     assert chi_square_z(pairs, one, n) < 4
