@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -67,19 +68,29 @@ def generate(llm: Llama, prompt: str, n_tokens: int, temp: float) -> tuple[list[
 
 
 def compare(
-    methods: list[tuple[Method, Llama]], prompt: str, n_tokens: int, temp: float
+    methods: list[tuple[Method, Llama]], prompt: str, n_tokens: int, temp: float, n_rounds: int = 3
 ) -> list[dict[str, Any]]:
-    """One row per method: tokens, speed, statistics. The first method is the reference."""
-    rows: list[dict[str, Any]] = []
-    for method, llm in methods:
-        if method is not ENTMTP:
-            method.apply(llm)
-        generate(llm, prompt, 16, temp)  # builds graphs, wakes the threads
-        tokens, speed = generate(llm, prompt, n_tokens, temp)
-        same = not rows or tokens == rows[0]["tokens"]
-        rows.append(
-            {"method": method.label, "tokens": tokens, "speed": speed, "same": same, "stats": llm.draft_stats}
-        )
+    """One row per method: tokens, median speed, statistics of the last round. The first method is the reference.
+
+    Every round runs all methods, each time starting with another one: the speed of a machine drifts.
+    """
+    rows: list[dict[str, Any]] = [
+        {"method": method.label, "speeds": [], "same": True} for method, _ in methods
+    ]
+    for i in range(n_rounds):
+        for j in range(len(methods)):
+            k = (j + i * len(methods) // n_rounds) % len(methods)
+            method, llm = methods[k]
+            if method is not ENTMTP:
+                method.apply(llm)
+            generate(llm, prompt, 8, temp)  # builds graphs, wakes the threads
+            tokens, speed = generate(llm, prompt, n_tokens, temp)
+            rows[k]["same"] = rows[k]["same"] and tokens == rows[k].setdefault("tokens", tokens)
+            rows[k]["speeds"].append(speed)
+            rows[k]["stats"] = llm.draft_stats
+    for row in rows:
+        row["speed"] = statistics.median(row["speeds"])
+        row["same"] = row["same"] and row["tokens"] == rows[0]["tokens"]
     return rows
 
 
@@ -163,7 +174,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--heads", choices=("hydra", "medusa"), default="hydra", help="checkpoint (default: hydra)"
     )
-    parser.add_argument("--tokens", type=int, default=128, help="tokens per text (default: 128)")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens per text (default: 96)")
     parser.add_argument("--temp", type=float, default=0.0, help="temperature (default: 0, greedy)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: all)")
     parser.add_argument("--quantised", action="store_true", help="run the bundled q8_0 file as it is")
