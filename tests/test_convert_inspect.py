@@ -133,7 +133,7 @@ def test_truncated_anywhere(tmp_path, heads):
                 inspect_heads(tmp_path / "cut.gguf")
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_flipped_bytes_never_crash(tmp_path, heads, data):
     whole = bytearray(heads.read_bytes())

@@ -147,8 +147,11 @@ def test_distributions_after_one_and_two_steps(load: Callable[..., Llama]) -> No
     llm, plain = load(heads="hydra", n_threads=1, n_threads_batch=1), load()
     TREES[1].apply(llm)
     # a text that goes on in many ways, of which the heads guess most
-    text = "Question: Three people divided an amount of $1920. The second took $80 more than the first and the third took"
-    prompt = plain.tokenize(f"{text} twice what".encode(), special=True)
+    text = (
+        "Question: Three people divided an amount of $1920. The second took $80 more than the first "
+        "and the third took twice what"
+    )
+    prompt = plain.tokenize(text.encode(), special=True)
     sampling = {"temp": temp, "top_k": top_k, "top_p": 1.0, "min_p": 0.0}
 
     # exact probabilities of every continuation, from plain decoding's logits
