@@ -62,9 +62,8 @@ class Llama(llama_cpp.Llama):
         stats: bool = True,
         **kwargs: Any,
     ):
-        self._stack = (
-            contextlib.ExitStack()
-        )  # first: close() needs it, even after an argument that cannot work
+        # first: close() needs these, even after an argument that cannot work
+        self._stack = contextlib.ExitStack()
         self._decoder: Decoder | None = None
         self._heads: Heads | None = None
         _check_arguments(draft, heads, policy, accept, kwargs)
