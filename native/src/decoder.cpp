@@ -8,6 +8,9 @@
 
 namespace entmtp {
 
+// verify passes of this many sizes keep their graphs: a bank has no more trees
+static constexpr uint32_t n_graph_slots = 8;
+
 static bool is_cancelled(void * data) {
     return static_cast<std::atomic<bool> *>(data)->load(std::memory_order_relaxed);
 }
@@ -31,6 +34,7 @@ decoder::decoder(llama_context * ctx, heads * h) :
         llama_set_embeddings_out(ctx, true);
     }
 
+    llama_set_graph_slots(ctx, draft_heads ? n_graph_slots : 0);
     llama_set_abort_callback(ctx, is_cancelled, &cancelled);
 }
 
@@ -38,6 +42,7 @@ decoder::~decoder() {
     llama_set_abort_callback(ctx, nullptr, nullptr);
     if (draft_heads) {
         llama_set_embeddings_out(ctx, false);
+        llama_set_graph_slots(ctx, 0);
     }
 }
 
