@@ -84,6 +84,20 @@ ENTMTP_API void entmtp_heads_get_info(const struct entmtp_heads * heads, struct 
 ENTMTP_API int32_t
 entmtp_heads_logits(struct entmtp_heads * heads, int32_t head, const float * h, const int32_t * path, float * logits);
 
+// The k best guesses of one head after each of n paths, best first. Heads that do not see the path want n = 1.
+//   h      [n_embd]       hidden state; with a prefix layer, its output
+//   paths  [n][head + 1]  the tokens after the hidden state's (read by grounded heads only)
+//   tokens [n][k]         results: base tokens
+//   log_p  [n][k]         and their ln p
+ENTMTP_API int32_t entmtp_heads_expand(struct entmtp_heads * heads,
+                                       int32_t               head,
+                                       const float *         h,
+                                       const int32_t *       paths,
+                                       int32_t               n,
+                                       int32_t               k,
+                                       int32_t *             tokens,
+                                       float *               log_p);
+
 // The Hydra++ decoder layer over n hidden states at positions pos0 .. pos0 + n - 1, continuing what was run before.
 //   h   [n][n_embd]
 //   out [n_embd]      result for the last one
@@ -114,19 +128,72 @@ ENTMTP_API int32_t entmtp_decoder_set_trees(struct entmtp_decoder * dec,
                                             const int32_t *         rank);
 
 enum entmtp_policy {
-    ENTMTP_POLICY_OFF     = 0, // plain decoding
-    ENTMTP_POLICY_STATIC  = 1, // always tree static_tree
-    ENTMTP_POLICY_ENTROPY = 2, // argmax over the bank of (1 + expected accepted | entropy bin) / cost
+    ENTMTP_POLICY_OFF        = 0, // plain decoding
+    ENTMTP_POLICY_STATIC     = 1, // always tree static_tree
+    ENTMTP_POLICY_ENTROPY    = 2, // the tree of the bank that pays most in the bin of the running entropy
+    ENTMTP_POLICY_CONFIDENCE = 3, // a tree grown from the heads' calibrated probabilities while the next node pays
+    // the published policies, for comparison: they follow a score and know no costs, except best depth
+    ENTMTP_POLICY_LADDER     = 4, // tree ladder[bin of the score]
+    ENTMTP_POLICY_HYSTERESIS = 5, // ladder[0] from a score below edge 0 on, ladder[1] from a score above edge 1 on
+    ENTMTP_POLICY_BEST_DEPTH = 6, // argmax of (1 + a + a^2 + ... + a^depth) / cost, with acceptance a from the score
+};
+
+// what a published policy looks at. For best depth, a is exp(-H), p, and the geometric mean of the p
+enum entmtp_score {
+    ENTMTP_SCORE_ENTROPY = 0, // running entropy, nats
+    ENTMTP_SCORE_TOP1    = 1, // 1 - p of the base model's most probable token
+    ENTMTP_SCORE_PATH    = 2, // 1 - product of the heads' top-1 probabilities down the greedy path
+};
+
+// how the entropy policy weighs tokens against time
+enum entmtp_criterion {
+    ENTMTP_CRITERION_RATIO = 0, // argmax of tokens / cost: best where a bin lasts
+    ENTMTP_CRITERION_PRICE = 1, // argmax of tokens - cost * (tokens per time so far): best where the next step's bin is fresh
+};
+
+// costs of this machine, microseconds
+struct entmtp_costs {
+    int32_t       n_verify;
+    const float * verify; // [n_verify] a pass over 1 .. n_verify tokens
+    int32_t       n_levels;
+    const float * level;  // [n_levels][3] one head after 1, 2 and 4 paths (confidence)
+    const float * tree;   // [n_trees] draft of each tree of the bank
+};
+
+// inputs of the calibration's logistic models: numbers of weights
+#define ENTMTP_N_ACCEPT 7 // 1, ln p, ln(1 - p), running entropy, entropy, ln(1 + rank), ln p of the path above
+#define ENTMTP_N_AHEAD  6 // 1, running entropy, entropy, ln p of the root, ln p of the best path so far, ln p of its last node
+
+// what the heads' probabilities are worth (confidence), fitted to traces by python -m entmtp.tune
+struct entmtp_calibration {
+    int32_t       n_levels;
+    const float * accept; // [n_levels][ENTMTP_N_ACCEPT] logit of: a guess is right, given that its path is
+
+    // Look-ahead: before head l runs, a logistic model foresees whether its best guess will be right. In each bin of that
+    // probability, scenarios (equally probable) hold the acceptance of the best 3 nodes of this level and of the ones
+    // below, relative to the node they hang from.
+    int32_t       n_bins;
+    int32_t       n_scenarios;
+    const float * ahead;     // [n_levels][ENTMTP_N_AHEAD]
+    const float * edges;     // [n_levels][n_bins - 1] of the foreseen probability, increasing
+    const float * scenarios; // [n_levels][n_bins][n_scenarios][n_levels][3]
 };
 
 struct entmtp_policy_params {
     int32_t       policy;
     int32_t       static_tree;
     float         ema_window; // tokens
-    int32_t       n_bins;     // entropy bins, at least 1
-    const float * bin_edges;  // [n_bins - 1], nats, increasing
-    const float * expected;   // [n_bins][n_trees] expected accepted draft tokens per step
-    const float * cost;       // [n_trees] cost of a step relative to plain decoding's
+    int32_t       n_bins;     // bins of the entropy, or of the score; at least 1
+    const float * bin_edges;  // [n_bins - 1], increasing
+    const float * expected;   // [n_bins][n_trees] expected accepted draft tokens per step (entropy)
+    int32_t       criterion;  // (entropy)
+    int32_t       score;      // (published policies)
+    const int32_t * ladder;   // [n_bins] trees (ladder, hysteresis)
+
+    const struct entmtp_costs *       costs;       // entropy, confidence, best depth
+    const struct entmtp_calibration * calibration; // confidence
+
+    bool adapt; // costs and acceptance follow what is seen, and drafting stops where it loses against plain decoding
 };
 
 // call after set_trees
@@ -158,6 +225,16 @@ ENTMTP_API void entmtp_decoder_invalidate(struct entmtp_decoder * dec, int32_t n
 ENTMTP_API const float * entmtp_decoder_logits(struct entmtp_decoder * dec);
 ENTMTP_API const float * entmtp_decoder_hidden(struct entmtp_decoder * dec);
 
+// What a policy sees of the distribution that the next token is drawn from.
+struct entmtp_signals {
+    float entropy;  // nats
+    float top1;     // p of the most probable token
+    float log_root; // ln p of a token, the root of the next step
+};
+
+// of the last evaluated token; `token` is the one drawn after it
+ENTMTP_API int32_t entmtp_decoder_signals(struct entmtp_decoder * dec, int32_t token, struct entmtp_signals * signals);
+
 // Stop the evaluation that is running, or the next one. May be called from any thread.
 ENTMTP_API void entmtp_decoder_cancel(struct entmtp_decoder * dec);
 
@@ -170,7 +247,7 @@ ENTMTP_API void entmtp_decoder_resume(struct entmtp_decoder * dec);
 
 struct entmtp_step {
     float   entropy; // running estimate when the tree was chosen, nats
-    int32_t tree;    // index in the bank
+    int32_t tree;    // index in the bank; n_trees: grown by the confidence policy
     int32_t n_nodes; // tokens in the verify pass, the root among them
     int32_t n_accepted;
     int32_t t_draft_us;
@@ -187,6 +264,43 @@ ENTMTP_API size_t entmtp_decoder_get_steps(const struct entmtp_decoder * dec,
                                            size_t                        first,
                                            size_t                        n);
 ENTMTP_API void   entmtp_decoder_reset_stats(struct entmtp_decoder * dec);
+
+//
+// replay
+//
+
+// Texts that were decoded plainly, with what the policies would have seen and the heads would have guessed. Under lossless
+// acceptance a tree accepts the longest prefix of the real tokens whose rank path it contains, so a policy can be run over
+// traces without a model: python/entmtp/traces.py records them, the scheduler of the decoder is what is replayed.
+struct entmtp_trace {
+    int32_t         n_texts;
+    const int32_t * n_tokens; // [n_texts] tokens generated
+
+    int32_t n_heads;
+    int32_t n_guess; // guesses per expanded path (k)
+
+    // per token, texts one after the other: the state before token i, i being the root
+    const struct entmtp_signals * signals; // [n] entropy and top1 of the distribution that token i was drawn from
+    const int32_t *               rank;    // [n][n_heads] rank that head h gave to token i + 1 + h; -1: the text ends
+    // [n][n_paths][n_guess] ln p of the guesses after each expanded path: 1 for head 0, 4 for each other head; 1 for all
+    // heads if they do not see the path. NULL: the confidence policy and the path score cannot be replayed
+    const float *                 log_p;
+    bool                          sees_path;
+};
+
+// One text after the other, as a fresh prompt each; the policy keeps what it learned. Times are those of params->costs
+// unless `truth` says what steps really cost.
+//   steps   [n_max] results; t_draft_us and t_verify_us are the true costs
+// Returns the number of steps, or a negative status.
+ENTMTP_API int64_t entmtp_replay(const struct entmtp_trace *         trace,
+                                 int32_t                             n_trees,
+                                 const int32_t *                     n_nodes,
+                                 const int32_t *                     parent,
+                                 const int32_t *                     rank,
+                                 const struct entmtp_policy_params * params,
+                                 const struct entmtp_costs *         truth,
+                                 struct entmtp_step *                steps,
+                                 int64_t                             n_max);
 
 #ifdef __cplusplus
 }

@@ -4,10 +4,13 @@
 
 #include "decoder.h"
 #include "heads.h"
+#include "replay.h"
 
 #include <algorithm>
 #include <exception>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
 struct entmtp_heads {
     entmtp::heads impl;
@@ -93,6 +96,34 @@ int32_t entmtp_heads_logits(entmtp_heads * heads, int32_t head, const float * h,
     });
 }
 
+int32_t entmtp_heads_expand(entmtp_heads *  heads,
+                            int32_t         head,
+                            const float *   h,
+                            const int32_t * paths,
+                            int32_t         n,
+                            int32_t         k,
+                            int32_t *       tokens,
+                            float *         log_p) {
+    return guarded([&] {
+        if (!heads || !h || !paths || !tokens || !log_p) {
+            return fail("a pointer is missing");
+        }
+        if (head < 0 || head >= heads->impl.n_heads()) {
+            return fail("there is no such head");
+        }
+        const entmtp_heads_info info = heads->impl.info();
+        if (n < 1 || n > 4096 || k < 1 || k > info.n_vocab_draft || (n > 1 && !info.grounded)) {
+            return fail("more paths or guesses than these heads can give");
+        }
+        if (info.grounded && std::any_of(paths, paths + (ptrdiff_t) n * (head + 1),
+                                         [&](int32_t t) { return t < 0 || t >= info.n_vocab; })) {
+            return fail("a token of a path is not in the vocabulary");
+        }
+        heads->impl.expand(head, h, paths, n, k, tokens, log_p);
+        return (int32_t) ENTMTP_OK;
+    });
+}
+
 int32_t entmtp_heads_prefix(entmtp_heads * heads, const float * h, int32_t n, int32_t pos0, float * out) {
     return guarded([&] {
         if (!heads || !h || !out) {
@@ -149,19 +180,24 @@ void entmtp_decoder_free(entmtp_decoder * dec) {
     delete dec;
 }
 
+static std::vector<entmtp::tree>
+make_bank(int32_t n_trees, const int32_t * n_nodes, const int32_t * parent, const int32_t * rank) {
+    if (n_trees < 1 || !n_nodes || !parent || !rank) {
+        throw std::runtime_error("bank: no trees");
+    }
+    std::vector<entmtp::tree> bank;
+    for (int32_t i = 0; i < n_trees; ++i) {
+        bank.push_back(entmtp::make_tree(parent, rank, n_nodes[i]));
+        parent += n_nodes[i];
+        rank += n_nodes[i];
+    }
+    return bank;
+}
+
 int32_t entmtp_decoder_set_trees(
     entmtp_decoder * dec, int32_t n_trees, const int32_t * n_nodes, const int32_t * parent, const int32_t * rank) {
     return guarded(dec, [&](entmtp::decoder & d) {
-        if (n_trees < 1 || !n_nodes || !parent || !rank) {
-            return fail("bank: no trees");
-        }
-        std::vector<entmtp::tree> bank;
-        for (int32_t i = 0; i < n_trees; ++i) {
-            bank.push_back(entmtp::make_tree(parent, rank, n_nodes[i]));
-            parent += n_nodes[i];
-            rank += n_nodes[i];
-        }
-        d.set_trees(std::move(bank));
+        d.set_trees(make_bank(n_trees, n_nodes, parent, rank));
         return (int32_t) ENTMTP_OK;
     });
 }
@@ -217,6 +253,16 @@ const float * entmtp_decoder_hidden(entmtp_decoder * dec) {
     return res;
 }
 
+int32_t entmtp_decoder_signals(entmtp_decoder * dec, int32_t token, entmtp_signals * signals) {
+    return guarded(dec, [&](entmtp::decoder & d) {
+        if (!signals || token < 0 || token >= d.n_vocab) {
+            return fail("no room for the signals, or no such token");
+        }
+        *signals = d.signals(token);
+        return (int32_t) ENTMTP_OK;
+    });
+}
+
 void entmtp_decoder_cancel(entmtp_decoder * dec) {
     if (dec) {
         dec->impl.cancel(true);
@@ -256,4 +302,26 @@ void entmtp_decoder_reset_stats(entmtp_decoder * dec) {
     if (dec) {
         dec->impl.reset_stats();
     }
+}
+
+//
+// replay
+//
+
+int64_t entmtp_replay(const entmtp_trace *         trace,
+                      int32_t                      n_trees,
+                      const int32_t *              n_nodes,
+                      const int32_t *              parent,
+                      const int32_t *              rank,
+                      const entmtp_policy_params * params,
+                      const entmtp_costs *         truth,
+                      entmtp_step *                steps,
+                      int64_t                      n_max) {
+    int64_t       n      = 0;
+    const int32_t status = guarded([&] {
+        const auto bank = make_bank(n_trees, n_nodes, parent, rank);
+        n               = entmtp::replay(trace, bank, params, truth, steps, n_max);
+        return (int32_t) ENTMTP_OK;
+    });
+    return status == ENTMTP_OK ? n : status;
 }

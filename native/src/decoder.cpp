@@ -3,6 +3,7 @@
 #include "ggml.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <stdexcept>
 
@@ -11,12 +12,15 @@ namespace entmtp {
 // verify passes of this many sizes keep their graphs: a bank has no more trees
 static constexpr uint32_t n_graph_slots = 8;
 
+static const char * no_trees =
+    "the memory of this model (recurrent, hybrid or of a special kind) cannot hold a token tree; use draft=None";
+
 static bool is_cancelled(void * data) {
     return static_cast<std::atomic<bool> *>(data)->load(std::memory_order_relaxed);
 }
 
 decoder::decoder(llama_context * ctx, heads * h) :
-    ctx(ctx), draft_heads(h), verify(ctx), n_vocab(llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)))),
+    n_vocab(llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)))), ctx(ctx), draft_heads(h), verify(ctx),
     n_embd(llama_model_n_embd(llama_get_model(ctx))) {
     const int32_t root_parent = -1;
     const int32_t root_rank   = 0;
@@ -51,19 +55,18 @@ void decoder::set_trees(std::vector<tree> trees) {
         throw std::runtime_error("bank: the first tree must be a lone root (plain decoding)");
     }
 
-    size_t depth = 0;
+    size_t deepest = 0;
     for (const auto & t : trees) {
-        depth = std::max(depth, t.levels.size());
+        deepest = std::max(deepest, t.levels.size());
     }
-    if (depth > 0 && !draft_heads) {
+    if (deepest > 0 && !draft_heads) {
         throw std::runtime_error("bank: trees need draft heads");
     }
-    if (depth > 0 && !verify.can_tree()) {
-        throw std::runtime_error(
-            "the memory of this model (recurrent, hybrid or of a special kind) cannot hold a token tree; use draft=None");
+    if (deepest > 0 && !verify.can_tree()) {
+        throw std::runtime_error(no_trees);
     }
-    if (draft_heads && depth > (size_t) draft_heads->n_heads()) {
-        throw std::runtime_error("bank: a tree is " + std::to_string(depth) + " deep, but there are only " +
+    if (draft_heads && deepest > (size_t) draft_heads->n_heads()) {
+        throw std::runtime_error("bank: a tree is " + std::to_string(deepest) + " deep, but there are only " +
                                  std::to_string(draft_heads->n_heads()) + " heads");
     }
 
@@ -76,14 +79,31 @@ void decoder::set_trees(std::vector<tree> trees) {
     bank = std::move(trees);
 
     n_nodes.clear();
+    depth.clear();
     for (const auto & t : bank) {
         n_nodes.push_back(t.n_nodes());
+        depth.push_back((int32_t) t.levels.size());
     }
     policy = scheduler();
 }
 
 void decoder::set_policy(const entmtp_policy_params & p) {
-    policy  = scheduler(p, (int32_t) bank.size());
+    scheduler next(p, (int32_t) bank.size());
+    if (p.policy == ENTMTP_POLICY_CONFIDENCE || next.needs_path()) {
+        if (!draft_heads) {
+            throw std::runtime_error("policy: this one needs draft heads");
+        }
+        if (!verify.can_tree()) {
+            throw std::runtime_error(no_trees);
+        }
+        if (draft_heads->n_vocab_draft() < grower::n_guess) {
+            throw std::runtime_error("policy: a draft vocabulary of fewer than 8 tokens is too small for it");
+        }
+        const size_t n = (size_t) draft_heads->n_heads() * grower::max_width * grower::n_guess;
+        guess.assign(n, 0);
+        log_p.assign(n, 0.0f);
+    }
+    policy  = std::move(next);
     running = ema(policy.window());
     in_step = false; // what is being walked was neither chosen nor timed for this policy
 }
@@ -169,8 +189,10 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
     }
     n_past = past;
 
-    live = false;
+    live    = false;
+    is_seen = false;
     running.reset();
+    policy.begin_text();
     if (prefix) {
         prefix->truncate(past);
     }
@@ -209,10 +231,11 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
 // one more token: follow the tree, or start the next step
 int32_t decoder::advance(int32_t token) {
     if (tree_id >= 0) {
-        const int32_t child = bank[tree_id].find_child(path.back(), tokens, token);
+        const int32_t child = topology(tree_id).find_child(path.back(), tokens, token);
         if (child >= 0) {
             path.push_back(child);
-            row = child;
+            row     = child;
+            is_seen = false;
             if (in_list) {
                 steps.back().n_accepted++;
             }
@@ -227,34 +250,94 @@ int32_t decoder::room() const {
     return std::min({ free, (int32_t) llama_n_ubatch(ctx), (int32_t) llama_n_batch(ctx) });
 }
 
+// ln p [n][n_guess] of head l after its first n expanded paths; their tokens go to `guess`
+const float * decoder::expand(int32_t l, int32_t n) {
+    constexpr int32_t k     = grower::n_guess;
+    constexpr int32_t n_row = grower::max_width * k;
+
+    std::vector<int32_t> paths; // [n][l + 1]
+    if (draft_heads->sees_path()) {
+        std::vector<int32_t> ranks(l);
+        for (int32_t c = 0; c < n; ++c) {
+            expanded_path(l, c, ranks.data());
+            paths.push_back(tokens[0]);
+            for (int32_t d = 0; d < l; ++d) {
+                // the expanded path of level d that this one goes through
+                int32_t column = c;
+                for (int32_t up = l; up > d; --up) {
+                    column = expanded_parent(up, column);
+                }
+                paths.push_back(guess[d * n_row + column * k + ranks[d]]);
+            }
+        }
+    }
+    draft_heads->expand(l, draft_input(), paths.data(), n, k, &guess[l * n_row], &log_p[l * n_row]);
+    return &log_p[l * n_row];
+}
+
+// product of the heads' top-1 probabilities down the greedy path
+float decoder::greedy_path() {
+    float sum = 0.0f;
+    for (int32_t l = 0; l < draft_heads->n_heads(); ++l) {
+        sum += expand(l, 1)[0];
+    }
+    return std::exp(sum);
+}
+
+// choose a topology and fill in its tokens; returns its id
+int32_t decoder::draft(int32_t token) {
+    entmtp_signals s = {};
+    if (policy.needs_signals()) {
+        s = signals(token);
+    }
+
+    tokens.assign(1, token);
+
+    const float   product = policy.needs_path() ? greedy_path() : 0.0f;
+    const int32_t id      = policy.choose(s, running.get(), product, room(), n_nodes, depth);
+
+    if (id != scheduler::grow_tree) {
+        tokens.resize(bank[id].n_nodes());
+        if (bank[id].n_nodes() > 1) {
+            draft_heads->draft(bank[id], draft_input(), tokens);
+        }
+        return id;
+    }
+
+    const bool sees_path = draft_heads->sees_path();
+    const auto & nodes   = policy.grow(s, running.get(), room(), draft_heads->n_heads(), sees_path,
+                                       [&](int32_t l, int32_t n) { return expand(l, n); });
+
+    grown.parent.assign(1, -1);
+    grown.rank.assign(1, 0);
+    grown.depth.assign(1, 0);
+    for (const auto & node : nodes) {
+        grown.parent.push_back(node.parent);
+        grown.rank.push_back(node.rank);
+        grown.depth.push_back(node.depth);
+
+        const int32_t column = sees_path ? node.column : 0;
+        tokens.push_back(guess[((node.depth - 1) * grower::max_width + column) * grower::n_guess + node.rank]);
+    }
+    return (int32_t) bank.size();
+}
+
 int32_t decoder::step(int32_t token) {
     const bool    timed   = stats || policy.needs_timing();
     const int64_t t_start = timed ? ggml_time_us() : 0;
-
-    // what the last step did
-    if (in_step) {
-        policy.observe(tree_id, (int32_t) path.size() - 1, t_step + t_walk);
-    }
 
     if (const int32_t status = settle(); status != ENTMTP_OK) {
         return status;
     }
 
-    int32_t id = policy.choose(running.get(), room(), n_nodes);
+    const int64_t t0 = timed ? ggml_time_us() : 0;
 
-    const int64_t t_draft = timed ? ggml_time_us() : 0;
+    int32_t id = draft(token);
 
-    tokens.assign(bank[id].n_nodes(), 0);
-    tokens[0] = token;
+    const int64_t t1 = timed ? ggml_time_us() : 0;
 
-    if (bank[id].n_nodes() > 1) {
-        draft_heads->draft(bank[id], draft_heads->prefix() ? prefix_out.data() : hidden(), tokens);
-    }
-
-    const int64_t t_verify = timed ? ggml_time_us() : 0;
-
-    int32_t status = verify.decode(bank[id], tokens, n_past);
-    if (status == 1 && id != 0) {
+    int32_t status = verify.decode(topology(id), tokens, n_past);
+    if (status == 1 && tokens.size() > 1) {
         // no room for the tree in this memory: the token alone may still fit
         id = 0;
         tokens.resize(1);
@@ -271,22 +354,23 @@ int32_t decoder::step(int32_t token) {
     tree_id = id;
     path.assign(1, 0);
     row     = 0;
+    is_seen = false;
     in_step = true;
     in_list = stats;
-    t_walk  = 0;
 
     if (timed) {
-        const int64_t t_end = ggml_time_us();
-        t_step              = (double) (t_end - t_draft);
+        const int64_t t2 = ggml_time_us();
+        t_draft          = (double) (t1 - t0);
+        t_verify         = (double) (t2 - t1);
 
         if (stats) {
             entmtp_step s = {};
             s.entropy     = running.get();
             s.tree        = id;
-            s.n_nodes     = bank[id].n_nodes();
-            s.t_draft_us  = (int32_t) (t_verify - t_draft);
-            s.t_verify_us = (int32_t) (t_end - t_verify);
-            s.t_host_us   = (int32_t) (t_draft - t_start);
+            s.n_nodes     = (int32_t) tokens.size();
+            s.t_draft_us  = (int32_t) t_draft;
+            s.t_verify_us = (int32_t) t_verify;
+            s.t_host_us   = (int32_t) (t0 - t_start);
             steps.push_back(s);
         }
     }
@@ -298,7 +382,12 @@ int32_t decoder::settle() {
         return ENTMTP_OK;
     }
 
-    const bool is_tree = bank[tree_id].n_nodes() > 1;
+    if (in_step) {
+        const int32_t id = tree_id == (int32_t) bank.size() ? scheduler::grow_tree : tree_id;
+        policy.observe(id, topology(tree_id).n_nodes(), path, t_draft, t_verify);
+    }
+
+    const bool is_tree = topology(tree_id).n_nodes() > 1;
     if (is_tree && !verify.commit(path)) {
         // cannot happen unless the memory was changed behind our back
         verify.truncate(n_past);
@@ -336,6 +425,7 @@ void decoder::invalidate(int32_t past) {
     path.clear();
     typical.clear();
     live    = false;
+    is_seen = false;
     row     = -1;
     in_step = false;
     in_list = false;
@@ -368,11 +458,27 @@ const float * decoder::hidden_row(int32_t i) {
 
 // the entropy of the distribution that the next token is drawn from
 void decoder::begin_token() {
-    if (policy.needs_entropy() || stats) {
+    if ((policy.needs_signals() || stats) && !is_seen) {
         if (const float * l = logits()) {
-            running.add(entropy(l, n_vocab));
+            seen    = describe(l, n_vocab);
+            is_seen = true;
+            running.add(seen.entropy);
         }
     }
+}
+
+entmtp_signals decoder::signals(int32_t token) {
+    if (!live) {
+        throw std::runtime_error("there is no evaluated token");
+    }
+    const float * l = logits();
+    if (!is_seen) {
+        // the caller did not sample here: the token is his own
+        seen    = describe(l, n_vocab);
+        is_seen = true;
+        running.add(seen.entropy);
+    }
+    return { seen.entropy, std::exp(seen.log_max), l[token] - seen.log_sum };
 }
 
 int32_t decoder::sample(llama_sampler * sampler, int32_t * token) {
@@ -381,22 +487,18 @@ int32_t decoder::sample(llama_sampler * sampler, int32_t * token) {
         return ENTMTP_ERROR;
     }
 
-    const bool    timed = in_step && (stats || policy.needs_timing());
-    const int64_t t0    = timed ? ggml_time_us() : 0;
+    const int64_t t0 = in_list ? ggml_time_us() : 0;
 
     begin_token();
 
-    const int64_t t1 = timed ? ggml_time_us() : 0;
+    const int64_t t1 = in_list ? ggml_time_us() : 0;
 
     *token = llama_sampler_sample(sampler, ctx, row);
 
-    if (timed) {
+    if (in_list) {
         const int64_t t2 = ggml_time_us();
-        t_walk += (double) (t2 - t0);
-        if (in_list) {
-            steps.back().t_host_us += (int32_t) (t1 - t0);
-            steps.back().t_sample_us += (int32_t) (t2 - t1);
-        }
+        steps.back().t_host_us += (int32_t) (t1 - t0);
+        steps.back().t_sample_us += (int32_t) (t2 - t1);
     }
     return ENTMTP_OK;
 }
@@ -410,7 +512,7 @@ int32_t decoder::sample_typical(const typical_params & p, int32_t * token) {
     begin_token();
 
     if (tree_id >= 0 && typical.empty()) {
-        typical = typical_path(bank[tree_id], tokens, n_vocab, p,
+        typical = typical_path(topology(tree_id), tokens, n_vocab, p,
                                [&](int32_t node) { return llama_get_logits_ith(ctx, node); });
     }
 

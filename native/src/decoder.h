@@ -48,6 +48,11 @@ class decoder {
     const float * logits();
     const float * hidden();
 
+    // of the distribution that `token` was drawn from
+    entmtp_signals signals(int32_t token);
+
+    const int32_t n_vocab;
+
     std::vector<entmtp_step> steps;
     std::string              error;
 
@@ -63,27 +68,41 @@ class decoder {
     void    begin_token();
     int32_t room() const;
 
+    const tree & topology(int32_t id) const { return id < (int32_t) bank.size() ? bank[id] : grown; }
+
+    const float * draft_input() { return draft_heads->prefix() ? prefix_out.data() : hidden(); }
+    const float * expand(int32_t l, int32_t n);
+    float         greedy_path();
+    int32_t       draft(int32_t token);
+
     llama_context * ctx;
     heads *         draft_heads;
     verifier        verify;
 
-    const int32_t n_vocab;
     const int32_t n_embd;
 
     std::vector<tree>    bank;    // bank[0] is a lone root
     std::vector<int32_t> n_nodes; // [n_trees]
+    std::vector<int32_t> depth;   // [n_trees]
+    tree                 grown;   // of the step, where the policy grows its own
     scheduler            policy;
     ema                  running;
+    distribution         seen;            // of the last evaluated token's logits
+    bool                 is_seen = false; // it was looked at
 
     int32_t n_past = 0;     // settled tokens in the memory
     bool    live   = false; // the outputs of the context belong to the last evaluated token
     int32_t row    = -1;    // its index in the last batch
 
     // the verified tree, while it is being walked
-    int32_t              tree_id = -1; // -1: none
+    int32_t              tree_id = -1; // in the bank; n_trees: the grown one; -1: none
     std::vector<int32_t> tokens;       // [n_nodes]
     std::vector<int32_t> path;         // visited nodes, the root first
     std::vector<int32_t> typical;      // path chosen by typical acceptance, empty if none was
+
+    // guesses of the heads, level by level, while a tree is grown
+    std::vector<int32_t> guess; // [n_heads][max_width][n_guess]
+    std::vector<float>   log_p; // the same
 
     std::vector<float> rows_hidden;    // [n][n_embd] input of the prefix layer
     std::vector<float> prefix_out;     // [n_embd]    its output for the last evaluated token
@@ -91,8 +110,8 @@ class decoder {
     bool   stats   = false;
     bool   in_step = false; // a step was verified and is being walked
     bool   in_list = false; // it is the last of steps
-    double t_step  = 0;     // us, its draft and verify
-    double t_walk  = 0;     // us, sampling since
+    double t_draft  = 0;    // us
+    double t_verify = 0;    // us
 
     std::atomic<bool> cancelled{ false };
 };

@@ -27,7 +27,7 @@ static inline float exp_neg(float x) {
     return p * scale;
 }
 
-float entropy(const float * logits, int32_t n, float temp) {
+distribution describe(const float * logits, int32_t n, float temp) {
     constexpr int32_t n_lanes = 16; // independent sums let the compiler use vector registers
 
     float max_lane[n_lanes];
@@ -45,7 +45,7 @@ float entropy(const float * logits, int32_t n, float temp) {
     }
 
     if (!std::isfinite(max)) {
-        return 0.0f;
+        return {};
     }
 
     // with d = (logit - max) / temp: H = ln(sum e^d) - sum(d e^d) / sum(e^d)
@@ -76,7 +76,9 @@ float entropy(const float * logits, int32_t n, float temp) {
         dsum += d * e;
     }
 
-    return std::max(0.0f, (float) (std::log(sum) - dsum / sum));
+    const double log_sum = std::log(sum); // at most ln n, at least 0: the largest term is 1
+
+    return { std::max(0.0f, (float) (log_sum - dsum / sum)), max * inv_temp + (float) log_sum, (float) -log_sum };
 }
 
 ema::ema(float window) : decay(1.0f - 2.0f / (std::max(window, 1.0f) + 1.0f)) {}

@@ -6,9 +6,19 @@
 
 namespace entmtp {
 
-// H = -sum p ln p of softmax(logits / temp), in nats
+// what one look at a row of logits tells about softmax(logits / temp)
+struct distribution {
+    float entropy = 0.0f; // H = -sum p ln p, nats
+    float log_sum = 0.0f; // ln sum exp(logit / temp): ln p of a token is its logit / temp less this
+    float log_max = 0.0f; // ln p of the most probable token
+};
+
 //   logits [n]
-float entropy(const float * logits, int32_t n, float temp = 1.0f);
+distribution describe(const float * logits, int32_t n, float temp = 1.0f);
+
+inline float entropy(const float * logits, int32_t n, float temp = 1.0f) {
+    return describe(logits, n, temp).entropy;
+}
 
 // Exponential moving average with bias correction, so that the first values count fully
 // (Adam, arXiv 1412.6980, section 3). A window of w tokens means decay 1 - 2/(w + 1).

@@ -3,6 +3,7 @@
 #include "ggml.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 
 namespace entmtp {
@@ -104,29 +105,34 @@ ggml_tensor * heads::build_head(ggml_context * ctx, int32_t i, ggml_tensor * x) 
     return logits;
 }
 
-// base token ids of the k largest logits per column, best first: i32 [k, n]
+// draft tokens of the k largest logits per column, best first: i32 [k, n]
 ggml_tensor * heads::build_top_k(ggml_context * ctx, ggml_tensor * logits, int32_t k) const {
     const int64_t n = logits->ne[1];
 
     k = std::min(k, n_draft);
 
-    ggml_tensor * ids; // [k, n]
     if (k == 1) {
-        ids = ggml_reshape_2d(ctx, ggml_argmax(ctx, logits), 1, n);
-    } else {
-        // top_k leaves the order open: sort its k candidates by their logits
-        ggml_tensor * top    = ggml_top_k(ctx, logits, k);
-        ggml_tensor * values = ggml_get_rows(ctx, ggml_reshape_3d(ctx, logits, 1, n_draft, n), top); // [1, k, n]
-        ggml_tensor * order  = ggml_argsort(ctx, ggml_reshape_2d(ctx, values, k, n), GGML_SORT_ORDER_DESC);
-        ids                  = ggml_get_rows(ctx, ggml_reshape_3d(ctx, top, 1, k, n), order);        // [1, k, n]
-        ids                  = ggml_reshape_2d(ctx, ids, k, n);
+        return ggml_reshape_2d(ctx, ggml_argmax(ctx, logits), 1, n);
     }
 
-    if (d2t) {
-        ids = ggml_get_rows(ctx, d2t, ggml_reshape_1d(ctx, ids, k * n)); // [1, k*n]
-        ids = ggml_reshape_2d(ctx, ids, k, n);
+    // top_k leaves the order open: sort its k candidates by their logits
+    ggml_tensor * top    = ggml_top_k(ctx, logits, k);
+    ggml_tensor * values = ggml_get_rows(ctx, ggml_reshape_3d(ctx, logits, 1, n_draft, n), top); // [1, k, n]
+    ggml_tensor * order  = ggml_argsort(ctx, ggml_reshape_2d(ctx, values, k, n), GGML_SORT_ORDER_DESC);
+    ggml_tensor * ids    = ggml_get_rows(ctx, ggml_reshape_3d(ctx, top, 1, k, n), order);        // [1, k, n]
+    return ggml_reshape_2d(ctx, ids, k, n);
+}
+
+// tokens of the base model for draft tokens, i32 [k, n]
+ggml_tensor * heads::build_base_tokens(ggml_context * ctx, ggml_tensor * ids) const {
+    if (!d2t) {
+        return ids;
     }
-    return ids;
+    const int64_t k = ids->ne[0];
+    const int64_t n = ids->ne[1];
+
+    ids = ggml_get_rows(ctx, d2t, ggml_reshape_1d(ctx, ids, k * n)); // [1, k*n]
+    return ggml_reshape_2d(ctx, ids, k, n);
 }
 
 // f32 [n_embd, n] for i32 [n]
@@ -205,7 +211,8 @@ std::unique_ptr<draft_graph> heads::build_graph(const tree & topology) const {
             x = ggml_concat(ctx, x, build_embd(ctx, ids), 0); // [(l + 2)*n_embd, n_expand]
         }
 
-        g->guesses.push_back(build_top_k(ctx, build_head(ctx, (int32_t) l, x), level.k));
+        ggml_tensor * ids = build_top_k(ctx, build_head(ctx, (int32_t) l, x), level.k);
+        g->guesses.push_back(build_base_tokens(ctx, ids));
     }
 
     finish_graph(*g, g->guesses);
@@ -248,6 +255,53 @@ void heads::draft(const tree & topology, const float * h, std::vector<int32_t> &
         const int32_t c = grounded ? topology.slot[topology.parent[i]] : 0;
         // a draft vocabulary smaller than the rank repeats its last guess: never accepted twice, never wrong
         tokens[i]       = g->result[l][c * k + std::min(topology.rank[i], k - 1)];
+    }
+}
+
+// one head for n paths: guesses and their probabilities
+std::unique_ptr<draft_graph> heads::build_level(int32_t l, int32_t n, int32_t k) const {
+    auto           g   = new_graph();
+    ggml_context * ctx = g->ctx.get();
+
+    ggml_tensor * x = g->h;
+    if (grounded) {
+        g->paths = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, (int64_t) (l + 1) * n);
+        ggml_set_input(g->paths);
+        ggml_tensor * embd = ggml_reshape_2d(ctx, build_embd(ctx, g->paths), (int64_t) (l + 1) * n_embd, n);
+        if (n > 1) {
+            x = ggml_repeat_4d(ctx, x, n_embd, n, 1, 1);
+        }
+        x = ggml_concat(ctx, x, embd, 0); // [(l + 2)*n_embd, n]
+    }
+
+    ggml_tensor * logits = build_head(ctx, l, x);
+    ggml_tensor * ids    = build_top_k(ctx, logits, k);
+    ggml_tensor * probs  = ggml_reshape_3d(ctx, ggml_soft_max(ctx, logits), 1, n_draft, n);
+
+    g->probs = ggml_reshape_2d(ctx, ggml_get_rows(ctx, probs, ids), k, n);
+    g->guesses.push_back(build_base_tokens(ctx, ids));
+
+    finish_graph(*g, { g->guesses[0], g->probs });
+    return g;
+}
+
+void heads::expand(
+    int32_t l, const float * h, const int32_t * paths, int32_t n, int32_t k, int32_t * tokens, float * log_p) {
+    auto & g = levels[{ l, n, k }];
+    if (!g) {
+        g = build_level(l, n, k);
+    }
+
+    ggml_backend_tensor_set(g->h, h, 0, n_embd * sizeof(float));
+    if (grounded) {
+        ggml_backend_tensor_set(g->paths, paths, 0, ggml_nbytes(g->paths));
+    }
+    compute(g->gf);
+    ggml_backend_tensor_get(g->guesses[0], tokens, 0, ggml_nbytes(g->guesses[0]));
+    ggml_backend_tensor_get(g->probs, log_p, 0, ggml_nbytes(g->probs));
+
+    for (int32_t i = 0; i < n * k; ++i) {
+        log_p[i] = std::log(std::max(log_p[i], 1e-30f));
     }
 }
 

@@ -13,6 +13,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace entmtp {
@@ -40,6 +41,8 @@ struct draft_graph {
     ggml_tensor * h      = nullptr; // [n_embd, 1]
     ggml_tensor * root   = nullptr; // i32 [1], grounded heads only
     ggml_tensor * logits = nullptr; // [n_vocab_draft, 1], only in the graph of a single head
+    ggml_tensor * paths  = nullptr; // i32 [(l + 1)*n], only in the graph of one level, grounded heads
+    ggml_tensor * probs  = nullptr; // [k, n] of the guesses, only in the graph of one level
 
     // guesses per level: base token ids, best first. i32 [k, n_expand] (one column for heads that do not see the path)
     std::vector<ggml_tensor *>        guesses;
@@ -57,6 +60,21 @@ class heads {
     //   h      [n_embd]  hidden state (with a prefix layer: its output)
     //   tokens [n_nodes] result; tokens[0] is the root and given
     void draft(const tree & topology, const float * h, std::vector<int32_t> & tokens);
+
+    // the k best guesses of head l after each of n paths, best first
+    //   paths  [n][l + 1]  tokens after the hidden state's, the root first; heads that do not see the path want n = 1
+    //   tokens [n][k], log_p [n][k]  results; k is at most n_draft()
+    // Graphs are kept per (l, n, k).
+    void expand(int32_t         l,
+                const float *   h,
+                const int32_t * paths,
+                int32_t         n,
+                int32_t         k,
+                int32_t *       tokens,
+                float *         log_p);
+
+    bool    sees_path() const { return grounded; }
+    int32_t n_vocab_draft() const { return n_draft; }
 
     // logits of one head
     //   path [i + 1], logits [n_vocab_draft]
@@ -81,6 +99,9 @@ class heads {
 
     ggml_tensor * build_head(ggml_context * ctx, int32_t i, ggml_tensor * x) const;
     ggml_tensor * build_top_k(ggml_context * ctx, ggml_tensor * logits, int32_t k) const;
+    ggml_tensor * build_base_tokens(ggml_context * ctx, ggml_tensor * ids) const;
+
+    std::unique_ptr<draft_graph> build_level(int32_t l, int32_t n, int32_t k) const;
     ggml_tensor * build_embd(ggml_context * ctx, ggml_tensor * tokens) const;
 
     int32_t n_embd   = 0;
@@ -99,7 +120,8 @@ class heads {
 
     std::unique_ptr<prefix_layer> prefix_impl;
 
-    std::map<const tree *, std::unique_ptr<draft_graph>> graphs;
+    std::map<const tree *, std::unique_ptr<draft_graph>>                         graphs;
+    std::map<std::tuple<int32_t, int32_t, int32_t>, std::unique_ptr<draft_graph>> levels; // by (l, n, k)
 };
 
 // throws std::runtime_error("heads: ...")

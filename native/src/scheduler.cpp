@@ -6,164 +6,236 @@
 
 namespace entmtp {
 
-// the bank's acceptance counts as much as this many observed steps
-static constexpr double prior_steps = 16.0;
+// the bank's expectation weighs as much as this many expected tokens that were seen; for a bin, against all bins
+static constexpr double prior_all = 24.0;
+static constexpr double prior_bin = 24.0;
 
-// a tree is timed this often before its measured cost is trusted over the bank's
-static constexpr int64_t n_warmup = 2;
+// memories are long, not endless: texts change
+static constexpr double forget_all   = 1.0 - 1.0 / 128.0;
+static constexpr double forget_bin   = 1.0 - 1.0 / 256.0;
+static constexpr double forget_price = 1.0 - 1.0 / 256.0;
 
-// once in so many steps a tree whose timing is old is tried again: costs drift with the context and the machine
-static constexpr int64_t n_retry = 512;
-
-// "promising": as good as the best choice if its cost were lower by this factor
-static constexpr double optimism = 1.3;
-
-scheduler::scheduler() = default;
+// plain decoding is what must never be lost to: it is timed again after so many steps, whatever it is thought to cost
+static constexpr int64_t n_retime = 512;
 
 scheduler::scheduler(const entmtp_policy_params & p, int32_t n_trees) :
-    policy(p.policy), static_tree(p.static_tree), ema_window(p.ema_window) {
-    if (policy < ENTMTP_POLICY_OFF || policy > ENTMTP_POLICY_ENTROPY) {
-        throw std::runtime_error("policy: unknown number");
-    }
-    if (policy == ENTMTP_POLICY_STATIC && (static_tree < 0 || static_tree >= n_trees)) {
-        throw std::runtime_error("policy: static_tree is not in the bank");
-    }
-    if (policy != ENTMTP_POLICY_ENTROPY) {
+    policy(p.policy), static_tree(p.static_tree), score(p.score), criterion(p.criterion), ema_window(p.ema_window),
+    adapt(p.adapt), n_trees(n_trees) {
+    const auto require = [](bool ok, const char * what) {
+        if (!ok) {
+            throw std::runtime_error(what);
+        }
+    };
+
+    require(policy >= ENTMTP_POLICY_OFF && policy <= ENTMTP_POLICY_BEST_DEPTH, "policy: unknown number");
+    require(policy != ENTMTP_POLICY_STATIC || (static_tree >= 0 && static_tree < n_trees),
+            "policy: static_tree is not in the bank");
+
+    if (policy <= ENTMTP_POLICY_STATIC) {
+        adapt = false;
         return;
     }
-    if (p.n_bins < 1 || !p.expected || !p.cost || (p.n_bins > 1 && !p.bin_edges)) {
-        throw std::runtime_error("policy: entropy needs bins, expected acceptance and costs");
-    }
-    if (!(ema_window >= 1.0f && ema_window <= 1e6f)) {
-        throw std::runtime_error("policy: ema_window must be 1 to 1000000 tokens");
-    }
 
+    require(ema_window >= 1.0f && ema_window <= 1e6f, "policy: ema_window must be 1 to 1000000 tokens");
+    require(p.n_bins >= 1 && p.n_bins <= 1024 && (p.n_bins == 1 || p.bin_edges), "policy: no bins");
     for (int32_t b = 0; b + 1 < p.n_bins; ++b) {
-        if (!std::isfinite(p.bin_edges[b]) || (b > 0 && p.bin_edges[b] <= p.bin_edges[b - 1])) {
-            throw std::runtime_error("policy: bin_edges must increase");
-        }
+        require(std::isfinite(p.bin_edges[b]) && (b == 0 || p.bin_edges[b] > p.bin_edges[b - 1]),
+                "policy: bin_edges must increase");
         edges.push_back(p.bin_edges[b]);
     }
 
-    for (int32_t b = 0; b < p.n_bins; ++b) {
-        accept.emplace_back();
-        for (int32_t t = 0; t < n_trees; ++t) {
-            const float e = p.expected[b * n_trees + t];
-            if (!(e >= 0.0f) || !std::isfinite(e)) {
-                throw std::runtime_error("policy: expected acceptance must be a number not below 0");
-            }
-            accept.back().push_back({ prior_steps, prior_steps * e });
+    if (policy == ENTMTP_POLICY_LADDER || policy == ENTMTP_POLICY_HYSTERESIS) {
+        const size_t n_rungs = policy == ENTMTP_POLICY_LADDER ? (size_t) p.n_bins : 2;
+        require(p.ladder && (policy == ENTMTP_POLICY_LADDER || p.n_bins == 3),
+                "policy: a ladder needs a tree per bin, hysteresis two edges");
+        for (size_t i = 0; i < n_rungs; ++i) {
+            require(p.ladder[i] >= 0 && p.ladder[i] < n_trees, "policy: the ladder names a tree that is not in the bank");
+            ladder.push_back(p.ladder[i]);
         }
     }
+    require(score >= ENTMTP_SCORE_ENTROPY && score <= ENTMTP_SCORE_PATH, "policy: unknown score");
 
+    if (policy >= ENTMTP_POLICY_LADDER) {
+        adapt = false;
+    }
+    if (policy != ENTMTP_POLICY_LADDER && policy != ENTMTP_POLICY_HYSTERESIS) {
+        require(p.costs, "policy: no costs");
+        cost = cost_model(*p.costs, n_trees, adapt);
+    }
+
+    if (policy == ENTMTP_POLICY_ENTROPY) {
+        require(p.expected, "policy: entropy needs expected acceptance");
+        require(criterion == ENTMTP_CRITERION_RATIO || criterion == ENTMTP_CRITERION_PRICE, "policy: unknown criterion");
+        for (int32_t i = 0; i < p.n_bins * n_trees; ++i) {
+            require(p.expected[i] >= 0.0f && std::isfinite(p.expected[i]),
+                    "policy: expected acceptance must be a number not below 0");
+            table.push_back(p.expected[i]);
+        }
+        by_bin.resize(p.n_bins);
+    }
+
+    if (policy == ENTMTP_POLICY_CONFIDENCE) {
+        require(p.calibration, "policy: confidence needs a calibration");
+        trees = grower(*p.calibration, adapt);
+    }
+}
+
+int32_t scheduler::bin_of(float x) const {
+    return (int32_t) (std::upper_bound(edges.begin(), edges.end(), x) - edges.begin());
+}
+
+double scheduler::expected(int32_t b, int32_t tree) const {
+    const double f_all = (prior_all + all.accepted) / (prior_all + all.expected);
+    const double f_bin = (prior_bin * f_all + by_bin[b].accepted) / (prior_bin + by_bin[b].expected);
+    return f_bin * table[(size_t) b * n_trees + tree];
+}
+
+// tokens per time: what the last steps reached, and never less than plain decoding
+double scheduler::price() const {
+    static constexpr double prior = 16.0; // plain steps
+    const double            plain = cost.plain();
+    return std::max(1.0 / plain, (prior + tokens_seen) / (prior * plain + time_seen));
+}
+
+int32_t scheduler::choose_entropy(float running, int32_t n_max, const std::vector<int32_t> & n_nodes) {
+    bin = bin_of(running);
+
+    const double per_us = price();
+
+    int32_t best       = -1;
+    double  best_score = 0.0;
     for (int32_t t = 0; t < n_trees; ++t) {
-        if (!(p.cost[t] > 0.0f) || !std::isfinite(p.cost[t])) {
-            throw std::runtime_error("policy: costs must be positive numbers");
+        const bool is_plain = n_nodes[t] == 1;
+        if (n_nodes[t] > n_max || (is_plain ? verdict == guard::verdict::must : verdict == guard::verdict::must_not)) {
+            continue;
         }
-        cost.emplace_back();
-        cost.back().prior = p.cost[t] / p.cost[0];
-    }
-}
-
-int32_t scheduler::bin_of(float entropy) const {
-    return (int32_t) (std::upper_bound(edges.begin(), edges.end(), entropy) - edges.begin());
-}
-
-double scheduler::cost_of(int32_t tree) const {
-    if (cost[tree].n >= n_warmup) {
-        return cost[tree].mean;
-    }
-    // not measured: the bank's ratio to the largest tree below it that was. A machine where small trees turn out to be
-    // cheaper than the bank says is thereby led on to larger ones
-    const timing * nearest = nullptr;
-    for (const auto & c : cost) {
-        if (c.n >= n_warmup && c.prior <= cost[tree].prior && (!nearest || c.prior > nearest->prior)) {
-            nearest = &c;
+        const double gain = 1.0 + expected(bin, t);
+        const double time = step_cost(t, n_nodes[t]);
+        const double x    = criterion == ENTMTP_CRITERION_RATIO ? gain / time : gain - time * per_us;
+        if (best < 0 || x > best_score) {
+            best       = t;
+            best_score = x;
         }
     }
-    return nearest ? cost[tree].prior * nearest->mean / nearest->prior : cost[tree].prior;
+    return std::max(best, 0);
 }
 
-int32_t scheduler::choose(float entropy, int32_t n_max, const std::vector<int32_t> & n_nodes) {
+int32_t scheduler::choose_published(float                        x,
+                                    int32_t                      n_max,
+                                    const std::vector<int32_t> & n_nodes,
+                                    const std::vector<int32_t> & depth) {
+    int32_t tree = 0;
+    if (policy == ENTMTP_POLICY_LADDER) {
+        tree = ladder[bin_of(x)];
+    } else if (policy == ENTMTP_POLICY_HYSTERESIS) {
+        if (x < edges[0]) {
+            rung = 0;
+        } else if (x > edges[1]) {
+            rung = 1;
+        }
+        tree = ladder[rung];
+    } else {
+        double best = 0.0;
+        for (int32_t t = 0; t < n_trees; ++t) {
+            double accept = score == ENTMTP_SCORE_ENTROPY ? std::exp(-x) : 1.0 - x;
+            if (score == ENTMTP_SCORE_PATH && depth.back() > 0) {
+                accept = std::pow(accept, 1.0 / *std::max_element(depth.begin(), depth.end()));
+            }
+            double tokens = 1.0;
+            for (int32_t d = 1; d <= depth[t]; ++d) {
+                tokens += std::pow(accept, d);
+            }
+            const double gain = tokens / step_cost(t, n_nodes[t]);
+            if (n_nodes[t] <= n_max && gain > best) {
+                best = gain;
+                tree = t;
+            }
+        }
+    }
+    return n_nodes[tree] <= n_max ? tree : 0;
+}
+
+int32_t scheduler::choose(const entmtp_signals &       s,
+                          float                        running,
+                          float                        path,
+                          int32_t                      n_max,
+                          const std::vector<int32_t> & n_nodes,
+                          const std::vector<int32_t> & depth) {
     if (policy == ENTMTP_POLICY_OFF) {
         return 0;
     }
     if (policy == ENTMTP_POLICY_STATIC) {
         return n_nodes[static_tree] <= n_max ? static_tree : 0;
     }
+    if (policy >= ENTMTP_POLICY_LADDER) {
+        const float x = score == ENTMTP_SCORE_ENTROPY ? running : score == ENTMTP_SCORE_TOP1 ? 1.0f - s.top1 : 1.0f - path;
+        return choose_published(x, n_max, n_nodes, depth);
+    }
 
     ++n_steps;
-
-    bin = bin_of(entropy);
-
-    const int32_t n_trees = (int32_t) cost.size();
-
-    const auto score = [&](int32_t t) {
-        const auto & a = accept[bin][t];
-        return (1.0 + a.total / a.n) / cost_of(t);
-    };
-
-    // plain decoding is timed first: it is the scale of everything else
-    if (cost[0].n < n_warmup) {
-        return 0;
+    verdict = guard::verdict::free;
+    if (adapt) {
+        // two plain steps: the first one may find its graph gone
+        if (cost.wants_plain() || cost.plain_age() > n_retime || n_steps <= 2) {
+            return 0;
+        }
+        verdict = keep.next();
     }
 
-    int32_t best = 0;
-    for (int32_t t = 1; t < n_trees; ++t) {
-        if (n_nodes[t] <= n_max && score(t) > score(best)) {
-            best = t;
-        }
+    if (policy == ENTMTP_POLICY_CONFIDENCE) {
+        return verdict == guard::verdict::must_not || n_max < 2 ? 0 : grow_tree;
     }
-
-    // try what could be better: a tree that was never timed, or not for long. Plain decoding is what must never be lost
-    // to: its timing is kept fresh whatever it says
-    for (int32_t t = 0; t < n_trees; ++t) {
-        if (t == best || n_nodes[t] > n_max) {
-            continue;
-        }
-
-        const int64_t age    = n_steps - cost[t].last;
-        const bool    is_due = cost[t].n < n_warmup || age > n_retry / 4 * n_trees;
-
-        if (t == 0 ? age > n_retry : is_due && optimism * score(t) > score(best)) {
-            return t;
-        }
-    }
-
-    return best;
+    return choose_entropy(running, n_max, n_nodes);
 }
 
-void scheduler::observe(int32_t tree, int32_t n_accepted, double t_us) {
-    if (policy != ENTMTP_POLICY_ENTROPY) {
+const std::vector<grower::node> & scheduler::grow(const entmtp_signals &    s,
+                                                  float                     running,
+                                                  int32_t                   n_max,
+                                                  int32_t                   n_heads,
+                                                  bool                      sees_path,
+                                                  const grower::expand_fn & expand) {
+    return trees.grow(s, running, cost, price(), n_max, n_heads, sees_path, verdict == guard::verdict::must, expand);
+}
+
+void scheduler::observe(
+    int32_t tree, int32_t n_nodes, const std::vector<int32_t> & path, double t_draft, double t_verify) {
+    if (policy != ENTMTP_POLICY_ENTROPY && policy != ENTMTP_POLICY_CONFIDENCE) {
         return;
     }
 
-    auto & a = accept[bin][tree];
+    const bool   grown    = policy == ENTMTP_POLICY_CONFIDENCE && tree != 0;
+    const bool   drafted  = grown ? trees.drafted() : n_nodes > 1;
+    const double believed = grown ? trees.draft_cost() : drafted ? cost.draft(tree) : 0.0;
 
-    // a long memory, not an endless one: texts change
-    static constexpr double forget = 1.0 - 1.0 / 256.0;
+    cost.observe(n_nodes, t_verify, t_draft, believed);
 
-    a.n     = forget * a.n + 1.0;
-    a.total = forget * a.total + n_accepted;
+    tokens_seen = forget_price * tokens_seen + (double) path.size();
+    time_seen   = forget_price * time_seen + cost.verify(n_nodes) + believed;
 
-    auto & c = cost[tree];
-
-    t_us = std::max(t_us, 1.0); // a mean of 0 would stay 0
-
-    // a step that was interrupted by something else says nothing about the tree
-    const double x = c.n >= n_warmup ? std::min(t_us, 2.0 * c.mean) : t_us;
-
-    if (c.n < n_warmup) {
-        // the first passes of a shape allocate and build graphs: keep the fastest
-        c.mean = c.n == 0 ? x : std::min(c.mean, x);
-    } else {
-        // a timing that is long past counts for little
-        const bool is_old = n_steps - c.last > n_retry / 4;
-        c.mean += (x - c.mean) / (is_old ? 2.0 : 16.0);
+    if (!adapt) {
+        return;
     }
 
-    c.n += 1;
-    c.last = n_steps;
+    // by what a pass of this size costs, not by this one's timing: a hiccup of the machine is no verdict on the draft
+    const double saved = (double) path.size() * cost.plain() - cost.verify(n_nodes) - believed;
+    keep.observe(drafted, saved, cost.plain());
+
+    if (grown) {
+        trees.observe(path);
+    } else if (drafted) {
+        const double e  = table[(size_t) bin * n_trees + tree];
+        const double got = (double) path.size() - 1.0;
+
+        all.accepted = forget_all * all.accepted + got;
+        all.expected = forget_all * all.expected + e;
+
+        by_bin[bin].accepted = forget_bin * by_bin[bin].accepted + got;
+        by_bin[bin].expected = forget_bin * by_bin[bin].expected + e;
+    }
+}
+
+void scheduler::begin_text() {
+    rung = 0;
 }
 
 } // namespace entmtp

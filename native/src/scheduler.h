@@ -1,6 +1,10 @@
-// Which tree for this step: argmax over the bank of expected tokens per cost, from table lookups.
+// Which tree for this step: a policy over a bank, what is expected of its trees, and what they cost here.
 
 #pragma once
+
+#include "confidence.h"
+#include "cost.h"
+#include "guard.h"
 
 #include "entmtp.h"
 
@@ -9,59 +13,91 @@
 
 namespace entmtp {
 
-// The bank says what a tree is expected to accept in each entropy bin and what a step with it costs relative to a plain
-// step. Both are starting points: acceptance is a running mean that the bank's figure enters as a few steps' worth of
-// evidence, and costs are replaced by what steps take in this process as soon as they have been seen.
 class scheduler {
   public:
-    // the sizes of p are n_trees and n_bins; throws std::runtime_error with one sentence
+    // the step's tree is grown from the heads' probabilities instead of taken from the bank
+    static constexpr int32_t grow_tree = -1;
+
+    // plain decoding only
+    scheduler() = default;
+
+    // the sizes of p are n_trees and p.n_bins; throws std::runtime_error with one sentence
     scheduler(const entmtp_policy_params & p, int32_t n_trees);
 
-    // policy off: plain decoding only
-    scheduler();
+    // the tree of the next step, or grow_tree
+    //   s        of the distribution the root was drawn from
+    //   running  entropy, nats
+    //   path     product of the heads' top-1 probabilities down the greedy path; only if needs_path()
+    //   n_max    nodes there is room for
+    //   n_nodes, depth [n_trees]
+    int32_t choose(const entmtp_signals &       s,
+                   float                        running,
+                   float                        path,
+                   int32_t                      n_max,
+                   const std::vector<int32_t> & n_nodes,
+                   const std::vector<int32_t> & depth);
 
-    // the tree of the next step
-    //   entropy   running estimate, nats
-    //   n_max     largest number of nodes there is room for
-    //   n_nodes   [n_trees]
-    int32_t choose(float entropy, int32_t n_max, const std::vector<int32_t> & n_nodes);
+    // after grow_tree: see grower::grow
+    const std::vector<grower::node> &
+    grow(const entmtp_signals & s, float running, int32_t n_max, int32_t n_heads, bool sees_path,
+         const grower::expand_fn & expand);
 
-    // what the step that choose() was asked for did
-    void observe(int32_t tree, int32_t n_accepted, double t_us);
+    // what that step did
+    //   path [1 + n_accepted] the nodes that were taken, the root first
+    void observe(int32_t tree, int32_t n_nodes, const std::vector<int32_t> & path, double t_draft, double t_verify);
 
-    bool needs_entropy() const { return policy == ENTMTP_POLICY_ENTROPY; }
-    bool needs_timing() const { return policy == ENTMTP_POLICY_ENTROPY; }
+    // a new text: what the policy remembers of the last steps is void, what it learned stays
+    void begin_text();
+
+    bool needs_signals() const { return policy > ENTMTP_POLICY_STATIC; }
+    bool needs_timing() const { return adapt; }
+    bool needs_path() const { return policy >= ENTMTP_POLICY_LADDER && score == ENTMTP_SCORE_PATH; }
+    bool needs_top1() const { return policy >= ENTMTP_POLICY_LADDER && score == ENTMTP_SCORE_TOP1; }
 
     float window() const { return ema_window; }
 
+    const cost_model & costs() const { return cost; }
+
   private:
-    int32_t bin_of(float entropy) const;
-    double  cost_of(int32_t tree) const; // us, or in units of a plain step before anything was measured
+    int32_t bin_of(float x) const;
+    int32_t choose_entropy(float running, int32_t n_max, const std::vector<int32_t> & n_nodes);
+    int32_t choose_published(float x, int32_t n_max, const std::vector<int32_t> & n_nodes, const std::vector<int32_t> & depth);
+    double  expected(int32_t bin, int32_t tree) const;
+    double  step_cost(int32_t tree, int32_t n) const { return cost.verify(n) + (tree > 0 ? cost.draft(tree) : 0.0); }
+    double  price() const; // tokens per us
 
     int32_t policy      = ENTMTP_POLICY_OFF;
     int32_t static_tree = 0;
+    int32_t score       = ENTMTP_SCORE_ENTROPY;
+    int32_t criterion   = ENTMTP_CRITERION_RATIO;
     float   ema_window  = 8.0f;
+    bool    adapt       = false;
 
-    std::vector<float> edges; // [n_bins - 1]
+    int32_t              n_trees = 1;
+    std::vector<float>   edges;  // [n_bins - 1]
+    std::vector<float>   table;  // [n_bins][n_trees] expected accepted tokens
+    std::vector<int32_t> ladder; // [n_bins]
 
-    struct arm {
-        double n     = 0; // steps' worth of evidence
-        double total = 0; // accepted tokens
+    cost_model cost;
+    grower     trees;
+    guard      keep;
+
+    // tokens that were accepted, and that should have been: their ratio corrects the bank's expectation
+    struct tally {
+        double accepted = 0.0;
+        double expected = 0.0;
     };
 
-    std::vector<std::vector<arm>> accept; // [n_bins][n_trees]
+    tally              all;
+    std::vector<tally> by_bin;         // [n_bins]
 
-    struct timing {
-        double  prior = 1.0; // relative to plain decoding
-        double  mean  = 0.0; // us
-        int64_t n     = 0;
-        int64_t last  = 0;   // step of the last measurement
-    };
+    double tokens_seen = 0.0;          // both forget
+    double time_seen   = 0.0;
 
-    std::vector<timing> cost; // [n_trees]
-
-    int64_t n_steps = 0;
-    int32_t bin     = 0; // of the last choice
+    guard::verdict verdict = guard::verdict::free;
+    int32_t        bin     = 0;        // of the last choice
+    int32_t        rung    = 0;        // hysteresis: index in ladder
+    int64_t        n_steps = 0;
 };
 
 } // namespace entmtp

@@ -83,6 +83,17 @@ struct loop {
         }
     }
 
+    static constexpr int32_t n_levels = 3;
+
+    // a pass over a few tokens costs little more than a pass over one, us
+    static std::vector<float> pass_costs() {
+        std::vector<float> us(64);
+        for (size_t i = 0; i < us.size(); ++i) {
+            us[i] = 100.0f + (float) i;
+        }
+        return us;
+    }
+
     void use_tree(int32_t id) {
         entmtp_policy_params p = {};
         p.policy               = ENTMTP_POLICY_STATIC;
@@ -94,7 +105,10 @@ struct loop {
     void use_entropy() {
         const float edges[]    = { 1.0f, 2.0f };
         const float expected[] = { 0, 1, 2, 3, 0, 2, 3, 1, 0, 3, 1, 2 };
-        const float cost[]     = { 1, 1.1f, 1.2f, 1.3f };
+        const auto  verify     = pass_costs();
+        const float tree[]     = { 0, 1, 1, 1 };
+
+        const entmtp_costs costs = { (int32_t) verify.size(), verify.data(), 0, nullptr, tree };
 
         entmtp_policy_params p = {};
         p.policy               = ENTMTP_POLICY_ENTROPY;
@@ -102,7 +116,35 @@ struct loop {
         p.n_bins               = 3;
         p.bin_edges            = edges;
         p.expected             = expected;
-        p.cost                 = cost;
+        p.costs                = &costs;
+        CHECK_EQ(entmtp_decoder_set_policy(dec.get(), &p), ENTMTP_OK);
+    }
+
+    // trees grown from the heads' probabilities, which it trusts
+    void use_confidence() {
+        const auto verify = pass_costs();
+
+        const std::vector<float> level(n_levels * 3, 1.0f);
+        const float              tree[] = { 0, 1, 1, 1 };
+        const entmtp_costs       costs  = { (int32_t) verify.size(), verify.data(), n_levels, level.data(), tree };
+
+        std::vector<float> accept(n_levels * ENTMTP_N_ACCEPT, 0.0f);
+        for (int32_t l = 0; l < n_levels; ++l) {
+            accept[l * ENTMTP_N_ACCEPT]     = 4.0f;
+            accept[l * ENTMTP_N_ACCEPT + 1] = 1.0f;
+        }
+        const std::vector<float> ahead(n_levels * ENTMTP_N_AHEAD, 0.0f);
+        const std::vector<float> scenarios(n_levels * n_levels * 3, 0.5f);
+
+        const entmtp_calibration calibration = { n_levels, accept.data(),    1, 1, ahead.data(),
+                                                 nullptr,  scenarios.data() };
+
+        entmtp_policy_params p = {};
+        p.policy               = ENTMTP_POLICY_CONFIDENCE;
+        p.ema_window           = 4.0f;
+        p.n_bins               = 1;
+        p.costs                = &costs;
+        p.calibration          = &calibration;
         CHECK_EQ(entmtp_decoder_set_policy(dec.get(), &p), ENTMTP_OK);
     }
 

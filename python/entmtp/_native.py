@@ -7,6 +7,7 @@ from ctypes import POINTER, c_bool, c_char, c_char_p, c_float, c_int32, c_int64,
 from typing import Any
 
 from . import _lib
+from .errors import Cancelled, EntmtpError
 
 lib = _lib.load()
 
@@ -15,7 +16,17 @@ ERROR = -1
 CONTEXT_FULL = -2
 CANCELLED = -3
 
-POLICIES = {"off": 0, "static": 1, "entropy": 2}
+# enum entmtp_policy
+POLICIES = {"off": 0, "static": 1, "entropy": 2, "confidence": 3, "ladder": 4, "hysteresis": 5, "best-depth": 6}
+
+# enum entmtp_score
+SCORES = {"entropy": 0, "top1": 1, "path": 2}
+
+# enum entmtp_criterion
+CRITERIA = {"ratio": 0, "price": 1}
+
+N_ACCEPT = 7  # ENTMTP_N_ACCEPT
+N_AHEAD = 6  # ENTMTP_N_AHEAD
 
 
 class HeadsInfo(ctypes.Structure):
@@ -35,6 +46,32 @@ class HeadsInfo(ctypes.Structure):
     ]
 
 
+class Costs(ctypes.Structure):
+    """struct entmtp_costs"""
+
+    _fields_ = [
+        ("n_verify", c_int32),
+        ("verify", POINTER(c_float)),
+        ("n_levels", c_int32),
+        ("level", POINTER(c_float)),
+        ("tree", POINTER(c_float)),
+    ]
+
+
+class Calibration(ctypes.Structure):
+    """struct entmtp_calibration"""
+
+    _fields_ = [
+        ("n_levels", c_int32),
+        ("accept", POINTER(c_float)),
+        ("n_bins", c_int32),
+        ("n_scenarios", c_int32),
+        ("ahead", POINTER(c_float)),
+        ("edges", POINTER(c_float)),
+        ("scenarios", POINTER(c_float)),
+    ]
+
+
 class PolicyParams(ctypes.Structure):
     """struct entmtp_policy_params"""
 
@@ -45,7 +82,33 @@ class PolicyParams(ctypes.Structure):
         ("n_bins", c_int32),
         ("bin_edges", POINTER(c_float)),
         ("expected", POINTER(c_float)),
-        ("cost", POINTER(c_float)),
+        ("criterion", c_int32),
+        ("score", c_int32),
+        ("ladder", POINTER(c_int32)),
+        ("costs", POINTER(Costs)),
+        ("calibration", POINTER(Calibration)),
+        ("adapt", c_bool),
+    ]
+
+
+class Signals(ctypes.Structure):
+    """struct entmtp_signals"""
+
+    _fields_ = [("entropy", c_float), ("top1", c_float), ("log_root", c_float)]
+
+
+class Trace(ctypes.Structure):
+    """struct entmtp_trace"""
+
+    _fields_ = [
+        ("n_texts", c_int32),
+        ("n_tokens", c_void_p),
+        ("n_heads", c_int32),
+        ("n_guess", c_int32),
+        ("signals", c_void_p),
+        ("rank", c_void_p),
+        ("log_p", c_void_p),
+        ("sees_path", c_bool),
     ]
 
 
@@ -83,6 +146,20 @@ def last_error() -> str:
     return _last_error().decode("utf-8", errors="replace")
 
 
+def check(status: int) -> int:
+    """The status itself if it is none of failure.
+
+    Raises:
+        Cancelled: the generation was cancelled.
+        EntmtpError: anything else that failed, with the reason.
+    """
+    if status >= 0:
+        return status
+    if status == CANCELLED:
+        raise Cancelled("the generation was cancelled")
+    raise EntmtpError(last_error())
+
+
 # struct entmtp_heads * entmtp_heads_load(const char * path, const struct llama_model * model, int32_t n_threads);
 heads_load = _bind("entmtp_heads_load", c_void_p, c_char_p, c_void_p, c_int32)
 
@@ -95,6 +172,13 @@ heads_get_info = _bind("entmtp_heads_get_info", None, c_void_p, POINTER(HeadsInf
 # int32_t entmtp_heads_logits(
 #         struct entmtp_heads * heads, int32_t head, const float * h, const int32_t * path, float * logits);
 heads_logits = _bind("entmtp_heads_logits", c_int32, c_void_p, c_int32, c_void_p, c_void_p, c_void_p)
+
+# int32_t entmtp_heads_expand(
+#         struct entmtp_heads * heads, int32_t head, const float * h, const int32_t * paths, int32_t n, int32_t k,
+#         int32_t * tokens, float * log_p);
+heads_expand = _bind(
+    "entmtp_heads_expand", c_int32, c_void_p, c_int32, c_void_p, c_void_p, c_int32, c_int32, c_void_p, c_void_p
+)
 
 # int32_t entmtp_heads_prefix(struct entmtp_heads * heads, const float * h, int32_t n, int32_t pos0, float * out);
 heads_prefix = _bind("entmtp_heads_prefix", c_int32, c_void_p, c_void_p, c_int32, c_int32, c_void_p)
@@ -143,6 +227,9 @@ decoder_logits = _bind("entmtp_decoder_logits", POINTER(c_float), c_void_p)
 # const float * entmtp_decoder_hidden(struct entmtp_decoder * dec);
 decoder_hidden = _bind("entmtp_decoder_hidden", POINTER(c_float), c_void_p)
 
+# int32_t entmtp_decoder_signals(struct entmtp_decoder * dec, int32_t token, struct entmtp_signals * signals);
+decoder_signals = _bind("entmtp_decoder_signals", c_int32, c_void_p, c_int32, POINTER(Signals))
+
 # void entmtp_decoder_cancel(struct entmtp_decoder * dec);
 decoder_cancel = _bind("entmtp_decoder_cancel", None, c_void_p)
 
@@ -161,3 +248,12 @@ decoder_get_steps = _bind("entmtp_decoder_get_steps", c_size_t, c_void_p, c_void
 
 # void entmtp_decoder_reset_stats(struct entmtp_decoder * dec);
 decoder_reset_stats = _bind("entmtp_decoder_reset_stats", None, c_void_p)
+
+# int64_t entmtp_replay(
+#         const struct entmtp_trace * trace, int32_t n_trees, const int32_t * n_nodes, const int32_t * parent,
+#         const int32_t * rank, const struct entmtp_policy_params * params, const struct entmtp_costs * truth,
+#         struct entmtp_step * steps, int64_t n_max);
+replay = _bind(
+    "entmtp_replay", c_int64, POINTER(Trace), c_int32, c_void_p, c_void_p, c_void_p, POINTER(PolicyParams),
+    POINTER(Costs), c_void_p, c_int64,
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tree banks: JSON files of topologies with what they are expected to accept and to cost.
+"""Tree banks: JSON files of topologies with what they are expected to accept and what passes cost.
 
 The schema is `trees/bank.schema.json`; `Bank.load` checks every field and says which one is wrong.
 """
@@ -6,20 +6,24 @@ The schema is `trees/bank.schema.json`; `Bank.load` checks every field and says 
 from __future__ import annotations
 
 import json
-import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import BankError
+from .fields import Fields
 
-VERSION = 1
+if TYPE_CHECKING:
+    from .calibration import Calibration
+    from .costs import Costs
+
+VERSION = 2
 MAX_NODES = 512  # larger trees pay on no machine; a bound for untrusted files
 MAX_TREES = 64
 
@@ -94,6 +98,19 @@ PLAIN = Tree("plain", ())
 
 
 @dataclass(frozen=True)
+class Ladder:
+    """Settings of the published policies for one score (see `entmtp_score` in native/include/entmtp.h).
+
+    Attributes:
+        edges: bin edges of the score, increasing. [n_trees - 1]
+        trees: indices in the bank, one per bin.
+    """
+
+    edges: tuple[float, ...]
+    trees: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Bank:
     """Trees to choose from, the first of them plain decoding.
 
@@ -105,8 +122,11 @@ class Bank:
         bin_edges: inner edges of the entropy bins, nats, increasing. [n_bins - 1]
         acceptance: per bin and tree, the probability that each node is accepted, [n_bins][n_trees][n_nodes - 1];
             None for a bank without calibration (static trees).
-        verify_cost: measured cost of a pass per number of nodes, relative to one node. {n_nodes: cost}
-        draft_cost: cost of drafting to each depth, relative to a pass of one node. [max depth + 1], 0 for depth 0
+        criterion: how the entropy policy weighs tokens against time, `ratio` or `price`.
+        costs: what passes and drafts cost on the machine the bank was tuned on.
+        calibration: what the heads' probabilities are worth, for the confidence policy.
+        published: settings of the published policies, by score.
+        report: what the tuner found, for people and plots.
     """
 
     name: str
@@ -118,8 +138,11 @@ class Bank:
     ema_window: float = 8.0
     bin_edges: tuple[float, ...] = ()
     acceptance: tuple[tuple[tuple[float, ...], ...], ...] | None = None
-    verify_cost: dict[int, float] = field(default_factory=dict)
-    draft_cost: tuple[float, ...] = ()
+    criterion: str = "ratio"
+    costs: Costs | None = None
+    calibration: Calibration | None = None
+    published: dict[str, Ladder] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
 
     def expected(self) -> npt.NDArray[np.float64]:
         """Expected accepted guesses per step, [n_bins, n_trees]."""
@@ -129,20 +152,17 @@ class Bank:
             )
         return np.array([[sum(nodes) for nodes in trees] for trees in self.acceptance])
 
-    def step_costs(self) -> npt.NDArray[np.float64]:
-        """Cost of a step with each tree relative to plain decoding, [n_trees]; interpolated between measured sizes."""
-        if not self.verify_cost:
+    def need_costs(self) -> Costs:
+        """The bank's costs.
+
+        Raises:
+            BankError: it has none.
+        """
+        if self.costs is None:
             raise BankError(
-                f"bank {self.name} has no costs: policy entropy cannot choose from it, use policy static"
+                f"bank {self.name} has no costs: only policy static can use it; python -m entmtp.tune makes a bank with"
             )
-        sizes = sorted(self.verify_cost)
-        verify = np.interp([t.n_nodes for t in self.trees], sizes, [self.verify_cost[n] for n in sizes])
-        last = self.draft_cost[-1] if self.draft_cost else 0.0
-        draft = [
-            self.draft_cost[t.max_depth] if t.max_depth < len(self.draft_cost) else last * t.max_depth
-            for t in self.trees
-        ]
-        return verify + np.array(draft)
+        return self.costs
 
     def index(self, tree: str) -> int:
         """Index of the tree called `tree`.
@@ -175,7 +195,12 @@ class Bank:
                 for by_tree in self.acceptance
             )
         trees = tuple(self.trees[i].pruned(depth) for i in keep.values())
-        return Bank(**{**self.__dict__, "trees": trees, "acceptance": acceptance})
+        kept = {t.paths: i for i, t in enumerate(trees)}
+        published = {
+            score: Ladder(ladder.edges, tuple(kept[self.trees[i].pruned(depth).paths] for i in ladder.trees))
+            for score, ladder in self.published.items()
+        }
+        return replace(self, trees=trees, acceptance=acceptance, published=published)
 
     @staticmethod
     def load(name_or_path: str | Path) -> Bank:
@@ -219,52 +244,16 @@ def names() -> list[str]:
     )
 
 
-class _Fields:
-    """Reads fields of a JSON object, each checked; every error names the bank and the field."""
-
-    def __init__(self, data: Any, label: str):
-        if not isinstance(data, dict):
-            raise BankError(f"bank {label}: the file must hold a JSON object")
-        self.data, self.label = data, label
-
-    def fail(self, key: str, expected: str) -> BankError:
-        return BankError(f"bank {self.label}: field {key} must be {expected}")
-
-    def text(self, key: str, default: Any = None) -> Any:
-        value = self.data.get(key, default)
-        if value is not None and not isinstance(value, str):
-            raise self.fail(key, "a string")
-        return value
-
-    def number(self, key: str, value: Any, low: float) -> float:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-            or value < low
-        ):
-            raise self.fail(key, f"a number not below {low:g}")
-        return float(value)
-
-    def numbers(self, key: str, value: Any, low: float, n: int | None = None) -> tuple[float, ...]:
-        if not isinstance(value, list) or (n is not None and len(value) != n):
-            raise self.fail(key, "a list of numbers" + ("" if n is None else f" of length {n}"))
-        return tuple(self.number(f"{key}[{i}]", x, low) for i, x in enumerate(value))
-
-
 def from_json(data: Any, label: str) -> Bank:
     """A bank from the parsed JSON of its file.
 
     Raises:
         BankError: names the field that breaks the schema.
     """
-    f = _Fields(data, label)
-    known = {
-        "version", "name", "source", "task", "heads", "device", "ema_window",
-        "bin_edges", "trees", "acceptance", "verify_cost", "draft_cost",
-    }  # fmt: skip
-    if unknown := sorted(set(f.data) - known):
-        raise BankError(f"bank {label}: unknown field {unknown[0]}")
+    from . import calibration, costs
+
+    f = Fields(data, label)
+    f.only({"version", *Bank.__dataclass_fields__})
     if f.data.get("version") != VERSION:
         raise BankError(
             f"bank {label}: field version is {f.data.get('version')!r}, this entmtp reads version {VERSION}"
@@ -295,10 +284,12 @@ def from_json(data: Any, label: str) -> Bank:
             raise f.fail("acceptance", f"a list of {len(edges) + 1} entropy bins, one more than bin_edges")
         acceptance = tuple(_acceptance(f, b, row, trees) for b, row in enumerate(rows))
 
-    costs = f.data.get("verify_cost", {})
-    if not isinstance(costs, dict) or not all(k.isdecimal() and 0 < int(k) <= MAX_NODES for k in costs):
-        raise f.fail("verify_cost", "an object from numbers of nodes to relative costs")
-    verify = {int(k): f.number(f"verify_cost.{k}", v, 1e-6) for k, v in costs.items()}
+    criterion = f.data.get("criterion", "ratio")
+    if criterion not in ("ratio", "price"):
+        raise f.fail("criterion", "ratio or price")
+    report = f.data.get("report", {})
+    if not isinstance(report, dict):
+        raise f.fail("report", "an object")
 
     return Bank(
         name=f.text("name", label),
@@ -307,23 +298,44 @@ def from_json(data: Any, label: str) -> Bank:
         task=f.text("task"),
         heads=f.text("heads"),
         device=f.text("device"),
-        ema_window=f.number("ema_window", f.data.get("ema_window", 8.0), 1.0),
+        ema_window=f.number("ema_window", f.data.get("ema_window", 8.0), 1.0, 1e6),
         bin_edges=edges,
         acceptance=acceptance,
-        verify_cost=verify,
-        draft_cost=f.numbers("draft_cost", f.data.get("draft_cost", []), 0.0),
+        criterion=criterion,
+        costs=costs.from_json(f.data["costs"], label) if f.data.get("costs") is not None else None,
+        calibration=calibration.from_json(f.data["calibration"], label)
+        if f.data.get("calibration") is not None
+        else None,
+        published=_published(f, len(trees)),
+        report=report,
     )
 
 
-def _acceptance(f: _Fields, b: int, row: Any, trees: list[Tree]) -> tuple[tuple[float, ...], ...]:
+def _published(f: Fields, n_trees: int) -> dict[str, Ladder]:
+    raw = f.data.get("published", {})
+    if not isinstance(raw, dict) or not set(raw) <= {"entropy", "top1", "path"}:
+        raise f.fail("published", "an object with ladders by score: entropy, top1, path")
+    result = {}
+    for score, ladder in raw.items():
+        key = f"published.{score}"
+        if not isinstance(ladder, dict) or set(ladder) != {"edges", "trees"}:
+            raise f.fail(key, "an object with edges and trees")
+        indices = ladder["trees"]
+        if not isinstance(indices, list) or not all(type(i) is int and 0 <= i < n_trees for i in indices) or not indices:
+            raise f.fail(f"{key}.trees", f"a list of indices below {n_trees}")
+        edges = f.numbers(f"{key}.edges", ladder["edges"], 0.0, n=len(indices) - 1)
+        if any(b <= a for a, b in pairwise(edges)):
+            raise f.fail(f"{key}.edges", "increasing")
+        result[score] = Ladder(edges, tuple(indices))
+    return result
+
+
+def _acceptance(f: Fields, b: int, row: Any, trees: list[Tree]) -> tuple[tuple[float, ...], ...]:
     if not isinstance(row, list) or len(row) != len(trees):
         raise f.fail(f"acceptance[{b}]", f"a list of {len(trees)} trees")
     result = []
     for i, (nodes, tree) in enumerate(zip(row, trees, strict=True)):
-        values = f.numbers(f"acceptance[{b}][{i}]", nodes, 0.0, n=len(tree.paths))
-        if any(v > 1.0 for v in values):
-            raise f.fail(f"acceptance[{b}][{i}]", "probabilities between 0 and 1")
-        result.append(values)
+        result.append(f.numbers(f"acceptance[{b}][{i}]", nodes, 0.0, 1.0, n=len(tree.paths)))
     return tuple(result)
 
 
@@ -335,10 +347,18 @@ def to_json(bank: Bank) -> dict[str, Any]:
             data[key] = getattr(bank, key)
     data["trees"] = [{"name": t.name, "paths": [list(p) for p in t.paths]} for t in bank.trees]
     if bank.acceptance is not None:
-        data |= {"ema_window": bank.ema_window, "bin_edges": list(bank.bin_edges)}
+        data |= {"ema_window": bank.ema_window, "bin_edges": list(bank.bin_edges), "criterion": bank.criterion}
         data["acceptance"] = [[list(nodes) for nodes in trees] for trees in bank.acceptance]
-        data["verify_cost"] = {str(k): v for k, v in sorted(bank.verify_cost.items())}
-        data["draft_cost"] = list(bank.draft_cost)
+    if bank.costs is not None:
+        data["costs"] = bank.costs.to_json()
+    if bank.calibration is not None:
+        data["calibration"] = bank.calibration.to_json()
+    if bank.published:
+        data["published"] = {
+            k: {"edges": list(v.edges), "trees": list(v.trees)} for k, v in bank.published.items()
+        }
+    if bank.report:
+        data["report"] = bank.report
     return data
 
 

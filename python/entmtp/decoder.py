@@ -12,16 +12,9 @@ import numpy.typing as npt
 
 from . import _native as n
 from .bank import Bank
-from .errors import Cancelled, EntmtpError
+from .errors import EntmtpError
+from .policy import Arrays
 from .stats import STEP_DTYPE, DraftStats
-
-
-def _check(status: int) -> None:
-    if status == n.OK:
-        return
-    if status == n.CANCELLED:
-        raise Cancelled("the generation was cancelled")
-    raise EntmtpError(n.last_error())
 
 
 class Heads:
@@ -74,14 +67,34 @@ class Heads:
         tokens = np.zeros(head + 1, dtype=np.int32)
         tokens[: len(path)] = path[: head + 1]
         out = np.empty(self.info.n_vocab_draft, dtype=np.float32)
-        _check(n.heads_logits(self._ptr, head, h.ctypes.data, tokens.ctypes.data, out.ctypes.data))
+        n.check(n.heads_logits(self._ptr, head, h.ctypes.data, tokens.ctypes.data, out.ctypes.data))
         return out
+
+    def expand(
+        self, head: int, hidden: npt.NDArray[np.float32], paths: Any, k: int
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """The k best guesses of one head after each path, best first: base tokens [n, k] and their ln p [n, k].
+
+        Args:
+            hidden: hidden state [n_embd]; with a prefix layer its output.
+            paths: tokens [n, head + 1], the root first; heads that do not see the path want n = 1.
+        """
+        h = self._states(hidden, 1)
+        array = np.ascontiguousarray(paths, dtype=np.int32).reshape(-1, head + 1)
+        tokens = np.empty((len(array), k), dtype=np.int32)
+        log_p = np.empty((len(array), k), dtype=np.float32)
+        n.check(
+            n.heads_expand(
+                self._ptr, head, h.ctypes.data, array.ctypes.data, len(array), k, tokens.ctypes.data, log_p.ctypes.data
+            )
+        )
+        return tokens, log_p
 
     def prefix(self, hidden: npt.NDArray[np.float32], pos0: int) -> npt.NDArray[np.float32]:
         """Output [n_embd] of the Hydra++ layer for the last of `hidden` [n, n_embd], positions from `pos0` on."""
         h = self._states(hidden, 2)
         out = np.empty(self.info.n_embd, dtype=np.float32)
-        _check(n.heads_prefix(self._ptr, h.ctypes.data, len(h), pos0, out.ctypes.data))
+        n.check(n.heads_prefix(self._ptr, h.ctypes.data, len(h), pos0, out.ctypes.data))
         return out
 
     def close(self) -> None:
@@ -106,36 +119,21 @@ class Decoder:
         self._heads = heads
         self.bank: Bank | None = None
 
-    def set_bank(self, bank: Bank, policy: str, static_tree: int = 0) -> None:
-        """Draft from the trees of `bank`.
-
-        Args:
-            policy: `off`, `static` or `entropy`.
-            static_tree: index in the bank, for `static`.
-        """
-        parent = np.concatenate([t.parent for t in bank.trees]).astype(np.int32)
-        rank = np.concatenate([t.rank for t in bank.trees]).astype(np.int32)
-        sizes = np.array([t.n_nodes for t in bank.trees], dtype=np.int32)
-        _check(
-            n.decoder_set_trees(
-                self._ptr, len(sizes), sizes.ctypes.data, parent.ctypes.data, rank.ctypes.data
-            )
-        )
-
-        params = n.PolicyParams(
-            policy=n.POLICIES[policy], static_tree=static_tree, ema_window=bank.ema_window, n_bins=1
-        )
-        if policy == "entropy":
-            as_float = ctypes.POINTER(ctypes.c_float)
-            edges = np.array(bank.bin_edges, dtype=np.float32)
-            expected = np.ascontiguousarray(bank.expected(), dtype=np.float32)
-            cost = np.ascontiguousarray(bank.step_costs(), dtype=np.float32)
-            params.n_bins = len(edges) + 1
-            params.bin_edges = edges.ctypes.data_as(as_float)
-            params.expected = expected.ctypes.data_as(as_float)
-            params.cost = cost.ctypes.data_as(as_float)
-        _check(n.decoder_set_policy(self._ptr, ctypes.byref(params)))
+    def set_trees(self, bank: Bank) -> None:
+        """Hand over the topologies of `bank`; decoding is plain until `set_policy`."""
+        with Arrays() as arrays:
+            n.check(n.decoder_set_trees(self._ptr, *arrays.trees(bank.trees)))
         self.bank = bank
+
+    def set_policy(self, bank: Bank, policy: str, static_tree: int = 0, **settings: Any) -> None:
+        """Choose among the trees of `bank`, which `set_trees` was given before; arguments as in `entmtp.policy.Arrays.policy`."""
+        with Arrays() as arrays:
+            n.check(n.decoder_set_policy(self._ptr, arrays.policy(bank, policy, static_tree, **settings)))
+
+    def set_bank(self, bank: Bank, policy: str, static_tree: int = 0, **settings: Any) -> None:
+        """Draft from the trees of `bank`; arguments as in `entmtp.policy.Arrays.policy`."""
+        self.set_trees(bank)
+        self.set_policy(bank, policy, static_tree, **settings)
 
     def eval(self, tokens: Sequence[int], n_past: int, all_outputs: bool = False) -> None:
         """Evaluate `tokens` after the first `n_past` ones.
@@ -145,22 +143,22 @@ class Decoder:
             EntmtpError: the context is full, or llama.cpp refused the batch.
         """
         array = (ctypes.c_int32 * len(tokens))(*tokens)
-        _check(n.decoder_eval(self._ptr, array, len(tokens), n_past, all_outputs))
+        n.check(n.decoder_eval(self._ptr, array, len(tokens), n_past, all_outputs))
 
     def sample(self, sampler: int) -> int:
         """The next token, through a `llama_sampler *` chain."""
-        _check(n.decoder_sample(self._ptr, sampler, ctypes.byref(self._token)))
+        n.check(n.decoder_sample(self._ptr, sampler, ctypes.byref(self._token)))
         return self._token.value
 
     def sample_typical(self, temp: float, epsilon: float, alpha: float) -> int:
         """The next token by typical acceptance (lossy)."""
-        _check(n.decoder_sample_typical(self._ptr, temp, epsilon, alpha, ctypes.byref(self._token)))
+        n.check(n.decoder_sample_typical(self._ptr, temp, epsilon, alpha, ctypes.byref(self._token)))
         return self._token.value
 
     def settle(self) -> None:
         """Leave in the context's memory what plain decoding would have there."""
         if self._ptr:
-            _check(n.decoder_settle(self._ptr))
+            n.check(n.decoder_settle(self._ptr))
 
     def invalidate(self, n_past: int) -> None:
         """The memory was changed from outside and holds `n_past` tokens now."""
@@ -198,7 +196,7 @@ class Decoder:
         """What the steps since the last `reset_stats` did."""
         steps = np.zeros(n.decoder_n_steps(self._ptr), dtype=STEP_DTYPE)
         n.decoder_get_steps(self._ptr, steps.ctypes.data, 0, len(steps))
-        names = [t.name for t in self.bank.trees] if self.bank else ["plain"]
+        names = [*(t.name for t in self.bank.trees), "grown"] if self.bank else ["plain"]
         return DraftStats(steps=steps, tree_names=names)
 
     def close(self) -> None:

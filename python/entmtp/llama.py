@@ -14,9 +14,9 @@ import numpy as np
 from .bank import Bank
 from .decoder import Decoder, Heads
 from .errors import Cancelled, EntmtpError
+from .policy import POLICIES
 from .stats import DraftStats
 
-POLICIES = ("off", "static", "entropy")
 ACCEPT = ("lossless", "typical")
 
 
@@ -62,6 +62,8 @@ class Llama(llama_cpp.Llama):
         stats: bool = True,
         **kwargs: Any,
     ):
+        self.heads_path = None if heads is None else str(heads)
+
         # first: close() needs these, even after an argument that cannot work
         self._stack = contextlib.ExitStack()
         self._decoder: Decoder | None = None

@@ -1,0 +1,115 @@
+#include "cost.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+namespace entmtp {
+
+// a timing moves an estimate by this share of the (logarithmic) error
+static constexpr double rate = 1.0 / 8.0;
+
+// a step that was interrupted by something else says little: errors are cut to this factor
+static const double log_cut = std::log(2.0);
+
+// passes over one token are timed again when larger ones have drifted by this much
+static const double log_surprise = std::log(1.3);
+
+static void check(float x, const char * what) {
+    if (!(x >= 0.0f) || !std::isfinite(x)) {
+        throw std::runtime_error(std::string("costs: ") + what + " must be numbers not below 0");
+    }
+}
+
+cost_model::cost_model(const entmtp_costs & c, int32_t n_trees, bool adapt) : adapt(adapt) {
+    if (c.n_verify < 1 || c.n_verify > 4096 || !c.verify || c.n_levels < 0 || c.n_levels > 64 ||
+        (c.n_levels > 0 && !c.level) || (n_trees > 1 && !c.tree)) {
+        throw std::runtime_error("costs: a table is missing");
+    }
+    for (int32_t i = 0; i < c.n_verify; ++i) {
+        check(c.verify[i], "costs of passes");
+        if (c.verify[i] <= 0.0f) {
+            throw std::runtime_error("costs: a pass cannot cost nothing");
+        }
+        table.push_back(c.verify[i]);
+    }
+    for (int32_t l = 0; l < c.n_levels; ++l) {
+        widths w = {};
+        for (int32_t i = 0; i < 3; ++i) {
+            check(c.level[3 * l + i], "costs of drafts");
+            w.us[i] = c.level[3 * l + i];
+        }
+        levels.push_back(w);
+    }
+    for (int32_t t = 0; t < n_trees && c.tree; ++t) {
+        check(c.tree[t], "costs of drafts");
+        trees.push_back(c.tree[t]);
+    }
+    own.assign(table.size(), 0.0);
+    n_timed.assign(table.size(), 0);
+}
+
+double cost_model::verify(int32_t n) const {
+    // larger than anything measured: in proportion to the largest
+    const int32_t i = std::min(n, n_max()) - 1;
+
+    double res = table[i] * std::exp(speed + (i > 0 ? batched + own[i] : 0.0));
+    if (n > n_max()) {
+        res *= (double) n / n_max();
+    }
+    return res;
+}
+
+double cost_model::draft(int32_t tree) const {
+    return trees.empty() ? 0.0 : trees[tree] * std::exp(speed + drafts);
+}
+
+double cost_model::level(int32_t l, int32_t n) const {
+    return levels[l].us[n <= 1 ? 0 : n <= 2 ? 1 : 2] * std::exp(speed + drafts);
+}
+
+void cost_model::observe(int32_t n, double t_verify, double t_draft, double expected) {
+    if (!adapt || n < 1 || n > n_max()) {
+        return;
+    }
+
+    ++n_seen;
+
+    // the first pass of a size builds its graph
+    if (n_timed[n - 1]++ == 0) {
+        return;
+    }
+
+    const auto error = [](double t, double predicted) {
+        return std::clamp(std::log(std::max(t, 1.0) / predicted), -log_cut, log_cut);
+    };
+
+    if (n == 1) {
+        // long not timed: this one timing says more than the estimate
+        const double d = error(t_verify, verify(1)) * (plain_age() > 64 || wants_plain() ? 0.5 : rate);
+        // larger passes were timed since: they are known, whatever the speed of the machine is now thought to be
+        if (plain_age() > 1) {
+            batched -= d;
+            drafts -= d;
+        }
+        speed += d;
+        batched_ref = batched;
+        last_plain  = n_seen;
+        return;
+    }
+
+    const double d = error(t_verify, verify(n)) * rate;
+    batched += d / 2;
+    own[n - 1] += d / 2;
+
+    if (expected > 0.0) {
+        drafts += error(t_draft, expected) * rate;
+    }
+}
+
+bool cost_model::wants_plain() const {
+    return adapt && plain_age() > 8 && std::fabs(batched - batched_ref) > log_surprise;
+}
+
+} // namespace entmtp

@@ -1,0 +1,62 @@
+// What a step costs on this machine: a table measured beforehand, corrected by what this process sees.
+
+#pragma once
+
+#include "entmtp.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace entmtp {
+
+// Times are in microseconds. Two drifts are followed: the speed of the machine as a whole, seen in passes over one token,
+// and the cost of larger passes relative to these, by size. Costs that were never seen keep their proportion to those
+// that were.
+class cost_model {
+  public:
+    cost_model() = default;
+
+    // throws std::runtime_error with one sentence
+    cost_model(const entmtp_costs & c, int32_t n_trees, bool adapt);
+
+    double verify(int32_t n) const;            // a pass over n tokens
+    double draft(int32_t tree) const;          // all heads of a tree of the bank, in one graph
+    double level(int32_t l, int32_t n) const;  // head l after n paths
+    double plain() const { return verify(1); } // a step of plain decoding
+
+    int32_t n_max() const { return (int32_t) table.size(); }
+    int32_t n_levels() const { return (int32_t) levels.size(); }
+
+    // a pass over n tokens took t_verify, its drafts took t_draft where `expected` was thought
+    void observe(int32_t n, double t_verify, double t_draft, double expected);
+
+    // larger passes cost other than they did when a pass over one token was last timed: time one again
+    bool wants_plain() const;
+
+    // steps seen since a pass over one token was last timed
+    int64_t plain_age() const { return n_seen - last_plain; }
+
+  private:
+    struct widths {
+        float us[3]; // after 1, 2 and 4 paths
+    };
+
+    std::vector<float>  table;  // [n_max] us, as measured beforehand
+    std::vector<float>  trees;  // [n_trees] us
+    std::vector<widths> levels; // [n_levels]
+
+    bool adapt = false;
+
+    // logarithms of the corrections
+    double              speed       = 0.0; // of everything
+    double              batched     = 0.0; // of passes over several tokens
+    double              drafts      = 0.0; // of drafts
+    double              batched_ref = 0.0; // batched, when a pass over one token was last timed
+    std::vector<double> own;               // [n_max] of one size, on top of these
+
+    std::vector<int64_t> n_timed;          // [n_max] passes seen
+    int64_t              n_seen     = 0;
+    int64_t              last_plain = 0;
+};
+
+} // namespace entmtp

@@ -1,0 +1,171 @@
+#include "replay.h"
+
+#include "entropy.h"
+#include "scheduler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+namespace entmtp {
+
+namespace {
+
+// what would have been drafted after one token of a trace
+struct position {
+    const entmtp_trace & trace;
+    int64_t              i;
+
+    const int32_t * rank() const { return trace.rank + i * trace.n_heads; }
+
+    int32_t n_rows() const { return trace.sees_path ? 1 + 4 * (trace.n_heads - 1) : trace.n_heads; }
+
+    // ln p [..][n_guess] of head l after its expanded paths
+    const float * log_p(int32_t l) const {
+        const int32_t row = trace.sees_path ? (l == 0 ? 0 : 1 + 4 * (l - 1)) : l;
+        return trace.log_p + (i * n_rows() + row) * trace.n_guess;
+    }
+};
+
+} // namespace
+
+// one policy over all texts
+static int64_t replay(const entmtp_trace &         trace,
+                      const std::vector<tree> &    bank,
+                      const entmtp_policy_params & params,
+                      const entmtp_costs &         truth_table,
+                      entmtp_step *                steps,
+                      int64_t                      n_max) {
+    scheduler        policy(params, (int32_t) bank.size());
+    const cost_model truth(truth_table, (int32_t) bank.size(), false);
+
+    if ((params.policy == ENTMTP_POLICY_CONFIDENCE || policy.needs_path()) &&
+        (!trace.log_p || trace.n_guess != grower::n_guess || trace.n_heads > truth.n_levels())) {
+        throw std::runtime_error("trace: it holds no probabilities of the heads, record it again");
+    }
+
+    std::vector<int32_t> n_nodes, depth;
+    for (const auto & t : bank) {
+        n_nodes.push_back(t.n_nodes());
+        depth.push_back((int32_t) t.levels.size());
+        if (depth.back() > trace.n_heads) {
+            throw std::runtime_error("trace: a tree is deeper than the heads that were recorded");
+        }
+    }
+
+    int64_t n_steps = 0;
+    int64_t begin   = 0; // first token of the text
+
+    for (int32_t text = 0; text < trace.n_texts; begin += trace.n_tokens[text++]) {
+        ema running(policy.window());
+        policy.begin_text();
+
+        const int64_t end  = begin + trace.n_tokens[text] - 1; // the last token is sampled, not evaluated
+        int64_t       seen = begin;                            // tokens whose entropy was counted
+
+        for (int64_t i = begin; i < end;) {
+            if (n_steps == n_max) {
+                throw std::runtime_error("trace: more steps than there is room for");
+            }
+            while (seen <= i) {
+                running.add(trace.signals[seen++].entropy);
+            }
+
+            const position         at = { trace, i };
+            const entmtp_signals & s  = trace.signals[i];
+
+            double  t_draft = 0.0;
+            int32_t size    = 1;
+            float   product = 0.0f;
+            if (policy.needs_path()) {
+                float sum = 0.0f;
+                for (int32_t l = 0; l < trace.n_heads; ++l) {
+                    sum += at.log_p(l)[0];
+                    t_draft += truth.level(l, 1);
+                }
+                product = std::exp(sum);
+            }
+
+            const int32_t id = policy.choose(s, running.get(), product, 1 << 20, n_nodes, depth);
+
+            // follow the real tokens down the tree
+            std::vector<int32_t> path = { 0 };
+            const auto           walk = [&](const auto & child_of) {
+                for (int32_t d = 0; d < trace.n_heads && i + 1 + d < end; ++d) {
+                    const int32_t child = at.rank()[d] < 0 ? -1 : child_of(path.back(), at.rank()[d], d);
+                    if (child < 0) {
+                        break;
+                    }
+                    path.push_back(child);
+                }
+            };
+
+            if (id == scheduler::grow_tree) {
+                const auto & nodes =
+                    policy.grow(s, running.get(), 1 << 20, trace.n_heads, trace.sees_path, [&](int32_t l, int32_t n) {
+                        t_draft += truth.level(l, n);
+                        return at.log_p(l);
+                    });
+                size = (int32_t) nodes.size() + 1;
+                walk([&](int32_t node, int32_t rank, int32_t) {
+                    for (size_t j = 0; j < nodes.size(); ++j) {
+                        if (nodes[j].parent == node && nodes[j].rank == rank) {
+                            return (int32_t) j + 1;
+                        }
+                    }
+                    return -1;
+                });
+            } else {
+                const tree & t = bank[id];
+                size           = t.n_nodes();
+                t_draft += size > 1 ? truth.draft(id) : 0.0;
+                walk([&](int32_t node, int32_t rank, int32_t) {
+                    for (int32_t j = node + 1; j < size; ++j) {
+                        if (t.parent[j] == node && t.rank[j] == rank) {
+                            return j;
+                        }
+                    }
+                    return -1;
+                });
+            }
+
+            const double t_verify = truth.verify(size);
+            policy.observe(id, size, path, t_draft, t_verify);
+
+            entmtp_step & out = steps[n_steps++];
+
+            out             = {};
+            out.entropy     = running.get();
+            out.tree        = id == scheduler::grow_tree ? (int32_t) bank.size() : id;
+            out.n_nodes     = size;
+            out.n_accepted  = (int32_t) path.size() - 1;
+            out.t_draft_us  = (int32_t) std::lround(t_draft);
+            out.t_verify_us = (int32_t) std::lround(t_verify);
+
+            i += (int64_t) path.size();
+        }
+    }
+    return n_steps;
+}
+
+int64_t replay(const entmtp_trace *         trace,
+               const std::vector<tree> &    bank,
+               const entmtp_policy_params * params,
+               const entmtp_costs *         truth,
+               entmtp_step *                steps,
+               int64_t                      n_max) {
+    if (!trace || !params || !steps || (!truth && !params->costs)) {
+        throw std::runtime_error("replay: a pointer is missing");
+    }
+    if (trace->n_texts < 0 || !trace->n_tokens || !trace->signals || !trace->rank || trace->n_heads < 1) {
+        throw std::runtime_error("trace: a table is missing");
+    }
+    for (int32_t i = 0; i < trace->n_texts; ++i) {
+        if (trace->n_tokens[i] < 1) {
+            throw std::runtime_error("trace: a text has no tokens");
+        }
+    }
+    return replay(*trace, bank, *params, truth ? *truth : *params->costs, steps, n_max);
+}
+
+} // namespace entmtp

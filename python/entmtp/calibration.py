@@ -1,0 +1,235 @@
+"""What the heads' probabilities are worth: logistic models fitted to traces, for the confidence policy.
+
+Heads are over- or underconfident, differently at every depth. A guess's probability of being right (given that its path
+is) is a logistic function of what is known when it is drafted: Platt scaling (Platt 1999) with the entropy as a second
+input. And before a head runs, its use has to be foreseen: the same kind of model predicts how sure the head will be, and in
+each bin of that prediction a few scenarios say what the best guesses looked like in the traces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from .traces import Traces
+
+Array = npt.NDArray[np.float64]
+
+N_ACCEPT = 7  # inputs, see native/include/entmtp.h
+N_AHEAD = 6
+N_BEST = 3  # guesses that a scenario holds per level
+WIDTH = 4  # expanded paths per level
+N_GUESS = 8  # guesses per expanded path
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The tables of `struct entmtp_calibration`.
+
+    Attributes:
+        accept: [n_levels, N_ACCEPT] weights of: a guess is right, given that its path is.
+        ahead: [n_levels, N_AHEAD] weights of: the best guess of a head that did not run yet is right.
+        edges: [n_levels, n_bins - 1] of the foreseen probability, increasing.
+        scenarios: [n_levels, n_bins, n_scenarios, n_levels, N_BEST] acceptance of the best guesses of this level and the
+            ones below, relative to the greedy path they hang from.
+    """
+
+    accept: Array
+    ahead: Array
+    edges: Array
+    scenarios: Array
+
+    @property
+    def n_levels(self) -> int:
+        return len(self.accept)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            k: np.round(getattr(self, k), digits).tolist()
+            for k, digits in (("accept", 4), ("ahead", 4), ("edges", 4), ("scenarios", 3))
+        }
+
+
+def from_json(data: Any, label: str) -> Calibration:
+    """A calibration from parsed JSON.
+
+    Raises:
+        BankError: names the field that is wrong.
+    """
+    from .fields import Fields
+
+    f = Fields(data, label, "calibration in bank")
+    f.only({"accept", "ahead", "edges", "scenarios"})
+
+    def table(key: str, shape: tuple[int | None, ...], low: float, high: float) -> Array:
+        try:
+            array = np.array(f.data.get(key), dtype=np.float64)
+        except (ValueError, TypeError):
+            array = np.array(np.nan)
+        wanted = len(shape) == array.ndim and all(n in (None, m) for n, m in zip(shape, array.shape, strict=True))
+        if not wanted or not np.isfinite(array).all() or (array < low).any() or (array > high).any():
+            numbers = " x ".join("any" if n is None else str(n) for n in shape)
+            raise f.fail(key, f"a table of {numbers} numbers between {low:g} and {high:g}")
+        return array
+
+    accept = table("accept", (None, N_ACCEPT), -1e3, 1e3)
+    n = len(accept)
+    if not 1 <= n <= 64:
+        raise f.fail("accept", "a table for 1 to 64 heads")
+    ahead = table("ahead", (n, N_AHEAD), -1e3, 1e3)
+    edges = table("edges", (n, None), 0.0, 1.0) if f.data.get("edges") != [[]] * n else np.zeros((n, 0))
+    for i, row in enumerate(edges):
+        if any(b <= a for a, b in pairwise(row)):
+            raise f.fail(f"edges[{i}]", "increasing")
+    scenarios = table("scenarios", (n, edges.shape[1] + 1, None, n, N_BEST), 0.0, 1.0)
+    if not 1 <= scenarios.shape[2] <= 64 or edges.shape[1] > 63:
+        raise f.fail("scenarios", "a table of at most 64 bins and 64 scenarios")
+    return Calibration(accept, ahead, edges, scenarios)
+
+
+def expanded_path(level: int, index: int) -> tuple[int, ...]:
+    """Rank paths that a head may be run after, in the order they are taken; as in native/src/confidence.cpp."""
+    path = [0] * level
+    if level == 1:
+        path[0] = index
+    elif level == 2 and index == 3:
+        path[0] = 2
+    elif index > 0:
+        path[index - 1] = 1
+    return tuple(path)
+
+
+def expanded_parent(level: int, index: int) -> int:
+    """Index of that path's parent among the paths of the level above."""
+    if level <= 1:
+        return 0
+    parent = expanded_path(level, index)[:-1]
+    return next(i for i in range(WIDTH) if expanded_path(level - 1, i) == parent)
+
+
+def fit_logistic(x: Array, y: Array, ridge: float = 1.0, n_steps: int = 30) -> Array:
+    """Weights w of P(y) = 1 / (1 + exp(-x w)) with the largest likelihood, by Newton's method; y may be probabilities.
+
+    Args:
+        x: [n, n_inputs], the first column ones.
+        y: [n] between 0 and 1.
+        ridge: weight of a Gaussian prior on all weights but the first, in units of the inputs' own scale.
+    """
+    scale = np.maximum(x.std(axis=0), 1e-6)
+    scale[0] = 1.0
+    z = x / scale
+    prior = np.full(x.shape[1], ridge)
+    prior[0] = 1e-3
+    w = np.zeros(x.shape[1])
+    for _ in range(n_steps):
+        p = 1.0 / (1.0 + np.exp(-np.clip(z @ w, -30, 30)))
+        gradient = z.T @ (y - p) - prior * w
+        hessian = (z * (p * (1 - p))[:, None]).T @ z + np.diag(prior)
+        step = np.linalg.solve(hessian, gradient)
+        w += step * min(1.0, 5.0 / max(np.abs(step).max(), 1e-12))
+        if np.abs(step).max() < 1e-6:
+            break
+    return np.asarray(w / scale)
+
+
+def _sigmoid(z: Array) -> Array:
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(z, -60, 60))))
+
+
+def accept_inputs(log_p: Array, running: Array, entropy: Array, above: Array) -> Array:
+    """Inputs of the acceptance model for the guesses of one expanded path, [n, N_GUESS, N_ACCEPT].
+
+    Args:
+        log_p: [n, N_GUESS] ln p of the guesses.
+        running, entropy: [n] nats.
+        above: [n] ln p of the path they hang from.
+    """
+    x = np.empty((*log_p.shape, N_ACCEPT))
+    x[..., 0] = 1.0
+    x[..., 1] = log_p
+    x[..., 2] = np.log1p(-np.minimum(np.exp(log_p), 0.9999))
+    x[..., 3] = running[:, None]
+    x[..., 4] = entropy[:, None]
+    x[..., 5] = np.log(np.arange(1, log_p.shape[1] + 1))
+    x[..., 6] = above[:, None]
+    return x
+
+
+def fit(traces: Traces, window: float, n_bins: int = 6, n_scenarios: int = 4) -> Calibration:
+    """Fit everything to the traces of one kind of sampling.
+
+    Args:
+        window: of the running entropy, tokens.
+        n_bins: bins of the foreseen probability.
+        n_scenarios: scenarios per bin.
+    """
+    n_levels = traces.n_heads
+    running, entropy = traces.running(window), traces.entropy
+    n = len(entropy)
+
+    accept = np.zeros((n_levels, N_ACCEPT))
+    # per level and expanded path: ln p of the path, and the calibrated probability of each guess below it
+    raw: list[Array] = []  # [n, WIDTH]
+    calibrated: list[Array] = []  # [n, WIDTH, N_GUESS], given the path
+    for level in range(n_levels):
+        log_p = traces.level(level)  # [n, width, N_GUESS]
+        width = log_p.shape[1]
+        above = np.zeros((n, width))
+        if level > 0:
+            for c in range(width):
+                parent, rank = expanded_parent(level, c), expanded_path(level, c)[-1]
+                above[:, c] = raw[-1][:, parent] + traces.level(level - 1)[:, parent, rank]
+        raw.append(above)
+        inputs = [accept_inputs(log_p[:, c], running, entropy, above[:, c]) for c in range(width)]
+        xs, ys = [], []
+        for c in range(width):
+            rows = np.flatnonzero(traces.follows(expanded_path(level, c)) & (traces.ranks[:, level] >= 0))
+            xs.append(inputs[c][rows].reshape(-1, N_ACCEPT))
+            ys.append((traces.ranks[rows, level][:, None] == np.arange(N_GUESS)).astype(np.float64).ravel())
+        x, y = np.concatenate(xs), np.concatenate(ys)
+        if len(y):
+            accept[level] = fit_logistic(x, y)
+        calibrated.append(np.stack([_sigmoid(i @ accept[level]) for i in inputs], axis=1))
+
+    ahead = np.zeros((n_levels, N_AHEAD))
+    edges = np.zeros((n_levels, n_bins - 1))
+    scenarios = np.zeros((n_levels, n_bins, n_scenarios, n_levels, N_BEST))
+    for level in range(n_levels):
+        x = np.zeros((n, N_AHEAD))
+        x[:, :4] = np.stack([np.ones(n), running, entropy, traces.log_root], axis=1)
+        if level > 0:
+            x[:, 4] = raw[level][:, 0]
+            x[:, 5] = traces.level(level - 1)[:, 0, 0]
+        best = calibrated[level][:, 0, 0]
+        ahead[level] = fit_logistic(x, best)
+        foreseen = _sigmoid(x @ ahead[level])
+        edges[level] = _increasing(np.quantile(foreseen, np.arange(1, n_bins) / n_bins))
+        bins = np.searchsorted(edges[level], foreseen, side="right")
+
+        # the best guesses on every level from here on, down the greedy path
+        chain = np.ones(n)
+        values = np.zeros((n, n_levels, N_BEST))
+        for below in range(level, n_levels):
+            values[:, below] = chain[:, None] * calibrated[below][:, 0, :N_BEST]
+            chain = chain * calibrated[below][:, 0, 0]
+        for b in range(n_bins):
+            rows = np.flatnonzero(bins == b)
+            if not len(rows):
+                continue
+            rows = rows[np.argsort(best[rows])]
+            for i, part in enumerate(np.array_split(rows, n_scenarios)):
+                scenarios[level, b, i] = values[part if len(part) else rows].mean(axis=0)
+    return Calibration(accept, ahead, np.clip(edges, 0.0, 1.0), np.clip(scenarios, 0.0, 1.0))
+
+
+def _increasing(edges: Array) -> Array:
+    """The same with equal neighbours moved apart by a hair."""
+    out = np.round(edges, 4)
+    for i in range(1, len(out)):
+        out[i] = max(out[i], out[i - 1] + 1e-4)
+    return out

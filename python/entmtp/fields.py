@@ -1,0 +1,45 @@
+"""Fields of untrusted JSON objects, each checked; every error names the file and the field."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .errors import BankError
+
+
+class Fields:
+    """One JSON object of a file called `label`; `what` is what it describes."""
+
+    def __init__(self, data: Any, label: str, what: str = "bank"):
+        self.label, self.what = label, what
+        if not isinstance(data, dict):
+            raise BankError(f"{what} {label}: expected a JSON object")
+        self.data = data
+
+    def fail(self, key: str, expected: str) -> BankError:
+        return BankError(f"{self.what} {self.label}: field {key} must be {expected}")
+
+    def only(self, known: set[str]) -> None:
+        if unknown := sorted(set(self.data) - known):
+            raise BankError(f"{self.what} {self.label}: unknown field {unknown[0]}")
+
+    def text(self, key: str, default: Any = None) -> Any:
+        value = self.data.get(key, default)
+        if value is not None and not isinstance(value, str):
+            raise self.fail(key, "a string")
+        return value
+
+    def number(self, key: str, value: Any, low: float, high: float = math.inf) -> float:
+        bad = isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+        if bad or not low <= value <= high:
+            between = f"not below {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise self.fail(key, f"a number {between}")
+        return float(value)
+
+    def numbers(
+        self, key: str, value: Any, low: float, high: float = math.inf, n: int | None = None
+    ) -> tuple[float, ...]:
+        if not isinstance(value, list) or (n is not None and len(value) != n):
+            raise self.fail(key, "a list of numbers" + ("" if n is None else f" of length {n}"))
+        return tuple(self.number(f"{key}[{i}]", x, low, high) for i, x in enumerate(value))
