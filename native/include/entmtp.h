@@ -161,12 +161,21 @@ struct entmtp_costs {
 };
 
 // inputs of the calibration's logistic models: numbers of weights
-#define ENTMTP_N_ACCEPT 7 // 1, ln p, ln(1 - p), running entropy, entropy, ln(1 + rank), ln p of the path above
-#define ENTMTP_N_AHEAD  6 // 1, running entropy, entropy, ln p of the root, ln p of the best path so far, ln p of its last node
+//   accept: 1, ln p, ln(1 - p), running entropy, entropy, ln(1 + rank), ln p of the path above, hits, entropy of the
+//           head's best guesses
+//   ahead:  1, running entropy, entropy, ln p of the root, hits, ln p of the greedy path so far, ln p of its last token
+#define ENTMTP_N_ACCEPT 9
+#define ENTMTP_N_AHEAD  7
 
 // what the heads' probabilities are worth (confidence), fitted to traces by python -m entmtp.tune
 struct entmtp_calibration {
-    int32_t       n_levels;
+    int32_t n_levels;
+
+    // Hits: how often the best guess of head 0 was right lately, of all signals the most telling one. Running mean over
+    // the steps that ran head 0, with this start and window.
+    float hits;
+    float hits_window; // steps
+
     const float * accept; // [n_levels][ENTMTP_N_ACCEPT] logit of: a guess is right, given that its path is
 
     // Look-ahead: before head l runs, a logistic model foresees whether its best guess will be right. In each bin of that

@@ -60,6 +60,12 @@ grower::grower(const entmtp_calibration & c, bool adapt) :
             to.push_back(from[i]);
         }
     };
+    if (!(c.hits >= 0.0f && c.hits <= 1.0f && c.hits_window >= 1.0f && c.hits_window <= 1e6f)) {
+        throw std::runtime_error("calibration: hits are out of range");
+    }
+    hits_start = hits = c.hits;
+    hits_rate         = 2.0f / (c.hits_window + 1.0f);
+
     copy(accept, c.accept, (size_t) n_levels * ENTMTP_N_ACCEPT, -1e3f, 1e3f);
     copy(ahead, c.ahead, (size_t) n_levels * ENTMTP_N_AHEAD, -1e3f, 1e3f);
     copy(edges, c.edges, (size_t) n_levels * (n_bins - 1), 0.0f, 1.0f);
@@ -89,11 +95,24 @@ void grower::add_level(
             above_p             = found[above].p;
             above_raw           = raw[above];
         }
+        float spread = 0.0f; // entropy of the best guesses
         for (int32_t r = 0; r < n_guess; ++r) {
             const float lp = log_p[c * stride + r];
+            spread -= std::exp(lp) * lp;
+        }
+        for (int32_t r = 0; r < n_guess; ++r) {
+            const float lp = log_p[c * stride + r];
+
             const float x[ENTMTP_N_ACCEPT] = {
-                1.0f, lp, std::log1p(-std::min(std::exp(lp), 0.9999f)), running, s.entropy, std::log((float) (1 + r)),
+                1.0f,
+                lp,
+                std::log1p(-std::min(std::exp(lp), 0.9999f)),
+                running,
+                s.entropy,
+                std::log((float) (1 + r)),
                 above_raw,
+                hits,
+                spread,
             };
             const float q = sigmoid(dot(w, x, ENTMTP_N_ACCEPT) + bias[l]);
             found.push_back({ l + 1, c, r, q, above_p * q, -1 });
@@ -132,6 +151,7 @@ double grower::look_ahead(int32_t l, int32_t to, const entmtp_signals & s, float
         running,
         s.entropy,
         s.log_root,
+        hits,
         l > 0 ? raw[first[l - 1]] : 0.0f,
         l > 0 ? raw[first[l - 1]] - (l > 1 ? raw[first[l - 2]] : 0.0f) : 0.0f,
     };
@@ -257,7 +277,18 @@ const std::vector<grower::node> & grower::grow(const entmtp_signals & s,
     return nodes;
 }
 
-void grower::observe(const std::vector<int32_t> & path) {
+void grower::skip() {
+    hits += (hits_start - hits) * hits_rate;
+}
+
+void grower::observe(const std::vector<int32_t> & path, int32_t hit) {
+    if (n_expanded == 0) {
+        skip();
+        return;
+    }
+    if (hit >= 0) {
+        hits += ((float) hit - hits) * hits_rate;
+    }
     if (!adapt || nodes.empty()) {
         return;
     }

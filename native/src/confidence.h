@@ -58,7 +58,13 @@ class grower {
     bool   drafted() const { return n_expanded > 0; }
 
     // the walk took these of the nodes, from the root on
-    void observe(const std::vector<int32_t> & path);
+    //   hit  the best guess of head 0 was right: 1, 0, or -1 where the text ends
+    void observe(const std::vector<int32_t> & path, int32_t hit);
+
+    // a step that drafted nothing: what is remembered of hits fades
+    void skip();
+
+    void begin_text() { hits = hits_start; }
 
   private:
     struct candidate {
@@ -88,6 +94,10 @@ class grower {
     std::vector<float> ahead;     // [n_levels][ENTMTP_N_AHEAD]
     std::vector<float> edges;     // [n_levels][n_bins - 1]
     std::vector<float> scenarios; // [n_levels][n_bins][n_scenarios][n_levels][3]
+
+    float hits_start = 0.5f;
+    float hits_rate  = 0.05f;
+    float hits       = 0.5f;      // running share of steps whose best first guess was right
 
     std::vector<float> bias;      // [n_levels] learned on the way: added to the logit
 

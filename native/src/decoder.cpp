@@ -326,7 +326,7 @@ int32_t decoder::step(int32_t token) {
     const bool    timed   = stats || policy.needs_timing();
     const int64_t t_start = timed ? ggml_time_us() : 0;
 
-    if (const int32_t status = settle(); status != ENTMTP_OK) {
+    if (const int32_t status = settle(token); status != ENTMTP_OK) {
         return status;
     }
 
@@ -377,14 +377,18 @@ int32_t decoder::step(int32_t token) {
     return ENTMTP_OK;
 }
 
-int32_t decoder::settle() {
+int32_t decoder::settle(int32_t next) {
     if (tree_id < 0) {
         return ENTMTP_OK;
     }
 
     if (in_step) {
         const int32_t id = tree_id == (int32_t) bank.size() ? scheduler::grow_tree : tree_id;
-        policy.observe(id, topology(tree_id).n_nodes(), path, t_draft, t_verify);
+        if (path.size() > 1) {
+            next = tokens[path[1]];
+        }
+        const int32_t hit = id == scheduler::grow_tree && next >= 0 ? (next == guess[0] ? 1 : 0) : -1;
+        policy.observe(id, topology(tree_id).n_nodes(), path, hit, t_draft, t_verify);
     }
 
     const bool is_tree = topology(tree_id).n_nodes() > 1;

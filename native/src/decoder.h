@@ -40,7 +40,7 @@ class decoder {
     int32_t eval(const int32_t * tokens, int32_t n, int32_t n_past, bool all_outputs);
     int32_t sample(llama_sampler * sampler, int32_t * token);
     int32_t sample_typical(const typical_params & p, int32_t * token);
-    int32_t settle();
+    int32_t settle(int32_t next = -1); // next: the token that left the tree, if one did
 
     void invalidate(int32_t n_past);
     void cancel(bool value) { cancelled = value; }

@@ -1,14 +1,17 @@
 #include "guard.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace entmtp {
 
-// memory of the mean: about this many drafted steps
-static constexpr double n_window = 32.0;
+// memory of the means, drafted steps
+static constexpr double n_window = 128.0;
 
-// a mean of fewer steps than this is not acted on
-static constexpr double enough = 0.4; // weight: 1 - (1 - 1/n_window)^n
+// a losing streak is acted on when chance is no longer a good excuse: after so many steps, and when the mean lies so many
+// standard errors below 0
+static constexpr double n_least  = 8.0;
+static constexpr double n_errors = 2.0;
 
 guard::verdict guard::next() {
     if (probe > 0) {
@@ -27,7 +30,8 @@ void guard::fail() {
     wait   = std::min(2 * wait, wait_max);
     idle   = 0;
     mean   = 0.0;
-    weight = 0.0;
+    square = 0.0;
+    n      = 0.0;
 }
 
 void guard::observe(bool drafted, double saved, double scale) {
@@ -39,8 +43,9 @@ void guard::observe(bool drafted, double saved, double scale) {
 
     const double x = saved / scale;
 
-    mean += (x - mean) / n_window;
-    weight += (1.0 - weight) / n_window;
+    n = std::min(n + 1.0, n_window);
+    mean += (x - mean) / n;
+    square += (x * x - square) / n;
 
     if (probe > 0) {
         won += x;
@@ -56,13 +61,13 @@ void guard::observe(bool drafted, double saved, double scale) {
         return;
     }
 
-    if (weight > enough) {
-        if (mean < 0.0) {
-            paused = true;
-            fail();
-        } else {
-            wait = wait_min;
-        }
+    const double error = std::sqrt(std::max(square - mean * mean, 0.0) / n);
+
+    if (n >= n_least && mean + n_errors * error < 0.0) {
+        paused = true;
+        fail();
+    } else if (n >= n_least && mean > 0.0) {
+        wait = wait_min;
     }
 }
 

@@ -31,8 +31,10 @@ class guard {
     int32_t probe  = 0;     // drafts left of the trial that is running
     double  won    = 0.0;   // in it, in plain steps
 
-    double mean   = 0.0;    // of what drafted steps saved, in plain steps
-    double weight = 0.0;
+    // of what drafted steps saved, in plain steps
+    double mean   = 0.0;
+    double square = 0.0; // mean of the squares
+    double n      = 0.0; // steps in these means
 
     void fail();
 };

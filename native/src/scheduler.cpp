@@ -197,8 +197,12 @@ const std::vector<grower::node> & scheduler::grow(const entmtp_signals &    s,
     return trees.grow(s, running, cost, price(), n_max, n_heads, sees_path, verdict == guard::verdict::must, expand);
 }
 
-void scheduler::observe(
-    int32_t tree, int32_t n_nodes, const std::vector<int32_t> & path, double t_draft, double t_verify) {
+void scheduler::observe(int32_t                      tree,
+                        int32_t                      n_nodes,
+                        const std::vector<int32_t> & path,
+                        int32_t                      hit,
+                        double                       t_draft,
+                        double                       t_verify) {
     if (policy != ENTMTP_POLICY_ENTROPY && policy != ENTMTP_POLICY_CONFIDENCE) {
         return;
     }
@@ -212,6 +216,14 @@ void scheduler::observe(
     tokens_seen = forget_price * tokens_seen + (double) path.size();
     time_seen   = forget_price * time_seen + cost.verify(n_nodes) + believed;
 
+    if (policy == ENTMTP_POLICY_CONFIDENCE) {
+        if (grown) {
+            trees.observe(path, hit);
+        } else {
+            trees.skip();
+        }
+    }
+
     if (!adapt) {
         return;
     }
@@ -220,9 +232,7 @@ void scheduler::observe(
     const double saved = (double) path.size() * cost.plain() - cost.verify(n_nodes) - believed;
     keep.observe(drafted, saved, cost.plain());
 
-    if (grown) {
-        trees.observe(path);
-    } else if (drafted) {
+    if (drafted && !grown) {
         const double e  = table[(size_t) bin * n_trees + tree];
         const double got = (double) path.size() - 1.0;
 
@@ -236,6 +246,7 @@ void scheduler::observe(
 
 void scheduler::begin_text() {
     rung = 0;
+    trees.begin_text();
 }
 
 } // namespace entmtp

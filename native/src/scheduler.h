@@ -44,7 +44,13 @@ class scheduler {
 
     // what that step did
     //   path [1 + n_accepted] the nodes that were taken, the root first
-    void observe(int32_t tree, int32_t n_nodes, const std::vector<int32_t> & path, double t_draft, double t_verify);
+    //   hit  the best guess of head 0 was right: 1, 0, or -1 where the text ended or head 0 did not run
+    void observe(int32_t                      tree,
+                 int32_t                      n_nodes,
+                 const std::vector<int32_t> & path,
+                 int32_t                      hit,
+                 double                       t_draft,
+                 double                       t_verify);
 
     // a new text: what the policy remembers of the last steps is void, what it learned stays
     void begin_text();

@@ -136,8 +136,15 @@ struct loop {
         const std::vector<float> ahead(n_levels * ENTMTP_N_AHEAD, 0.0f);
         const std::vector<float> scenarios(n_levels * n_levels * 3, 0.5f);
 
-        const entmtp_calibration calibration = { n_levels, accept.data(),    1, 1, ahead.data(),
-                                                 nullptr,  scenarios.data() };
+        entmtp_calibration calibration = {};
+        calibration.n_levels           = n_levels;
+        calibration.hits               = 0.5f;
+        calibration.hits_window        = 16.0f;
+        calibration.accept             = accept.data();
+        calibration.n_bins             = 1;
+        calibration.n_scenarios        = 1;
+        calibration.ahead              = ahead.data();
+        calibration.scenarios          = scenarios.data();
 
         entmtp_policy_params p = {};
         p.policy               = ENTMTP_POLICY_CONFIDENCE;

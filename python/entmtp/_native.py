@@ -25,8 +25,8 @@ SCORES = {"entropy": 0, "top1": 1, "path": 2}
 # enum entmtp_criterion
 CRITERIA = {"ratio": 0, "price": 1}
 
-N_ACCEPT = 7  # ENTMTP_N_ACCEPT
-N_AHEAD = 6  # ENTMTP_N_AHEAD
+N_ACCEPT = 9  # ENTMTP_N_ACCEPT
+N_AHEAD = 7  # ENTMTP_N_AHEAD
 
 
 class HeadsInfo(ctypes.Structure):
@@ -63,6 +63,8 @@ class Calibration(ctypes.Structure):
 
     _fields_ = [
         ("n_levels", c_int32),
+        ("hits", c_float),
+        ("hits_window", c_float),
         ("accept", POINTER(c_float)),
         ("n_bins", c_int32),
         ("n_scenarios", c_int32),

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.float64]
 
-N_ACCEPT = 7  # inputs, see native/include/entmtp.h
-N_AHEAD = 6
+N_ACCEPT = 9  # inputs, see native/include/entmtp.h
+N_AHEAD = 7
 N_BEST = 3  # guesses that a scenario holds per level
 WIDTH = 4  # expanded paths per level
 N_GUESS = 8  # guesses per expanded path
@@ -37,19 +37,23 @@ class Calibration:
         edges: [n_levels, n_bins - 1] of the foreseen probability, increasing.
         scenarios: [n_levels, n_bins, n_scenarios, n_levels, N_BEST] acceptance of the best guesses of this level and the
             ones below, relative to the greedy path they hang from.
+        hits: how often the best guess of head 0 was right.
+        hits_window: window of its running mean, steps.
     """
 
     accept: Array
     ahead: Array
     edges: Array
     scenarios: Array
+    hits: float
+    hits_window: float
 
     @property
     def n_levels(self) -> int:
         return len(self.accept)
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        return {"hits": round(self.hits, 4), "hits_window": self.hits_window} | {
             k: np.round(getattr(self, k), digits).tolist()
             for k, digits in (("accept", 4), ("ahead", 4), ("edges", 4), ("scenarios", 3))
         }
@@ -64,7 +68,7 @@ def from_json(data: Any, label: str) -> Calibration:
     from .fields import Fields
 
     f = Fields(data, label, "calibration in bank")
-    f.only({"accept", "ahead", "edges", "scenarios"})
+    f.only({"accept", "ahead", "edges", "scenarios", "hits", "hits_window"})
 
     def table(key: str, shape: tuple[int | None, ...], low: float, high: float) -> Array:
         try:
@@ -89,7 +93,10 @@ def from_json(data: Any, label: str) -> Calibration:
     scenarios = table("scenarios", (n, edges.shape[1] + 1, None, n, N_BEST), 0.0, 1.0)
     if not 1 <= scenarios.shape[2] <= 64 or edges.shape[1] > 63:
         raise f.fail("scenarios", "a table of at most 64 bins and 64 scenarios")
-    return Calibration(accept, ahead, edges, scenarios)
+    hits = f.number("hits", f.data.get("hits"), 0.0, 1.0)
+    return Calibration(
+        accept, ahead, edges, scenarios, hits, f.number("hits_window", f.data.get("hits_window"), 1.0, 1e6)
+    )
 
 
 def expanded_path(level: int, index: int) -> tuple[int, ...]:
@@ -141,13 +148,27 @@ def _sigmoid(z: Array) -> Array:
     return np.asarray(1.0 / (1.0 + np.exp(-np.clip(z, -60, 60))))
 
 
-def accept_inputs(log_p: Array, running: Array, entropy: Array, above: Array) -> Array:
+def running_hits(traces: Traces, start: float, window: float) -> Array:
+    """How often the best guess of head 0 was right before each position, [n], as if every token had been a step."""
+    rate = 2.0 / (window + 1.0)
+    hit = (traces.ranks[:, 0] == 0).astype(np.float64)
+    out = np.empty(len(hit))
+    for part in traces.slices():
+        mean = start
+        for i in range(part.start, part.stop):
+            out[i] = mean
+            mean += (hit[i] - mean) * rate
+    return out
+
+
+def accept_inputs(log_p: Array, running: Array, entropy: Array, above: Array, hits: Array) -> Array:
     """Inputs of the acceptance model for the guesses of one expanded path, [n, N_GUESS, N_ACCEPT].
 
     Args:
         log_p: [n, N_GUESS] ln p of the guesses.
         running, entropy: [n] nats.
         above: [n] ln p of the path they hang from.
+        hits: [n] see `running_hits`.
     """
     x = np.empty((*log_p.shape, N_ACCEPT))
     x[..., 0] = 1.0
@@ -157,20 +178,28 @@ def accept_inputs(log_p: Array, running: Array, entropy: Array, above: Array) ->
     x[..., 4] = entropy[:, None]
     x[..., 5] = np.log(np.arange(1, log_p.shape[1] + 1))
     x[..., 6] = above[:, None]
+    x[..., 7] = hits[:, None]
+    x[..., 8] = -(np.exp(log_p) * log_p).sum(axis=1)[:, None]
     return x
 
 
-def fit(traces: Traces, window: float, n_bins: int = 6, n_scenarios: int = 4) -> Calibration:
+def fit(
+    traces: Traces, window: float, n_bins: int = 6, n_scenarios: int = 4, hits_window: float = 39.0
+) -> Calibration:
     """Fit everything to the traces of one kind of sampling.
 
     Args:
         window: of the running entropy, tokens.
         n_bins: bins of the foreseen probability.
         n_scenarios: scenarios per bin.
+        hits_window: of the running mean of hits, steps.
     """
     n_levels = traces.n_heads
     running, entropy = traces.running(window), traces.entropy
     n = len(entropy)
+    known = traces.ranks[:, 0] >= 0
+    start = float((traces.ranks[known, 0] == 0).mean()) if known.any() else 0.0
+    hits = running_hits(traces, start, hits_window)
 
     accept = np.zeros((n_levels, N_ACCEPT))
     # per level and expanded path: ln p of the path, and the calibrated probability of each guess below it
@@ -185,7 +214,7 @@ def fit(traces: Traces, window: float, n_bins: int = 6, n_scenarios: int = 4) ->
                 parent, rank = expanded_parent(level, c), expanded_path(level, c)[-1]
                 above[:, c] = raw[-1][:, parent] + traces.level(level - 1)[:, parent, rank]
         raw.append(above)
-        inputs = [accept_inputs(log_p[:, c], running, entropy, above[:, c]) for c in range(width)]
+        inputs = [accept_inputs(log_p[:, c], running, entropy, above[:, c], hits) for c in range(width)]
         xs, ys = [], []
         for c in range(width):
             rows = np.flatnonzero(traces.follows(expanded_path(level, c)) & (traces.ranks[:, level] >= 0))
@@ -201,10 +230,10 @@ def fit(traces: Traces, window: float, n_bins: int = 6, n_scenarios: int = 4) ->
     scenarios = np.zeros((n_levels, n_bins, n_scenarios, n_levels, N_BEST))
     for level in range(n_levels):
         x = np.zeros((n, N_AHEAD))
-        x[:, :4] = np.stack([np.ones(n), running, entropy, traces.log_root], axis=1)
+        x[:, :5] = np.stack([np.ones(n), running, entropy, traces.log_root, hits], axis=1)
         if level > 0:
-            x[:, 4] = raw[level][:, 0]
-            x[:, 5] = traces.level(level - 1)[:, 0, 0]
+            x[:, 5] = raw[level][:, 0]
+            x[:, 6] = traces.level(level - 1)[:, 0, 0]
         best = calibrated[level][:, 0, 0]
         ahead[level] = fit_logistic(x, best)
         foreseen = _sigmoid(x @ ahead[level])
@@ -224,7 +253,7 @@ def fit(traces: Traces, window: float, n_bins: int = 6, n_scenarios: int = 4) ->
             rows = rows[np.argsort(best[rows])]
             for i, part in enumerate(np.array_split(rows, n_scenarios)):
                 scenarios[level, b, i] = values[part if len(part) else rows].mean(axis=0)
-    return Calibration(accept, ahead, np.clip(edges, 0.0, 1.0), np.clip(scenarios, 0.0, 1.0))
+    return Calibration(accept, ahead, np.clip(edges, 0.0, 1.0), np.clip(scenarios, 0.0, 1.0), start, hits_window)
 
 
 def _increasing(edges: Array) -> Array:

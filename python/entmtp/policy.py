@@ -68,6 +68,8 @@ class Arrays:
         """`struct entmtp_calibration *`."""
         s = n.Calibration(
             n_levels=c.n_levels,
+            hits=c.hits,
+            hits_window=c.hits_window,
             accept=self._floats(c.accept),
             n_bins=c.scenarios.shape[1],
             n_scenarios=c.scenarios.shape[2],

@@ -83,6 +83,11 @@ class _Shape:
     def leaves(self) -> list[Path]:
         return [p for p in self.paths if not self.children[p]]
 
+    def level_widths(self) -> tuple[int, ...]:
+        """Expanded paths on each level, as `Costs.draft_of_widths` takes them."""
+        depth = max((d + 1 for d, n in self.widths.items() if n), default=0)
+        return tuple(self.widths[d] for d in range(depth))
+
 
 def exchange(
     tree: Tree, probabilities: dict[Path, float], costs: Costs, price: float | None, n_pool: int = 16
@@ -94,8 +99,7 @@ def exchange(
     draft = functools.lru_cache(maxsize=None)(costs.draft_of_widths)
 
     def value() -> float:
-        widths = tuple(shape.widths[d] for d in range(len(costs.chain)) if shape.widths[d])
-        us = float(curve[len(shape.paths)]) + (draft(widths) if widths else 0.0)
+        us = float(curve[len(shape.paths)]) + draft(shape.level_widths())
         return shape.tokens / us if price is None else shape.tokens - price * us
 
     best = value()
@@ -136,27 +140,24 @@ def best_tree(
     probabilities: dict[Path, float], costs: Costs, price: float | None = None, max_nodes: int = N_VERIFY
 ) -> Tree:
     """The tree that maximises `objective`: greedy growth of every size and depth, then exchange moves. May be plain."""
-    best, score = PLAIN, objective(PLAIN, probabilities, costs, price)
+    ranked = sorted(probabilities, key=lambda p: (-probabilities[p], len(p), p))
     curve = costs.curve()
+    grown: list[tuple[float, Paths]] = [(objective(PLAIN, probabilities, costs, price), ())]
     for depth in range(1, len(costs.chain)):
-        order = sorted(
-            (p for p in probabilities if len(p) <= depth), key=lambda p: (-probabilities[p], len(p), p)
-        )[: max_nodes - 1]
-        gained = np.cumsum([probabilities[p] for p in order])
-        for n in range(2, len(order) + 2):
-            # an upper bound first: the draft of a chain of this depth is the cheapest one
-            us = curve[n - 1] + costs.chain[min(depth, n - 1)] * (len(order[n - 2]) >= depth)
-            bound = (1 + gained[n - 2]) / us if price is None else 1 + gained[n - 2] - price * us
-            if bound > score:
-                tree = _tree(order[: n - 1])
-                value = objective(tree, probabilities, costs, price)
-                if value > score:
-                    best, score = tree, value
-    # from the best of every size class too: exchange climbs one hill at a time
-    starts = {best.paths} | {grow(probabilities, n, d) for n in (2, 3, 4, 6, 8) for d in range(1, len(costs.chain))}
-    results = [exchange(_tree(paths), probabilities, costs, price) for paths in starts]
-    top = max(results, key=lambda t: objective(t, probabilities, costs, price))
-    return top if objective(top, probabilities, costs, price) > score else best
+        order = [p for p in ranked if len(p) <= depth][: max_nodes - 1]
+        shape = _Shape((), probabilities)
+        for i, path in enumerate(order):
+            shape.change(path, 1)
+            us = float(curve[i + 1]) + costs.draft_of_widths(shape.level_widths())
+            grown.append((shape.tokens / us if price is None else shape.tokens - price * us, tuple(order[: i + 1])))
+    # exchange climbs one hill at a time: start from the best trees of several sizes
+    starts: dict[int, tuple[float, Paths]] = {}
+    for score, paths in grown:
+        size = int(np.log2(len(paths) + 1))
+        starts[size] = max(starts.get(size, (-np.inf, ())), (score, paths), key=lambda x: x[0])
+    best = sorted(starts.values(), key=lambda x: -x[0])[:3]
+    trees = [exchange(_tree(paths), probabilities, costs, price) for _, paths in best]
+    return max(trees, key=lambda t: objective(t, probabilities, costs, price))
 
 
 def pareto(probabilities: dict[Path, float], costs: Costs) -> list[tuple[int, float, float]]:
@@ -230,7 +231,7 @@ def bin_bank(
     share = np.bincount(bins, minlength=len(edges) + 1) / len(bins)
     tables = [node_probabilities(traces.ranks[bins == b]) for b in range(len(edges) + 1)]
     price = None
-    for _ in range(1 if criterion == "ratio" else 6):
+    for _ in range(1 if criterion == "ratio" else 4):
         best = [best_tree(p, costs, price) for p in tables]
         tokens = np.array([1 + expected(t.paths, p) for t, p in zip(best, tables, strict=True)])
         us = np.array([costs.step(t) for t in best])

@@ -35,6 +35,7 @@ class Traces:
     Attributes:
         n_tokens: tokens of each text, [n_texts].
         task: what each text is, [n_texts].
+        prompt: which prompt it answers, [n_texts]: several temperatures share one.
         signals: entropy (nats) of the distribution token i was drawn from, p of its most probable token, and ln p of
             token i. f4 [n, 3]
         ranks: rank that head h gave to token i + 1 + h, given the true tokens before it; -1 where the text ends,
@@ -47,6 +48,7 @@ class Traces:
 
     n_tokens: npt.NDArray[np.int32]
     task: tuple[str, ...]
+    prompt: tuple[int, ...]
     signals: npt.NDArray[np.float32]
     ranks: npt.NDArray[np.int32]
     log_p: npt.NDArray[np.float32]
@@ -108,6 +110,7 @@ class Traces:
             self,
             n_tokens=self.n_tokens[list(texts)],
             task=tuple(self.task[i] for i in texts),
+            prompt=tuple(self.prompt[i] for i in texts),
             signals=self.signals[index],
             ranks=self.ranks[index],
             log_p=self.log_p[index],
@@ -117,22 +120,26 @@ class Traces:
         return self.pick([i for i, t in enumerate(self.task) if t == task])
 
     def split(self) -> tuple[Traces, Traces]:
-        """Training and held-out texts: every task's texts alternate between the two."""
-        seen: dict[str, int] = {}
-        halves: tuple[list[int], list[int]] = ([], [])
-        for i, task in enumerate(self.task):
-            seen[task] = seen.get(task, -1) + 1
-            halves[seen[task] % 2].append(i)
-        return self.pick(halves[0]), self.pick(halves[1])
+        """Training and held-out texts: every task's prompts alternate between the two."""
+        order: dict[str, list[int]] = {}
+        for task, prompt in zip(self.task, self.prompt, strict=True):
+            known = order.setdefault(task, [])
+            if prompt not in known:
+                known.append(prompt)
+        side = [order[t].index(p) % 2 for t, p in zip(self.task, self.prompt, strict=True)]
+        halves = ([i for i, s in enumerate(side) if s == k] for k in (0, 1))
+        first, second = (self.pick(texts) for texts in halves)
+        return first, second
 
     def save(self, path: str | Path) -> None:
         """Write to an .npz file."""
+        header = {"version": VERSION, "task": self.task, "prompt": self.prompt, "about": self.about}
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(
                 file,
                 n_tokens=self.n_tokens, signals=self.signals, ranks=self.ranks.astype(np.int8),
                 log_p=self.log_p.astype(np.float32), sees_path=np.array(self.sees_path),
-                text=np.frombuffer(json.dumps({"version": VERSION, "task": self.task, "about": self.about}).encode(), "u1"),
+                text=np.frombuffer(json.dumps(header).encode(), "u1"),
             )  # fmt: skip
 
     @staticmethod
@@ -148,6 +155,7 @@ class Traces:
                 traces = Traces(
                     n_tokens=data["n_tokens"].astype(np.int32),
                     task=tuple(map(str, text["task"])),
+                    prompt=tuple(map(int, text["prompt"])),
                     signals=np.ascontiguousarray(data["signals"], dtype=np.float32),
                     ranks=np.ascontiguousarray(data["ranks"], dtype=np.int32),
                     log_p=np.ascontiguousarray(data["log_p"], dtype=np.float32),
@@ -170,7 +178,7 @@ class Traces:
         ok = (
             version == VERSION
             and 1 <= h <= 64
-            and len(self.task) == len(self.n_tokens)
+            and len(self.task) == len(self.prompt) == len(self.n_tokens)
             and (self.n_tokens >= 1).all()
             and self.signals.shape == (n, 3)
             and self.ranks.shape == (n, h)
@@ -204,13 +212,16 @@ def join(traces: Sequence[Traces]) -> Traces:
         traces[0],
         n_tokens=np.concatenate([t.n_tokens for t in traces]),
         task=tuple(x for t in traces for x in t.task),
+        prompt=tuple(x for t in traces for x in t.prompt),
         signals=np.concatenate([t.signals for t in traces]),
         ranks=np.concatenate([t.ranks for t in traces]),
         log_p=np.concatenate([t.log_p for t in traces]),
     )
 
 
-def rollout(llm: Llama, prompt: Sequence[int], n_tokens: int, task: str = "", **sampling: Any) -> Traces:
+def rollout(
+    llm: Llama, prompt: Sequence[int], n_tokens: int, task: str = "", index: int = 0, **sampling: Any
+) -> Traces:
     """One plain rollout, traced.
 
     Args:
@@ -257,6 +268,7 @@ def rollout(llm: Llama, prompt: Sequence[int], n_tokens: int, task: str = "", **
     return Traces(
         n_tokens=np.array([len(tokens)], dtype=np.int32),
         task=(task,),
+        prompt=(index,),
         signals=np.array(signals, dtype=np.float32).reshape(-1, 3),
         ranks=ranks,
         log_p=log_p,
@@ -319,7 +331,7 @@ def record(
         if k >= len(done):
             llm.set_seed(seed + i)
             tokens = llm.tokenize(text.encode(), add_bos=True, special=True)[: llm.n_ctx() - n_tokens - 1]
-            done.append(rollout(llm, tokens, n_tokens, task, temp=temp, **sampling))
+            done.append(rollout(llm, tokens, n_tokens, task, i, temp=temp, **sampling))
             if partial is not None and (k % 16 == 15 or k + 1 == len(jobs)):
                 replace(join(done), about=about).save(partial)
         if advance:
