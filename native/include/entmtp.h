@@ -244,6 +244,9 @@ struct entmtp_signals {
 // of the last evaluated token; `token` is the one drawn after it
 ENTMTP_API int32_t entmtp_decoder_signals(struct entmtp_decoder * dec, int32_t token, struct entmtp_signals * signals);
 
+// The memory of the model can hold a token tree; recurrent and hybrid memories cannot.
+ENTMTP_API bool entmtp_decoder_can_tree(const struct entmtp_decoder * dec);
+
 // Stop the evaluation that is running, or the next one. May be called from any thread.
 ENTMTP_API void entmtp_decoder_cancel(struct entmtp_decoder * dec);
 

@@ -263,6 +263,10 @@ int32_t entmtp_decoder_signals(entmtp_decoder * dec, int32_t token, entmtp_signa
     });
 }
 
+bool entmtp_decoder_can_tree(const entmtp_decoder * dec) {
+    return dec && dec->impl.can_tree();
+}
+
 void entmtp_decoder_cancel(entmtp_decoder * dec) {
     if (dec) {
         dec->impl.cancel(true);

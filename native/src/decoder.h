@@ -42,6 +42,8 @@ class decoder {
     int32_t sample_typical(const typical_params & p, int32_t * token);
     int32_t settle(int32_t next = -1); // next: the token that left the tree, if one did
 
+    bool can_tree() const { return verify.can_tree(); }
+
     void invalidate(int32_t n_past);
     void cancel(bool value) { cancelled = value; }
 

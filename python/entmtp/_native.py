@@ -238,6 +238,9 @@ decoder_cancel = _bind("entmtp_decoder_cancel", None, c_void_p)
 # void entmtp_decoder_resume(struct entmtp_decoder * dec);
 decoder_resume = _bind("entmtp_decoder_resume", None, c_void_p)
 
+# bool entmtp_decoder_can_tree(const struct entmtp_decoder * dec);
+decoder_can_tree = _bind("entmtp_decoder_can_tree", c_bool, c_void_p)
+
 # void entmtp_decoder_set_stats(struct entmtp_decoder * dec, bool enabled);
 decoder_set_stats = _bind("entmtp_decoder_set_stats", None, c_void_p, c_bool)
 

@@ -280,6 +280,11 @@ def machine_key(llm: Llama) -> str:
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:20]
 
 
+def tuned_path(key: str | None) -> Path:
+    """Where python -m entmtp.tune leaves the bank that Llama uses for a model, its heads and this machine."""
+    return cache_folder().parent / "banks" / f"{key}.json"
+
+
 def cached(llm: Llama) -> Costs | None:
     """Costs measured before for this very model, machine and build; None if there are none, or the file is broken."""
     path = cache_folder() / f"{machine_key(llm)}.json"
@@ -302,11 +307,10 @@ def keep(costs: Costs) -> None:
 
 def quick(llm: Llama, seconds: float = 1.5) -> Costs:
     """Costs of this machine from the cache, or measured now in about `seconds`, and cached."""
-    if (known := cached(llm)) is not None:
-        return known
-    costs = measure(llm, QUICK_SIZES, contexts=(64,), n_rounds=8, budget=seconds)
-    keep(costs)
-    return costs
+    if (known := cached(llm)) is None:
+        known = measure(llm, QUICK_SIZES, contexts=(64,), n_rounds=8, budget=seconds)
+        keep(known)
+    return known
 
 
 def from_json(data: Any, label: str) -> Costs:

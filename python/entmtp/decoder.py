@@ -118,6 +118,7 @@ class Decoder:
         self._token = ctypes.c_int32()
         self._heads = heads
         self.bank: Bank | None = None
+        self.stats_enabled = False
 
     def set_trees(self, bank: Bank) -> None:
         """Hand over the topologies of `bank`; decoding is plain until `set_policy`."""
@@ -186,8 +187,13 @@ class Decoder:
         """Take back a cancellation that came too late to stop anything."""
         n.decoder_resume(self._ptr)
 
+    def can_tree(self) -> bool:
+        """The memory of the model can hold a token tree (recurrent and hybrid ones cannot)."""
+        return bool(n.decoder_can_tree(self._ptr))
+
     def set_stats(self, enabled: bool) -> None:
         n.decoder_set_stats(self._ptr, enabled)
+        self.stats_enabled = enabled
 
     def reset_stats(self) -> None:
         n.decoder_reset_stats(self._ptr)

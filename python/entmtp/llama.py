@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 
+from . import costs
 from .bank import Bank
 from .decoder import Decoder, Heads
 from .errors import Cancelled, EntmtpError
-from .policy import POLICIES
+from .policy import POLICIES, SCORES
 from .stats import DraftStats
 
 ACCEPT = ("lossless", "typical")
@@ -36,8 +38,15 @@ class Llama(llama_cpp.Llama):
         draft: None (plain decoding, through the same library) or `"entmtp"`.
         heads: heads file of this base model, written by `python -m entmtp.convert`.
         trees: a bank of trees: a path, a name under `trees/`, or either followed by `:tree` for one tree of it.
-            None: the generic bank of the heads' kind.
-        policy: `"entropy"` (choose a tree for every step), `"static"` (always the same tree) or `"off"`.
+            None: the bank that `python -m entmtp.tune` made for this model on this machine, else the generic bank of
+            the heads' kind.
+        policy: `"entropy"` (choose a tree for every step), `"confidence"` (grow one from the heads' own probabilities),
+            `"static"` (always the same tree), `"off"`, or one of the published policies for comparison, `"ladder"`,
+            `"hysteresis"` and `"best-depth"`.
+        score: what a published policy follows: `"entropy"`, `"top1"` or `"path"`.
+        calibrate: measure what passes cost on this machine (under two seconds, once per model and machine; kept in the
+            user's cache) unless the bank was tuned here. False: believe the bank's costs until the process knows better.
+        adapt: let costs and acceptance follow what is seen, and stop drafting where it loses.
         accept: `"lossless"`, or `"typical"` (Medusa's posterior threshold: faster at high temperature, and lossy).
         typical_epsilon, typical_alpha: the threshold, min(epsilon, alpha * exp(-H)).
         stats: keep a record of every step for `draft_stats`.
@@ -56,6 +65,9 @@ class Llama(llama_cpp.Llama):
         heads: str | Path | None = None,
         trees: str | Path | Bank | None = None,
         policy: str = "entropy",
+        score: str = "entropy",
+        calibrate: bool = True,
+        adapt: bool = True,
         accept: str = "lossless",
         typical_epsilon: float = 0.09,
         typical_alpha: float = 0.3,
@@ -69,6 +81,8 @@ class Llama(llama_cpp.Llama):
         self._decoder: Decoder | None = None
         self._heads: Heads | None = None
         _check_arguments(draft, heads, policy, accept, kwargs)
+        if score not in SCORES:
+            raise ValueError(f"score is {score!r}, must be one of {', '.join(SCORES)}")
 
         # read before the model, which may take long to load
         bank, tree = (None, None) if draft is None or trees is None else _load_bank(trees)
@@ -96,12 +110,35 @@ class Llama(llama_cpp.Llama):
         self._decoder.set_stats(stats)
 
         if self._heads is not None:
+            self._settings = {"score": score, "adapt": adapt}
+            self._calibrate = calibrate
             if bank is None:
-                bank = Bank.load(f"generic-{self._heads.arch}").pruned(self._heads.n_heads)
+                bank = self._default_bank()
             self._set_bank(bank, tree, policy)
+
+    def _default_bank(self) -> Bank:
+        assert self._heads is not None
+        tuned = costs.tuned_path(costs.machine_key(self))
+        if tuned.is_file():
+            return Bank.load(tuned)
+        return Bank.load(f"generic-{self._heads.arch}").pruned(self._heads.n_heads)
+
+    def _with_own_costs(self, bank: Bank) -> Bank:
+        """The bank with costs of this machine, unless it has them, or there is too little room to measure."""
+        if not self._calibrate or self.n_ctx() < 128 or not self._decoder or not self._decoder.can_tree():
+            return bank
+        if bank.costs is not None and bank.costs.key == costs.machine_key(self):
+            return bank
+        state = self._decoder.stats_enabled
+        self._decoder.set_stats(True)
+        known = costs.quick(self)
+        self._decoder.set_stats(state)
+        return replace(bank, costs=known)
 
     def _set_bank(self, bank: Bank, tree: str | None, policy: str) -> None:
         assert self._decoder is not None
+        if policy in ("entropy", "confidence", "best-depth"):
+            bank = self._with_own_costs(bank)
         static_tree = 0
         if policy == "static":
             if tree is None and len(bank.trees) != 2:
@@ -112,7 +149,7 @@ class Llama(llama_cpp.Llama):
             static_tree = bank.index(tree) if tree is not None else 1
         elif tree is not None:
             raise ValueError(f'trees names the tree {tree}, which only policy="static" uses')
-        self._decoder.set_bank(bank, policy, static_tree)
+        self._decoder.set_bank(bank, policy, static_tree, **self._settings)
 
     def set_trees(self, trees: str | Path | Bank, policy: str = "entropy") -> None:
         """Draft from other trees from now on; arguments as in the constructor."""

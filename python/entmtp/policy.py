@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .costs import Costs
 
 POLICIES = tuple(n.POLICIES)
+SCORES = tuple(n.SCORES)
 PUBLISHED = ("ladder", "hysteresis", "best-depth")
 
 

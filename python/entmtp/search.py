@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from .bank import PLAIN, Bank, Paths, Tree
 from .costs import N_VERIFY, Costs
+from .replay import Replay, replay
+from .traces import MAX_RANK as UNRANKED
 from .traces import Traces
 
 MAX_RANK = 16  # deeper guesses of one head are not worth a node
@@ -193,8 +195,6 @@ def oracle(traces: Traces, costs: Costs) -> float:
     A chain can hold a real token only if the heads rank it at all (below `entmtp.traces.MAX_RANK`). The lengths minimise the
     time of the whole text, by dynamic programming from its end. Draft and verify time, as `Replay.us`.
     """
-    from .traces import MAX_RANK as UNRANKED
-
     chain = [costs.step(Tree("", tuple((0,) * (d + 1) for d in range(n)))) for n in range(traces.n_heads + 1)]
     total = 0.0
     for part in traces.slices():
@@ -218,10 +218,31 @@ def entropy_edges(running: npt.NDArray[np.float64], n_bins: int) -> tuple[float,
     return tuple(float(e) for e in edges if e > 0.0)
 
 
+def best_single(traces: Traces, costs: Costs) -> Tree:
+    """The tree that decodes the traces fastest when it is used for every step, by replay; may be plain."""
+    probabilities = node_probabilities(traces.ranks)
+    shapes = {grow(probabilities, n, d) for n in (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32) for d in (1, 2, 3, 4)}
+    shapes |= {best_tree(probabilities, costs).paths}
+    return min((_tree(paths) for paths in shapes | {()}), key=lambda t: static(traces, t, costs).us)
+
+
+def static(traces: Traces, tree: Tree, costs: Costs) -> Replay:
+    """One tree for every step."""
+    if not tree.paths:
+        return replay(traces, Bank("plain", (PLAIN,), costs=costs), "off")
+    return replay(traces, Bank("static", (PLAIN, Tree("one", tree.paths)), costs=costs), "static", 1)
+
+
 def bin_bank(
-    traces: Traces, costs: Costs, window: float, n_bins: int, criterion: str, max_trees: int = 8
+    traces: Traces,
+    costs: Costs,
+    window: float,
+    n_bins: int,
+    criterion: str,
+    more: Iterable[Tree] = (),
+    max_trees: int = 8,
 ) -> Bank:
-    """A bank for the entropy policy: the best tree of every entropy bin.
+    """A bank for the entropy policy: the best tree of every entropy bin, and `more` that are to be there anyway.
 
     With criterion `price` the price is the bank's own throughput: found by iteration (Dinkelbach 1967).
     """
@@ -243,7 +264,8 @@ def bin_bank(
         price = new
     # the fuller bins first, if there are more trees than a bank should hold
     order = np.argsort(-share)
-    kept = list(dict.fromkeys(best[b].paths for b in order if best[b].paths))[: max_trees - 1]
+    wanted = [t.paths for t in more] + [best[b].paths for b in order]
+    kept = list(dict.fromkeys(paths for paths in wanted if paths))[: max_trees - 1]
     trees = named(Tree("", paths) for paths in kept)
     acceptance = tuple(
         tuple(tuple(round(p.get(path, 0.0), 4) for path in tree.paths) for tree in trees) for p in tables

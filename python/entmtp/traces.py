@@ -321,19 +321,22 @@ def record(
         "seed": seed,
         "heads": heads_identity(llm),
     }
+    texts = [
+        llm.tokenize(text.encode(), add_bos=True, special=True)[: llm.n_ctx() - n_tokens - 1] for _, text in prompts
+    ]
+    about["context"] = int(np.mean([len(t) for t in texts]) + n_tokens / 2)  # mean depth of the rollouts
     done: list[Traces] = []
     if partial is not None and Path(partial).exists():
         known = Traces.load(partial)
         if known.about.get("digest") == about["digest"]:
             done = [known.pick([i]) for i in range(len(known.n_tokens))]
-    jobs = [(i, task, text, temp) for i, (task, text) in enumerate(prompts) for temp in temps]
-    for k, (i, task, text, temp) in enumerate(jobs):
+    jobs = [(i, task, temp) for i, (task, _) in enumerate(prompts) for temp in temps]
+    for k, (i, task, temp) in enumerate(jobs):
         if k >= len(done):
             llm.set_seed(seed + i)
-            tokens = llm.tokenize(text.encode(), add_bos=True, special=True)[: llm.n_ctx() - n_tokens - 1]
-            done.append(rollout(llm, tokens, n_tokens, task, i, temp=temp, **sampling))
+            done.append(rollout(llm, texts[i], n_tokens, task, i, temp=temp, **sampling))
             if partial is not None and (k % 16 == 15 or k + 1 == len(jobs)):
-                replace(join(done), about=about).save(partial)
+                replace(join(done), about=about | {"complete": k + 1 == len(jobs)}).save(partial)
         if advance:
             advance(k + 1)
     return replace(join(done), about=about)

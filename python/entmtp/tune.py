@@ -1,12 +1,11 @@
 """`python -m entmtp.tune`: trees and their calibration for one base model, its heads, a task and this machine.
 
-Three measurements, then a search without the model:
+Two measurements, then a search without the model:
 
-1. what a verify pass of n nodes and a draft of depth d cost here,
-2. rank traces: plain rollouts of the prompts, with the running entropy before every token and, for each head, the rank
-   of the token that really came. Under lossless acceptance a tree accepts exactly the longest prefix of real tokens
-   whose rank path it contains, so the traces give the acceptance of any tree,
-3. trees grown one node at a time by the probability that the node is accepted.
+1. what passes and drafts cost here (`entmtp.costs`),
+2. rank traces: plain rollouts of the prompts with all that policies and heads would have said (`entmtp.traces`),
+3. trees for every entropy bin, the best single tree, and a calibration of the heads' probabilities, fitted to half of the
+   prompts by replay (`entmtp.search`, `entmtp.calibration`), and judged on the other half.
 """
 
 from __future__ import annotations
@@ -16,221 +15,227 @@ import json
 import os
 import platform
 import sys
-from collections import Counter
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from rich.progress import Progress
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
+from . import calibration, search
 from .atomic import atomic_path
-from .bank import PLAIN, Bank, Paths, Tree, dumps
+from .bank import PLAIN, Bank, Ladder, Tree, dumps
+from .costs import Costs, measure, tuned_path
+from .costs import Progress as Report
 from .errors import EntmtpError
 from .llama import Llama
+from .machine import cpu_name
+from .policy import PUBLISHED
+from .replay import replay
+from .traces import Traces, heads_identity, record
 
-MAX_RANK = 64  # a token ranked lower by a head counts as not guessed
-
-
-def softmax_entropy(logits: npt.NDArray[np.float32]) -> float:
-    """H = -sum p ln p of softmax(logits), nats."""
-    x = logits.astype(np.float64)
-    x -= x.max()
-    p = np.exp(x)
-    p /= p.sum()
-    return float(-(p * np.log(np.maximum(p, 1e-300))).sum())
+WINDOWS = (2.0, 8.0, 32.0)
+BINS = (1, 2, 4, 7)
 
 
-def running_entropy(entropies: npt.NDArray[np.float64], window: float) -> npt.NDArray[np.float64]:
-    """The decoder's estimate after each token: bias-corrected EMA, as in native/src/entropy.cpp."""
-    decay = 1.0 - 2.0 / (window + 1.0)
-    out, total, weight = np.empty_like(entropies), 0.0, 0.0
-    for i, h in enumerate(entropies):
-        total, weight = decay * total + (1 - decay) * h, decay * weight + (1 - decay)
-        out[i] = total / weight
-    return out
-
-
-def rollout(llm: Llama, prompt: str, n_tokens: int, temp: float, seed: int) -> dict[str, npt.NDArray[Any]]:
-    """One plain rollout with the ranks the heads gave to what came.
-
-    Returns:
-        entropy: entropy of the distribution each token was drawn from, [n].
-        ranks: rank by head h, from the state after token i, of token i + 1 + h, [n, n_heads]; -1 where the text ends.
-    """
-    assert llm._heads is not None and llm._decoder is not None
-    heads, dec = llm._heads, llm._decoder
-    prefix = bool(heads.info.prefix)
-
-    llm.set_seed(seed)
-    prompt_tokens = llm.tokenize(prompt.encode(), add_bos=True)[: llm.n_ctx() // 2]
-    tokens: list[int] = []
-    states: list[npt.NDArray[np.float32]] = []
-    entropies: list[float] = []
-
-    if prefix:
-        # the layer reads every state of the prompt: evaluate it token by token
+def measure_rest(llm: Llama, costs: Costs, n_tokens: int = 96, **sampling: Any) -> Costs:
+    """Fill in what a token costs besides draft and verify: sampling, decoder and caller, from a plain rollout."""
+    llm.set_trees(Bank("plain", (PLAIN,)), policy="off")
+    prompt = llm.tokenize(b"The quick brown fox jumps over the lazy dog.")
+    for _ in range(2):  # the first one warms up
         llm.reset()
-        for i, token in enumerate(prompt_tokens):
-            llm.eval([token])
-            heads.prefix(dec.hidden()[None], i)
-
-    for token in llm.generate(prompt_tokens, temp=temp, top_k=40, top_p=0.95, min_p=0.0):
-        hidden = dec.hidden()
-        states.append(heads.prefix(hidden[None], llm.n_tokens - 1) if prefix else hidden.copy())
-        entropies.append(softmax_entropy(dec.logits(llm.n_vocab())))
-        tokens.append(token)
-        if len(tokens) >= n_tokens or token == llm.token_eos() or llm.n_tokens >= llm.n_ctx() - 1:
-            break
-
-    ranks = np.full((len(tokens), heads.n_heads), -1, dtype=np.int32)
-    for i, state in enumerate(states):
-        for h in range(min(heads.n_heads, len(tokens) - 1 - i)):
-            logits = heads.logits(h, state, tokens[i : i + h + 1])
-            rank = int((logits > logits[tokens[i + h + 1]]).sum())
-            ranks[i, h] = min(rank, MAX_RANK)
-    return {"entropy": np.array(entropies), "ranks": ranks}
-
-
-def node_probabilities(ranks: npt.NDArray[np.int32], max_rank: int = 16) -> dict[tuple[int, ...], float]:
-    """How often each rank path came true, over the positions where the text is long enough. {path: probability}"""
-    n_heads = ranks.shape[1]
-    counts: list[Counter[tuple[int, ...]]] = [Counter() for _ in range(n_heads)]
-    totals = [0] * n_heads
-    for row in ranks:
-        known = int((row >= 0).sum())
-        for d in range(known):
-            totals[d] += 1
-            if row[: d + 1].max() < max_rank:
-                counts[d][tuple(int(r) for r in row[: d + 1])] += 1
-    return {path: c / totals[d] for d, by_path in enumerate(counts) for path, c in by_path.items()}
-
-
-def grow(probabilities: dict[tuple[int, ...], float], n_nodes: int) -> Paths:
-    """The n_nodes - 1 most probable paths below the root. A path is never more probable than its parent, so they form a
-    tree; ties go to the shallower path."""
-    order = sorted(probabilities, key=lambda p: (-probabilities[p], len(p), p))
-    tree: list[tuple[int, ...]] = []
-    for path in order:
-        if len(tree) == n_nodes - 1:
-            break
-        if len(path) == 1 or path[:-1] in tree:
-            tree.append(path)
-    return tuple(sorted(tree, key=lambda p: (len(p), p)))
-
-
-def measure_costs(
-    llm: Llama, sizes: list[int], n_rounds: int, progress: Progress | None = None
-) -> tuple[dict[int, float], list[float]]:
-    """Median costs here, relative to a pass of one token; sizes and depths interleaved, so that drift cancels.
-
-    Returns:
-        verify: cost of a pass per number of nodes.
-        draft: cost of a draft per depth, [n_heads + 1].
-    """
-    assert llm._heads is not None and llm._decoder is not None
-    dec, n_heads = llm._decoder, llm._heads.n_heads
-    wide = [Tree.from_paths(f"w{n}", [[r] for r in range(n - 1)]) for n in sizes if n > 1]
-    deep = [Tree.from_paths(f"d{d}", [[0] * (i + 1) for i in range(d)]) for d in range(1, n_heads + 1)]
-    bank = Bank("costs", (PLAIN, *wide, *deep))
-
-    prompt = llm.tokenize(b"The quick brown fox jumps over the lazy dog. " * 8)[:64]
-    times: dict[int, list[tuple[int, int]]] = {i: [] for i in range(len(bank.trees))}
-    task = progress.add_task("verify and draft costs", total=n_rounds * len(bank.trees)) if progress else None
-    dec.set_bank(bank, "off")
-    llm.reset()
-    llm.eval(prompt)
-    n_past = llm.n_tokens
-    for _ in range(n_rounds):
-        for i in range(len(bank.trees)):
-            dec.set_bank(bank, "static", i)
-            dec.eval([prompt[-1]], n_past - 1)  # back to the prompt
-            llm.reset_draft_stats()
-            for k in range(
-                6
-            ):  # one step after another, as in a text: the graph of a shape is built once and reused
-                dec.eval([prompt[k]], n_past + k)
-            steps = llm.draft_stats.steps
-            times[i] += [(int(s["t_draft_us"]), int(s["t_verify_us"])) for s in steps[1:]]
-            if progress and task is not None:
-                progress.advance(task)
-    llm.reset()
-
-    draft_us, verify_us = (
-        {i: float(np.median([t[k] for t in ts])) for i, ts in times.items() if ts} for k in (0, 1)
+        llm.reset_draft_stats()
+        n, begin = 0, 0.0
+        for _token in llm.generate(prompt, **sampling):
+            begin = begin or time.perf_counter()
+            n += 1
+            if n == n_tokens:
+                break
+        wall = (time.perf_counter() - begin) * 1e6
+    steps = llm.draft_stats.steps
+    inside = sum(float(steps[f"t_{k}_us"].sum()) for k in ("draft", "verify", "sample", "host"))
+    return replace(
+        costs,
+        sample=round(float(np.median(steps["t_sample_us"])), 1),
+        host=round(float(np.median(steps["t_host_us"])), 1),
+        token=round(max(wall - inside, 0.0) / max(n - 1, 1), 1),
     )
-    unit = verify_us[0]
-    verify = {1: 1.0} | {t.n_nodes: verify_us[1 + i] / unit for i, t in enumerate(wide)}
-    draft = [0.0] + [draft_us[1 + len(wide) + i] / unit for i in range(len(deep))]
-    return verify, draft
+
+
+def ladders(traces: Traces, bank: Bank) -> dict[str, Ladder]:
+    """Ladders of the published policies: the larger the tree, the more predictable the text; equally filled rungs."""
+    trees = sorted(range(len(bank.trees)), key=lambda i: -bank.trees[i].n_nodes)
+    top1 = np.stack([traces.level(h)[:, 0, 0] for h in range(traces.n_heads)], axis=1)
+    scores = {
+        "entropy": traces.running(bank.ema_window),
+        "top1": 1.0 - traces.signals[:, 1],
+        "path": 1.0 - np.exp(top1.sum(axis=1)),
+    }
+    result = {}
+    for score, values in scores.items():
+        edges = np.unique(np.quantile(values, np.arange(1, len(trees)) / len(trees)).round(4))
+        edges = edges[edges > 0]
+        result[score] = Ladder(tuple(float(e) for e in edges), tuple(trees[: len(edges) + 1]))
+    return result
+
+
+def fit(traces: Traces, costs: Costs, progress: Report | None = None) -> Bank:
+    """A bank fitted to traces under measured costs: trees, bins, window, criterion, calibration, ladders."""
+    single = search.best_single(traces, costs)
+    options = [(w, b, c) for w in WINDOWS for b in BINS for c in ("ratio", "price")]
+    best: tuple[float, Bank] | None = None
+    for i, (window, n_bins, criterion) in enumerate(options):
+        bank = search.bin_bank(traces, costs, window, n_bins, criterion, more=[single])
+        us = replay(traces, bank, "entropy", adapt=False).us
+        if best is None or us < best[0] * (1 - 1e-4):  # the simpler one, if they are as good
+            best = (us, bank)
+        if progress:
+            progress("search", i + 1, len(options))
+    assert best is not None
+    bank = replace(best[1], calibration=calibration.fit(traces, best[1].ema_window))
+    return replace(bank, published=ladders(traces, bank))
+
+
+def judge(traces: Traces, bank: Bank, single: Tree) -> dict[str, Any]:
+    """Every policy on held-out traces, as speed relative to plain decoding; tokens/s counts the whole step."""
+    costs = bank.need_costs()
+    plain = replay(traces, bank, "off")
+    published = Bank.load("mc_sim_7b_63").pruned(traces.n_heads)
+    runs = {
+        "plain": plain,
+        "best single tree": search.static(traces, single, costs),
+        "published 63-node tree": search.static(traces, published.trees[1], costs),
+        "entropy": replay(traces, bank, "entropy"),
+        "confidence": replay(traces, bank, "confidence"),
+    }
+    for policy in PUBLISHED:
+        for score in bank.published:
+            runs[f"{policy}, {score}"] = replay(traces, bank, policy, score=score)
+    rows = {
+        name: {
+            "speed": round(plain.us / r.us, 4),
+            "tokens_per_second": round(r.speed, 1),
+            "tokens_per_step": round(r.tokens_per_step, 3),
+        }
+        for name, r in runs.items()
+    }
+    ideal = search.oracle(traces, costs) * 1e6
+    rows["oracle"] = {"speed": round(plain.us / ideal, 4)}
+    return rows
+
+
+def sample_text(traces: Traces, bank: Bank) -> dict[str, Any]:
+    """Entropy along one text with the tree that the entropy policy chose: for plots."""
+    text = traces.pick([int(np.argmax(traces.n_tokens))])
+    r = replay(text, bank, "entropy", adapt=False)
+    position = np.concatenate([[0], np.cumsum(r.steps["n_accepted"] + 1)[:-1]])
+    return {
+        "entropy": text.entropy.round(3).tolist(),
+        "position": position.tolist(),
+        "tree": r.steps["tree"].tolist(),
+        "running": np.round(r.steps["entropy"].astype(float), 3).tolist(),
+    }
 
 
 def tune(
     model: str | Path,
     heads: str | Path,
-    prompts: list[str],
+    prompts: Sequence[tuple[str, str]],
     *,
     name: str = "tuned",
     task: str | None = None,
-    sizes: tuple[int, ...] = (2, 4, 8, 16, 32),
-    temps: tuple[float, ...] = (0.0, 0.8),
+    temps: Sequence[float] = (0.0, 0.8),
     n_tokens: int = 128,
-    n_bins: int = 4,
-    ema_window: float = 8.0,
     n_threads: int | None = None,
     n_ctx: int = 2048,
     seed: int = 0,
-    show_progress: bool = True,
+    traces: str | Path | None = None,
+    contexts: Sequence[int] = (64, 512),
+    n_rounds: int = 12,
+    progress: Report | None = None,
+    sampling: dict[str, Any] | None = None,
+    **kwargs: Any,
 ) -> Bank:
-    """A calibrated bank for a base model and its heads. See the module's text for how.
+    """A bank tuned for a base model, its heads, a task and this machine. See the module's text for how.
 
     Args:
-        sizes: numbers of nodes of the trees, besides plain decoding.
+        prompts: (task, text) pairs; every other one is held out.
         temps: sampling temperatures of the rollouts.
         n_tokens: tokens per rollout.
+        traces: file of rank traces: used if it holds traces of these heads, else written (and an interrupted recording goes
+            on from it).
+        contexts: depths at which passes are timed.
+        n_rounds: how often each is timed.
+        sampling: other sampling settings of the rollouts, as for `Llama.generate`.
+        kwargs: settings of `Llama`.
+
+    Raises:
+        ValueError: too few prompts, or traces of other heads.
     """
+    if len(prompts) < 2:
+        raise ValueError("at least two prompts are needed: one to fit, one to judge")
     n_threads = n_threads or os.cpu_count() or 1
+    sampling = sampling or {}
     llm = Llama(
-        model, draft="entmtp", heads=heads, policy="off", n_ctx=n_ctx, verbose=False,
-        n_threads=n_threads, n_threads_batch=n_threads,
+        model, draft="entmtp", heads=heads, policy="off", n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads,
+        **{"verbose": False, **kwargs},
     )  # fmt: skip
     try:
-        with Progress(disable=not show_progress, transient=True) as progress:
-            verify, draft = measure_costs(llm, [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64], 3, progress)
-            llm.set_trees(Bank("off", (PLAIN,)), policy="off")
-            job = progress.add_task("rollouts", total=len(prompts) * len(temps))
-            traces = []
-            for i, prompt in enumerate(prompts):
-                for temp in temps:
-                    traces.append(rollout(llm, prompt, n_tokens, temp, seed + i))
-                    progress.advance(job)
+        assert llm._heads is not None
+        costs = measure(llm, contexts=contexts, n_rounds=n_rounds, progress=progress, seed=seed)
+        costs = measure_rest(llm, costs, temp=temps[0], **sampling)
+        llm.set_trees(Bank("off", (PLAIN,)), policy="off")
+        known = None
+        if traces is not None and Path(traces).exists():
+            known = Traces.load(traces)
+            if known.about.get("heads") != heads_identity(llm):
+                raise ValueError(
+                    f"{traces} holds traces of another base model or other heads; name another file, or delete it"
+                )
+        if known is not None and known.about.get("complete"):
+            recorded = known
+        else:
+            recorded = record(
+                llm, prompts, temps=temps, n_tokens=n_tokens, seed=seed, partial=traces,
+                advance=lambda i: progress("rollouts", i, len(prompts) * len(temps)) if progress else None,
+                **sampling,
+            )  # fmt: skip
+        arch = llm._heads.arch
     finally:
-        arch = llm._heads.arch if llm._heads else ""
         llm.close()
 
-    entropy = np.concatenate([running_entropy(t["entropy"], ema_window) for t in traces])
-    ranks = np.concatenate([t["ranks"] for t in traces])
-    edges = np.quantile(entropy, np.arange(1, n_bins) / n_bins).round(3)
-    bins = np.searchsorted(edges, entropy, side="right")
-
-    overall = node_probabilities(ranks)
-    trees = [PLAIN] + [Tree(f"n{n}", grow(overall, n)) for n in sizes]
-    per_bin = [node_probabilities(ranks[bins == b]) for b in range(n_bins)]
-    acceptance = tuple(
-        tuple(tuple(round(p.get(path, 0.0), 4) for path in tree.paths) for tree in trees) for p in per_bin
-    )
-    return Bank(
+    costs = replace(costs, context=int(recorded.about.get("context", costs.context)))
+    fitted, held_out = recorded.split()
+    if not len(fitted.n_tokens) or not len(held_out.n_tokens):
+        raise ValueError("the traces hold too few prompts: at least two of a task are needed")
+    bank = fit(fitted, costs, progress)
+    single = search.best_single(fitted, costs)
+    results = {"all": judge(held_out, bank, single)}
+    tasks = sorted(set(held_out.task))
+    if len(tasks) > 1:
+        results |= {t: judge(held_out.of_task(t), bank, single) for t in tasks}
+    probabilities = search.node_probabilities(fitted.ranks)
+    report = {
+        "held_out": results,
+        "single": [list(p) for p in single.paths],
+        "front": [[n, round(t, 4), round(s, 2)] for n, t, s in search.pareto(probabilities, costs)],
+        "text": sample_text(held_out, bank),
+        "spread": costs.spread,
+    }
+    n = len(recorded.signals)
+    return replace(
+        bank,
         name=name,
-        trees=tuple(trees),
-        source=f"python -m entmtp.tune, {len(prompts)} prompts, {len(ranks)} tokens at temperatures {list(temps)}",
+        source=f"python -m entmtp.tune, {len(recorded.n_tokens)} rollouts, {n} tokens at temperatures "
+        f"{', '.join(f'{t:g}' for t in recorded.about.get('temps', temps))}",
         task=task,
         heads=f"{arch}: {Path(heads).name}",
-        device=f"{platform.machine()}, {n_threads} threads",
-        ema_window=ema_window,
-        bin_edges=tuple(float(e) for e in edges),
-        acceptance=acceptance,
-        verify_cost={n: round(c, 3) for n, c in verify.items()},
-        draft_cost=tuple(round(c, 3) for c in draft),
+        device=f"{cpu_name()} ({platform.machine()}), {n_threads} threads; {Path(model).name}",
+        report=report,
     )
 
 
@@ -250,55 +255,121 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[str]:
     return prompts[:limit]
 
 
+def show(console: Console, bank: Bank) -> None:
+    """The bank and what it is worth, as tables."""
+    costs = bank.need_costs()
+    expected = bank.expected()
+    table = Table(title=f"bank {bank.name}", title_justify="left", header_style="bold")
+    for column in ("tree", "nodes", "depth", "step us", "relative", "accepted per entropy bin"):
+        table.add_column(column, justify="left" if column in ("tree", "accepted per entropy bin") else "right")
+    plain = costs.step(PLAIN)
+    for i, tree in enumerate(bank.trees):
+        us = costs.step(tree)
+        accepted = " ".join(f"{x:.2f}" for x in expected[:, i])
+        row = (f"{tree.n_nodes}", f"{tree.max_depth}", f"{us:.0f}", f"{us / plain:.2f}", accepted)
+        table.add_row(tree.name, *row)
+    console.print(table)
+    edges = " ".join(f"{e:g}" for e in bank.bin_edges) or "none"
+    console.print(
+        f"entropy bins split at {edges} nats; window {bank.ema_window:g} tokens; criterion {bank.criterion}; "
+        f"spread of the timings {100 * costs.spread:.0f} %\n"
+    )
+    results = bank.report["held_out"]
+    table = Table(title="held-out prompts, by replay", title_justify="left", header_style="bold")
+    table.add_column("policy")
+    for task in results:
+        table.add_column(f"{task}: against plain", justify="right")
+    table.add_column("tokens/step", justify="right")
+    for name, row in results["all"].items():
+        tau = row.get("tokens_per_step")
+        table.add_row(
+            name, *(f"{results[t][name]['speed']:.3f}" for t in results), "" if tau is None else f"{tau:.2f}"
+        )
+    console.print(table)
+
+
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m entmtp.tune",
-        description="Grow and calibrate a bank of trees for a base model and its heads, on this machine.",
-        epilog="example: python -m entmtp.tune --model model.gguf --heads heads.gguf --prompts my.jsonl -o bank.json; "
-        'then Llama(..., trees="bank.json")',
+        description="Tune trees and policies for a base model and its heads, your prompts, and this machine.",
+        epilog="example: python -m entmtp.tune --model model.gguf --heads heads.gguf --prompts my.jsonl; Llama uses the "
+        "result from then on. With -o bank.json it is written there instead: Llama(..., trees='bank.json'). "
+        "python -m entmtp.tune --plot bank.json draws it.",
     )
-    parser.add_argument("--model", required=True, help="base model (GGUF)")
-    parser.add_argument("--heads", required=True, help="its heads, from python -m entmtp.convert")
-    parser.add_argument("--prompts", required=True, help="JSONL, one object with a field prompt per line")
-    parser.add_argument("-o", "--outfile", required=True, help="bank to write (JSON)")
+    parser.add_argument("--model", help="base model (GGUF)")
+    parser.add_argument("--heads", help="its heads, from python -m entmtp.convert")
+    parser.add_argument("--prompts", nargs="+", help="JSONL files, one object with a field prompt per line; one task each")
+    parser.add_argument(
+        "-o", "--outfile", help="bank to write (JSON; default: where Llama finds it for this model and machine)"
+    )
     parser.add_argument("--task", help="what the prompts are, kept in the bank")
     parser.add_argument("--name", help="name of the bank (default: the file's)")
-    parser.add_argument("--limit", type=int, help="use the first N prompts only")
+    parser.add_argument("--limit", type=int, help="use the first N prompts of each file only")
     parser.add_argument("--tokens", type=int, default=128, help="tokens per rollout (default: 128)")
     parser.add_argument(
-        "--temp", type=float, nargs="+", default=[0.0, 0.8], help="temperatures (default: 0 and 0.8)"
+        "--temp", type=float, nargs="+", default=[0.0, 0.8], help="temperatures you sample at (default: 0 and 0.8)"
     )
-    parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="nodes per tree")
-    parser.add_argument("--bins", type=int, default=4, help="entropy bins (default: 4)")
+    parser.add_argument("--top-k", type=int, default=40, help="as in Llama.generate (default: 40)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="as in Llama.generate (default: 0.95)")
+    parser.add_argument("--min-p", type=float, default=0.05, help="as in Llama.generate (default: 0.05)")
+    parser.add_argument("--seed", type=int, default=0, help="of the rollouts and of the timings' tokens (default: 0)")
+    parser.add_argument("--traces", help="file that keeps the rank traces: for another machine's costs, or to resume")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[64, 512], help="depths to time passes at")
+    parser.add_argument("--rounds", type=int, default=12, help="how often each size is timed, times two (default: 12)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--ctx", type=int, default=2048, help="context length (default: 2048)")
+    parser.add_argument("--n-gpu-layers", type=int, default=0, help="layers on the GPU, -1 for all (default: 0)")
+    parser.add_argument("--flash-attn", action="store_true", help="use flash attention")
+    parser.add_argument("--plot", metavar="BANK", help="draw a tuned bank as PNG files beside it, and measure nothing")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = setup_arg_parser().parse_args(argv)
-    out = Path(args.outfile)
+    parser = setup_arg_parser()
+    args = parser.parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 120)
     try:
-        prompts = read_prompts(args.prompts, args.limit)
-        bank = tune(
-            args.model, args.heads, prompts,
-            name=args.name or out.stem, task=args.task, sizes=tuple(args.sizes), temps=tuple(args.temp),
-            n_tokens=args.tokens, n_bins=args.bins, n_threads=args.threads, n_ctx=args.ctx,
+        if args.plot:
+            from .plots import plot_bank
+
+            for path in plot_bank(Bank.load(args.plot), Path(args.plot)):
+                print(f"wrote {path}")
+            return 0
+        if not (args.model and args.heads and args.prompts):
+            parser.error("--model, --heads and --prompts are needed, or --plot")
+        prompts = [(Path(p).stem, text) for p in args.prompts for text in read_prompts(p, args.limit)]
+        name = args.name or (Path(args.outfile).stem if args.outfile else "tuned")
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         )  # fmt: skip
+        with Progress(*columns, transient=True, disable=not sys.stderr.isatty(), console=Console(stderr=True)) as bars:
+            stages: dict[str, Any] = {}
+
+            def report(stage: str, done: int, total: int) -> None:
+                if stage not in stages:
+                    stages[stage] = bars.add_task(stage, total=total)
+                bars.update(stages[stage], completed=done)
+
+            bank = tune(
+                args.model, args.heads, prompts, name=name, task=args.task, temps=args.temp, n_tokens=args.tokens,
+                n_threads=args.threads, n_ctx=args.ctx, seed=args.seed, traces=args.traces, contexts=args.contexts,
+                n_rounds=args.rounds, progress=report, n_gpu_layers=args.n_gpu_layers, flash_attn=args.flash_attn,
+                sampling={"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p},
+            )  # fmt: skip
+        costs = bank.need_costs()
+        out = Path(args.outfile) if args.outfile else tuned_path(costs.key)
+        out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(out) as temporary:
             temporary.write_text(dumps(bank), "utf-8")
     except (EntmtpError, ValueError, OSError) as e:
         print(f"entmtp.tune: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("entmtp.tune: interrupted, nothing was written", file=sys.stderr)
+        again = f"; the rollouts done so far are in {args.traces}" if args.traces else ""
+        print(f"entmtp.tune: interrupted, no bank was written{again}", file=sys.stderr)
         return 130
-    for tree, cost, row in zip(bank.trees, bank.step_costs(), bank.expected().T, strict=True):
-        accepted = " ".join(f"{e:.2f}" for e in row)
-        print(
-            f"{tree.name:>6}: {tree.n_nodes:2d} nodes, step cost {cost:.2f}, accepted per entropy bin {accepted}"
-        )
-    print(f"wrote {out}")
+    show(console, bank)
+    print(f"wrote {out}" + ("" if args.outfile else ": Llama uses it for this model and these heads from now on"))
     return 0
 
 
