@@ -81,35 +81,44 @@ void cost_model::observe(int32_t n, double t_verify, double t_draft, double expe
         return;
     }
 
-    const auto error = [](double t, double predicted) {
-        return std::clamp(std::log(std::max(t, 1.0) / predicted), -log_cut, log_cut);
+    // the first timings of a size say more than the table, which may come from another machine
+    const bool is_new = n_timed[n - 1] <= 4;
+
+    const auto error = [&](double t, double predicted) {
+        const double cut = is_new ? 2 * log_cut : log_cut;
+        return std::clamp(std::log(std::max(t, 1.0) / predicted), -cut, cut);
     };
 
     if (n == 1) {
-        // long not timed: this one timing says more than the estimate
-        const double d = error(t_verify, verify(1)) * (plain_age() > 64 || wants_plain() ? 0.5 : rate);
+        // long not timed: this timing says more than the estimate
+        const bool   wanted = wants_plain();
+        const double e      = error(t_verify, verify(1));
+        const double d      = e * (is_new || plain_age() > 64 || wanted ? 0.5 : rate);
         // larger passes were timed since: they are known, whatever the speed of the machine is now thought to be
         if (plain_age() > 1) {
             batched -= d;
             drafts -= d;
         }
+        // far off: once more, and if need be again
+        n_again = n_again > 0 ? n_again - 1 : wanted ? 3 : 0;
+        n_again = std::fabs(e) > log_surprise / 2 ? n_again : 0;
         speed += d;
         batched_ref = batched;
         last_plain  = n_seen;
         return;
     }
 
-    const double d = error(t_verify, verify(n)) * rate;
+    const double d = error(t_verify, verify(n)) * (is_new ? 0.5 : rate);
     batched += d / 2;
     own[n - 1] += d / 2;
 
     if (expected > 0.0) {
-        drafts += error(t_draft, expected) * rate;
+        drafts += error(t_draft, expected) * (is_new ? 0.5 : rate);
     }
 }
 
 bool cost_model::wants_plain() const {
-    return adapt && plain_age() > 8 && std::fabs(batched - batched_ref) > log_surprise;
+    return adapt && (n_again > 0 || (plain_age() > 8 && std::fabs(batched - batched_ref) > log_surprise));
 }
 
 } // namespace entmtp

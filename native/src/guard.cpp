@@ -1,26 +1,27 @@
 #include "guard.h"
 
 #include <algorithm>
-#include <cmath>
 
 namespace entmtp {
 
-// memory of the means, drafted steps
-static constexpr double n_window = 128.0;
+static constexpr int32_t wait_min = 96;   // steps
+static constexpr int32_t wait_max = 4096; // steps
+static constexpr int32_t n_probe  = 4;    // drafts of one trial
 
-// a losing streak is acted on when chance is no longer a good excuse: after so many steps, and when the mean lies so many
-// standard errors below 0
-static constexpr double n_least  = 8.0;
-static constexpr double n_errors = 2.0;
+// all in plain steps
+static constexpr double streak_max = 8.0;  // lost in a row before drafting pauses
+static constexpr double allowance  = 0.02; // a step may lose so much: chance alone must not end what pays a little
+static constexpr double probe_max  = 1.5;  // lost in one trial
+
+guard::guard() : wait(wait_min) {}
 
 guard::verdict guard::next() {
     if (probe > 0) {
         return verdict::must;
     }
     if (idle >= wait) {
-        paused = false;
-        probe  = n_probe;
-        won    = 0.0;
+        probe = n_probe;
+        won   = 0.0;
         return verdict::must;
     }
     return paused ? verdict::must_not : verdict::free;
@@ -29,44 +30,37 @@ guard::verdict guard::next() {
 void guard::fail() {
     wait   = std::min(2 * wait, wait_max);
     idle   = 0;
-    mean   = 0.0;
-    square = 0.0;
-    n      = 0.0;
+    probe  = 0;
+    won    = 0.0;
+    streak = 0.0;
 }
 
-void guard::observe(bool drafted, double saved, double scale) {
+void guard::observe(bool drafted, double saved) {
     if (!drafted) {
         ++idle;
         return;
     }
     idle = 0;
-
-    const double x = saved / scale;
-
-    n = std::min(n + 1.0, n_window);
-    mean += (x - mean) / n;
-    square += (x * x - square) / n;
+    won += saved;
 
     if (probe > 0) {
-        won += x;
-        if (--probe == 0) {
-            if (won > 0.0) {
-                probe = n_probe; // go on while it wins
-                won   = 0.0;
-                wait  = wait_min;
-            } else {
-                fail();
-            }
+        if (won < -probe_max || (probe == 1 && won <= 0.0)) {
+            fail();
+        } else if (--probe == 0) {
+            // go on while it wins
+            probe  = n_probe;
+            won    = 0.0;
+            paused = false;
+            wait   = wait_min;
         }
         return;
     }
 
-    const double error = std::sqrt(std::max(square - mean * mean, 0.0) / n);
-
-    if (n >= n_least && mean + n_errors * error < 0.0) {
+    streak = std::min(0.0, streak + saved + allowance);
+    if (streak < -streak_max) {
         paused = true;
         fail();
-    } else if (n >= n_least && mean > 0.0) {
+    } else if (won > streak_max) {
         wait = wait_min;
     }
 }

@@ -7,12 +7,12 @@
 namespace entmtp {
 
 // the bank's expectation weighs as much as this many expected tokens that were seen; for a bin, against all bins
-static constexpr double prior_all = 24.0;
-static constexpr double prior_bin = 24.0;
+static constexpr double prior_all = 16.0;
+static constexpr double prior_bin = 16.0;
 
 // memories are long, not endless: texts change
-static constexpr double forget_all   = 1.0 - 1.0 / 128.0;
-static constexpr double forget_bin   = 1.0 - 1.0 / 256.0;
+static constexpr double forget_all   = 1.0 - 1.0 / 48.0;
+static constexpr double forget_bin   = 1.0 - 1.0 / 96.0;
 static constexpr double forget_price = 1.0 - 1.0 / 256.0;
 
 // plain decoding is what must never be lost to: it is timed again after so many steps, whatever it is thought to cost
@@ -229,8 +229,7 @@ void scheduler::observe(int32_t                      tree,
     }
 
     // by what a pass of this size costs, not by this one's timing: a hiccup of the machine is no verdict on the draft
-    const double saved = (double) path.size() * cost.plain() - cost.verify(n_nodes) - believed;
-    keep.observe(drafted, saved, cost.plain());
+    keep.observe(drafted, (double) path.size() - (cost.verify(n_nodes) + believed) / cost.plain());
 
     if (drafted && !grown) {
         const double e  = table[(size_t) bin * n_trees + tree];

@@ -1,0 +1,161 @@
+"""Pictures of a tuned bank and of benchmark reports. Needs matplotlib (the plot extra)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .atomic import atomic_path
+from .bank import PLAIN, Bank, Tree
+from .costs import N_VERIFY
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot with a backend that needs no screen.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("pictures need matplotlib: pip install 'entmtp[plot]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {"figure.dpi": 130, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+    )
+    return plt
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure as PNG, whole or not at all, and close it."""
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+    pyplot().close(figure)
+    return path
+
+
+def plot_bank(bank: Bank, path: Path) -> list[Path]:
+    """Four PNG files beside the bank's own: costs, fronts, trees, and a text with the trees chosen along it.
+
+    Raises:
+        BankError: the bank has no costs.
+        ValueError: matplotlib is missing, or the bank was not made by the tuner.
+    """
+    if not {"front", "text", "held_out"} <= set(bank.report):
+        raise ValueError(f"bank {bank.name} holds no report of the tuner: only banks by python -m entmtp.tune can be drawn")
+    figures = {"costs": cost_curve(bank), "fronts": fronts(bank), "trees": trees(bank), "text": along_text(bank)}
+    return [save(f, path.with_name(f"{path.stem}-{name}.png")) for name, f in figures.items()]
+
+
+def cost_curve(bank: Bank) -> Any:
+    """Cost of a pass by number of tokens, and of the drafts."""
+    plt = pyplot()
+    costs = bank.need_costs()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(3, 2))
+    n = np.arange(1, N_VERIFY + 1)
+    for depth, row in sorted(costs.verify.items()):
+        left.plot(n, costs.curve(depth) / 1e3, lw=1.5)
+        left.plot(list(row), [us / 1e3 for us in row.values()], "o", ms=3, color=left.lines[-1].get_color())
+        left.lines[-2].set_label(f"context {depth}")
+    plain = costs.curve()[0] / 1e3
+    top = max(float(costs.curve(d).max()) for d in costs.verify) / 1e3
+    left.plot(n, np.minimum(plain * n, top), ls=":", color="gray", label="one pass per token")
+    left.axhline(plain, ls="--", color="gray", lw=1, label="free")
+    left.set(xlabel="tokens in one pass", ylabel="ms", title="Verify", ylim=(0, None), xlim=(0, None))
+    left.legend(frameon=False)
+    right.plot(range(len(costs.chain)), [us / 1e3 for us in costs.chain], "o-", label="chain, one graph")
+    for i, w in enumerate((1, 2, 4)):
+        total = np.cumsum([row[i] for row in costs.level]) / 1e3
+        right.plot(range(1, len(total) + 1), total, "s--", ms=4, label=f"level by level, {w} wide")
+    right.set(xlabel="depth", ylabel="ms", title="Draft", ylim=(0, None))
+    right.legend(frameon=False)
+    figure.suptitle(bank.device or "", fontsize=9)
+    return figure
+
+
+def fronts(bank: Bank) -> Any:
+    """Tokens per step and tokens per second of the best tree of every size."""
+    plt = pyplot()
+    front = np.array(bank.report["front"], dtype=float)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    left.step(front[:, 0], front[:, 1], where="post")
+    left.set(xlabel="nodes", ylabel="tokens per step", title="Acceptance front", ylim=(1, None))
+    speed = front[:, 2] / front[0, 2]
+    right.plot(front[:, 0], speed, ".-")
+    best = int(np.argmax(speed))
+    right.plot(front[best, 0], speed[best], "o", ms=9, mfc="none", color="tab:red", label=f"{front[best, 0]:.0f} nodes")
+    right.axhline(1.0, ls="--", color="gray", lw=1, label="plain decoding")
+    right.set(xlabel="nodes", ylabel="speed against plain decoding", title="Throughput front", ylim=(0, None))
+    right.legend(frameon=False)
+    return figure
+
+
+def draw_tree(axes: Any, tree: Tree, acceptance: Any = None) -> None:
+    """A tree, root at the top; nodes the darker the likelier they are accepted, with their rank."""
+    plt = pyplot()
+    paths = [(), *tree.paths]
+    children = {p: [q for q in tree.paths if q[:-1] == p] for p in paths}
+    place: dict[Any, tuple[float, float]] = {}
+    cursor = 0.0
+
+    def layout(path: Any) -> float:
+        nonlocal cursor
+        if not children[path]:
+            x, cursor = cursor, cursor + 1.0
+        else:
+            xs = [layout(c) for c in children[path]]
+            x = (xs[0] + xs[-1]) / 2
+        place[path] = (x, -len(path))
+        return x
+
+    layout(())
+    shade = {(): 1.0} | dict(zip(tree.paths, acceptance if acceptance is not None else [0.5] * len(tree.paths), strict=True))
+    size = 120 if len(paths) <= 16 else 40
+    for path in tree.paths:
+        (x0, y0), (x1, y1) = place[path[:-1]], place[path]
+        axes.plot([x0, x1], [y0, y1], color="gray", lw=0.8, zorder=1)
+    for path in paths:
+        x, y = place[path]
+        axes.scatter([x], [y], s=size, color=plt.cm.viridis(1.0 - shade[path] ** 0.5), zorder=2)
+        if len(paths) <= 16 and path:
+            axes.text(x, y, str(path[-1]), ha="center", va="center", fontsize=7, color="white", zorder=3)
+    axes.set_title(f"{tree.name}: {tree.n_nodes} nodes", fontsize=9)
+    axes.set(xlim=(-0.7, max(cursor, 1.0) - 0.3), ylim=(-tree.max_depth - 0.5, 0.5))
+    axes.axis("off")
+
+
+def trees(bank: Bank) -> Any:
+    """Every tree of the bank; acceptance averaged over the entropy bins."""
+    plt = pyplot()
+    shown = [i for i, t in enumerate(bank.trees) if t.paths] or [0]
+    rows = -(-len(shown) // 4)
+    figure, axes = plt.subplots(rows, min(len(shown), 4), figsize=(2.8 * min(len(shown), 4) + 1, 2.4 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, i in zip(axes.flat, shown, strict=False):
+        acceptance = None if bank.acceptance is None else np.mean([b[i] for b in bank.acceptance], axis=0)
+        draw_tree(axis, bank.trees[i], acceptance)
+    return figure
+
+
+def along_text(bank: Bank) -> Any:
+    """Entropy along one held-out text, and under it the size of the tree that the entropy policy chose."""
+    plt = pyplot()
+    text = bank.report["text"]
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(10, 5), sharex=True, height_ratios=(3, 2))
+    top.plot(text["entropy"], lw=0.7, color="tab:gray", label="entropy")
+    top.plot(text["position"], text["running"], lw=1.6, color="tab:blue", label="running estimate")
+    for edge in bank.bin_edges:
+        top.axhline(edge, ls=":", lw=0.8, color="tab:red")
+    top.set(ylabel="nats", title=f"Held-out text, window {bank.ema_window:g} tokens")
+    top.legend(frameon=False, loc="upper right")
+    sizes = [bank.trees[i].n_nodes if i < len(bank.trees) else PLAIN.n_nodes for i in text["tree"]]
+    bottom.bar(text["position"], sizes, width=1.0, align="edge", color="tab:green")
+    bottom.set(xlabel="token", ylabel="nodes in the pass")
+    return figure
