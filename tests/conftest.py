@@ -32,6 +32,7 @@ F32 = {
     "type_k": 0,
     "type_v": 0,
     "verbose": False,
+    "calibrate": False,  # costs of the bank: timings of this machine would make runs differ
 }
 
 

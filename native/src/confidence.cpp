@@ -8,7 +8,7 @@
 namespace entmtp {
 
 // step of the online correction of a level's logits
-static constexpr float bias_rate = 0.05f;
+static constexpr float bias_rate = 0.02f;
 static constexpr float bias_max  = 3.0f;
 
 void expanded_path(int32_t l, int32_t index, int32_t * path) {

@@ -9,8 +9,9 @@ static constexpr int32_t wait_max = 4096; // steps
 static constexpr int32_t n_probe  = 4;    // drafts of one trial
 
 // all in plain steps
-static constexpr double streak_max = 8.0;  // lost in a row before drafting pauses
-static constexpr double allowance  = 0.02; // a step may lose so much: chance alone must not end what pays a little
+static constexpr double streak_max = 12.0; // lost in a row before drafting pauses
+static constexpr double streak_new = 6.0;  // the same for heads that never won anything yet
+static constexpr double allowance  = 0.03; // a step may lose so much: chance alone must not end what pays a little
 static constexpr double probe_max  = 1.5;  // lost in one trial
 
 guard::guard() : wait(wait_min) {}
@@ -25,6 +26,10 @@ guard::verdict guard::next() {
         return verdict::must;
     }
     return paused ? verdict::must_not : verdict::free;
+}
+
+void guard::begin_text() {
+    wait = std::min(wait, 2 * wait_min);
 }
 
 void guard::fail() {
@@ -57,11 +62,12 @@ void guard::observe(bool drafted, double saved) {
     }
 
     streak = std::min(0.0, streak + saved + allowance);
-    if (streak < -streak_max) {
+    if (streak < -(proven ? streak_max : streak_new)) {
         paused = true;
         fail();
-    } else if (won > streak_max) {
-        wait = wait_min;
+    } else if (won > streak_new) {
+        proven = true;
+        wait   = wait_min;
     }
 }
 

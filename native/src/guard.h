@@ -19,6 +19,9 @@ class guard {
     // what the next step may do
     verdict next();
 
+    // a new text may be easier than the last one: a trial is not far off
+    void begin_text();
+
     // what it did: the time it saved, plain decoding of the same tokens less the step itself, in plain steps
     void observe(bool drafted, double saved);
 
@@ -28,6 +31,7 @@ class guard {
     int32_t wait;           // steps until the next trial
     int32_t idle   = 0;     // steps since the last draft
     bool    paused = false; // until a trial wins
+    bool    proven = false; // drafting has won once
     int32_t probe  = 0;     // drafts left of the trial that is running
     double  won    = 0.0;   // by that trial; outside of trials since the last failure
     double  streak = 0.0;   // cumulative sum, at most 0

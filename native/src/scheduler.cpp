@@ -7,7 +7,7 @@
 namespace entmtp {
 
 // the bank's expectation weighs as much as this many expected tokens that were seen; for a bin, against all bins
-static constexpr double prior_all = 16.0;
+static constexpr double prior_all = 12.0;
 static constexpr double prior_bin = 16.0;
 
 // memories are long, not endless: texts change
@@ -245,6 +245,7 @@ void scheduler::observe(int32_t                      tree,
 
 void scheduler::begin_text() {
     rung = 0;
+    keep.begin_text();
     trees.begin_text();
 }
 

@@ -208,7 +208,7 @@ static void test_bias() {
         return count;
     };
     CHECK_EQ(drafts(20, true), 20);
-    drafts(400, false);
+    drafts(1500, false);
     CHECK_EQ(drafts(20, false), 0);
 }
 

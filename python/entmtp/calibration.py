@@ -27,7 +27,7 @@ WIDTH = 4  # expanded paths per level
 N_GUESS = 8  # guesses per expanded path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """The tables of `struct entmtp_calibration`.
 

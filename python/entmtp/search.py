@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -267,7 +268,16 @@ def bin_bank(
     wanted = [t.paths for t in more] + [best[b].paths for b in order]
     kept = list(dict.fromkeys(paths for paths in wanted if paths))[: max_trees - 1]
     trees = named(Tree("", paths) for paths in kept)
-    acceptance = tuple(
-        tuple(tuple(round(p.get(path, 0.0), 4) for path in tree.paths) for tree in trees) for p in tables
-    )
-    return Bank("", trees, ema_window=window, bin_edges=edges, acceptance=acceptance, criterion=criterion, costs=costs)
+    return replace(calibrated(traces, costs, trees, window, n_bins), criterion=criterion)
+
+
+def calibrated(traces: Traces, costs: Costs, trees: tuple[Tree, ...], window: float, n_bins: int) -> Bank:
+    """A bank of given trees with their acceptance in equally filled entropy bins."""
+    running = traces.running(window)
+    edges = entropy_edges(running, n_bins)
+    bins = np.searchsorted(edges, running, side="right")
+    acceptance = []
+    for b in range(len(edges) + 1):
+        p = node_probabilities(traces.ranks[bins == b])
+        acceptance.append(tuple(tuple(round(p.get(path, 0.0), 4) for path in tree.paths) for tree in trees))
+    return Bank("", trees, ema_window=window, bin_edges=edges, acceptance=tuple(acceptance), costs=costs)

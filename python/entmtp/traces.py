@@ -302,6 +302,7 @@ def record(
     seed: int = 0,
     partial: str | Path | None = None,
     advance: Callable[[int], None] | None = None,
+    save_every: int = 16,
     **sampling: Any,
 ) -> Traces:
     """Trace rollouts of prompts at several temperatures.
@@ -312,6 +313,7 @@ def record(
         seed: of the first prompt; the others count on from there.
         partial: a file that keeps finished rollouts, so that an interrupted recording goes on where it stopped.
         advance: called with the number of finished rollouts.
+        save_every: rollouts after which `partial` is written.
     """
     facts = [list(prompts), list(temps), n_tokens, seed, sampling, heads_identity(llm)]
     about = {
@@ -335,7 +337,7 @@ def record(
         if k >= len(done):
             llm.set_seed(seed + i)
             done.append(rollout(llm, texts[i], n_tokens, task, i, temp=temp, **sampling))
-            if partial is not None and (k % 16 == 15 or k + 1 == len(jobs)):
+            if partial is not None and ((k + 1) % save_every == 0 or k + 1 == len(jobs)):
                 replace(join(done), about=about | {"complete": k + 1 == len(jobs)}).save(partial)
         if advance:
             advance(k + 1)

@@ -100,6 +100,15 @@ def fit(traces: Traces, costs: Costs, progress: Report | None = None) -> Bank:
     return replace(bank, published=ladders(traces, bank))
 
 
+def fit_sizes(traces: Traces, costs: Costs, sizes: Sequence[int], window: float = 8.0, n_bins: int = 4) -> Bank:
+    """A bank for other machines too: trees of given sizes, whatever they cost here; calibrated in the same way."""
+    overall = search.node_probabilities(traces.ranks)
+    trees = (PLAIN, *(Tree(f"n{n}", search.grow(overall, n)) for n in sizes if n > 1))
+    bank = search.calibrated(traces, costs, trees, window, n_bins)
+    bank = replace(bank, calibration=calibration.fit(traces, window))
+    return replace(bank, published=ladders(traces, bank))
+
+
 def judge(traces: Traces, bank: Bank, single: Tree) -> dict[str, Any]:
     """Every policy on held-out traces, as speed relative to plain decoding; tokens/s counts the whole step."""
     costs = bank.need_costs()
@@ -158,6 +167,7 @@ def tune(
     n_rounds: int = 12,
     progress: Report | None = None,
     sampling: dict[str, Any] | None = None,
+    sizes: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> Bank:
     """A bank tuned for a base model, its heads, a task and this machine. See the module's text for how.
@@ -171,6 +181,7 @@ def tune(
         contexts: depths at which passes are timed.
         n_rounds: how often each is timed.
         sampling: other sampling settings of the rollouts, as for `Llama.generate`.
+        sizes: trees of these sizes instead of those that pay on this machine.
         kwargs: settings of `Llama`.
 
     Raises:
@@ -212,7 +223,7 @@ def tune(
     fitted, held_out = recorded.split()
     if not len(fitted.n_tokens) or not len(held_out.n_tokens):
         raise ValueError("the traces hold too few prompts: at least two of a task are needed")
-    bank = fit(fitted, costs, progress)
+    bank = fit_sizes(fitted, costs, sizes) if sizes else fit(fitted, costs, progress)
     single = search.best_single(fitted, costs)
     results = {"all": judge(held_out, bank, single)}
     tasks = sorted(set(held_out.task))
@@ -316,6 +327,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--traces", help="file that keeps the rank traces: for another machine's costs, or to resume")
     parser.add_argument("--contexts", type=int, nargs="+", default=[64, 512], help="depths to time passes at")
     parser.add_argument("--rounds", type=int, default=12, help="how often each size is timed, times two (default: 12)")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", help="trees of these sizes, for a bank that serves other machines too"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--ctx", type=int, default=2048, help="context length (default: 2048)")
     parser.add_argument("--n-gpu-layers", type=int, default=0, help="layers on the GPU, -1 for all (default: 0)")
@@ -354,7 +368,7 @@ def main(argv: list[str] | None = None) -> int:
                 args.model, args.heads, prompts, name=name, task=args.task, temps=args.temp, n_tokens=args.tokens,
                 n_threads=args.threads, n_ctx=args.ctx, seed=args.seed, traces=args.traces, contexts=args.contexts,
                 n_rounds=args.rounds, progress=report, n_gpu_layers=args.n_gpu_layers, flash_attn=args.flash_attn,
-                sampling={"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p},
+                sizes=args.sizes, sampling={"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p},
             )  # fmt: skip
         costs = bank.need_costs()
         out = Path(args.outfile) if args.outfile else tuned_path(costs.key)

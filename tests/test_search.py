@@ -1,0 +1,175 @@
+"""Trees that pay: against brute force over every tree, and every way through a text."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from entmtp import search
+from entmtp.bank import PLAIN, Tree
+from entmtp.costs import Costs, relative
+from entmtp.traces import MAX_RANK, Traces
+
+
+def make_traces(ranks: np.ndarray, lengths: list[int], entropy: np.ndarray | None = None) -> Traces:
+    """Traces of given ranks; the heads' probabilities fall with the rank."""
+    n, h = ranks.shape
+    signals = np.zeros((n, 3), dtype=np.float32)
+    signals[:, 0] = 1.0 if entropy is None else entropy
+    signals[:, 1], signals[:, 2] = 0.5, -0.7
+    log_p = np.tile(np.log(np.array([0.4, 0.2, 0.1, 0.05, 0.04, 0.03, 0.02, 0.01], dtype=np.float32)), (n, h, 1))
+    return Traces(
+        np.array(lengths, dtype=np.int32), ("t",) * len(lengths), tuple(range(len(lengths))), signals,
+        np.ascontiguousarray(ranks, dtype=np.int32), np.ascontiguousarray(log_p), False,
+    )  # fmt: skip
+
+
+def random_ranks(seed: int, lengths: list[int], n_heads: int, p: float = 0.5) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    ranks = np.minimum(rng.geometric(p, (sum(lengths), n_heads)) - 1, MAX_RANK)
+    at = 0
+    for n in lengths:
+        for i in range(n):
+            ranks[at + i, max(n - 1 - i, 0) :] = -1
+        at += n
+    return ranks.astype(np.int32)
+
+
+def all_trees(paths: list[tuple[int, ...]], max_nodes: int) -> Iterator[tuple[tuple[int, ...], ...]]:
+    for n in range(max_nodes):
+        for chosen in itertools.combinations(paths, n):
+            if all(len(p) == 1 or p[:-1] in chosen for p in chosen):
+                yield chosen
+
+
+@st.composite
+def cost_tables(draw: st.DrawFn) -> Costs:
+    """Costs that are neither flat nor monotone, with drafts that depend on depth and width."""
+    verify = {n: draw(st.floats(0.9, 3.0)) * (0.5 + 0.25 * n) for n in (2, 3, 4, 5, 6)} | {1: 1.0}
+    step = draw(st.floats(0.0, 0.3))
+    wide = draw(st.floats(0.0, 0.3))
+    us = [1e3 * step * d for d in range(4)]
+    level = tuple((1e3 * step, 1e3 * (step + wide / 3), 1e3 * (step + wide)) for _ in range(3))
+    return Costs({0: {n: 1e3 * c for n, c in verify.items()}}, tuple(us), level)
+
+
+@given(cost_tables(), st.integers(0, 1000), st.booleans())
+def test_best_tree_against_brute_force(costs: Costs, seed: int, priced: bool) -> None:
+    probabilities = search.node_probabilities(random_ranks(seed, [120], 3), max_rank=2)
+    price = 0.9e-3 if priced else None
+    found = search.best_tree(probabilities, costs, price, max_nodes=6)
+    value = search.objective(found, probabilities, costs, price)
+    best = max(
+        search.objective(Tree("", t), probabilities, costs, price) for t in all_trees(sorted(probabilities), 6)
+    )
+    assert value >= best - 1e-9 * max(abs(best), 1.0)
+
+
+def test_growth_against_brute_force() -> None:
+    """The most probable tree of n nodes, among all trees over the observed paths."""
+    p = search.node_probabilities(random_ranks(3, [400], 3, 0.6), max_rank=3)
+    for n in (2, 3, 4, 5):
+        best = max(search.expected(t, p) for t in all_trees(sorted(p), n) if len(t) == n - 1)
+        grown = search.grow(p, n)
+        assert len(grown) == n - 1
+        assert search.expected(grown, p) == pytest.approx(best)
+
+
+def test_node_probabilities_are_shares() -> None:
+    ranks = np.array([[0, 0], [0, 1], [1, 0], [0, -1]], dtype=np.int32)
+    assert search.node_probabilities(ranks) == {
+        (0,): 3 / 4, (1,): 1 / 4, (0, 0): 1 / 3, (0, 1): 1 / 3, (1, 0): 1 / 4,
+    }  # fmt: skip
+    # ranks out of reach of any tree are no node
+    assert search.node_probabilities(np.array([[MAX_RANK, 0]], dtype=np.int32)) == {}
+
+
+def walk(ranks: np.ndarray, lengths: list[int], tree: Tree) -> list[int]:
+    """Accepted tokens of each step with one tree: the longest prefix of real ranks that is a path of it."""
+    accepted, at = [], 0
+    for n in lengths:
+        i = 0
+        while i < n - 1:
+            a = 0
+            while a < ranks.shape[1] and i + 1 + a < n - 1 and tuple(ranks[at + i, : a + 1]) in tree.paths:
+                a += 1
+            accepted.append(a)
+            i += 1 + a
+        at += n
+    return accepted
+
+
+@given(st.integers(0, 10_000))
+def test_static_replay_against_a_walk_by_hand(seed: int) -> None:
+    lengths = [40, 1, 17, 2]
+    ranks = random_ranks(seed, lengths, 3, 0.6)
+    tree = Tree.from_paths("t", [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
+    costs = relative({1: 1.0, 8: 2.0}, [0, 0.1, 0.2, 0.3])
+    r = search.static(make_traces(ranks, lengths), tree, costs)
+    assert r.steps["n_accepted"].tolist() == walk(ranks, lengths, tree)
+    assert r.n_tokens == sum(n - 1 for n in lengths)
+    assert r.us == pytest.approx(len(r.steps) * costs.step(tree), rel=1e-3)
+
+
+@given(st.integers(0, 10_000))
+def test_oracle_against_every_way_through_the_text(seed: int) -> None:
+    lengths = [9]
+    ranks = random_ranks(seed, lengths, 2, 0.4)
+    ranks[seed % 7, 0] = MAX_RANK  # not guessed at all
+    costs = relative({1: 1.0, 2: 1.2, 3: 1.9}, [0, 0.1, 0.2])
+    chain = [costs.step(Tree("", ((0,) * 1, (0,) * 2)[:n])) for n in range(3)]
+
+    def best(i: int) -> float:
+        if i >= 8:
+            return 0.0
+        ways = [chain[0] + best(i + 1)]
+        for a in (1, 2):
+            if i + 1 + a > 8 or not 0 <= ranks[i, a - 1] < MAX_RANK:
+                break
+            ways.append(chain[a] + best(i + 1 + a))
+        return min(ways)
+
+    assert 1e6 * search.oracle(make_traces(ranks, lengths), costs) == pytest.approx(best(0))
+
+
+def test_the_best_single_tree_is_the_fastest_one() -> None:
+    lengths = [200] * 4
+    traces = make_traces(random_ranks(5, lengths, 3, 0.7), lengths)
+    costs = relative({1: 1.0, 2: 1.2, 4: 1.5, 8: 3.0, 64: 20.0}, [0, 0.05, 0.1, 0.15])
+    best = search.best_single(traces, costs)
+    us = search.static(traces, best, costs).us
+    probabilities = search.node_probabilities(traces.ranks)
+    for n in range(1, 12):
+        for d in (1, 2, 3):
+            assert us <= search.static(traces, Tree("", search.grow(probabilities, n, d)), costs).us
+    # where a pass costs as much as its tokens, it is none
+    dear = relative({1: 1.0, 64: 64.0}, [0, 0.1, 0.2, 0.3])
+    assert search.best_single(traces, dear).paths == ()
+
+
+@pytest.mark.parametrize("criterion", ["ratio", "price"])
+def test_bins_get_the_trees_they_deserve(criterion: str) -> None:
+    """Two kinds of text that the entropy tells apart: the heads are right in one and wrong in the other."""
+    lengths = [300] * 4
+    ranks = random_ranks(7, lengths, 3, 0.95)
+    wrong = np.repeat([False, True, False, True], 300)
+    ranks[wrong & (ranks[:, 0] >= 0)] = MAX_RANK
+    traces = make_traces(ranks, lengths, entropy=np.where(wrong, 3.0, 0.2))
+    costs = relative({1: 1.0, 4: 1.5, 64: 20.0}, [0, 0.1, 0.2, 0.3])
+    bank = search.bin_bank(traces, costs, window=2.0, n_bins=2, criterion=criterion)
+    from entmtp.replay import replay
+
+    r = replay(traces, bank, "entropy", adapt=False)
+    plain = replay(traces, bank, "off")
+    # half of the text at the speed of a chain of three, half plainly
+    chain = costs.step(Tree.from_paths("c", [[0], [0, 0], [0, 0, 0]])) / 4
+    ideal = 0.5 * costs.step(PLAIN) + 0.5 * chain
+    assert r.us / plain.us == pytest.approx(ideal / costs.step(PLAIN), rel=0.1)
+    easy = r.steps["entropy"] < 1.0
+    assert (r.steps["n_nodes"][easy] > 1).mean() > 0.95
+    assert (r.steps["n_nodes"][r.steps["entropy"] > 2.9] == 1).all()
