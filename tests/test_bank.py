@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from entmtp.bank import Bank, Tree, dumps, from_json, names, to_json
 from entmtp.errors import BankError
-from entmtp.tune import grow, node_probabilities
 
 GOOD: dict[str, Any] = {
-    "version": 1,
+    "version": 2,
     "name": "good",
     "trees": [
         {"name": "plain", "paths": []},
@@ -26,8 +25,15 @@ GOOD: dict[str, Any] = {
     "ema_window": 8,
     "bin_edges": [0.5],
     "acceptance": [[[], [0.6, 0.2, 0.3], [0.6]], [[], [0.4, 0.1, 0.1], [0.4]]],
-    "verify_cost": {"1": 1.0, "2": 1.2, "4": 2.0},
-    "draft_cost": [0.0, 0.1, 0.2],
+    "criterion": "price",
+    "costs": {
+        "verify": {"64": {"1": 100.0, "2": 120.0, "4": 200.0}},
+        "chain": [0.0, 10.0, 20.0],
+        "level": [[10.0, 10.0, 10.0], [10.0, 10.0, 10.0]],
+        "context": 64,
+    },
+    "published": {"entropy": {"edges": [0.5, 1.0], "trees": [1, 2, 0]}},
+    "report": {"front": [[1, 1.0, 100.0]]},
 }
 
 
@@ -66,7 +72,7 @@ def test_round_trip() -> None:
     assert from_json(to_json(bank), "x") == bank
     assert from_json(json.loads(dumps(bank)), "x") == bank
     assert bank.expected().tolist() == [[0.0, pytest.approx(1.1), 0.6], [0.0, pytest.approx(0.6), 0.4]]
-    assert bank.step_costs().tolist() == pytest.approx([1.0, 2.2, 1.3])
+    assert [bank.need_costs().step(t) for t in bank.trees] == pytest.approx([100, 220, 130])
 
 
 def test_pruning_drops_deep_nodes_and_what_becomes_equal() -> None:
@@ -80,7 +86,7 @@ def test_pruning_drops_deep_nodes_and_what_becomes_equal() -> None:
 
 
 BROKEN = {
-    "version": (lambda d: d.update(version=2), "version"),
+    "version": (lambda d: d.update(version=1), "version"),
     "no version": (lambda d: d.pop("version"), "version"),
     "unknown field": (lambda d: d.update(colour="red"), "colour"),
     "no trees": (lambda d: d.update(trees=[]), "trees"),
@@ -106,9 +112,15 @@ BROKEN = {
     "a node is missing": (lambda d: d["acceptance"][0][1].pop(), "acceptance\\[0\\]\\[1\\]"),
     "probability above 1": (lambda d: d["acceptance"][0].__setitem__(2, [1.5]), "between 0 and 1"),
     "window": (lambda d: d.update(ema_window=0), "ema_window"),
-    "cost key": (lambda d: d.update(verify_cost={"two": 1.0}), "verify_cost"),
-    "cost zero": (lambda d: d.update(verify_cost={"1": 0}), "verify_cost"),
-    "draft cost": (lambda d: d.update(draft_cost=[-1]), "draft_cost"),
+    "costs": (lambda d: d.update(costs=[1]), "costs"),
+    "cost zero": (lambda d: d["costs"]["verify"]["64"].update({"1": 0}), "verify.64.1"),
+    "criterion": (lambda d: d.update(criterion="luck"), "criterion"),
+    "calibration": (lambda d: d.update(calibration={"accept": 1}), "calibration"),
+    "report": (lambda d: d.update(report=[]), "report"),
+    "score": (lambda d: d.update(published={"luck": {}}), "published"),
+    "ladder": (lambda d: d["published"]["entropy"].pop("edges"), "published.entropy"),
+    "ladder edges": (lambda d: d["published"]["entropy"].update(edges=[1.0, 0.5]), "published.entropy.edges"),
+    "ladder trees": (lambda d: d["published"]["entropy"].update(trees=[0, 1, 3]), "published.entropy.trees"),
     "name": (lambda d: d.update(name=3), "name"),
 }
 
@@ -147,6 +159,8 @@ def test_banks_that_come_along() -> None:
         bank = Bank.load(name)
         assert bank.source, name
         if name.startswith("generic-"):
+            assert bank.need_costs().key is None and bank.calibration is not None
+            assert set(bank.published) == {"entropy", "top1", "path"}
             assert bank.expected().shape == (len(bank.bin_edges) + 1, len(bank.trees))
             assert [t.n_nodes for t in bank.trees] == [1, 2, 4, 8, 16, 32]
         else:
@@ -155,38 +169,22 @@ def test_banks_that_come_along() -> None:
                 bank.expected()
 
 
-def test_growth_against_brute_force() -> None:
-    """The most probable tree of n nodes, among all trees over the observed paths."""
-    import itertools
-
-    import numpy as np
-
-    rng = np.random.default_rng(3)
-    ranks = np.minimum(rng.geometric(0.6, (400, 3)) - 1, 3).astype(np.int32)
-    p = node_probabilities(ranks, max_rank=3)
-    for n in (2, 3, 4, 5):
-        best = 0.0
-        for paths in itertools.combinations(p, n - 1):
-            if all(len(q) == 1 or q[:-1] in paths for q in paths):
-                best = max(best, sum(p[q] for q in paths))
-        grown = grow(p, n)
-        assert len(grown) == n - 1
-        assert sum(p[q] for q in grown) == pytest.approx(best)
-
-
-def test_node_probabilities_are_shares() -> None:
-    import numpy as np
-
-    ranks = np.array([[0, 0], [0, 1], [1, 0], [0, -1]], dtype=np.int32)
-    assert node_probabilities(ranks) == {
-        (0,): 3 / 4, (1,): 1 / 4, (0, 0): 1 / 3, (0, 1): 1 / 3, (1, 0): 1 / 3,
-    }  # fmt: skip
-
-
 def test_schema_file_lists_the_fields_that_the_reader_knows() -> None:
     from importlib.resources import files
 
     schema = json.loads((files("entmtp") / "trees" / "bank.schema.json").read_text())
-    assert set(schema["properties"]) == set(
-        to_json(from_json(GOOD | {"task": "t", "heads": "h", "device": "d"}, "x"))
-    )
+    generic = to_json(Bank.load("generic-hydra"))
+    assert set(schema["properties"]) == set(generic) | {"task"}
+    for part in ("costs", "calibration"):
+        assert set(schema["properties"][part]["properties"]) == set(generic[part]) | {"key"} - {
+            "key" if part == "calibration" else ""
+        }
+
+
+def test_pruned_ladders_still_point_to_their_trees() -> None:
+    data = copy.deepcopy(GOOD)
+    data["trees"][2]["paths"] = [[0], [1]]
+    data["acceptance"][0][2] = [0.6, 0.2]
+    data["acceptance"][1][2] = [0.4, 0.1]
+    bank = from_json(data, "x").pruned(1)
+    assert bank.published["entropy"].trees == (1, 1, 0)

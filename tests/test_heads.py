@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from gguf import GGUFReader
 from heads_reference import hydra_logits, medusa_logits, prefix_forward
 
 from entmtp import Bank, EntmtpError, Llama
+from entmtp.calibration import N_ACCEPT, N_AHEAD, N_BEST, Calibration
+from entmtp.costs import relative
 from entmtp.bank import PLAIN, Tree
 from entmtp.convert import convert
 from entmtp.convert.checkpoint import open_checkpoint
@@ -212,8 +215,16 @@ def make_bank() -> Bank:
             tuple(tuple(1.0 if t is liked else 0.1 for _ in t.paths) for t in trees)
             for liked in (CHAIN, BUSHY, WIDE, CHAIN)
         ),
-        verify_cost={1: 1.0, 64: 1.1},
+        costs=relative({1: 1.0, 64: 1.1}, [0.0, 0.01, 0.01, 0.01, 0.01]),
     )
+
+
+def eager(n_heads: int) -> Calibration:
+    """A calibration that expects more of the heads than they say themselves."""
+    accept = np.zeros((n_heads, N_ACCEPT))
+    accept[:, :3] = [6.0, 1.0, -1.0]  # logit p, and more
+    scenarios = np.full((n_heads, 1, 1, n_heads, N_BEST), 0.9)
+    return Calibration(accept, np.zeros((n_heads, N_AHEAD)), np.zeros((n_heads, 0)), scenarios, 0.5, 39.0)
 
 
 def greedy(llm: Llama, prompt: list[int], n: int) -> list[int]:
@@ -237,9 +248,17 @@ def test_greedy_tokens_are_those_of_plain_decoding(
     bank, n = make_bank(), 150
     expected = [greedy(base, prompt, n) for prompt in PROMPTS]
     path = convert_f32(*random_checkpoint(kind))
-    with closing(Llama(base_path, draft="entmtp", heads=path, trees=bank, **F32)) as llm:
+    # not adapting: it would find out what trees really cost on so small a model
+    with closing(Llama(base_path, draft="entmtp", heads=path, trees=bank, adapt=False, **F32)) as llm:
         assert [greedy(llm, prompt, n) for prompt in PROMPTS] == expected
         assert len(set(llm.draft_stats.steps["tree"])) > 1
+
+        # trees grown from the heads' probabilities, as many different ones as there are steps
+        n_heads = llm._heads.n_heads  # type: ignore[union-attr]
+        llm.set_trees(replace(bank, calibration=eager(n_heads)), policy="confidence")
+        llm.reset_draft_stats()
+        assert [greedy(llm, prompt, n) for prompt in PROMPTS] == expected
+        assert llm.draft_stats.trees_used["grown"] > 50 and llm.draft_stats.n_drafted > 100
 
         for i, tree in enumerate(bank.trees):
             llm.set_trees(Bank(name=tree.name, trees=(PLAIN, tree) if i else (PLAIN, CHAIN)), policy="static")

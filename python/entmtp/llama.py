@@ -151,13 +151,16 @@ class Llama(llama_cpp.Llama):
             raise ValueError(f'trees names the tree {tree}, which only policy="static" uses')
         self._decoder.set_bank(bank, policy, static_tree, **self._settings)
 
-    def set_trees(self, trees: str | Path | Bank, policy: str = "entropy") -> None:
+    def set_trees(self, trees: str | Path | Bank, policy: str = "entropy", score: str = "entropy") -> None:
         """Draft from other trees from now on; arguments as in the constructor."""
         if self._heads is None:
             raise ValueError('trees need draft heads: create the model with draft="entmtp" and heads')
         if policy not in POLICIES:
             raise ValueError(f"policy is {policy!r}, must be one of {', '.join(POLICIES)}")
+        if score not in SCORES:
+            raise ValueError(f"score is {score!r}, must be one of {', '.join(SCORES)}")
         bank, tree = _load_bank(trees)
+        self._settings["score"] = score
         self._set_bank(bank, tree, policy)
 
     @property

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .bank import PLAIN, Bank, names
 from .llama import Llama
+from .policy import PUBLISHED, SCORES
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,15 @@ class Method:
         label: how it is called in tables.
         bank: name of the bank, None for the generic one of the heads' kind.
         tree: one tree of the bank, for the static policy.
-        policy: `off`, `static` or `entropy`.
+        policy: as in `entmtp.Llama`.
+        score: what a published policy follows.
     """
 
     label: str
     bank: str | None
     policy: str
     tree: str | None = None
+    score: str = "entropy"
 
     def apply(self, llm: Llama) -> None:
         """Decode with this method from now on."""
@@ -33,11 +36,17 @@ class Method:
         bank = Bank.load(self.bank or f"generic-{llm._heads.arch}").pruned(llm._heads.n_heads)
         if self.tree:
             bank = Bank(bank.name, (PLAIN, bank.trees[bank.index(self.tree)]))
-        llm.set_trees(bank, policy=self.policy)
+        llm.set_trees(bank, policy=self.policy, score=self.score)
 
 
 PLAIN_LOOP = Method("plain", None, "off")
 ENTMTP = Method("EntMTP", None, "entropy")
+CONFIDENCE = Method("EntMTP, confidence", None, "confidence")
+
+
+def comparison() -> list[Method]:
+    """The published policies with every score they know."""
+    return [Method(f"{policy}, {score}", None, policy, score=score) for policy in PUBLISHED for score in SCORES]
 
 
 def published() -> list[Method]:
