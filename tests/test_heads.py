@@ -210,7 +210,7 @@ def make_bank() -> Bank:
         name="test",
         trees=trees,
         ema_window=4.0,
-        bin_edges=(2.0, 2.5, 3.0),
+        bin_edges=(3.3, 3.4, 3.5),
         acceptance=tuple(
             tuple(tuple(1.0 if t is liked else 0.1 for _ in t.paths) for t in trees)
             for liked in (CHAIN, BUSHY, WIDE, CHAIN)

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,46 +22,12 @@ from rich.progress import Progress
 from .atomic import atomic_path
 from .errors import EntmtpError
 from .llama import Llama
-from .methods import ENTMTP, PLAIN_LOOP, Method, generic, published
+from .machine import cpu_name, peak_memory_mb
+from .methods import CONFIDENCE, ENTMTP, PLAIN_LOOP, Method, comparison, generic, published
+from .study import decode
 from .tune import read_prompts
 
 Runner = Callable[[list[int], int, float], dict[str, Any]]
-
-
-def cpu_name() -> str:
-    """What the operating system calls the processor."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def peak_memory_mb() -> float | None:
-    """Largest resident size of this process, MB; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
-
-
-def decode(llm: llama_cpp.Llama, prompt: list[int], n_tokens: int, temp: float) -> dict[str, Any]:
-    """Generate from a fresh start: tokens, and seconds from the first token to the last."""
-    llm.reset()
-    llm.set_seed(1234)
-    tokens: list[int] = []
-    start = 0.0
-    for token in llm.generate(prompt, temp=temp):
-        if not tokens:
-            start = time.perf_counter()
-        tokens.append(token)
-        if token == llm.token_eos() or len(tokens) == n_tokens:
-            break
-    return {"tokens": tokens, "seconds": time.perf_counter() - start}
 
 
 def runners(args: argparse.Namespace) -> tuple[dict[str, Runner], list[Any]]:
@@ -74,36 +39,39 @@ def runners(args: argparse.Namespace) -> tuple[dict[str, Runner], list[Any]]:
     stock = llama_cpp.Llama(args.model, **settings)
     plain = Llama(args.model, stats=False, **settings)
     draft = Llama(args.model, draft="entmtp", heads=args.heads, **settings)
-    adaptive = Llama(
-        args.model, draft="entmtp", heads=args.heads, **settings
-    )  # learns costs from answer to answer
+    # these learn from answer to answer
+    adaptive = {
+        m.label: Llama(args.model, draft="entmtp", heads=args.heads, policy=m.policy, **settings)
+        for m in (ENTMTP, CONFIDENCE)
+    }
     assert draft._heads is not None
 
-    methods: list[Method] = [*published()[: args.published], *generic(draft._heads.arch), ENTMTP]
+    arch = draft._heads.arch
+    methods: list[Method] = [*published()[: args.published], *generic(arch), ENTMTP, CONFIDENCE]
     if args.methods:
-        known = {m.label: m for m in [*published(), *generic(draft._heads.arch), ENTMTP]}
+        known = {m.label: m for m in [*published(), *generic(arch), ENTMTP, CONFIDENCE, *comparison()]}
         if missing := [m for m in args.methods if m not in known]:
             raise ValueError(f"there is no method {missing[0]}; there are {', '.join(known)}")
         methods = [known[m] for m in args.methods]
 
     def with_method(method: Method) -> Runner:
         def run(prompt: list[int], n_tokens: int, temp: float) -> dict[str, Any]:
-            llm = adaptive if method is ENTMTP else draft
+            llm = adaptive.get(method.label, draft)
             if llm is draft:
                 method.apply(llm)
-            decode(llm, prompt, 8, temp)  # graphs of the new trees
+            decode(llm, prompt, 8, temp, 1234)  # graphs of the new trees
             llm.reset_draft_stats()
-            result = decode(llm, prompt, n_tokens, temp)
+            result = decode(llm, prompt, n_tokens, temp, 1234)
             return result | {"stats": llm.draft_stats}
 
         return run
 
     table: dict[str, Runner] = {
-        "llama-cpp-python": lambda *a: decode(stock, *a),
-        PLAIN_LOOP.label: lambda *a: decode(plain, *a),
+        "llama-cpp-python": lambda *a: decode(stock, *a, 1234),
+        PLAIN_LOOP.label: lambda *a: decode(plain, *a, 1234),
     }
     table |= {m.label: with_method(m) for m in methods}
-    return table, [stock, plain, draft, adaptive]
+    return table, [stock, plain, draft, *adaptive.values()]
 
 
 def bench_task(
@@ -197,6 +165,55 @@ def curve(args: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(report: dict[str, Any], path: str | None) -> None:
+    """The figures as JSON, if a file was named."""
+    if path:
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+
+
+def study(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every base with every heads file at every temperature; prints a table each."""
+    from . import study as module
+
+    reports = []
+    tasks = {Path(p).stem: read_prompts(p, args.limit) for p in args.prompts}
+    for model in [args.model, *args.more_models]:
+        for heads in [args.heads, *args.more_heads]:
+            for temp in args.temp:
+                with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
+                    jobs: dict[str, Any] = {}
+
+                    def advance(stage: str, done: int, total: int) -> None:
+                        jobs.setdefault(stage, progress.add_task(stage, total=total))
+                        progress.update(jobs[stage], completed=done)
+
+                    file = None
+                    if args.traces:
+                        Path(args.traces).mkdir(parents=True, exist_ok=True)
+                        file = Path(args.traces) / f"{Path(model).stem}-{Path(heads).stem}-{temp:g}.npz"
+                    result = module.run(
+                        model, heads, tasks, temp, n_tokens=args.tokens, traces=file, n_rounds=args.rounds,
+                        advance=advance, n_ctx=args.ctx, n_threads=args.threads, n_gpu_layers=args.n_gpu_layers,
+                        flash_attn=args.flash_attn,
+                    )  # fmt: skip
+                title = f"{Path(model).stem}, {Path(heads).stem}, temperature {temp:g}"
+                print(module.markdown(title, result["tasks"]), flush=True)
+                bank = result["bank"]
+                tree = bank.report["single"]
+                print(f"best single tree: {tree or 'plain decoding'}; spread of the timings {bank.need_costs().spread:.0%}\n")
+                reports.append({"model": Path(model).stem, "heads": Path(heads).stem, "temp": temp, "tasks": result["tasks"],
+                                "single": tree, "costs": bank.need_costs().to_json()})  # fmt: skip
+                if args.banks:
+                    from .bank import dumps
+
+                    Path(args.banks).mkdir(parents=True, exist_ok=True)
+                    name = f"{Path(model).stem}-{Path(heads).stem}-{temp:g}"
+                    with atomic_path(Path(args.banks) / f"{name}.json") as temporary:
+                        temporary.write_text(dumps(bank), "utf-8")
+    return reports
+
+
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m entmtp.bench",
@@ -228,6 +245,16 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--contexts", type=int, nargs="+", default=[64], help="context depths of --verify-curve (default: 64)"
     )
+    parser.add_argument(
+        "--study", action="store_true",
+        help="tune on half of the prompts, then measure plain decoding, the published tree, the best single tree and EntMTP "
+        "on the other half, beside what replay predicts",
+    )  # fmt: skip
+    parser.add_argument("--more-models", nargs="*", default=[], help="further bases for --study")
+    parser.add_argument("--more-heads", nargs="*", default=[], help="further heads for --study")
+    parser.add_argument("--rounds", type=int, default=1, help="how often --study gives every answer (default: 1)")
+    parser.add_argument("--traces", help="folder that keeps the rank traces of --study")
+    parser.add_argument("--banks", help="folder for the tuned banks of --study")
     parser.add_argument("-o", "--outfile", help="write the figures as JSON, too")
     return parser
 
@@ -242,6 +269,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.verify_curve:
             print(curve(args))
+            return 0
+        if args.study:
+            write({"machine": cpu_name(), "threads": args.threads, "studies": study(args)}, args.outfile)
             return 0
         tasks = {Path(p).stem: read_prompts(p, args.limit) for p in args.prompts}
         table, models = runners(args)
@@ -264,9 +294,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"peak memory of the process, with {len(models)} instances of the model: {peak:.0f} MB")
         for model in models:
             model.close()
-        if args.outfile:
-            with atomic_path(args.outfile) as temporary:
-                temporary.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        write(report, args.outfile)
     except (EntmtpError, ValueError, OSError) as e:
         print(f"entmtp.bench: {e}", file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ of a pass is neither flat nor monotone in n, so every n is tried.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -93,10 +94,14 @@ class _Shape:
 
 
 def exchange(
-    tree: Tree, probabilities: dict[Path, float], costs: Costs, price: float | None, n_pool: int = 16
+    tree: Tree, probabilities: dict[Path, float], costs: Costs, price: float | None, n_pool: int = 8, n_moves: int = 24
 ) -> Tree:
-    """Better the tree by moves that the greedy growth cannot see: drop a leaf, add a path, or both, while it pays."""
-    pool = sorted(probabilities, key=lambda p: (-probabilities[p], len(p), p))[: tree.n_nodes + n_pool]
+    """Better the tree by moves that the greedy growth cannot see: drop a leaf, add a path, or both, while it pays.
+
+    Looked at are the least probable leaves, those that are the only guess below their parent (without them it need not be
+    expanded), and the most probable paths that could be added, `n_pool` of each; at most `n_moves` moves are made.
+    """
+    ranked = sorted(probabilities, key=lambda p: (-probabilities[p], len(p), p))[: 4 * (tree.n_nodes + n_pool)]
     shape = _Shape(tree.paths, probabilities)
     curve = costs.curve()
     draft = functools.lru_cache(maxsize=None)(costs.draft_of_widths)
@@ -106,7 +111,7 @@ def exchange(
         return shape.tokens / us if price is None else shape.tokens - price * us
 
     best = value()
-    while True:
+    for _ in range(n_moves):
         top: tuple[float, tuple[tuple[Path, int], ...]] = (best * (1 + 1e-9) + 1e-12, ())
 
         def consider(*move: tuple[Path, int]) -> None:
@@ -118,21 +123,22 @@ def exchange(
             for path, sign in reversed(move):
                 shape.change(path, -sign)
 
-        leaves = shape.leaves()
+        leaves = sorted(shape.leaves(), key=lambda p: (probabilities.get(p, 0.0), p))
+        leaves = leaves[:n_pool] + [p for p in leaves[n_pool:] if shape.children[p[:-1]] == 1][:n_pool]
         for leaf in leaves:
             consider((leaf, -1))
-        for new in pool:
-            if new in shape.paths or (len(new) > 1 and new[:-1] not in shape.paths):
-                continue
+        addable = (p for p in ranked if p not in shape.paths and (len(p) == 1 or p[:-1] in shape.paths))
+        for new in itertools.islice(addable, n_pool):
             consider((new, 1))
             for leaf in leaves:
                 if leaf != new[:-1]:
                     consider((leaf, -1), (new, 1))
         if not top[1]:
-            return _tree(shape.paths)
+            break
         best = top[0]
         for path, sign in top[1]:
             shape.change(path, sign)
+    return _tree(shape.paths)
 
 
 def _tree(paths: Iterable[Path]) -> Tree:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import sys
 import time
@@ -181,6 +180,7 @@ def tune(
         contexts: depths at which passes are timed.
         n_rounds: how often each is timed.
         sampling: other sampling settings of the rollouts, as for `Llama.generate`.
+        n_threads: for passes of any size; None: as `Llama` does.
         sizes: trees of these sizes instead of those that pay on this machine.
         kwargs: settings of `Llama`.
 
@@ -189,12 +189,12 @@ def tune(
     """
     if len(prompts) < 2:
         raise ValueError("at least two prompts are needed: one to fit, one to judge")
-    n_threads = n_threads or os.cpu_count() or 1
     sampling = sampling or {}
+    if n_threads:
+        kwargs |= {"n_threads": n_threads, "n_threads_batch": n_threads}
     llm = Llama(
-        model, draft="entmtp", heads=heads, policy="off", n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads,
-        **{"verbose": False, **kwargs},
-    )  # fmt: skip
+        model, draft="entmtp", heads=heads, policy="off", n_ctx=n_ctx, **{"verbose": False, **kwargs}
+    )
     try:
         assert llm._heads is not None
         costs = measure(llm, contexts=contexts, n_rounds=n_rounds, progress=progress, seed=seed)
@@ -216,6 +216,7 @@ def tune(
                 **sampling,
             )  # fmt: skip
         arch = llm._heads.arch
+        threads = f"{llm.n_threads} threads ({llm.n_threads_batch} for larger passes)"
     finally:
         llm.close()
 
@@ -245,7 +246,7 @@ def tune(
         f"{', '.join(f'{t:g}' for t in recorded.about.get('temps', temps))}",
         task=task,
         heads=f"{arch}: {Path(heads).name}",
-        device=f"{cpu_name()} ({platform.machine()}), {n_threads} threads; {Path(model).name}",
+        device=f"{cpu_name()} ({platform.machine()}), {threads}; {Path(model).name}",
         report=report,
     )
 
@@ -330,7 +331,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sizes", type=int, nargs="+", help="trees of these sizes, for a bank that serves other machines too"
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: as Llama)")
     parser.add_argument("--ctx", type=int, default=2048, help="context length (default: 2048)")
     parser.add_argument("--n-gpu-layers", type=int, default=0, help="layers on the GPU, -1 for all (default: 0)")
     parser.add_argument("--flash-attn", action="store_true", help="use flash attention")
