@@ -31,6 +31,7 @@ N_VERIFY = 64  # passes are tabulated up to this many tokens
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 QUICK_SIZES = (1, 2, 4, 3, 8, 6, 5, 16, 7, 12, 10, 24, 32, 64)  # most telling first
 WIDTHS = (1, 2, 4)
+PAD = 256  # cache rows that attention reads come in multiples of this
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -76,9 +77,12 @@ class Costs:
             rows.append(row)
         if len(rows) == 1:
             return np.asarray(rows[0])
-        # on a line through the two depths around, beyond the last one too: attention costs in proportion
-        i = int(np.clip(np.searchsorted(depths, at) - 1, 0, len(depths) - 2))
-        t = max((at - depths[i]) / (depths[i + 1] - depths[i]), 0.0)
+        # on a line through the two depths around, beyond the last one too: attention costs in proportion to the cache rows
+        # it reads, which llama.cpp rounds up to a multiple of PAD
+        read = [PAD * -(-(d + 4) // PAD) for d in depths]
+        x = at + PAD / 2  # what is read at about this depth, on average
+        i = int(np.clip(np.searchsorted(read, x) - 1, 0, len(depths) - 2))
+        t = max((x - read[i]) / max(read[i + 1] - read[i], 1), 0.0)
         return np.maximum(rows[i] + t * (rows[i + 1] - rows[i]), 1e-3)
 
     def draft(self, tree: Tree) -> float:
