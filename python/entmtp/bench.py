@@ -214,6 +214,28 @@ def study(args: argparse.Namespace) -> list[dict[str, Any]]:
     return reports
 
 
+def what_if(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Recorded traces under the costs of other machines; prints a table each."""
+    from . import whatif
+
+    reports = []
+    for curve in args.what_if:
+        with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
+            job = progress.add_task("costs of passes")
+
+            def advance(_stage: str, done: int, total: int) -> None:
+                progress.update(job, completed=done, total=total)
+
+            rows, costs = whatif.run(args.traces, curve, args.threads, advance)
+        print(f"#### costs: {curve}\n\n{whatif.markdown(rows)}", flush=True)
+        for arch, c in costs.items():
+            relative = " ".join(f"{n}:{us / row[1]:.2f}" for row in c.verify.values() for n, us in sorted(row.items()))
+            drafts = " ".join(f"{us / c.curve()[0]:.3f}" for us in c.chain[1:])
+            print(f"{arch}: pass of one token {c.curve()[0] / 1e3:.1f} ms; by tokens {relative}; drafts by depth {drafts}\n")
+        reports.append({"curve": curve, "rows": rows, "costs": {a: c.to_json() for a, c in costs.items()}})
+    return reports
+
+
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m entmtp.bench",
@@ -221,7 +243,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         epilog="example: python -m entmtp.bench --model model.gguf --heads heads.gguf --prompts code.jsonl chat.jsonl "
         "--temp 0 0.8 -o bench.json",
     )
-    parser.add_argument("--model", required=True, help="base model (GGUF)")
+    parser.add_argument("--model", help="base model (GGUF)")
     parser.add_argument("--heads", help="its heads")
     parser.add_argument("--prompts", nargs="+", default=[], help="JSONL files, one task each")
     parser.add_argument("--limit", type=int, default=10, help="prompts per task (default: 10)")
@@ -250,6 +272,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="tune on half of the prompts, then measure plain decoding, the published tree, the best single tree and EntMTP "
         "on the other half, beside what replay predicts",
     )  # fmt: skip
+    parser.add_argument(
+        "--what-if", nargs="+", metavar="CURVE",
+        help="replay the traces of --study (--traces) under other costs: 1b or 7b (a random-weight model of that shape, "
+        "timed here), cpu-q8_0, roofline, flat",
+    )  # fmt: skip
     parser.add_argument("--more-models", nargs="*", default=[], help="further bases for --study")
     parser.add_argument("--more-heads", nargs="*", default=[], help="further heads for --study")
     parser.add_argument("--rounds", type=int, default=1, help="how often --study gives every answer (default: 1)")
@@ -262,11 +289,18 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = setup_arg_parser()
     args = parser.parse_args(argv)
-    if not args.verify_curve and not (args.heads and args.prompts):
-        parser.error("--heads and --prompts are needed, or --verify-curve")
-    print(f"{cpu_name()}, {args.threads} threads, {platform.system()}; {Path(args.model).name}; entmtp, llama.cpp "
+    if args.what_if:
+        if not args.traces:
+            parser.error("--what-if needs --traces, a folder of trace files from --study")
+    elif not args.model or not (args.verify_curve or (args.heads and args.prompts)):
+        parser.error("--model is needed, and --heads and --prompts or --verify-curve")
+    model = Path(args.model).name if args.model else "replay"
+    print(f"{cpu_name()}, {args.threads} threads, {platform.system()}; {model}; entmtp, llama.cpp "
           f"{llama_cpp.__version__}\n")  # fmt: skip
     try:
+        if args.what_if:
+            write({"machine": cpu_name(), "threads": args.threads, "what_if": what_if(args)}, args.outfile)
+            return 0
         if args.verify_curve:
             print(curve(args))
             return 0

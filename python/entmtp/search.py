@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -249,7 +249,8 @@ def bin_bank(
     more: Iterable[Tree] = (),
     max_trees: int = 8,
 ) -> Bank:
-    """A bank for the entropy policy: the best tree of every entropy bin, and `more` that are to be there anyway.
+    """A bank for the entropy policy: the best tree of every entropy bin, and `more` that are to be there anyway. Free places
+    go to the best trees of small sizes: what pays when the machine or the text turns out better than it was when tuned.
 
     With criterion `price` the price is the bank's own throughput: found by iteration (Dinkelbach 1967).
     """
@@ -271,10 +272,17 @@ def bin_bank(
         price = new
     # the fuller bins first, if there are more trees than a bank should hold
     order = np.argsort(-share)
-    wanted = [t.paths for t in more] + [best[b].paths for b in order]
+    wanted = [t.paths for t in more] + [best[b].paths for b in order] + spares(traces, costs)
     kept = list(dict.fromkeys(paths for paths in wanted if paths))[: max_trees - 1]
     trees = named(Tree("", paths) for paths in kept)
     return replace(calibrated(traces, costs, trees, window, n_bins), criterion=criterion)
+
+
+def spares(traces: Traces, costs: Costs, sizes: Sequence[int] = (2, 4, 3, 8, 6, 16, 12)) -> list[Paths]:
+    """The tree of most tokens per time of each size, the most useful sizes first."""
+    p = node_probabilities(traces.ranks)
+    shapes = ([grow(p, n, d) for d in range(1, len(costs.chain))] for n in sizes)
+    return [max(options, key=lambda paths: objective(_tree(paths), p, costs, None)) for options in shapes]
 
 
 def calibrated(traces: Traces, costs: Costs, trees: tuple[Tree, ...], window: float, n_bins: int) -> Bank:

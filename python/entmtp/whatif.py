@@ -1,0 +1,96 @@
+"""What the policies would be worth on another machine: recorded traces, replayed under other costs.
+
+Acceptance comes from real text and real heads; costs are measured on a model of useful size with random weights, or are a
+curve from elsewhere.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import search
+from .costs import Costs, measure, relative
+from .llama import Llama
+from .shapes import SHAPES, write_heads, write_model
+from .traces import Traces
+from .tune import fit, judge
+
+# Costs relative to a pass of one token, where a model of the shape cannot be run here. A draft of one level is a twentieth of
+# a pass where passes are bound by memory (four heads of Vicuna-7B are 9 % of the model, and a step runs two or three), a
+# fortieth on a GPU.
+CURVES = {
+    # 2 cores, ggml's kernels, a 1B-shape model in Q8_0 (docs/benchmarks.md)
+    "cpu-q8_0": ({1: 1, 2: 1.26, 3: 1.51, 4: 1.77, 5: 2.41, 6: 2.63, 8: 2.28, 12: 2.97, 16: 3.8, 32: 7.0, 64: 14.0}, 0.05),
+    # the same if a pass cost what reading the weights once costs
+    "roofline": ({1: 1, 4: 1.05, 8: 1.86, 16: 3.7, 64: 14.8}, 0.05),
+    # a GPU: a pass of 64 tokens costs hardly more than one
+    "flat": ({1: 1, 64: 1.3}, 0.025),
+}
+ROWS = ("best single tree", "published 63-node tree", "entropy", "confidence", "oracle")
+
+
+def shape_costs(name: str, arch: str, n_threads: int, report: Callable[[str, int, int], None] | None = None) -> Costs:
+    """Measured costs of a random-weight model of a shape, with heads of `arch`."""
+    with tempfile.TemporaryDirectory(prefix="entmtp-shape-") as folder:
+        model = write_model(Path(folder) / "model.gguf", SHAPES[name])
+        heads = write_heads(Path(folder) / "heads.gguf", model, SHAPES[name], arch)
+        llm = Llama(
+            model, draft="entmtp", heads=heads, policy="off", n_ctx=512, n_threads=n_threads, n_threads_batch=n_threads,
+            verbose=False,
+        )  # fmt: skip
+        try:
+            sizes = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
+            return replace(measure(llm, sizes, contexts=(64,), n_rounds=3, progress=report), key=None)
+        finally:
+            llm.close()
+
+
+def run(
+    folder: str | Path, curve: str, n_threads: int, report: Callable[[str, int, int], None] | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Costs]]:
+    """Replay every trace file of a folder under one curve: a row of speeds against plain decoding each.
+
+    Args:
+        curve: a key of CURVES, or of `entmtp.shapes.SHAPES`, which is measured here.
+    """
+    files = sorted(Path(folder).glob("*.npz"))
+    if not files:
+        raise ValueError(f"{folder} holds no trace files (.npz): python -m entmtp.bench --study --traces {folder} makes them")
+    known: dict[str, Costs] = {}
+    rows = []
+    for file in files:
+        traces = Traces.load(file)
+        arch = str(traces.about.get("heads", ["", "medusa"])[1])
+        if arch not in known:
+            if curve in CURVES:
+                verify, level = CURVES[curve]
+                known[arch] = relative({n: float(c) for n, c in verify.items()}, [level * d for d in range(5)])
+            else:
+                known[arch] = shape_costs(curve, arch, n_threads, report)
+        costs = known[arch]
+        fitted, held_out = traces.split()
+        bank = fit(fitted, costs)
+        single = search.best_single(fitted, costs)
+        judged = judge(held_out, bank, single)
+        rows.append({"traces": file.stem, "single": search.name(single), **{r: judged[r]["speed"] for r in ROWS}})
+    return rows, known
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Speeds against plain decoding; the policies against the best single tree in brackets."""
+    lines = [
+        "| traces | best single tree | published 63-node tree | entropy | confidence | oracle |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    for r in rows:
+        single = r["best single tree"]
+        policies = [f"{r[p]:.3f} ({r[p] / single:.3f})" for p in ("entropy", "confidence")]
+        lines.append(
+            f"| {r['traces']} | {single:.3f} {r['single']} | {r['published 63-node tree']:.3f} | {' | '.join(policies)} | "
+            f"{r['oracle']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
