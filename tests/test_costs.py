@@ -48,7 +48,9 @@ def test_curves_between_sizes_and_depths() -> None:
 def test_drafts_by_depth_and_width() -> None:
     c = from_json(GOOD, "x")
     assert c.draft(PLAIN) == 0.0
-    assert c.draft(Tree.from_paths("t", [[0], [1], [2]])) == 10.0  # one path is expanded, however many guesses it has
+    assert (
+        c.draft(Tree.from_paths("t", [[0], [1], [2]])) == 10.0
+    )  # one path is expanded, however many guesses it has
     assert c.draft(Tree.from_paths("t", [[0], [0, 0]])) == 30.0
     two = Tree.from_paths("t", [[0], [1], [0, 0], [1, 0]])
     assert c.draft(two) == 32.0
@@ -172,7 +174,9 @@ def test_a_tuned_bank_of_this_machine_is_found(models: dict[str, Path], cache: P
     llm.close()
 
 
-def test_an_unwritable_cache_is_no_reason_to_fail(llm: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_is_no_reason_to_fail(
+    llm: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("ENTMTP_CACHE", str(blocked))

@@ -26,11 +26,11 @@ from gguf import GGUFReader
 from heads_reference import hydra_logits, medusa_logits, prefix_forward
 
 from entmtp import Bank, EntmtpError, Llama
-from entmtp.calibration import N_ACCEPT, N_AHEAD, N_BEST, Calibration
-from entmtp.costs import relative
 from entmtp.bank import PLAIN, Tree
+from entmtp.calibration import N_ACCEPT, N_AHEAD, N_BEST, Calibration
 from entmtp.convert import convert
 from entmtp.convert.checkpoint import open_checkpoint
+from entmtp.costs import relative
 from entmtp.decoder import Heads
 
 N_HEADS = 3

@@ -101,7 +101,9 @@ def test_published_trees_are_token_identical(heads: str, method: Method, load: C
 
 @pytest.mark.parametrize("method", comparison(), ids=lambda m: m.label)
 @pytest.mark.parametrize("heads", ["medusa", "hydra"])
-def test_published_policies_are_token_identical(heads: str, method: Method, load: Callable[..., Llama]) -> None:
+def test_published_policies_are_token_identical(
+    heads: str, method: Method, load: Callable[..., Llama]
+) -> None:
     llm, plain = load(heads=heads), load()
     method.apply(llm)
     llm.reset_draft_stats()

@@ -47,7 +47,11 @@ def bank_of(llm: Llama, traces: Traces) -> Bank:
         generic,
         costs=COSTS,
         calibration=cal.fit(traces, generic.ema_window),
-        published={"entropy": ladder, "top1": Ladder((0.3, 0.6), (3, 2, 1)), "path": Ladder((0.9, 0.99), (3, 2, 1))},
+        published={
+            "entropy": ladder,
+            "top1": Ladder((0.3, 0.6), (3, 2, 1)),
+            "path": Ladder((0.9, 0.99), (3, 2, 1)),
+        },
     )
 
 
@@ -116,7 +120,9 @@ def test_ranks_are_those_of_the_heads_logits(traced: tuple[Llama, Traces]) -> No
         p = np.exp(logits - logits.max())
         p /= p.sum()
         i = len(tokens) - 1
-        assert traces.signals[i] == pytest.approx([-(p * np.log(p)).sum(), p.max(), np.log(p[token])], abs=1e-3)
+        assert traces.signals[i] == pytest.approx(
+            [-(p * np.log(p)).sum(), p.max(), np.log(p[token])], abs=1e-3
+        )
         if len(tokens) == 24:
             break
     for i in range(16):
@@ -127,7 +133,9 @@ def test_ranks_are_those_of_the_heads_logits(traced: tuple[Llama, Traces]) -> No
             # and ln p of the greedy path's guesses, where the real tokens follow it
             if i < 8 and h == 0:
                 x = np.sort(logits.astype(np.float64))[::-1]
-                assert traces.level(0)[i, 0] == pytest.approx(x[:8] - np.log(np.exp(x - x[0]).sum()) - x[0], abs=1e-3)
+                assert traces.level(0)[i, 0] == pytest.approx(
+                    x[:8] - np.log(np.exp(x - x[0]).sum()) - x[0], abs=1e-3
+                )
 
 
 def test_a_policy_that_adapts_finds_the_true_costs(traced: tuple[Llama, Traces]) -> None:
@@ -209,7 +217,9 @@ def test_an_interrupted_recording_goes_on(load: Callable[..., Llama], tmp_path: 
         record(llm, many, temps=(0.8,), n_tokens=8, top_k=30, partial=path, advance=stop, save_every=3)
     assert len(Traces.load(path).n_tokens) == 6
     counted: list[int] = []
-    resumed = record(llm, many, temps=(0.8,), n_tokens=8, top_k=30, partial=path, advance=counted.append, save_every=3)
+    resumed = record(
+        llm, many, temps=(0.8,), n_tokens=8, top_k=30, partial=path, advance=counted.append, save_every=3
+    )
     assert np.array_equal(resumed.ranks, expected.ranks) and np.array_equal(resumed.log_p, expected.log_p)
     # other settings start anew
     other = record(llm, many[:2], temps=(0.0,), n_tokens=8, partial=path)

@@ -22,7 +22,9 @@ def make_traces(ranks: np.ndarray, lengths: list[int], entropy: np.ndarray | Non
     signals = np.zeros((n, 3), dtype=np.float32)
     signals[:, 0] = 1.0 if entropy is None else entropy
     signals[:, 1], signals[:, 2] = 0.5, -0.7
-    log_p = np.tile(np.log(np.array([0.4, 0.2, 0.1, 0.05, 0.04, 0.03, 0.02, 0.01], dtype=np.float32)), (n, h, 1))
+    log_p = np.tile(
+        np.log(np.array([0.4, 0.2, 0.1, 0.05, 0.04, 0.03, 0.02, 0.01], dtype=np.float32)), (n, h, 1)
+    )
     return Traces(
         np.array(lengths, dtype=np.int32), ("t",) * len(lengths), tuple(range(len(lengths))), signals,
         np.ascontiguousarray(ranks, dtype=np.int32), np.ascontiguousarray(log_p), False,
@@ -65,7 +67,8 @@ def test_best_tree_against_brute_force(costs: Costs, seed: int, priced: bool) ->
     found = search.best_tree(probabilities, costs, price, max_nodes=6)
     value = search.objective(found, probabilities, costs, price)
     best = max(
-        search.objective(Tree("", t), probabilities, costs, price) for t in all_trees(sorted(probabilities), 6)
+        search.objective(Tree("", t), probabilities, costs, price)
+        for t in all_trees(sorted(probabilities), 6)
     )
     assert value >= best - 1e-9 * max(abs(best), 1.0)
 

@@ -29,8 +29,8 @@ def studied(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("study")
     arguments = [
         "--study", "--model", str(models["q8_0"]), "--heads", str(models["hydra"]), "--prompts", *write_tasks(folder),
-        "--tokens", "32", "--temp", "0.8", "--ctx", "1024", "--threads", str(N_THREADS), "--traces", str(folder / "traces"),
-        "--banks", str(folder / "banks"), "-o", str(folder / "study.json"),
+        "--tokens", "32", "--temp", "0.8", "--ctx", "1024", "--threads", str(N_THREADS),
+        "--traces", str(folder / "traces"), "--banks", str(folder / "banks"), "-o", str(folder / "study.json"),
     ]  # fmt: skip
     assert main(arguments) == 0
     return folder
@@ -43,7 +43,9 @@ def test_a_study_reports_every_method_on_every_task(studied: Path) -> None:
         assert set(rows) == {*study.METHODS, "oracle"}
         assert rows[study.PLAIN_LABEL]["ratio"] == [1.0, 1.0, 1.0]
         assert rows[study.PLAIN_LABEL]["tokens_per_step"] == 1.0
-        assert all(r["answers"] == rows[study.PLAIN_LABEL]["answers"] > 0 for k, r in rows.items() if k != "oracle")
+        assert all(
+            r["answers"] == rows[study.PLAIN_LABEL]["answers"] > 0 for k, r in rows.items() if k != "oracle"
+        )
         assert rows[study.PUBLISHED_TREE]["tokens_per_step"] > 1.0
         assert rows["oracle"]["predicted"] >= rows[study.ENTROPY]["predicted"] - 0.02
     assert len(list((studied / "banks").glob("*.json"))) == 1
@@ -52,7 +54,10 @@ def test_a_study_reports_every_method_on_every_task(studied: Path) -> None:
 def test_what_if_replays_the_same_traces(studied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = studied / "whatif.json"
     folder = str(studied / "traces")
-    assert main(["--what-if", "flat", "tiny", "--traces", folder, "--threads", str(N_THREADS), "-o", str(out)]) == 0
+    assert (
+        main(["--what-if", "flat", "tiny", "--traces", folder, "--threads", str(N_THREADS), "-o", str(out)])
+        == 0
+    )
     flat, tiny = json.loads(out.read_text())["what_if"]
     (row,) = flat["rows"]
     assert row["best single tree"] > 1.0 and row["oracle"] >= row["confidence"]
@@ -65,7 +70,9 @@ def test_what_if_replays_the_same_traces(studied: Path, capsys: pytest.CaptureFi
 def test_useless_heads_are_never_right(models: dict[str, Path], tmp_path: Path) -> None:
     path = study.make_useless(models["hydra"], tmp_path / "useless.gguf")
     settings = {"n_ctx": 256, "n_threads": N_THREADS, "n_threads_batch": N_THREADS, "verbose": False}
-    llm = Llama(models["q8_0"], draft="entmtp", heads=path, trees="generic-hydra:n8", policy="static", **settings)
+    llm = Llama(
+        models["q8_0"], draft="entmtp", heads=path, trees="generic-hydra:n8", policy="static", **settings
+    )
     plain = Llama(models["q8_0"], **settings)
     prompt = llm.tokenize(b"def add(a, b):\n")
     a, b = (study.decode(m, prompt, 48, 0.0, 1)["tokens"] for m in (llm, plain))

@@ -25,13 +25,15 @@ def write_prompts(path: Path, texts: list[str]) -> Path:
 def tuned(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small tuning run through the command line."""
     folder = tmp_path_factory.mktemp("tune")
-    code = write_prompts(folder / "code.jsonl", ["def add(a, b):\n", "class Stack:\n", "import os\n", "for i in range("])
+    code = write_prompts(
+        folder / "code.jsonl", ["def add(a, b):\n", "class Stack:\n", "import os\n", "for i in range("]
+    )
     story = write_prompts(folder / "story.jsonl", ["It was a dark night, and", "The old man said"])
     paths = {"bank": folder / "bank.json", "traces": folder / "traces.npz", "code": code, "story": story}
     arguments = [
         "--model", models["q8_0"], "--heads", models["hydra"], "--prompts", code, story, "-o", paths["bank"],
-        "--traces", paths["traces"], "--tokens", "48", "--rounds", "2", "--contexts", "64", "--ctx", "512", "--task", "t",
-        "--threads", str(N_THREADS),
+        "--traces", paths["traces"], "--tokens", "48", "--rounds", "2", "--contexts", "64", "--ctx", "512",
+        "--task", "t", "--threads", str(N_THREADS),
     ]  # fmt: skip
     assert main([str(a) for a in arguments]) == 0
     return paths | {"arguments": arguments}  # type: ignore[dict-item]
@@ -64,10 +66,14 @@ def test_held_out_figures_are_those_of_a_replay(tuned: dict[str, Path]) -> None:
     bank = Bank.load(tuned["bank"])
     _, held_out = Traces.load(tuned["traces"]).split()
     plain, entropy = replay(held_out, bank, "off"), replay(held_out, bank, "entropy")
-    assert bank.report["held_out"]["all"]["entropy"]["speed"] == pytest.approx(plain.us / entropy.us, rel=1e-3)
+    assert bank.report["held_out"]["all"]["entropy"]["speed"] == pytest.approx(
+        plain.us / entropy.us, rel=1e-3
+    )
 
 
-def test_traces_are_used_again(tuned: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traces_are_used_again(
+    tuned: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the rollouts were made again")
 
@@ -92,7 +98,6 @@ def test_traces_of_other_heads_are_refused(
 
 
 def test_pictures(tuned: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib, which is an extra")
     assert main(["--plot", str(tuned["bank"])]) == 0
     said = capsys.readouterr().out
     for name in ("costs", "fronts", "trees", "text"):
@@ -134,7 +139,10 @@ def test_mistakes_are_told_in_a_sentence(
 
 
 def test_interrupted_runs_leave_no_bank(
-    tuned: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tuned: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

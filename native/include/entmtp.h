@@ -148,7 +148,8 @@ enum entmtp_score {
 // how the entropy policy weighs tokens against time
 enum entmtp_criterion {
     ENTMTP_CRITERION_RATIO = 0, // argmax of tokens / cost: best where a bin lasts
-    ENTMTP_CRITERION_PRICE = 1, // argmax of tokens - cost * (tokens per time so far): best where the next step's bin is fresh
+    ENTMTP_CRITERION_PRICE =
+        1, // argmax of tokens - cost * (tokens per time so far): best where the next step's bin is fresh
 };
 
 // costs of this machine, microseconds
@@ -165,7 +166,7 @@ struct entmtp_costs {
 //           head's best guesses
 //   ahead:  1, running entropy, entropy, ln p of the root, hits, ln p of the greedy path so far, ln p of its last token
 #define ENTMTP_N_ACCEPT 9
-#define ENTMTP_N_AHEAD  7
+#define ENTMTP_N_AHEAD 7
 
 // what the heads' probabilities are worth (confidence), fitted to traces by python -m entmtp.tune
 struct entmtp_calibration {
@@ -174,7 +175,7 @@ struct entmtp_calibration {
     // Hits: how often the best guess of head 0 was right lately, of all signals the most telling one. Running mean over
     // the steps that ran head 0, with this start and window.
     float hits;
-    float hits_window; // steps
+    float hits_window;    // steps
 
     const float * accept; // [n_levels][ENTMTP_N_ACCEPT] logit of: a guess is right, given that its path is
 
@@ -189,17 +190,17 @@ struct entmtp_calibration {
 };
 
 struct entmtp_policy_params {
-    int32_t       policy;
-    int32_t       static_tree;
-    float         ema_window; // tokens
-    int32_t       n_bins;     // bins of the entropy, or of the score; at least 1
-    const float * bin_edges;  // [n_bins - 1], increasing
-    const float * expected;   // [n_bins][n_trees] expected accepted draft tokens per step (entropy)
-    int32_t       criterion;  // (entropy)
-    int32_t       score;      // (published policies)
-    const int32_t * ladder;   // [n_bins] trees (ladder, hysteresis)
+    int32_t         policy;
+    int32_t         static_tree;
+    float           ema_window;              // tokens
+    int32_t         n_bins;                  // bins of the entropy, or of the score; at least 1
+    const float *   bin_edges;               // [n_bins - 1], increasing
+    const float *   expected;                // [n_bins][n_trees] expected accepted draft tokens per step (entropy)
+    int32_t         criterion;               // (entropy)
+    int32_t         score;                   // (published policies)
+    const int32_t * ladder;                  // [n_bins] trees (ladder, hysteresis)
 
-    const struct entmtp_costs *       costs;       // entropy, confidence, best depth
+    const struct entmtp_costs *       costs; // entropy, confidence, best depth
     const struct entmtp_calibration * calibration; // confidence
 
     bool adapt; // costs and acceptance follow what is seen, and drafting stops where it loses against plain decoding

@@ -104,15 +104,9 @@ void grower::add_level(
             const float lp = log_p[c * stride + r];
 
             const float x[ENTMTP_N_ACCEPT] = {
-                1.0f,
-                lp,
-                std::log1p(-std::min(std::exp(lp), 0.9999f)),
-                running,
-                s.entropy,
-                std::log((float) (1 + r)),
-                above_raw,
-                hits,
-                spread,
+                1.0f,      lp,        std::log1p(-std::min(std::exp(lp), 0.9999f)),
+                running,   s.entropy, std::log((float) (1 + r)),
+                above_raw, hits,      spread,
             };
             const float q = sigmoid(dot(w, x, ENTMTP_N_ACCEPT) + bias[l]);
             found.push_back({ l + 1, c, r, q, above_p * q, -1 });
@@ -294,9 +288,9 @@ void grower::observe(const std::vector<int32_t> & path, int32_t hit) {
     }
     // guesses below every node of the walk: how many were right, and how many should have been
     for (const int32_t at : path) {
-        const int32_t l = at == 0 ? 0 : nodes[at - 1].depth;
-        float expected = 0.0f, right = 0.0f;
-        bool  any = false;
+        const int32_t l        = at == 0 ? 0 : nodes[at - 1].depth;
+        float         expected = 0.0f, right = 0.0f;
+        bool          any = false;
         for (size_t i = 0; i < nodes.size(); ++i) {
             if (nodes[i].parent != at) {
                 continue;

@@ -72,16 +72,11 @@ class grower {
         int32_t column;
         int32_t rank;
         float   q;
-        float   p; // of the whole path
+        float   p;    // of the whole path
         int32_t node; // index in the tree, -1: not taken
     };
 
-    void   add_level(int32_t                l,
-                     int32_t                n,
-                     const float *          log_p,
-                     int32_t                stride,
-                     const entmtp_signals & s,
-                     float                  running);
+    void add_level(int32_t l, int32_t n, const float * log_p, int32_t stride, const entmtp_signals & s, float running);
     double worth(std::vector<float> & probs, int32_t * n_best) const;
     double look_ahead(int32_t l, int32_t to, const entmtp_signals & s, float running);
 
@@ -97,9 +92,9 @@ class grower {
 
     float hits_start = 0.5f;
     float hits_rate  = 0.05f;
-    float hits       = 0.5f;      // running share of steps whose best first guess was right
+    float hits       = 0.5f; // running share of steps whose best first guess was right
 
-    std::vector<float> bias;      // [n_levels] learned on the way: added to the logit
+    std::vector<float> bias; // [n_levels] learned on the way: added to the logit
 
     // of the tree that is being grown
     std::vector<candidate> found; // level by level, each expanded path with its n_guess guesses

@@ -54,7 +54,7 @@ class cost_model {
     double              batched_ref = 0.0; // batched, when a pass over one token was last timed
     std::vector<double> own;               // [n_max] of one size, on top of these
 
-    int32_t             n_again     = 0;   // passes over one token that are wanted in a row
+    int32_t              n_again = 0;      // passes over one token that are wanted in a row
     std::vector<int64_t> n_timed;          // [n_max] passes seen
     int64_t              n_seen     = 0;
     int64_t              last_plain = 0;

@@ -92,9 +92,9 @@ class decoder {
     distribution         seen;            // of the last evaluated token's logits
     bool                 is_seen = false; // it was looked at
 
-    int32_t n_past = 0;     // settled tokens in the memory
-    bool    live   = false; // the outputs of the context belong to the last evaluated token
-    int32_t row    = -1;    // its index in the last batch
+    int32_t n_past = 0;                   // settled tokens in the memory
+    bool    live   = false;               // the outputs of the context belong to the last evaluated token
+    int32_t row    = -1;                  // its index in the last batch
 
     // the verified tree, while it is being walked
     int32_t              tree_id = -1; // in the bank; n_trees: the grown one; -1: none
@@ -103,17 +103,17 @@ class decoder {
     std::vector<int32_t> typical;      // path chosen by typical acceptance, empty if none was
 
     // guesses of the heads, level by level, while a tree is grown
-    std::vector<int32_t> guess; // [n_heads][max_width][n_guess]
-    std::vector<float>   log_p; // the same
+    std::vector<int32_t> guess;     // [n_heads][max_width][n_guess]
+    std::vector<float>   log_p;     // the same
 
-    std::vector<float> rows_hidden;    // [n][n_embd] input of the prefix layer
-    std::vector<float> prefix_out;     // [n_embd]    its output for the last evaluated token
+    std::vector<float> rows_hidden; // [n][n_embd] input of the prefix layer
+    std::vector<float> prefix_out;  // [n_embd]    its output for the last evaluated token
 
-    bool   stats   = false;
-    bool   in_step = false; // a step was verified and is being walked
-    bool   in_list = false; // it is the last of steps
-    double t_draft  = 0;    // us
-    double t_verify = 0;    // us
+    bool   stats    = false;
+    bool   in_step  = false; // a step was verified and is being walked
+    bool   in_list  = false; // it is the last of steps
+    double t_draft  = 0;     // us
+    double t_verify = 0;     // us
 
     std::atomic<bool> cancelled{ false };
 };

@@ -65,13 +65,8 @@ class heads {
     //   paths  [n][l + 1]  tokens after the hidden state's, the root first; heads that do not see the path want n = 1
     //   tokens [n][k], log_p [n][k]  results; k is at most n_draft()
     // Graphs are kept per (l, n, k).
-    void expand(int32_t         l,
-                const float *   h,
-                const int32_t * paths,
-                int32_t         n,
-                int32_t         k,
-                int32_t *       tokens,
-                float *         log_p);
+    void
+    expand(int32_t l, const float * h, const int32_t * paths, int32_t n, int32_t k, int32_t * tokens, float * log_p);
 
     bool    sees_path() const { return grounded; }
     int32_t n_vocab_draft() const { return n_draft; }
@@ -102,7 +97,7 @@ class heads {
     ggml_tensor * build_base_tokens(ggml_context * ctx, ggml_tensor * ids) const;
 
     std::unique_ptr<draft_graph> build_level(int32_t l, int32_t n, int32_t k) const;
-    ggml_tensor * build_embd(ggml_context * ctx, ggml_tensor * tokens) const;
+    ggml_tensor *                build_embd(ggml_context * ctx, ggml_tensor * tokens) const;
 
     int32_t n_embd   = 0;
     int32_t n_vocab  = 0;
@@ -120,7 +115,7 @@ class heads {
 
     std::unique_ptr<prefix_layer> prefix_impl;
 
-    std::map<const tree *, std::unique_ptr<draft_graph>>                         graphs;
+    std::map<const tree *, std::unique_ptr<draft_graph>>                          graphs;
     std::map<std::tuple<int32_t, int32_t, int32_t>, std::unique_ptr<draft_graph>> levels; // by (l, n, k)
 };
 

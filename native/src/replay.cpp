@@ -129,8 +129,8 @@ static int64_t replay(const entmtp_trace &         trace,
                 });
             }
 
-            const double t_verify = truth.verify(size);
-            const int32_t hit = i + 1 < end && at.rank()[0] >= 0 ? (at.rank()[0] == 0 ? 1 : 0) : -1;
+            const double  t_verify = truth.verify(size);
+            const int32_t hit      = i + 1 < end && at.rank()[0] >= 0 ? (at.rank()[0] == 0 ? 1 : 0) : -1;
             policy.observe(id, size, path, hit, t_draft, t_verify);
 
             entmtp_step & out = steps[n_steps++];

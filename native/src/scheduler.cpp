@@ -49,7 +49,8 @@ scheduler::scheduler(const entmtp_policy_params & p, int32_t n_trees) :
         require(p.ladder && (policy == ENTMTP_POLICY_LADDER || p.n_bins == 3),
                 "policy: a ladder needs a tree per bin, hysteresis two edges");
         for (size_t i = 0; i < n_rungs; ++i) {
-            require(p.ladder[i] >= 0 && p.ladder[i] < n_trees, "policy: the ladder names a tree that is not in the bank");
+            require(p.ladder[i] >= 0 && p.ladder[i] < n_trees,
+                    "policy: the ladder names a tree that is not in the bank");
             ladder.push_back(p.ladder[i]);
         }
     }
@@ -65,7 +66,8 @@ scheduler::scheduler(const entmtp_policy_params & p, int32_t n_trees) :
 
     if (policy == ENTMTP_POLICY_ENTROPY) {
         require(p.expected, "policy: entropy needs expected acceptance");
-        require(criterion == ENTMTP_CRITERION_RATIO || criterion == ENTMTP_CRITERION_PRICE, "policy: unknown criterion");
+        require(criterion == ENTMTP_CRITERION_RATIO || criterion == ENTMTP_CRITERION_PRICE,
+                "policy: unknown criterion");
         for (int32_t i = 0; i < p.n_bins * n_trees; ++i) {
             require(p.expected[i] >= 0.0f && std::isfinite(p.expected[i]),
                     "policy: expected acceptance must be a number not below 0");
@@ -168,7 +170,9 @@ int32_t scheduler::choose(const entmtp_signals &       s,
         return n_nodes[static_tree] <= n_max ? static_tree : 0;
     }
     if (policy >= ENTMTP_POLICY_LADDER) {
-        const float x = score == ENTMTP_SCORE_ENTROPY ? running : score == ENTMTP_SCORE_TOP1 ? 1.0f - s.top1 : 1.0f - path;
+        const float x = score == ENTMTP_SCORE_ENTROPY ? running
+                        : score == ENTMTP_SCORE_TOP1  ? 1.0f - s.top1
+                                                      : 1.0f - path;
         return choose_published(x, n_max, n_nodes, depth);
     }
 
@@ -197,12 +201,8 @@ const std::vector<grower::node> & scheduler::grow(const entmtp_signals &    s,
     return trees.grow(s, running, cost, price(), n_max, n_heads, sees_path, verdict == guard::verdict::must, expand);
 }
 
-void scheduler::observe(int32_t                      tree,
-                        int32_t                      n_nodes,
-                        const std::vector<int32_t> & path,
-                        int32_t                      hit,
-                        double                       t_draft,
-                        double                       t_verify) {
+void scheduler::observe(
+    int32_t tree, int32_t n_nodes, const std::vector<int32_t> & path, int32_t hit, double t_draft, double t_verify) {
     if (policy != ENTMTP_POLICY_ENTROPY && policy != ENTMTP_POLICY_CONFIDENCE) {
         return;
     }
@@ -232,7 +232,7 @@ void scheduler::observe(int32_t                      tree,
     keep.observe(drafted, (double) path.size() - (cost.verify(n_nodes) + believed) / cost.plain());
 
     if (drafted && !grown) {
-        const double e  = table[(size_t) bin * n_trees + tree];
+        const double e   = table[(size_t) bin * n_trees + tree];
         const double got = (double) path.size() - 1.0;
 
         all.accepted = forget_all * all.accepted + got;

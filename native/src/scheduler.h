@@ -38,19 +38,18 @@ class scheduler {
                    const std::vector<int32_t> & depth);
 
     // after grow_tree: see grower::grow
-    const std::vector<grower::node> &
-    grow(const entmtp_signals & s, float running, int32_t n_max, int32_t n_heads, bool sees_path,
-         const grower::expand_fn & expand);
+    const std::vector<grower::node> & grow(const entmtp_signals &    s,
+                                           float                     running,
+                                           int32_t                   n_max,
+                                           int32_t                   n_heads,
+                                           bool                      sees_path,
+                                           const grower::expand_fn & expand);
 
     // what that step did
     //   path [1 + n_accepted] the nodes that were taken, the root first
     //   hit  the best guess of head 0 was right: 1, 0, or -1 where the text ended or head 0 did not run
-    void observe(int32_t                      tree,
-                 int32_t                      n_nodes,
-                 const std::vector<int32_t> & path,
-                 int32_t                      hit,
-                 double                       t_draft,
-                 double                       t_verify);
+    void observe(
+        int32_t tree, int32_t n_nodes, const std::vector<int32_t> & path, int32_t hit, double t_draft, double t_verify);
 
     // a new text: what the policy remembers of the last steps is void, what it learned stays
     void begin_text();
@@ -67,10 +66,11 @@ class scheduler {
   private:
     int32_t bin_of(float x) const;
     int32_t choose_entropy(float running, int32_t n_max, const std::vector<int32_t> & n_nodes);
-    int32_t choose_published(float x, int32_t n_max, const std::vector<int32_t> & n_nodes, const std::vector<int32_t> & depth);
-    double  expected(int32_t bin, int32_t tree) const;
-    double  step_cost(int32_t tree, int32_t n) const { return cost.verify(n) + (tree > 0 ? cost.draft(tree) : 0.0); }
-    double  price() const; // tokens per us
+    int32_t
+    choose_published(float x, int32_t n_max, const std::vector<int32_t> & n_nodes, const std::vector<int32_t> & depth);
+    double expected(int32_t bin, int32_t tree) const;
+    double step_cost(int32_t tree, int32_t n) const { return cost.verify(n) + (tree > 0 ? cost.draft(tree) : 0.0); }
+    double price() const; // tokens per us
 
     int32_t policy      = ENTMTP_POLICY_OFF;
     int32_t static_tree = 0;
@@ -95,14 +95,14 @@ class scheduler {
     };
 
     tally              all;
-    std::vector<tally> by_bin;         // [n_bins]
+    std::vector<tally> by_bin; // [n_bins]
 
-    double tokens_seen = 0.0;          // both forget
+    double tokens_seen = 0.0;  // both forget
     double time_seen   = 0.0;
 
     guard::verdict verdict = guard::verdict::free;
-    int32_t        bin     = 0;        // of the last choice
-    int32_t        rung    = 0;        // hysteresis: index in ladder
+    int32_t        bin     = 0; // of the last choice
+    int32_t        rung    = 0; // hysteresis: index in ladder
     int64_t        n_steps = 0;
 };
 

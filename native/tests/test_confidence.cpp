@@ -67,20 +67,20 @@ static void test_rules() {
         const bool         force = rng() % 4 == 0;
         const int32_t      n_max = 1 + (int32_t) (rng() % 40);
 
-        grower  g(cal.params(), true);
-        int32_t n_run[n_levels] = {};
-        double  t_draft         = 0.0;
-        const auto & nodes = g.grow({ 1.0f, 0.5f, -1.0f }, 1.0f, cost, 1e-3, n_max, n_levels, sees, force,
-                                    [&](int32_t l, int32_t n) {
-                                        CHECK(n == 1 || n == 2 || n == 4);
-                                        CHECK(n_run[l] == 0 && (l == 0 || n_run[l - 1] > 0)); // in order, once
-                                        CHECK(l != 0 || n == 1);
-                                        CHECK(sees || n == 1);
-                                        CHECK(l < 2 || !sees || n <= n_run[l - 1]);
-                                        n_run[l] = n;
-                                        t_draft += cost.level(l, n);
-                                        return heads.level(l);
-                                    });
+        grower       g(cal.params(), true);
+        int32_t      n_run[n_levels] = {};
+        double       t_draft         = 0.0;
+        const auto & nodes =
+            g.grow({ 1.0f, 0.5f, -1.0f }, 1.0f, cost, 1e-3, n_max, n_levels, sees, force, [&](int32_t l, int32_t n) {
+                CHECK(n == 1 || n == 2 || n == 4);
+                CHECK(n_run[l] == 0 && (l == 0 || n_run[l - 1] > 0)); // in order, once
+                CHECK(l != 0 || n == 1);
+                CHECK(sees || n == 1);
+                CHECK(l < 2 || !sees || n <= n_run[l - 1]);
+                n_run[l] = n;
+                t_draft += cost.level(l, n);
+                return heads.level(l);
+            });
         CHECK_NEAR(g.draft_cost(), t_draft, 1e-6);
         CHECK((int32_t) nodes.size() < n_max || nodes.empty());
         CHECK(!force || n_max < 2 || !nodes.empty());
@@ -105,7 +105,7 @@ static void test_rules() {
 
 // with drafts free of charge and every head run, the tree is the best of all trees over the candidates
 static void test_best() {
-    std::mt19937 rng(5);
+    std::mt19937            rng(5);
     // sure to go on: heads are foreseen to be right
     const plain_calibration cal(2, { 0.99f, 0.0f, 0.0f });
     for (int i = 0; i < 200; ++i) {
@@ -119,9 +119,9 @@ static void test_best() {
         const double       price = 0.8e-3;
 
         grower       g(cal.params(), false);
-        const auto & nodes = g.grow({ 1.0f, 0.5f, -1.0f }, 1.0f, cost, price, 16, 2, false, true,
-                                    [&](int32_t l, int32_t) { return heads.level(l); });
-        double tokens = 1.0;
+        const auto & nodes  = g.grow({ 1.0f, 0.5f, -1.0f }, 1.0f, cost, price, 16, 2, false, true,
+                                     [&](int32_t l, int32_t) { return heads.level(l); });
+        double       tokens = 1.0;
         for (const auto & n : nodes) {
             double p = std::exp(heads.level(0)[n.depth == 1 ? n.rank : n.column]);
             tokens += n.depth == 1 ? p : p * std::exp(heads.level(1)[n.rank]);
@@ -160,8 +160,8 @@ static void test_best() {
 static void test_stops() {
     policy_bank b;
     b.set_costs(1000.0f, 100.0f, 50.0f);
-    const cost_model cost(*b.costs(), 1, false);
-    std::mt19937     rng(1);
+    const cost_model   cost(*b.costs(), 1, false);
+    std::mt19937       rng(1);
     const random_heads heads(rng, 2.0f);
 
     const auto n_run = [&](float foreseen) {
@@ -180,7 +180,7 @@ static void test_stops() {
     // no room, no heads
     const plain_calibration cal(n_levels);
     grower                  g(cal.params(), false);
-    const auto never = [&](int32_t, int32_t) -> const float * {
+    const auto              never = [&](int32_t, int32_t) -> const float * {
         check_failed(__FILE__, __LINE__, "a head was run");
         return heads.level(0);
     };
@@ -192,9 +192,9 @@ static void test_stops() {
 static void test_bias() {
     policy_bank b;
     b.set_costs(1000.0f, 100.0f, 10.0f);
-    const cost_model        cost(*b.costs(), 1, false);
-    const plain_calibration cal(1, { 0.6f, 0.1f, 0.1f });
-    grower                  g(cal.params(), true);
+    const cost_model         cost(*b.costs(), 1, false);
+    const plain_calibration  cal(1, { 0.6f, 0.1f, 0.1f });
+    grower                   g(cal.params(), true);
     const std::vector<float> guess = { std::log(0.6f), std::log(0.1f), -5, -5, -5, -5, -5, -5 };
 
     const auto drafts = [&](int n, bool right) {

@@ -97,7 +97,7 @@ static void test_bad_costs() {
     policy_bank b = make_bank();
     b.verify[0]   = 0.0f;
     CHECK_THROWS(cost_model(*b.costs(), 3, true), "nothing");
-    b             = make_bank();
+    b = make_bank();
     b.costs();
     b.c.verify = nullptr;
     CHECK_THROWS(cost_model(b.c, 3, true), "missing");

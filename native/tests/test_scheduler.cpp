@@ -17,8 +17,12 @@ static scheduler make(const policy_bank & b) {
     return scheduler(b.params(), (int32_t) b.n_nodes.size());
 }
 
-static int32_t choose(scheduler & s, const policy_bank & b, float entropy, int32_t n_max = no_limit, float top1 = 0.5f,
-                      float path = 0.5f) {
+static int32_t choose(scheduler &         s,
+                      const policy_bank & b,
+                      float               entropy,
+                      int32_t             n_max = no_limit,
+                      float               top1  = 0.5f,
+                      float               path  = 0.5f) {
     return s.choose({ entropy, top1, -1.0f }, entropy, path, n_max, b.n_nodes, b.depth);
 }
 
@@ -62,10 +66,10 @@ static void test_tables() {
             }
         }
         scheduler s = make(b);
-        CHECK_EQ(choose(s, b, 0.0f), 2);   // 4 / 2
+        CHECK_EQ(choose(s, b, 0.0f), 2); // 4 / 2
         CHECK_EQ(choose(s, b, 0.499f), 2);
-        CHECK_EQ(choose(s, b, 0.5f), 1);   // 2 / 1.5; an edge belongs to the bin above it
-        CHECK_EQ(choose(s, b, 1.5f), 0);   // 1.3 / 1.5
+        CHECK_EQ(choose(s, b, 0.5f), 1); // 2 / 1.5; an edge belongs to the bin above it
+        CHECK_EQ(choose(s, b, 1.5f), 0); // 1.3 / 1.5
         CHECK_EQ(choose(s, b, 99.0f), 0);
         CHECK_EQ(choose(s, b, 0.0f, 8), 2);
         CHECK_EQ(choose(s, b, 0.0f, 7), 1);
@@ -84,7 +88,11 @@ static void test_criteria() {
     for (size_t n = 1; n < b.verify.size(); ++n) {
         b.verify[n] = n < 4 ? 1050.0f : 1400.0f;
     }
-    CHECK_EQ(([&] { auto s = make(b); return choose(s, b, 2.0f); }()), 1); // 1.8 / 1.05 beats 2.25 / 1.4
+    CHECK_EQ(([&] {
+                 auto s = make(b);
+                 return choose(s, b, 2.0f);
+             }()),
+             1); // 1.8 / 1.05 beats 2.25 / 1.4
 
     b.criterion = ENTMTP_CRITERION_PRICE;
     scheduler s = make(b);
@@ -143,9 +151,9 @@ static void test_published() {
         d.policy      = ENTMTP_POLICY_BEST_DEPTH;
         d.set_costs(1000.0f, 50.0f, 50.0f); // steps cost 1, 1.2 and 1.4 plain steps
         scheduler s = make(d);
-        CHECK_EQ(choose(s, d, 3.0f), 0);  // acceptance exp(-3)
-        CHECK_EQ(choose(s, d, 0.9f), 1);  // 0.41: 1.41 / 1.2 beats 1.57 / 1.4
-        CHECK_EQ(choose(s, d, 0.05f), 2); // 0.95: 2.85 / 1.4 beats 1.95 / 1.2
+        CHECK_EQ(choose(s, d, 3.0f), 0);    // acceptance exp(-3)
+        CHECK_EQ(choose(s, d, 0.9f), 1);    // 0.41: 1.41 / 1.2 beats 1.57 / 1.4
+        CHECK_EQ(choose(s, d, 0.05f), 2);   // 0.95: 2.85 / 1.4 beats 1.95 / 1.2
     }
 }
 
@@ -163,7 +171,8 @@ static void test_room() {
         const int32_t n_max = 1 + (int32_t) (rng() % 40);
         const int32_t id    = choose(s, b, (float) (rng() % 200) / 100.0f, n_max);
         CHECK(id >= 0 && id < (int32_t) b.n_nodes.size() && b.n_nodes[id] <= n_max);
-        s.observe(id, b.n_nodes[id], std::vector<int32_t>(1 + rng() % (1 + b.depth[id]), 0), -1, 1.0, 500.0 + rng() % 1000);
+        s.observe(id, b.n_nodes[id], std::vector<int32_t>(1 + rng() % (1 + b.depth[id]), 0), -1, 1.0,
+                  500.0 + rng() % 1000);
     }
 }
 
@@ -185,7 +194,8 @@ struct machine {
             const int32_t got   = whole + ((double) (rng() % 1000) / 1000.0 < accept[id] - whole ? 1 : 0);
             // now and then something else has the processor
             const double  slow  = rng() % 200 == 0 ? 10.0 : 1.0;
-            s.observe(id, b.n_nodes[id], std::vector<int32_t>(1 + got, 0), -1, b.draft[id], t_us[id] * noise(rng) * slow);
+            s.observe(id, b.n_nodes[id], std::vector<int32_t>(1 + got, 0), -1, b.draft[id],
+                      t_us[id] * noise(rng) * slow);
             tokens += 1 + got;
             time += t_us[id] + (id ? b.draft[id] : 0.0);
             drafted += id != 0;
@@ -257,8 +267,8 @@ static void test_drift() {
     }
     // harder text in one bin only
     {
-        scheduler s = make(b);
-        machine easy = { { 1000, 1400, 1900 }, { 0, 1, 3 } }, hard = { { 1000, 1400, 1900 }, { 0, 0, 0 } };
+        scheduler s    = make(b);
+        machine   easy = { { 1000, 1400, 1900 }, { 0, 1, 3 } }, hard = { { 1000, 1400, 1900 }, { 0, 0, 0 } };
         for (int i = 0; i < 100; ++i) {
             easy.run(s, b, 10, 0.1f);
             hard.run(s, b, 10, 1.0f);
@@ -342,12 +352,12 @@ static void time_choose() {
         b.expected.push_back((float) (i % 8) * 0.3f);
     }
     b.set_costs(1000.0f, 50.0f, 10.0f);
-    b.adapt       = true;
-    scheduler   s = make(b);
-    int64_t     sum = 0;
-    const auto  t0  = std::chrono::steady_clock::now();
+    b.adapt                         = true;
+    scheduler                  s    = make(b);
+    int64_t                    sum  = 0;
+    const auto                 t0   = std::chrono::steady_clock::now();
     const std::vector<int32_t> path = { 0, 1 };
-    constexpr int n = 200000;
+    constexpr int              n    = 200000;
     for (int i = 0; i < n; ++i) {
         const int32_t id = choose(s, b, 0.01f * (float) (i % 200));
         s.observe(id, b.n_nodes[id], path, -1, 10.0, 1000.0);

@@ -17,7 +17,15 @@ CONTEXT_FULL = -2
 CANCELLED = -3
 
 # enum entmtp_policy
-POLICIES = {"off": 0, "static": 1, "entropy": 2, "confidence": 3, "ladder": 4, "hysteresis": 5, "best-depth": 6}
+POLICIES = {
+    "off": 0,
+    "static": 1,
+    "entropy": 2,
+    "confidence": 3,
+    "ladder": 4,
+    "hysteresis": 5,
+    "best-depth": 6,
+}
 
 # enum entmtp_score
 SCORES = {"entropy": 0, "top1": 1, "path": 2}
@@ -179,7 +187,16 @@ heads_logits = _bind("entmtp_heads_logits", c_int32, c_void_p, c_int32, c_void_p
 #         struct entmtp_heads * heads, int32_t head, const float * h, const int32_t * paths, int32_t n, int32_t k,
 #         int32_t * tokens, float * log_p);
 heads_expand = _bind(
-    "entmtp_heads_expand", c_int32, c_void_p, c_int32, c_void_p, c_void_p, c_int32, c_int32, c_void_p, c_void_p
+    "entmtp_heads_expand",
+    c_int32,
+    c_void_p,
+    c_int32,
+    c_void_p,
+    c_void_p,
+    c_int32,
+    c_int32,
+    c_void_p,
+    c_void_p,
 )
 
 # int32_t entmtp_heads_prefix(struct entmtp_heads * heads, const float * h, int32_t n, int32_t pos0, float * out);

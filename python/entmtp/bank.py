@@ -321,7 +321,11 @@ def _published(f: Fields, n_trees: int) -> dict[str, Ladder]:
         if not isinstance(ladder, dict) or set(ladder) != {"edges", "trees"}:
             raise f.fail(key, "an object with edges and trees")
         indices = ladder["trees"]
-        if not isinstance(indices, list) or not all(type(i) is int and 0 <= i < n_trees for i in indices) or not indices:
+        if (
+            not isinstance(indices, list)
+            or not all(type(i) is int and 0 <= i < n_trees for i in indices)
+            or not indices
+        ):
             raise f.fail(f"{key}.trees", f"a list of indices below {n_trees}")
         edges = f.numbers(f"{key}.edges", ladder["edges"], 0.0, n=len(indices) - 1)
         if any(b <= a for a, b in pairwise(edges)):
@@ -347,7 +351,11 @@ def to_json(bank: Bank) -> dict[str, Any]:
             data[key] = getattr(bank, key)
     data["trees"] = [{"name": t.name, "paths": [list(p) for p in t.paths]} for t in bank.trees]
     if bank.acceptance is not None:
-        data |= {"ema_window": bank.ema_window, "bin_edges": list(bank.bin_edges), "criterion": bank.criterion}
+        data |= {
+            "ema_window": bank.ema_window,
+            "bin_edges": list(bank.bin_edges),
+            "criterion": bank.criterion,
+        }
         data["acceptance"] = [[list(nodes) for nodes in trees] for trees in bank.acceptance]
     if bank.costs is not None:
         data["costs"] = bank.costs.to_json()

@@ -11,7 +11,9 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,8 @@ def runners(args: argparse.Namespace) -> tuple[dict[str, Runner], list[Any]]:
         return run
 
     table: dict[str, Runner] = {
-        "llama-cpp-python": lambda *a: decode(stock, *a, 1234),
-        PLAIN_LOOP.label: lambda *a: decode(plain, *a, 1234),
+        "llama-cpp-python": lambda prompt, n, temp: decode(stock, prompt, n, temp, 1234),
+        PLAIN_LOOP.label: lambda prompt, n, temp: decode(plain, prompt, n, temp, 1234),
     }
     table |= {m.label: with_method(m) for m in methods}
     return table, [stock, plain, draft, *adaptive.values()]
@@ -175,43 +177,47 @@ def write(report: dict[str, Any], path: str | None) -> None:
 def study(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every base with every heads file at every temperature; prints a table each."""
     from . import study as module
+    from .bank import dumps
 
     reports = []
     tasks = {Path(p).stem: read_prompts(p, args.limit) for p in args.prompts}
-    for model in [args.model, *args.more_models]:
-        for heads in [args.heads, *args.more_heads]:
-            for temp in args.temp:
-                with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
-                    jobs: dict[str, Any] = {}
-
-                    def advance(stage: str, done: int, total: int) -> None:
-                        jobs.setdefault(stage, progress.add_task(stage, total=total))
-                        progress.update(jobs[stage], completed=done)
-
-                    file = None
-                    if args.traces:
-                        Path(args.traces).mkdir(parents=True, exist_ok=True)
-                        file = Path(args.traces) / f"{Path(model).stem}-{Path(heads).stem}-{temp:g}.npz"
-                    result = module.run(
-                        model, heads, tasks, temp, n_tokens=args.tokens, traces=file, n_rounds=args.rounds,
-                        advance=advance, n_ctx=args.ctx, n_threads=args.threads, n_gpu_layers=args.n_gpu_layers,
-                        flash_attn=args.flash_attn,
-                    )  # fmt: skip
-                title = f"{Path(model).stem}, {Path(heads).stem}, temperature {temp:g}"
-                print(module.markdown(title, result["tasks"]), flush=True)
-                bank = result["bank"]
-                tree = bank.report["single"]
-                print(f"best single tree: {tree or 'plain decoding'}; spread of the timings {bank.need_costs().spread:.0%}\n")
-                reports.append({"model": Path(model).stem, "heads": Path(heads).stem, "temp": temp, "tasks": result["tasks"],
-                                "single": tree, "costs": bank.need_costs().to_json()})  # fmt: skip
-                if args.banks:
-                    from .bank import dumps
-
-                    Path(args.banks).mkdir(parents=True, exist_ok=True)
-                    name = f"{Path(model).stem}-{Path(heads).stem}-{temp:g}"
-                    with atomic_path(Path(args.banks) / f"{name}.json") as temporary:
-                        temporary.write_text(dumps(bank), "utf-8")
+    for folder in (args.traces, args.banks):
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+    combinations = product([args.model, *args.more_models], [args.heads, *args.more_heads], args.temp)
+    for model, heads, temp in combinations:
+        name = f"{Path(model).stem}-{Path(heads).stem}-{temp:g}"
+        with stages() as advance:
+            result = module.run(
+                model, heads, tasks, temp, n_tokens=args.tokens, n_rounds=args.rounds, advance=advance,
+                traces=Path(args.traces) / f"{name}.npz" if args.traces else None, n_ctx=args.ctx,
+                n_threads=args.threads, n_gpu_layers=args.n_gpu_layers, flash_attn=args.flash_attn,
+            )  # fmt: skip
+        title = f"{Path(model).stem}, {Path(heads).stem}, temperature {temp:g}"
+        print(module.markdown(title, result["tasks"]), flush=True)
+        bank = result["bank"]
+        tree = bank.report["single"] or "plain decoding"
+        print(f"best single tree: {tree}; spread of the timings {bank.need_costs().spread:.0%}\n")
+        facts = {"model": Path(model).stem, "heads": Path(heads).stem, "temp": temp, "single": tree}
+        reports.append(facts | {"tasks": result["tasks"], "costs": bank.need_costs().to_json()})
+        if args.banks:
+            with atomic_path(Path(args.banks) / f"{name}.json") as temporary:
+                temporary.write_text(dumps(bank), "utf-8")
     return reports
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars, one per stage: yields what is called with stage, done and total."""
+    with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
+        jobs: dict[str, Any] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in jobs:
+                jobs[stage] = progress.add_task(stage)
+            progress.update(jobs[stage], completed=done, total=total)
+
+        yield advance
 
 
 def what_if(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -220,18 +226,18 @@ def what_if(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     reports = []
     for curve in args.what_if:
-        with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
-            job = progress.add_task("costs of passes")
-
-            def advance(_stage: str, done: int, total: int) -> None:
-                progress.update(job, completed=done, total=total)
-
+        with stages() as advance:
             rows, costs = whatif.run(args.traces, curve, args.threads, advance)
         print(f"#### costs: {curve}\n\n{whatif.markdown(rows)}", flush=True)
         for arch, c in costs.items():
-            relative = " ".join(f"{n}:{us / row[1]:.2f}" for row in c.verify.values() for n, us in sorted(row.items()))
+            relative = " ".join(
+                f"{n}:{us / row[1]:.2f}" for row in c.verify.values() for n, us in sorted(row.items())
+            )
             drafts = " ".join(f"{us / c.curve()[0]:.3f}" for us in c.chain[1:])
-            print(f"{arch}: pass of one token {c.curve()[0] / 1e3:.1f} ms; by tokens {relative}; drafts by depth {drafts}\n")
+            print(
+                f"{arch}: a pass of one token takes {c.curve()[0] / 1e3:.1f} ms; relative to it, passes by tokens"
+            )
+            print(f"{relative}; drafts by depth {drafts}\n")
         reports.append({"curve": curve, "rows": rows, "costs": {a: c.to_json() for a, c in costs.items()}})
     return reports
 
@@ -269,17 +275,19 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--study", action="store_true",
-        help="tune on half of the prompts, then measure plain decoding, the published tree, the best single tree and EntMTP "
-        "on the other half, beside what replay predicts",
+        help="tune on half of the prompts, then measure plain decoding, the published tree, the best single tree and "
+        "EntMTP on the other half, beside what replay predicts",
     )  # fmt: skip
     parser.add_argument(
         "--what-if", nargs="+", metavar="CURVE",
-        help="replay the traces of --study (--traces) under other costs: 1b or 7b (a random-weight model of that shape, "
-        "timed here), cpu-q8_0, roofline, flat",
+        help="replay the traces of --study (--traces) under other costs: 1b or 7b (a random-weight model of that "
+        "shape, timed here), cpu-q8_0, roofline, flat",
     )  # fmt: skip
     parser.add_argument("--more-models", nargs="*", default=[], help="further bases for --study")
     parser.add_argument("--more-heads", nargs="*", default=[], help="further heads for --study")
-    parser.add_argument("--rounds", type=int, default=1, help="how often --study gives every answer (default: 1)")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="how often --study gives every answer (default: 1)"
+    )
     parser.add_argument("--traces", help="folder that keeps the rank traces of --study")
     parser.add_argument("--banks", help="folder for the tuned banks of --study")
     parser.add_argument("-o", "--outfile", help="write the figures as JSON, too")

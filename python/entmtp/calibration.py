@@ -2,8 +2,8 @@
 
 Heads are over- or underconfident, differently at every depth. A guess's probability of being right (given that its path
 is) is a logistic function of what is known when it is drafted: Platt scaling (Platt 1999) with the entropy as a second
-input. And before a head runs, its use has to be foreseen: the same kind of model predicts how sure the head will be, and in
-each bin of that prediction a few scenarios say what the best guesses looked like in the traces.
+input. And before a head runs, its use has to be foreseen: the same kind of model predicts how sure the head will
+be, and in each bin of that prediction a few scenarios say what the best guesses looked like in the traces.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Calibration:
         accept: [n_levels, N_ACCEPT] weights of: a guess is right, given that its path is.
         ahead: [n_levels, N_AHEAD] weights of: the best guess of a head that did not run yet is right.
         edges: [n_levels, n_bins - 1] of the foreseen probability, increasing.
-        scenarios: [n_levels, n_bins, n_scenarios, n_levels, N_BEST] acceptance of the best guesses of this level and the
+        scenarios: [n_levels, n_bins, n_scenarios, n_levels, N_BEST] acceptance of the best guesses of this level
+            and the
             ones below, relative to the greedy path they hang from.
         hits: how often the best guess of head 0 was right.
         hits_window: window of its running mean, steps.
@@ -75,7 +76,9 @@ def from_json(data: Any, label: str) -> Calibration:
             array = np.array(f.data.get(key), dtype=np.float64)
         except (ValueError, TypeError):
             array = np.array(np.nan)
-        wanted = len(shape) == array.ndim and all(n in (None, m) for n, m in zip(shape, array.shape, strict=True))
+        wanted = len(shape) == array.ndim and all(
+            n in (None, m) for n, m in zip(shape, array.shape, strict=True)
+        )
         if not wanted or not np.isfinite(array).all() or (array < low).any() or (array > high).any():
             numbers = " x ".join("any" if n is None else str(n) for n in shape)
             raise f.fail(key, f"a table of {numbers} numbers between {low:g} and {high:g}")
@@ -253,7 +256,9 @@ def fit(
             rows = rows[np.argsort(best[rows])]
             for i, part in enumerate(np.array_split(rows, n_scenarios)):
                 scenarios[level, b, i] = values[part if len(part) else rows].mean(axis=0)
-    return Calibration(accept, ahead, np.clip(edges, 0.0, 1.0), np.clip(scenarios, 0.0, 1.0), start, hits_window)
+    return Calibration(
+        accept, ahead, np.clip(edges, 0.0, 1.0), np.clip(scenarios, 0.0, 1.0), start, hits_window
+    )
 
 
 def _increasing(edges: Array) -> Array:

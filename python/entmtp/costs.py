@@ -1,6 +1,7 @@
 """What a step costs on one machine: measured once, kept with a bank or in the user's cache.
 
-A pass over n tokens costs neither n passes nor one, and not even more for more tokens (kernels like some sizes better), so
+A pass over n tokens costs neither n passes nor one, and not even more for more tokens (kernels like some sizes
+better), so
 everything here is measured: passes by size at several context depths, drafts by depth and width, and what is left of a
 step. Sizes are interleaved, so that a drift of the machine hits them all.
 """
@@ -77,8 +78,8 @@ class Costs:
             rows.append(row)
         if len(rows) == 1:
             return np.asarray(rows[0])
-        # on a line through the two depths around, beyond the last one too: attention costs in proportion to the cache rows
-        # it reads, which llama.cpp rounds up to a multiple of PAD
+        # on a line through the two depths around, beyond the last one too: attention costs in proportion to the
+        # cache rows it reads, which llama.cpp rounds up to a multiple of PAD
         read = [PAD * -(-(d + 4) // PAD) for d in depths]
         x = at + PAD / 2  # what is read at about this depth, on average
         i = int(np.clip(np.searchsorted(read, x) - 1, 0, len(depths) - 2))
@@ -90,7 +91,9 @@ class Costs:
         if tree.max_depth == 0:
             return 0.0
         if tree.max_depth >= len(self.chain):
-            raise BankError(f"tree {tree.name} is {tree.max_depth} deep, but only {len(self.chain) - 1} heads were timed")
+            raise BankError(
+                f"tree {tree.name} is {tree.max_depth} deep, but only {len(self.chain) - 1} heads were timed"
+            )
         parents = {p[:-1] for p in tree.paths}
         return self.draft_of_widths(tuple(sum(len(p) == d for p in parents) for d in range(tree.max_depth)))
 
@@ -222,13 +225,13 @@ def measure(
     h = dec.hidden()
     n_level_rounds = 4 * n_rounds
     for i in range(n_level_rounds + 1):
-        for l in range(n_heads):
+        for head in range(n_heads):
             for w in WIDTHS if heads.info.grounded else (1,):
-                paths = rng.integers(0, llm.n_vocab(), (w, l + 1))
+                paths = rng.integers(0, llm.n_vocab(), (w, head + 1))
                 begin = time.perf_counter()
-                heads.expand(l, h, paths, 8)
+                heads.expand(head, h, paths, 8)
                 if i > 0:  # the first builds the graph
-                    level.add((l, w), (time.perf_counter() - begin) * 1e6)
+                    level.add((head, w), (time.perf_counter() - begin) * 1e6)
         if i > 2 and over():
             break
     llm.reset()
@@ -239,7 +242,8 @@ def measure(
     }
     chain_us = [0.0] + [chain.median(d) for d in deep]
     rows = tuple(
-        tuple(round(level.median((l, w if heads.info.grounded else 1)), 1) for w in WIDTHS) for l in range(n_heads)
+        tuple(round(level.median((head, w if heads.info.grounded else 1)), 1) for w in WIDTHS)
+        for head in range(n_heads)
     )
     return Costs(
         verify={d: row for d, row in verify_us.items() if row},
@@ -272,13 +276,18 @@ def machine_key(llm: Llama) -> str:
     assert llm._heads is not None
 
     def file_identity(path: str | Path) -> list[Any]:
-        stat = Path(path).stat()
-        return [Path(path).name, stat.st_size, stat.st_mtime_ns]
+        # not the name or the date: the same file elsewhere costs the same
+        n, size = 1 << 18, Path(path).stat().st_size
+        with open(path, "rb") as file:
+            ends = file.read(n)
+            file.seek(max(size - n, 0))
+            ends += file.read(n)
+        return [size, hashlib.sha256(ends).hexdigest()]
 
     build = _lib.library_folder() / "build-info.json"
     p = llm.context_params
     facts = [
-        file_identity(llm.model_path), file_identity(llm.heads_path), build.read_text() if build.exists() else "",
+        file_identity(llm.model_path), file_identity(llm.heads_path or ""), build.read_text() if build.exists() else "",
         cpu_name(), llm._heads.info.device.decode(), llm.n_threads, llm.n_threads_batch,
         llm.model_params.n_gpu_layers, p.flash_attn_type, p.type_k, p.type_v, p.n_ubatch, p.offload_kqv,
     ]  # fmt: skip
@@ -335,7 +344,11 @@ def from_json(data: Any, label: str) -> Costs:
     for depth, row in raw.items():
         if not depth.isdecimal() or int(depth) > 1 << 24:
             raise f.fail("verify", "an object from context depths to costs")
-        if not isinstance(row, dict) or "1" not in row or not all(k.isdecimal() and 0 < int(k) <= 512 for k in row):
+        if (
+            not isinstance(row, dict)
+            or "1" not in row
+            or not all(k.isdecimal() and 0 < int(k) <= 512 for k in row)
+        ):
             raise f.fail(f"verify.{depth}", "an object from numbers of tokens, 1 among them, to microseconds")
         verify[int(depth)] = {int(n): f.number(f"verify.{depth}.{n}", us, 1e-6) for n, us in row.items()}
     chain = f.numbers("chain", f.data.get("chain"), 0.0)

@@ -85,7 +85,14 @@ class Heads:
         log_p = np.empty((len(array), k), dtype=np.float32)
         n.check(
             n.heads_expand(
-                self._ptr, head, h.ctypes.data, array.ctypes.data, len(array), k, tokens.ctypes.data, log_p.ctypes.data
+                self._ptr,
+                head,
+                h.ctypes.data,
+                array.ctypes.data,
+                len(array),
+                k,
+                tokens.ctypes.data,
+                log_p.ctypes.data,
             )
         )
         return tokens, log_p
@@ -127,7 +134,8 @@ class Decoder:
         self.bank = bank
 
     def set_policy(self, bank: Bank, policy: str, static_tree: int = 0, **settings: Any) -> None:
-        """Choose among the trees of `bank`, which `set_trees` was given before; arguments as in `entmtp.policy.Arrays.policy`."""
+        """Choose among the trees of `bank`, which `set_trees` was given before; arguments as in
+        `entmtp.policy.Arrays.policy`."""
         with Arrays() as arrays:
             n.check(n.decoder_set_policy(self._ptr, arrays.policy(bank, policy, static_tree, **settings)))
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from .gguf_expand import expand
 from .llama import Llama
-from .methods import ENTMTP, PLAIN_LOOP, Method, generic, published
+from .methods import CONFIDENCE, ENTMTP, PLAIN_LOOP, Method, generic, published
 from .stats import DraftStats
 
 PROMPTS = {
@@ -81,7 +81,7 @@ def compare(
         for j in range(len(methods)):
             k = (j + i * len(methods) // n_rounds) % len(methods)
             method, llm = methods[k]
-            if method is not ENTMTP:
+            if method not in (ENTMTP, CONFIDENCE):  # these keep what they learned
                 method.apply(llm)
             generate(llm, prompt, 8, temp)  # builds graphs, wakes the threads
             tokens, speed = generate(llm, prompt, n_tokens, temp)
@@ -138,11 +138,12 @@ def run(arch: str, n_tokens: int, temp: float, n_threads: int, quantised: bool, 
             "type_k": 0, "type_v": 0, "verbose": False,
         }  # fmt: skip
         llm = Llama(model, **settings)
-        adaptive = Llama(model, **settings)  # of its own: it learns this machine's costs from text to text
+        # of their own: they learn this machine's costs from text to text
+        adaptive = [(m, Llama(model, policy=m.policy, **settings)) for m in (ENTMTP, CONFIDENCE)]
         console.print(
             f"base {model.name}, {arch} heads, {n_threads} threads, temperature {temp:g}, {n_tokens} tokens\n"
         )
-        methods = [(m, llm) for m in (PLAIN_LOOP, *published(), *generic(arch))] + [(ENTMTP, adaptive)]
+        methods = [(m, llm) for m in (PLAIN_LOOP, *published(), *generic(arch))] + adaptive
         same = True
         totals: dict[str, list[float]] = {}
         for kind, prompt in PROMPTS.items():
@@ -156,11 +157,12 @@ def run(arch: str, n_tokens: int, temp: float, n_threads: int, quantised: bool, 
             for row in rows:
                 totals.setdefault(row["method"], []).append(row["speed"] / rows[0]["speed"])
         llm.close()
-        adaptive.close()
-    speedup = " ".join(f"{x:.2f}×" for x in totals[ENTMTP.label])
-    console.print(
-        f"EntMTP against plain decoding: {speedup}; every text identical: {'yes' if same else 'no'}"
-    )
+        for _, model_of_its_own in adaptive:
+            model_of_its_own.close()
+    for method, _ in adaptive:
+        speedup = " ".join(f"{x:.2f}×" for x in totals[method.label])
+        console.print(f"{method.label} against plain decoding: {speedup}")
+    console.print(f"every text identical: {'yes' if same else 'no'}")
     return same
 
 

@@ -1,4 +1,5 @@
-"""The same model in another type: in f32 it is bit for bit what a quantised file means, without its kernels' rounding."""
+"""The same model in another type: in f32 it is bit for bit what a quantised file means, without its kernels'
+rounding."""
 
 from __future__ import annotations
 
@@ -8,7 +9,6 @@ import gguf
 import numpy as np
 
 from .atomic import atomic_path
-
 
 TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),

@@ -45,7 +45,8 @@ class Llama(llama_cpp.Llama):
             `"hysteresis"` and `"best-depth"`.
         score: what a published policy follows: `"entropy"`, `"top1"` or `"path"`.
         calibrate: measure what passes cost on this machine (under two seconds, once per model and machine; kept in the
-            user's cache) unless the bank was tuned here. False: believe the bank's costs until the process knows better.
+            user's cache) unless the bank was tuned here. False: believe the bank's costs until the process knows
+            better.
         adapt: let costs and acceptance follow what is seen, and stop drafting where it loses.
         accept: `"lossless"`, or `"typical"` (Medusa's posterior threshold: faster at high temperature, and lossy).
         typical_epsilon, typical_alpha: the threshold, min(epsilon, alpha * exp(-H)).

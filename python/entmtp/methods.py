@@ -46,7 +46,9 @@ CONFIDENCE = Method("EntMTP, confidence", None, "confidence")
 
 def comparison() -> list[Method]:
     """The published policies with every score they know."""
-    return [Method(f"{policy}, {score}", None, policy, score=score) for policy in PUBLISHED for score in SCORES]
+    return [
+        Method(f"{policy}, {score}", None, policy, score=score) for policy in PUBLISHED for score in SCORES
+    ]
 
 
 def published() -> list[Method]:

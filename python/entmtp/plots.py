@@ -26,7 +26,13 @@ def pyplot() -> Any:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(
-        {"figure.dpi": 130, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+        {
+            "figure.dpi": 130,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+        }
     )
     return plt
 
@@ -48,8 +54,15 @@ def plot_bank(bank: Bank, path: Path) -> list[Path]:
         ValueError: matplotlib is missing, or the bank was not made by the tuner.
     """
     if not {"front", "text", "held_out"} <= set(bank.report):
-        raise ValueError(f"bank {bank.name} holds no report of the tuner: only banks by python -m entmtp.tune can be drawn")
-    figures = {"costs": cost_curve(bank), "fronts": fronts(bank), "trees": trees(bank), "text": along_text(bank)}
+        raise ValueError(
+            f"bank {bank.name} holds no report of the tuner: only banks by python -m entmtp.tune can be drawn"
+        )
+    figures = {
+        "costs": cost_curve(bank),
+        "fronts": fronts(bank),
+        "trees": trees(bank),
+        "text": along_text(bank),
+    }
     return [save(f, path.with_name(f"{path.stem}-{name}.png")) for name, f in figures.items()]
 
 
@@ -89,7 +102,15 @@ def fronts(bank: Bank) -> Any:
     speed = front[:, 2] / front[0, 2]
     right.plot(front[:, 0], speed, ".-")
     best = int(np.argmax(speed))
-    right.plot(front[best, 0], speed[best], "o", ms=9, mfc="none", color="tab:red", label=f"{front[best, 0]:.0f} nodes")
+    right.plot(
+        front[best, 0],
+        speed[best],
+        "o",
+        ms=9,
+        mfc="none",
+        color="tab:red",
+        label=f"{front[best, 0]:.0f} nodes",
+    )
     right.axhline(1.0, ls="--", color="gray", lw=1, label="plain decoding")
     right.set(xlabel="nodes", ylabel="speed against plain decoding", title="Throughput front", ylim=(0, None))
     right.legend(frameon=False)
@@ -115,7 +136,9 @@ def draw_tree(axes: Any, tree: Tree, acceptance: Any = None) -> None:
         return x
 
     layout(())
-    shade = {(): 1.0} | dict(zip(tree.paths, acceptance if acceptance is not None else [0.5] * len(tree.paths), strict=True))
+    shade = {(): 1.0} | dict(
+        zip(tree.paths, acceptance if acceptance is not None else [0.5] * len(tree.paths), strict=True)
+    )
     size = 120 if len(paths) <= 16 else 40
     for path in tree.paths:
         (x0, y0), (x1, y1) = place[path[:-1]], place[path]
@@ -135,7 +158,9 @@ def trees(bank: Bank) -> Any:
     plt = pyplot()
     shown = [i for i, t in enumerate(bank.trees) if t.paths] or [0]
     rows = -(-len(shown) // 4)
-    figure, axes = plt.subplots(rows, min(len(shown), 4), figsize=(2.8 * min(len(shown), 4) + 1, 2.4 * rows), squeeze=False)
+    figure, axes = plt.subplots(
+        rows, min(len(shown), 4), figsize=(2.8 * min(len(shown), 4) + 1, 2.4 * rows), squeeze=False
+    )
     for axis in axes.flat:
         axis.axis("off")
     for axis, i in zip(axes.flat, shown, strict=False):

@@ -1,9 +1,9 @@
 """Trees that pay: from rank traces and measured costs to topologies, without the model.
 
-A tree's expected accepted tokens are the sum over its nodes of the probability that the real text runs through the node.
-These probabilities fall from parent to child, so without regard to drafts the best tree of n nodes is the n most probable
-paths. A draft costs more with every level and with every path that is expanded, which exchange moves take care of. The cost
-of a pass is neither flat nor monotone in n, so every n is tried.
+A tree's expected accepted tokens are the sum over its nodes of the probability that the real text runs through the
+node. These probabilities fall from parent to child, so without regard to drafts the best tree of n nodes is the n
+most probable paths. A draft costs more with every level and with every path that is expanded, which exchange moves
+take care of. The cost of a pass is neither flat nor monotone in n, so every n is tried.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def node_probabilities(ranks: npt.NDArray[np.int32], max_rank: int = MAX_RANK) -
             break
         counts = Counter(map(tuple, rows[(rows < max_rank).all(axis=1)].tolist()))
         result |= {path: count / len(rows) for path, count in counts.items()}
-    # positions near the end of a text know their first ranks only, so by chance a child may seem likelier than its parent
+    # positions near the end of a text know their first ranks only, so by chance a child may seem likelier than its
+    # parent
     for path in sorted(result, key=len):
         if len(path) > 1:
             result[path] = min(result[path], result.get(path[:-1], 0.0))
@@ -60,7 +61,8 @@ def grow(probabilities: dict[Path, float], n_nodes: int, depth: int | None = Non
 
 
 def objective(tree: Tree, probabilities: dict[Path, float], costs: Costs, price: float | None) -> float:
-    """What is maximised: tokens per microsecond, or with a price (tokens per microsecond) tokens less the cost's worth."""
+    """What is maximised: tokens per microsecond, or with a price (tokens per microsecond) tokens less the cost's
+    worth."""
     tokens, us = 1.0 + expected(tree.paths, probabilities), costs.step(tree)
     return tokens / us if price is None else tokens - price * us
 
@@ -94,14 +96,22 @@ class _Shape:
 
 
 def exchange(
-    tree: Tree, probabilities: dict[Path, float], costs: Costs, price: float | None, n_pool: int = 8, n_moves: int = 24
+    tree: Tree,
+    probabilities: dict[Path, float],
+    costs: Costs,
+    price: float | None,
+    n_pool: int = 8,
+    n_moves: int = 24,
 ) -> Tree:
     """Better the tree by moves that the greedy growth cannot see: drop a leaf, add a path, or both, while it pays.
 
-    Looked at are the least probable leaves, those that are the only guess below their parent (without them it need not be
-    expanded), and the most probable paths that could be added, `n_pool` of each; at most `n_moves` moves are made.
+    Looked at are the least probable leaves, those that are the only guess below their parent (without them it need
+    not be expanded), and the most probable paths that could be added, `n_pool` of each; at most `n_moves` moves are
+    made.
     """
-    ranked = sorted(probabilities, key=lambda p: (-probabilities[p], len(p), p))[: 4 * (tree.n_nodes + n_pool)]
+    ranked = sorted(probabilities, key=lambda p: (-probabilities[p], len(p), p))[
+        : 4 * (tree.n_nodes + n_pool)
+    ]
     shape = _Shape(tree.paths, probabilities)
     curve = costs.curve()
     draft = functools.lru_cache(maxsize=None)(costs.draft_of_widths)
@@ -158,7 +168,9 @@ def best_tree(
         for i, path in enumerate(order):
             shape.change(path, 1)
             us = float(curve[i + 1]) + costs.draft_of_widths(shape.level_widths())
-            grown.append((shape.tokens / us if price is None else shape.tokens - price * us, tuple(order[: i + 1])))
+            grown.append(
+                (shape.tokens / us if price is None else shape.tokens - price * us, tuple(order[: i + 1]))
+            )
     # exchange climbs one hill at a time: start from the best trees of several sizes
     starts: dict[int, tuple[float, Paths]] = {}
     for score, paths in grown:
@@ -192,15 +204,17 @@ def named(trees: Iterable[Tree]) -> tuple[Tree, ...]:
     for tree in sorted(unique.values(), key=lambda t: (t.n_nodes, t.max_depth, t.paths)):
         label = name(tree)
         seen[label] += 1
-        result.append(Tree(label if seen[label] == 1 else f"{label}{'abcdefgh'[seen[label] - 1]}", tree.paths))
+        result.append(
+            Tree(label if seen[label] == 1 else f"{label}{'abcdefgh'[seen[label] - 1]}", tree.paths)
+        )
     return tuple(result)
 
 
 def oracle(traces: Traces, costs: Costs) -> float:
     """Seconds of a decoder that knows the future: each step verifies a chain of real tokens alone, of the best length.
 
-    A chain can hold a real token only if the heads rank it at all (below `entmtp.traces.MAX_RANK`). The lengths minimise the
-    time of the whole text, by dynamic programming from its end. Draft and verify time, as `Replay.us`.
+    A chain can hold a real token only if the heads rank it at all (below `entmtp.traces.MAX_RANK`). The lengths
+    minimise the time of the whole text, by dynamic programming from its end. Draft and verify time, as `Replay.us`.
     """
     chain = [costs.step(Tree("", tuple((0,) * (d + 1) for d in range(n)))) for n in range(traces.n_heads + 1)]
     total = 0.0
@@ -228,7 +242,9 @@ def entropy_edges(running: npt.NDArray[np.float64], n_bins: int) -> tuple[float,
 def best_single(traces: Traces, costs: Costs) -> Tree:
     """The tree that decodes the traces fastest when it is used for every step, by replay; may be plain."""
     probabilities = node_probabilities(traces.ranks)
-    shapes = {grow(probabilities, n, d) for n in (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32) for d in (1, 2, 3, 4)}
+    shapes = {
+        grow(probabilities, n, d) for n in (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32) for d in (1, 2, 3, 4)
+    }
     shapes |= {best_tree(probabilities, costs).paths}
     return min((_tree(paths) for paths in shapes | {()}), key=lambda t: static(traces, t, costs).us)
 
@@ -249,7 +265,8 @@ def bin_bank(
     more: Iterable[Tree] = (),
     max_trees: int = 8,
 ) -> Bank:
-    """A bank for the entropy policy: the best tree of every entropy bin, and `more` that are to be there anyway. Free places
+    """A bank for the entropy policy: the best tree of every entropy bin, and `more` that are to be there anyway.
+    Free places
     go to the best trees of small sizes: what pays when the machine or the text turns out better than it was when tuned.
 
     With criterion `price` the price is the bank's own throughput: found by iteration (Dinkelbach 1967).

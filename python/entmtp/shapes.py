@@ -1,6 +1,7 @@
 """Models of useful size with random weights: their passes cost what a real model's do, their text means nothing.
 
-The tokenizer is the demo base's, filled up to the shape's vocabulary. Weights are random Q4_0 blocks, written tensor by tensor.
+The tokenizer is the demo base's, filled up to the shape's vocabulary. Weights are random Q4_0 blocks, written
+tensor by tensor.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class _Writer:
         """Q4_0 blocks of 32 weights: a scale in f16 and 16 bytes of two weights each; variance 1 / n_in."""
         blocks = np.empty((n_out, n_in // 32, 18), dtype=np.uint8)
         blocks[..., 2:] = self.rng.integers(0, 256, blocks[..., 2:].shape, dtype=np.uint8)
-        scale = np.array([1.0 / (4.6 * np.sqrt(n_in))], dtype=np.float16)  # nibbles less 8 have a deviation of 4.6
+        scale = np.array(
+            [1.0 / (4.6 * np.sqrt(n_in))], dtype=np.float16
+        )  # nibbles less 8 have a deviation of 4.6
         blocks[..., :2] = scale.view(np.uint8)
         self.gguf.add_tensor(name, blocks.reshape(n_out, -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
 
@@ -119,7 +122,9 @@ def write_model(path: str | Path, shape: Shape, seed: int = 1) -> Path:
     return path
 
 
-def write_heads(path: str | Path, model: str | Path, shape: Shape, arch: str, n_heads: int = 4, seed: int = 2) -> Path:
+def write_heads(
+    path: str | Path, model: str | Path, shape: Shape, arch: str, n_heads: int = 4, seed: int = 2
+) -> Path:
     """Medusa or grounded Hydra heads of one block for a model of `shape`, Q4_0; keys as in docs/heads-gguf.md."""
     from .convert.base import read_base
 

@@ -1,7 +1,9 @@
-"""Is it worth it? Tuned policies against plain decoding, the published tree and the best single tree, live and by replay.
+"""Is it worth it? Tuned policies against plain decoding, the published tree and the best single tree, live and by
+replay.
 
-For one base, one heads file and one temperature: tune on half of the prompts, then answer the other half with every method in
-turn, in one process. Replay's prediction stands beside what was measured, and the oracle that knows the future beside both.
+For one base, one heads file and one temperature: tune on half of the prompts, then answer the other half with every
+method in turn, in one process. Replay's prediction stands beside what was measured, and the oracle that knows the
+future beside both.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +30,12 @@ from .traces import Traces
 from .tune import tune
 
 PLAIN_LABEL, SINGLE, PUBLISHED_TREE = "plain", "best single tree", "published 63-node tree"
-ENTROPY, CONFIDENCE, UNTUNED, USELESS = "EntMTP, entropy", "EntMTP, confidence", "EntMTP, untuned", "EntMTP, useless heads"
+ENTROPY, CONFIDENCE, UNTUNED, USELESS = (
+    "EntMTP, entropy",
+    "EntMTP, confidence",
+    "EntMTP, untuned",
+    "EntMTP, useless heads",
+)
 METHODS = (PLAIN_LABEL, PUBLISHED_TREE, SINGLE, ENTROPY, CONFIDENCE, UNTUNED, USELESS)
 
 
@@ -62,7 +69,7 @@ def decode(llm: llama_cpp.Llama, prompt: list[int], n_tokens: int, temp: float, 
 def run(
     model: str | Path,
     heads: str | Path,
-    tasks: dict[str, Sequence[str]],
+    tasks: Mapping[str, Sequence[str]],
     temp: float,
     *,
     n_tokens: int = 128,
@@ -82,16 +89,25 @@ def run(
         settings: of `Llama`.
 
     Returns:
-        tasks: per task and for `all`, per method, tokens per second (median and quartiles), speed against plain decoding
-            (of each answer in turn; median and quartiles), tokens per step, replay's prediction of that speed, and whether
-            answers were identical; and the oracle's speed.
+        tasks: per task and for `all`, per method, tokens per second (median and quartiles), speed against plain
+            decoding
+            (of each answer in turn; median and quartiles), tokens per step, replay's prediction of that speed, and
+            whether answers were identical; and the oracle's speed.
         bank: the tuned bank.
     """
     prompts = [(task, text) for task, texts in tasks.items() for text in texts]
     with tempfile.TemporaryDirectory(prefix="entmtp-study-") as folder:
         file = traces or Path(folder) / "traces.npz"
         bank = tune(
-            model, heads, prompts, name="study", temps=[temp], n_tokens=n_tokens, traces=file, progress=advance, **settings
+            model,
+            heads,
+            prompts,
+            name="study",
+            temps=[temp],
+            n_tokens=n_tokens,
+            traces=file,
+            progress=advance,
+            **settings,
         )
         _, held_out = Traces.load(file).split()
         single = Tree("single", tuple(tuple(p) for p in bank.report["single"]))
@@ -106,7 +122,8 @@ def run(
 
 
 def _answers(
-    model: str | Path, heads: str | Path, bank: Bank, single: Tree, held_out: Traces, prompts: Sequence[tuple[str, str]],
+    model: str | Path, heads: str | Path, bank: Bank, single: Tree, held_out: Traces, prompts: Sequence[tuple[str,
+        str]],
     temp: float, n_tokens: int, methods: Sequence[str], n_rounds: int, advance: Callable[[str, int, int], None] | None,
     folder: Path, settings: dict[str, Any],
 ) -> list[dict[str, Any]]:  # fmt: skip
@@ -133,7 +150,9 @@ def _answers(
             stack.enter_context(closing(loaded[label]))
         texts = [prompts[i][1] for i in held_out.prompt]
         tokenised = [
-            loaded[methods[0]].tokenize(t.encode(), add_bos=True, special=True)[: kwargs["n_ctx"] - n_tokens - 1]
+            loaded[methods[0]].tokenize(t.encode(), add_bos=True, special=True)[
+                : kwargs["n_ctx"] - n_tokens - 1
+            ]
             for t in texts
         ]
         for llm in loaded.values():
@@ -205,9 +224,8 @@ def _table(
             "answers": len(pairs),
             "split": {k: round(sum(r["split"][k] for r, _ in pairs) / seconds, 3) for k in rows[0]["split"]},
         }
-    ideal = replace(plain.costs)  # the oracle's steps, and what every token costs besides
-    per_token = ideal.sample + ideal.token
-    oracle_us = search.oracle(traces, ideal) * 1e6 + plain.n_tokens * per_token
+    per_token = plain.costs.sample + plain.costs.token  # what every token costs besides draft and verify
+    oracle_us = search.oracle(traces, plain.costs) * 1e6 + plain.n_tokens * per_token
     result["oracle"] = {"predicted": round(plain.us_total / oracle_us, 4)}
     return result
 

@@ -1,8 +1,8 @@
 """Rank traces: plain rollouts of a model, with everything the policies and the heads would have said at every token.
 
-Under lossless acceptance a tree accepts exactly the longest prefix of real tokens whose rank path it contains. So a trace,
-recorded once, gives the exact acceptance of any tree and any policy, by replay (`entmtp.replay`), without the model, and on
-any machine's costs.
+Under lossless acceptance a tree accepts exactly the longest prefix of real tokens whose rank path it contains. So a
+trace, recorded once, gives the exact acceptance of any tree and any policy, by replay (`entmtp.replay`), without the
+model, and on any machine's costs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Traces:
             token i. f4 [n, 3]
         ranks: rank that head h gave to token i + 1 + h, given the true tokens before it; -1 where the text ends,
             MAX_RANK and more as MAX_RANK. i4 [n, n_heads]
-        log_p: ln p of the best N_GUESS guesses after each expanded path, f4 [n, n_rows, N_GUESS]: one row for head 0 and
+        log_p: ln p of the best N_GUESS guesses after each expanded path, f4 [n, n_rows, N_GUESS]: one row for head
+            0 and
             WIDTH rows for each other head; one row per head if heads do not see the path.
         sees_path: heads see the tokens drafted before (Hydra).
         about: how the traces were made.
@@ -73,7 +74,8 @@ class Traces:
         return [slice(int(e - n), int(e)) for e, n in zip(ends, self.n_tokens, strict=True)]
 
     def running(self, window: float) -> npt.NDArray[np.float64]:
-        """The decoder's running entropy when it drafts after token i, [n]: bias-corrected EMA, restarted with each text."""
+        """The decoder's running entropy when it drafts after token i, [n]: bias-corrected EMA, restarted with each
+        text."""
         decay = 1.0 - 2.0 / (window + 1.0)
         out = np.empty(len(self.signals))
         for part in self.slices():
@@ -104,8 +106,8 @@ class Traces:
     def pick(self, texts: Sequence[int]) -> Traces:
         """Some of the texts."""
         parts = self.slices()
-        rows = np.concatenate([np.arange(parts[i].start, parts[i].stop) for i in texts]) if len(texts) else []
-        index = np.asarray(rows, dtype=np.int64)
+        rows = [np.arange(parts[i].start, parts[i].stop) for i in texts]
+        index = np.concatenate([np.zeros(0, dtype=np.int64), *rows])
         return replace(
             self,
             n_tokens=self.n_tokens[list(texts)],
@@ -262,7 +264,9 @@ def rollout(
     for i, state in enumerate(states):
         log_p[i] = _guesses(heads, state, tokens[i])
         for h in range(min(n_heads, len(tokens) - 1 - i)):
-            guesses = heads.expand(h, state, [tokens[i : i + h + 1]], min(MAX_RANK, heads.info.n_vocab_draft))[0][0]
+            guesses = heads.expand(
+                h, state, [tokens[i : i + h + 1]], min(MAX_RANK, heads.info.n_vocab_draft)
+            )[0][0]
             at = np.flatnonzero(guesses == tokens[i + h + 1])
             ranks[i, h] = at[0] if len(at) else MAX_RANK
     return Traces(
@@ -324,7 +328,8 @@ def record(
         "heads": heads_identity(llm),
     }
     texts = [
-        llm.tokenize(text.encode(), add_bos=True, special=True)[: llm.n_ctx() - n_tokens - 1] for _, text in prompts
+        llm.tokenize(text.encode(), add_bos=True, special=True)[: llm.n_ctx() - n_tokens - 1]
+        for _, text in prompts
     ]
     about["context"] = int(np.mean([len(t) for t in texts]) + n_tokens / 2)  # mean depth of the rollouts
     done: list[Traces] = []
@@ -351,5 +356,5 @@ def heads_identity(llm: Llama) -> list[Any]:
     assert llm._heads is not None
     return [
         n.vocab_fingerprint(llm.model), llm._heads.arch, llm._heads.n_heads,
-        Path(llm.model_path).stat().st_size, Path(llm.heads_path).stat().st_size,
+        Path(llm.model_path).stat().st_size, Path(llm.heads_path or "").stat().st_size,
     ]  # fmt: skip

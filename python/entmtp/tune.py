@@ -4,7 +4,8 @@ Two measurements, then a search without the model:
 
 1. what passes and drafts cost here (`entmtp.costs`),
 2. rank traces: plain rollouts of the prompts with all that policies and heads would have said (`entmtp.traces`),
-3. trees for every entropy bin, the best single tree, and a calibration of the heads' probabilities, fitted to half of the
+3. trees for every entropy bin, the best single tree, and a calibration of the heads' probabilities, fitted to half
+of the
    prompts by replay (`entmtp.search`, `entmtp.calibration`), and judged on the other half.
 """
 
@@ -99,7 +100,9 @@ def fit(traces: Traces, costs: Costs, progress: Report | None = None) -> Bank:
     return replace(bank, published=ladders(traces, bank))
 
 
-def fit_sizes(traces: Traces, costs: Costs, sizes: Sequence[int], window: float = 8.0, n_bins: int = 4) -> Bank:
+def fit_sizes(
+    traces: Traces, costs: Costs, sizes: Sequence[int], window: float = 8.0, n_bins: int = 4
+) -> Bank:
     """A bank for other machines too: trees of given sizes, whatever they cost here; calibrated in the same way."""
     overall = search.node_probabilities(traces.ranks)
     trees = (PLAIN, *(Tree(f"n{n}", search.grow(overall, n)) for n in sizes if n > 1))
@@ -175,7 +178,8 @@ def tune(
         prompts: (task, text) pairs; every other one is held out.
         temps: sampling temperatures of the rollouts.
         n_tokens: tokens per rollout.
-        traces: file of rank traces: used if it holds traces of these heads, else written (and an interrupted recording goes
+        traces: file of rank traces: used if it holds traces of these heads, else written (and an interrupted
+            recording goes
             on from it).
         contexts: depths at which passes are timed.
         n_rounds: how often each is timed.
@@ -192,9 +196,7 @@ def tune(
     sampling = sampling or {}
     if n_threads:
         kwargs |= {"n_threads": n_threads, "n_threads_batch": n_threads}
-    llm = Llama(
-        model, draft="entmtp", heads=heads, policy="off", n_ctx=n_ctx, **{"verbose": False, **kwargs}
-    )
+    llm = Llama(model, draft="entmtp", heads=heads, policy="off", n_ctx=n_ctx, **{"verbose": False, **kwargs})
     try:
         assert llm._heads is not None
         costs = measure(llm, contexts=contexts, n_rounds=n_rounds, progress=progress, seed=seed)
@@ -273,7 +275,9 @@ def show(console: Console, bank: Bank) -> None:
     expected = bank.expected()
     table = Table(title=f"bank {bank.name}", title_justify="left", header_style="bold")
     for column in ("tree", "nodes", "depth", "step us", "relative", "accepted per entropy bin"):
-        table.add_column(column, justify="left" if column in ("tree", "accepted per entropy bin") else "right")
+        table.add_column(
+            column, justify="left" if column in ("tree", "accepted per entropy bin") else "right"
+        )
     plain = costs.step(PLAIN)
     for i, tree in enumerate(bank.trees):
         us = costs.step(tree)
@@ -304,38 +308,56 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m entmtp.tune",
         description="Tune trees and policies for a base model and its heads, your prompts, and this machine.",
-        epilog="example: python -m entmtp.tune --model model.gguf --heads heads.gguf --prompts my.jsonl; Llama uses the "
-        "result from then on. With -o bank.json it is written there instead: Llama(..., trees='bank.json'). "
+        epilog="example: python -m entmtp.tune --model model.gguf --heads heads.gguf --prompts my.jsonl; Llama uses "
+        "the result from then on. With -o bank.json it is written there instead: Llama(..., trees='bank.json'). "
         "python -m entmtp.tune --plot bank.json draws it.",
     )
     parser.add_argument("--model", help="base model (GGUF)")
     parser.add_argument("--heads", help="its heads, from python -m entmtp.convert")
-    parser.add_argument("--prompts", nargs="+", help="JSONL files, one object with a field prompt per line; one task each")
     parser.add_argument(
-        "-o", "--outfile", help="bank to write (JSON; default: where Llama finds it for this model and machine)"
+        "--prompts", nargs="+", help="JSONL files, one object with a field prompt per line; one task each"
+    )
+    parser.add_argument(
+        "-o",
+        "--outfile",
+        help="bank to write (JSON; default: where Llama finds it for this model and machine)",
     )
     parser.add_argument("--task", help="what the prompts are, kept in the bank")
     parser.add_argument("--name", help="name of the bank (default: the file's)")
     parser.add_argument("--limit", type=int, help="use the first N prompts of each file only")
     parser.add_argument("--tokens", type=int, default=128, help="tokens per rollout (default: 128)")
     parser.add_argument(
-        "--temp", type=float, nargs="+", default=[0.0, 0.8], help="temperatures you sample at (default: 0 and 0.8)"
+        "--temp",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.8],
+        help="temperatures you sample at (default: 0 and 0.8)",
     )
     parser.add_argument("--top-k", type=int, default=40, help="as in Llama.generate (default: 40)")
     parser.add_argument("--top-p", type=float, default=0.95, help="as in Llama.generate (default: 0.95)")
     parser.add_argument("--min-p", type=float, default=0.05, help="as in Llama.generate (default: 0.05)")
-    parser.add_argument("--seed", type=int, default=0, help="of the rollouts and of the timings' tokens (default: 0)")
-    parser.add_argument("--traces", help="file that keeps the rank traces: for another machine's costs, or to resume")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the rollouts and of the timings' tokens (default: 0)"
+    )
+    parser.add_argument(
+        "--traces", help="file that keeps the rank traces: for another machine's costs, or to resume"
+    )
     parser.add_argument("--contexts", type=int, nargs="+", default=[64, 512], help="depths to time passes at")
-    parser.add_argument("--rounds", type=int, default=12, help="how often each size is timed, times two (default: 12)")
+    parser.add_argument(
+        "--rounds", type=int, default=12, help="how often each size is timed, times two (default: 12)"
+    )
     parser.add_argument(
         "--sizes", type=int, nargs="+", help="trees of these sizes, for a bank that serves other machines too"
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: as Llama)")
     parser.add_argument("--ctx", type=int, default=2048, help="context length (default: 2048)")
-    parser.add_argument("--n-gpu-layers", type=int, default=0, help="layers on the GPU, -1 for all (default: 0)")
+    parser.add_argument(
+        "--n-gpu-layers", type=int, default=0, help="layers on the GPU, -1 for all (default: 0)"
+    )
     parser.add_argument("--flash-attn", action="store_true", help="use flash attention")
-    parser.add_argument("--plot", metavar="BANK", help="draw a tuned bank as PNG files beside it, and measure nothing")
+    parser.add_argument(
+        "--plot", metavar="BANK", help="draw a tuned bank as PNG files beside it, and measure nothing"
+    )
     return parser
 
 
@@ -357,7 +379,9 @@ def main(argv: list[str] | None = None) -> int:
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         )  # fmt: skip
-        with Progress(*columns, transient=True, disable=not sys.stderr.isatty(), console=Console(stderr=True)) as bars:
+        with Progress(
+            *columns, transient=True, disable=not sys.stderr.isatty(), console=Console(stderr=True)
+        ) as bars:
             stages: dict[str, Any] = {}
 
             def report(stage: str, done: int, total: int) -> None:
@@ -384,7 +408,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"entmtp.tune: interrupted, no bank was written{again}", file=sys.stderr)
         return 130
     show(console, bank)
-    print(f"wrote {out}" + ("" if args.outfile else ": Llama uses it for this model and these heads from now on"))
+    print(
+        f"wrote {out}"
+        + ("" if args.outfile else ": Llama uses it for this model and these heads from now on")
+    )
     return 0
 
 

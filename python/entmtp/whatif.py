@@ -1,7 +1,7 @@
 """What the policies would be worth on another machine: recorded traces, replayed under other costs.
 
-Acceptance comes from real text and real heads; costs are measured on a model of useful size with random weights, or are a
-curve from elsewhere.
+Acceptance comes from real text and real heads; costs are measured on a model of useful size with random weights, or
+are a curve from elsewhere.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from .shapes import SHAPES, write_heads, write_model
 from .traces import Traces
 from .tune import fit, judge
 
-# Costs relative to a pass of one token, where a model of the shape cannot be run here. A draft of one level is a twentieth of
-# a pass where passes are bound by memory (four heads of Vicuna-7B are 9 % of the model, and a step runs two or three), a
-# fortieth on a GPU.
+# Costs relative to a pass of one token, where a model of the shape cannot be run here. A draft of one level is a
+# twentieth of a pass where memory bounds it (four heads of Vicuna-7B are 9 % of the model, and a step runs two or
+# three), a fortieth on a GPU.
 CURVES = {
     # 2 cores, ggml's kernels, a 1B-shape model in Q8_0 (docs/benchmarks.md)
-    "cpu-q8_0": ({1: 1, 2: 1.26, 3: 1.51, 4: 1.77, 5: 2.41, 6: 2.63, 8: 2.28, 12: 2.97, 16: 3.8, 32: 7.0, 64: 14.0}, 0.05),
+    "cpu-q8_0": (
+        {1: 1, 2: 1.26, 3: 1.51, 4: 1.77, 5: 2.41, 6: 2.63, 8: 2.28, 12: 2.97, 16: 3.8, 32: 7.0, 64: 14.0},
+        0.05,
+    ),
     # the same if a pass cost what reading the weights once costs
     "roofline": ({1: 1, 4: 1.05, 8: 1.86, 16: 3.7, 64: 14.8}, 0.05),
     # a GPU: a pass of 64 tokens costs hardly more than one
@@ -33,7 +36,9 @@ CURVES = {
 ROWS = ("best single tree", "published 63-node tree", "entropy", "confidence", "oracle")
 
 
-def shape_costs(name: str, arch: str, n_threads: int, report: Callable[[str, int, int], None] | None = None) -> Costs:
+def shape_costs(
+    name: str, arch: str, n_threads: int, report: Callable[[str, int, int], None] | None = None
+) -> Costs:
     """Measured costs of a random-weight model of a shape, with heads of `arch`."""
     with tempfile.TemporaryDirectory(prefix="entmtp-shape-") as folder:
         model = write_model(Path(folder) / "model.gguf", SHAPES[name])
@@ -59,7 +64,9 @@ def run(
     """
     files = sorted(Path(folder).glob("*.npz"))
     if not files:
-        raise ValueError(f"{folder} holds no trace files (.npz): python -m entmtp.bench --study --traces {folder} makes them")
+        raise ValueError(
+            f"{folder} holds no trace files (.npz): python -m entmtp.bench --study --traces {folder} makes them"
+        )
     known: dict[str, Costs] = {}
     rows = []
     for file in files:
@@ -68,7 +75,9 @@ def run(
         if arch not in known:
             if curve in CURVES:
                 verify, level = CURVES[curve]
-                known[arch] = relative({n: float(c) for n, c in verify.items()}, [level * d for d in range(5)])
+                known[arch] = relative(
+                    {n: float(c) for n, c in verify.items()}, [level * d for d in range(5)]
+                )
             else:
                 known[arch] = shape_costs(curve, arch, n_threads, report)
         costs = known[arch]
@@ -76,7 +85,9 @@ def run(
         bank = fit(fitted, costs)
         single = search.best_single(fitted, costs)
         judged = judge(held_out, bank, single)
-        rows.append({"traces": file.stem, "single": search.name(single), **{r: judged[r]["speed"] for r in ROWS}})
+        rows.append(
+            {"traces": file.stem, "single": search.name(single), **{r: judged[r]["speed"] for r in ROWS}}
+        )
     return rows, known
 
 
@@ -89,8 +100,6 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         single = r["best single tree"]
         policies = [f"{r[p]:.3f} ({r[p] / single:.3f})" for p in ("entropy", "confidence")]
-        lines.append(
-            f"| {r['traces']} | {single:.3f} {r['single']} | {r['published 63-node tree']:.3f} | {' | '.join(policies)} | "
-            f"{r['oracle']:.3f} |"
-        )
+        cells = [r["traces"], f"{single:.3f} {r['single']}", f"{r['published 63-node tree']:.3f}", *policies]
+        lines.append(f"| {' | '.join(cells)} | {r['oracle']:.3f} |")
     return "\n".join(lines) + "\n"

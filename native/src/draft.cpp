@@ -1,0 +1,81 @@
+// The first half of a step: choose a topology, and let the heads fill in its tokens.
+
+#include "decoder.h"
+
+#include <cmath>
+
+namespace entmtp {
+
+// ln p [n][n_guess] of head l after its first n expanded paths; their tokens go to `guess`
+const float * decoder::expand(int32_t l, int32_t n) {
+    constexpr int32_t k     = grower::n_guess;
+    constexpr int32_t n_row = grower::max_width * k;
+
+    std::vector<int32_t> paths; // [n][l + 1]
+    if (draft_heads->sees_path()) {
+        std::vector<int32_t> ranks(l);
+        for (int32_t c = 0; c < n; ++c) {
+            expanded_path(l, c, ranks.data());
+            paths.push_back(tokens[0]);
+            for (int32_t d = 0; d < l; ++d) {
+                // the expanded path of level d that this one goes through
+                int32_t column = c;
+                for (int32_t up = l; up > d; --up) {
+                    column = expanded_parent(up, column);
+                }
+                paths.push_back(guess[d * n_row + column * k + ranks[d]]);
+            }
+        }
+    }
+    draft_heads->expand(l, draft_input(), paths.data(), n, k, &guess[l * n_row], &log_p[l * n_row]);
+    return &log_p[l * n_row];
+}
+
+// product of the heads' top-1 probabilities down the greedy path
+float decoder::greedy_path() {
+    float sum = 0.0f;
+    for (int32_t l = 0; l < draft_heads->n_heads(); ++l) {
+        sum += expand(l, 1)[0];
+    }
+    return std::exp(sum);
+}
+
+// choose a topology and fill in its tokens; returns its id
+int32_t decoder::draft(int32_t token) {
+    entmtp_signals s = {};
+    if (policy.needs_signals()) {
+        s = signals(token);
+    }
+
+    tokens.assign(1, token);
+
+    const float   product = policy.needs_path() ? greedy_path() : 0.0f;
+    const int32_t id      = policy.choose(s, running.get(), product, room(), n_nodes, depth);
+
+    if (id != scheduler::grow_tree) {
+        tokens.resize(bank[id].n_nodes());
+        if (bank[id].n_nodes() > 1) {
+            draft_heads->draft(bank[id], draft_input(), tokens);
+        }
+        return id;
+    }
+
+    const bool   sees_path = draft_heads->sees_path();
+    const auto & nodes     = policy.grow(s, running.get(), room(), draft_heads->n_heads(), sees_path,
+                                         [&](int32_t l, int32_t n) { return expand(l, n); });
+
+    grown.parent.assign(1, -1);
+    grown.rank.assign(1, 0);
+    grown.depth.assign(1, 0);
+    for (const auto & node : nodes) {
+        grown.parent.push_back(node.parent);
+        grown.rank.push_back(node.rank);
+        grown.depth.push_back(node.depth);
+
+        const int32_t column = sees_path ? node.column : 0;
+        tokens.push_back(guess[((node.depth - 1) * grower::max_width + column) * grower::n_guess + node.rank]);
+    }
+    return (int32_t) bank.size();
+}
+
+} // namespace entmtp
