@@ -4,9 +4,10 @@
 
 namespace entmtp {
 
-static constexpr int32_t wait_min = 96;   // steps
-static constexpr int32_t wait_max = 4096; // steps
-static constexpr int32_t n_probe  = 4;    // drafts of one trial
+static constexpr int32_t wait_min  = 96;   // steps
+static constexpr int32_t wait_max  = 4096; // steps
+static constexpr int32_t wait_text = 768;  // steps, at the begin of a text
+static constexpr int32_t n_probe   = 4;    // drafts of one trial
 
 // all in plain steps
 static constexpr double streak_max = 12.0; // lost in a row before drafting pauses
@@ -29,7 +30,7 @@ guard::verdict guard::next() {
 }
 
 void guard::begin_text() {
-    wait = std::min(wait, 2 * wait_min);
+    wait = std::min(wait, wait_text);
 }
 
 void guard::fail() {
