@@ -163,6 +163,10 @@ def test_banks_that_come_along() -> None:
             assert set(bank.published) == {"entropy", "top1", "path"}
             assert bank.expected().shape == (len(bank.bin_edges) + 1, len(bank.trees))
             assert [t.n_nodes for t in bank.trees] == [1, 2, 4, 8, 16, 32]
+        elif name.startswith("demo-"):
+            _, arch, task = name.split("-")
+            assert bank.task == task and bank.heads is not None and arch in bank.heads
+            assert len(bank.trees) <= 8 and bank.calibration is not None and bank.report["held_out"]
         else:
             assert [t.n_nodes for t in bank.trees] == [1, 64]
             with pytest.raises(BankError, match="no calibration"):

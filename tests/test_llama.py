@@ -344,6 +344,7 @@ def test_statistics_add_up(pair: tuple[Llama, Llama]) -> None:
         ({"draft": "entmtp", "heads": "no-such-file.gguf"}, "no file"),
         ({"heads": "x.gguf"}, "draft is None"),
         ({"policy": "best"}, "policy"),
+        ({"score": "luck"}, "score"),
         ({"accept": "maybe"}, "accept"),
         ({"draft": "entmtp", "heads": "HYDRA", "embedding": True}, "embedding"),
         ({"draft": "entmtp", "heads": "HYDRA", "vocab_only": True}, "vocab_only"),

@@ -51,6 +51,15 @@ def test_a_study_reports_every_method_on_every_task(studied: Path) -> None:
     assert len(list((studied / "banks").glob("*.json"))) == 1
 
 
+def test_a_study_can_be_drawn(studied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--plot", str(studied / "study.json")]) == 0
+    assert (studied / "study.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    (studied / "other.json").write_text("{}")
+    assert main(["--plot", str(studied / "other.json")]) == 1
+    assert "no studies" in capsys.readouterr().err
+    assert not (studied / "other.png").exists()
+
+
 def test_what_if_replays_the_same_traces(studied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = studied / "whatif.json"
     folder = str(studied / "traces")

@@ -54,7 +54,7 @@ double cost_model::verify(int32_t n) const {
     // larger than anything measured: in proportion to the largest
     const int32_t i = std::min(n, n_max()) - 1;
 
-    double res = table[i] * std::exp(speed + (i > 0 ? batched + own[i] : 0.0));
+    double res = table[i] * std::exp(speed + (i > 0 ? batched + own[i] : 0.0)) + (i > 0 ? change : 0.0);
     if (n > n_max()) {
         res *= (double) n / n_max();
     }
@@ -76,6 +76,13 @@ void cost_model::observe(int32_t n, double t_verify, double t_draft, double expe
 
     ++n_seen;
 
+    const bool follows = last_n > 1;
+    last_n             = n;
+    if (follows) {
+        const double excess = n == 1 ? std::clamp(t_verify - verify(1), 0.0, verify(1)) : 0.0;
+        change += (excess - change) / 16.0;
+    }
+
     // the first pass of a size builds its graph
     if (n_timed[n - 1]++ == 0) {
         return;
@@ -89,6 +96,9 @@ void cost_model::observe(int32_t n, double t_verify, double t_draft, double expe
         return std::clamp(std::log(std::max(t, 1.0) / predicted), -cut, cut);
     };
 
+    if (n == 1 && follows) {
+        return;
+    }
     if (n == 1) {
         // long not timed: this timing says more than the estimate
         const bool   wanted = wants_plain();
@@ -108,7 +118,7 @@ void cost_model::observe(int32_t n, double t_verify, double t_draft, double expe
         return;
     }
 
-    const double d = error(t_verify, verify(n)) * (is_new ? 0.5 : rate);
+    const double d = error(t_verify, verify(n) - change) * (is_new ? 0.5 : rate);
     batched += d / 2;
     own[n - 1] += d / 2;
 

@@ -19,7 +19,7 @@ class cost_model {
     // throws std::runtime_error with one sentence
     cost_model(const entmtp_costs & c, int32_t n_trees, bool adapt);
 
-    double verify(int32_t n) const;            // a pass over n tokens
+    double verify(int32_t n) const;            // a pass over n tokens, with what it costs the pass that follows
     double draft(int32_t tree) const;          // all heads of a tree of the bank, in one graph
     double level(int32_t l, int32_t n) const;  // head l after n paths
     double plain() const { return verify(1); } // a step of plain decoding
@@ -48,14 +48,19 @@ class cost_model {
     bool adapt = false;
 
     // logarithms of the corrections
-    double              speed       = 0.0; // of everything
-    double              batched     = 0.0; // of passes over several tokens
-    double              drafts      = 0.0; // of drafts
-    double              batched_ref = 0.0; // batched, when a pass over one token was last timed
-    std::vector<double> own;               // [n_max] of one size, on top of these
+    double  speed       = 0.0; // of everything
+    double  batched     = 0.0; // of passes over several tokens
+    double  drafts      = 0.0; // of drafts
+    double  batched_ref = 0.0; // batched, when a pass over one token was last timed
+    // A pass over one token that follows a larger one takes longer: caches and graphs changed. That is the larger one's
+    // cost, not plain decoding's. Mean over larger passes, us
+    double  change      = 0.0;
+    int32_t last_n      = 1;          // tokens of the last pass
 
-    int32_t              n_again = 0;      // passes over one token that are wanted in a row
-    std::vector<int64_t> n_timed;          // [n_max] passes seen
+    std::vector<double> own;          // [n_max] of one size, on top of these
+
+    int32_t              n_again = 0; // passes over one token that are wanted in a row
+    std::vector<int64_t> n_timed;     // [n_max] passes seen
     int64_t              n_seen     = 0;
     int64_t              last_plain = 0;
 };

@@ -53,6 +53,16 @@ static void test_same_tokens() {
                 CHECK(s.entropy >= 0.0f && s.entropy < std::log((float) tiny::n_vocab) + 0.01f);
             }
             CHECK(std::count(used.begin(), used.end(), true) >= 2);
+
+            // trees that are grown: the tiny models have fewer heads than some calibrations, and small draft vocabularies
+            l.use_confidence();
+            CHECK(run(l, sampler().get(), n) == expected);
+            CHECK_EQ((int32_t) l.steps().size() + l.n_accepted(), n);
+            bool grown = false;
+            for (const auto & s : l.steps()) {
+                grown = grown || (s.tree == 4 && s.n_nodes > 1);
+            }
+            CHECK(grown);
         }
     }
 }
@@ -65,8 +75,10 @@ static void test_settle() {
 
     for (const char * path : all_heads) {
         loop l(path);
-        for (const int32_t tree : { bushy, every_token, -1 }) {
-            if (tree < 0) {
+        for (const int32_t tree : { bushy, every_token, -1, -2 }) {
+            if (tree == -2) {
+                l.use_confidence();
+            } else if (tree < 0) {
                 l.use_entropy();
             } else {
                 l.use_tree(tree);

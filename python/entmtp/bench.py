@@ -242,6 +242,18 @@ def what_if(args: argparse.Namespace) -> list[dict[str, Any]]:
     return reports
 
 
+def draw(path: Path) -> int:
+    """A picture of a study's report, beside it."""
+    from .plots import plot_study
+
+    try:
+        print(f"wrote {plot_study(json.loads(path.read_text('utf-8')), path.with_suffix('.png'))}")
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        print(f"entmtp.bench: {path}: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m entmtp.bench",
@@ -290,6 +302,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--traces", help="folder that keeps the rank traces of --study")
     parser.add_argument("--banks", help="folder for the tuned banks of --study")
+    parser.add_argument("--plot", metavar="JSON", help="draw the report of a --study beside it, and measure nothing")
     parser.add_argument("-o", "--outfile", help="write the figures as JSON, too")
     return parser
 
@@ -297,6 +310,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = setup_arg_parser()
     args = parser.parse_args(argv)
+    if args.plot:
+        return draw(Path(args.plot))
     if args.what_if:
         if not args.traces:
             parser.error("--what-if needs --traces, a folder of trace files from --study")

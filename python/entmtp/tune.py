@@ -29,7 +29,7 @@ from rich.table import Table
 from . import calibration, search
 from .atomic import atomic_path
 from .bank import PLAIN, Bank, Ladder, Tree, dumps
-from .costs import Costs, measure, tuned_path
+from .costs import N_VERIFY, SIZES, Costs, measure, tuned_path
 from .costs import Progress as Report
 from .errors import EntmtpError
 from .llama import Llama
@@ -40,6 +40,7 @@ from .traces import Traces, heads_identity, record
 
 WINDOWS = (2.0, 8.0, 32.0)
 BINS = (1, 2, 4, 7)
+EVERY_SIZE_BELOW = 4000.0  # us: where a pass of one token is faster, passes of every size are timed, else a selection
 
 
 def measure_rest(llm: Llama, costs: Costs, n_tokens: int = 96, **sampling: Any) -> Costs:
@@ -199,7 +200,10 @@ def tune(
     llm = Llama(model, draft="entmtp", heads=heads, policy="off", n_ctx=n_ctx, **{"verbose": False, **kwargs})
     try:
         assert llm._heads is not None
-        costs = measure(llm, contexts=contexts, n_rounds=n_rounds, progress=progress, seed=seed)
+        costs = measure(llm, SIZES[:1], contexts[:1], 2)
+        every = costs.curve()[0] < EVERY_SIZE_BELOW
+        sizes_timed = range(1, N_VERIFY + 1) if every else SIZES
+        costs = measure(llm, sizes_timed, contexts, n_rounds, progress=progress, seed=seed)
         costs = measure_rest(llm, costs, temp=temps[0], **sampling)
         llm.set_trees(Bank("off", (PLAIN,)), policy="off")
         known = None
