@@ -76,6 +76,15 @@ def test_what_if_replays_the_same_traces(studied: Path, capsys: pytest.CaptureFi
         whatif.run(studied / "banks", "flat", N_THREADS)
 
 
+def test_parts_of_the_policies_are_weighed(studied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = studied / "ablation.json"
+    assert main(["--ablate", "roofline", "--traces", str(studied / "traces"), "-o", str(out)]) == 0
+    rows = json.loads(out.read_text())["ablation"]
+    assert {f"confidence, {name}" for name in whatif.VARIANTS} <= set(rows)
+    assert all(len(v) == 1 and 0.3 < v[0] < 3.0 for v in rows.values())
+    assert "| confidence, without hits |" in capsys.readouterr().out
+
+
 def test_useless_heads_are_never_right(models: dict[str, Path], tmp_path: Path) -> None:
     path = study.make_useless(models["hydra"], tmp_path / "useless.gguf")
     settings = {"n_ctx": 256, "n_threads": N_THREADS, "n_threads_batch": N_THREADS, "verbose": False}

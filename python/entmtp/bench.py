@@ -295,6 +295,10 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="replay the traces of --study (--traces) under other costs: 1b or 7b (a random-weight model of that "
         "shape, timed here), cpu-q8_0, roofline, flat",
     )  # fmt: skip
+    parser.add_argument(
+        "--ablate", metavar="CURVE", choices=("cpu-q8_0", "roofline", "flat"),
+        help="replay variants of the policies over the traces, to see what each part of them is worth",
+    )  # fmt: skip
     parser.add_argument("--more-models", nargs="*", default=[], help="further bases for --study")
     parser.add_argument("--more-heads", nargs="*", default=[], help="further heads for --study")
     parser.add_argument(
@@ -302,7 +306,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--traces", help="folder that keeps the rank traces of --study")
     parser.add_argument("--banks", help="folder for the tuned banks of --study")
-    parser.add_argument("--plot", metavar="JSON", help="draw the report of a --study beside it, and measure nothing")
+    parser.add_argument(
+        "--plot", metavar="JSON", help="draw the report of a --study beside it, and measure nothing"
+    )
     parser.add_argument("-o", "--outfile", help="write the figures as JSON, too")
     return parser
 
@@ -312,15 +318,25 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.plot:
         return draw(Path(args.plot))
-    if args.what_if:
+    if args.what_if or args.ablate:
         if not args.traces:
-            parser.error("--what-if needs --traces, a folder of trace files from --study")
+            parser.error("--what-if and --ablate need --traces, a folder of trace files from --study")
     elif not args.model or not (args.verify_curve or (args.heads and args.prompts)):
         parser.error("--model is needed, and --heads and --prompts or --verify-curve")
     model = Path(args.model).name if args.model else "replay"
     print(f"{cpu_name()}, {args.threads} threads, {platform.system()}; {model}; entmtp, llama.cpp "
           f"{llama_cpp.__version__}\n")  # fmt: skip
     try:
+        if args.ablate:
+            from .whatif import ablation
+
+            variants = ablation(args.traces, args.ablate)
+            print(f"costs: {args.ablate}; speed against the best single tree\n")
+            print("| variant | mean | lowest | highest |\n| --- | --: | --: | --: |")
+            for name, values in variants.items():
+                print(f"| {name} | {sum(values) / len(values):.3f} | {min(values):.3f} | {max(values):.3f} |")
+            write({"ablation": variants, "curve": args.ablate}, args.outfile)
+            return 0
         if args.what_if:
             write({"machine": cpu_name(), "threads": args.threads, "what_if": what_if(args)}, args.outfile)
             return 0

@@ -8,6 +8,7 @@ be, and in each bin of that prediction a few scenarios say what the best guesses
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.float64]
 
-N_ACCEPT = 9  # inputs, see native/include/entmtp.h
-N_AHEAD = 7
+# inputs of the two models, see native/include/entmtp.h
+ACCEPT = ("one", "ln p", "ln 1-p", "running entropy", "entropy", "rank", "path", "hits", "spread")
+AHEAD = ("one", "running entropy", "entropy", "root", "hits", "path", "last")
+N_ACCEPT, N_AHEAD = len(ACCEPT), len(AHEAD)
 N_BEST = 3  # guesses that a scenario holds per level
 WIDTH = 4  # expanded paths per level
 N_GUESS = 8  # guesses per expanded path
@@ -187,7 +190,12 @@ def accept_inputs(log_p: Array, running: Array, entropy: Array, above: Array, hi
 
 
 def fit(
-    traces: Traces, window: float, n_bins: int = 6, n_scenarios: int = 4, hits_window: float = 39.0
+    traces: Traces,
+    window: float,
+    n_bins: int = 6,
+    n_scenarios: int = 4,
+    hits_window: float = 39.0,
+    without: Sequence[str] = (),
 ) -> Calibration:
     """Fit everything to the traces of one kind of sampling.
 
@@ -196,6 +204,7 @@ def fit(
         n_bins: bins of the foreseen probability.
         n_scenarios: scenarios per bin.
         hits_window: of the running mean of hits, steps.
+        without: inputs to leave out (of ACCEPT and AHEAD), to see what they are worth.
     """
     n_levels = traces.n_heads
     running, entropy = traces.running(window), traces.entropy
@@ -225,6 +234,7 @@ def fit(
             ys.append((traces.ranks[rows, level][:, None] == np.arange(N_GUESS)).astype(np.float64).ravel())
         x, y = np.concatenate(xs), np.concatenate(ys)
         if len(y):
+            x[:, [i for i, name in enumerate(ACCEPT) if name in without]] = 0.0
             accept[level] = fit_logistic(x, y)
         calibrated.append(np.stack([_sigmoid(i @ accept[level]) for i in inputs], axis=1))
 
@@ -237,6 +247,7 @@ def fit(
         if level > 0:
             x[:, 5] = raw[level][:, 0]
             x[:, 6] = traces.level(level - 1)[:, 0, 0]
+        x[:, [i for i, name in enumerate(AHEAD) if name in without]] = 0.0
         best = calibrated[level][:, 0, 0]
         ahead[level] = fit_logistic(x, best)
         foreseen = _sigmoid(x @ ahead[level])

@@ -196,7 +196,13 @@ def plot_study(report: dict[str, Any], path: Path) -> Path:
     studies = report.get("studies") if isinstance(report, dict) else None
     if not isinstance(studies, list) or not studies:
         raise ValueError(f"{path.stem} holds no studies: python -m entmtp.bench --study -o FILE makes them")
-    shown = ("published 63-node tree", "best single tree", "EntMTP, entropy", "EntMTP, confidence", "EntMTP, untuned")
+    shown = (
+        "published 63-node tree",
+        "best single tree",
+        "EntMTP, entropy",
+        "EntMTP, confidence",
+        "EntMTP, untuned",
+    )
     labels = [f"{s['model'].removeprefix('demo-')}\n{s['heads']}\nT={s['temp']:g}" for s in studies]
     x = np.arange(len(studies))
     figure, axes = plt.subplots(figsize=(1.1 * len(studies) + 2.5, 4.2))
@@ -209,7 +215,12 @@ def plot_study(report: dict[str, Any], path: Path) -> Path:
         predicted = np.array([np.nan if r["predicted"] is None else r["predicted"] for r in rows])
         axes.plot(at, predicted, "_", color="black", ms=9)
     axes.axhline(1.0, ls="--", color="gray", lw=1)
-    axes.set(xticks=x, ylabel="speed against plain decoding", ylim=(0, None), title="Held-out prompts of three tasks")
+    axes.set(
+        xticks=x,
+        ylabel="speed against plain decoding",
+        ylim=(0, None),
+        title="Held-out prompts of three tasks",
+    )
     axes.set_xticklabels(labels, fontsize=7)
     axes.legend(frameon=False, fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return save(figure, path)

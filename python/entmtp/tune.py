@@ -40,7 +40,9 @@ from .traces import Traces, heads_identity, record
 
 WINDOWS = (2.0, 8.0, 32.0)
 BINS = (1, 2, 4, 7)
-EVERY_SIZE_BELOW = 4000.0  # us: where a pass of one token is faster, passes of every size are timed, else a selection
+EVERY_SIZE_BELOW = (
+    4000.0  # us: where a pass of one token is faster, passes of every size are timed, else a selection
+)
 
 
 def measure_rest(llm: Llama, costs: Costs, n_tokens: int = 96, **sampling: Any) -> Costs:
@@ -88,11 +90,13 @@ def fit(traces: Traces, costs: Costs, progress: Report | None = None) -> Bank:
     """A bank fitted to traces under measured costs: trees, bins, window, criterion, calibration, ladders."""
     single = search.best_single(traces, costs)
     options = [(w, b, c) for w in WINDOWS for b in BINS for c in ("ratio", "price")]
+    # where nothing is to be gained here, the bank shall still tell predictable text from other
+    options.sort(key=lambda option: option != (8.0, 4, "ratio"))
     best: tuple[float, Bank] | None = None
     for i, (window, n_bins, criterion) in enumerate(options):
         bank = search.bin_bank(traces, costs, window, n_bins, criterion, more=[single])
         us = replay(traces, bank, "entropy", adapt=False).us
-        if best is None or us < best[0] * (1 - 1e-4):  # the simpler one, if they are as good
+        if best is None or us < best[0] * (1 - 1e-3):
             best = (us, bank)
         if progress:
             progress("search", i + 1, len(options))

@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import search
+from . import calibration, search
+from .bank import PLAIN, Bank
 from .costs import Costs, measure, relative
 from .llama import Llama
+from .replay import replay
 from .shapes import SHAPES, write_heads, write_model
 from .traces import Traces
 from .tune import fit, judge
@@ -103,3 +105,58 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         cells = [r["traces"], f"{single:.3f} {r['single']}", f"{r['published 63-node tree']:.3f}", *policies]
         lines.append(f"| {' | '.join(cells)} | {r['oracle']:.3f} |")
     return "\n".join(lines) + "\n"
+
+
+# what the confidence policy is changed in, to see what each part is worth
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "without hits": {"without": ("hits",)},
+    "without the entropy of the head's guesses": {"without": ("spread",)},
+    "without running entropy": {"without": ("running entropy",)},
+    "without any entropy of the base": {"without": ("running entropy", "entropy", "root")},
+    "head probabilities uncalibrated by anything else": {
+        "without": ("running entropy", "entropy", "rank", "path", "hits", "spread", "root")
+    },
+    "entropy window 2": {"window": 2.0},
+    "entropy window 32": {"window": 32.0},
+    "3 bins of 3 scenarios": {"n_bins": 3, "n_scenarios": 3},
+    "12 bins of 6 scenarios": {"n_bins": 12, "n_scenarios": 6},
+    "one scenario: means instead of distributions": {"n_scenarios": 1},
+    "hits over 15 steps": {"hits_window": 15.0},
+    "hits over 120 steps": {"hits_window": 120.0},
+    "not adapting": {"adapt": False},
+}
+
+
+def ablation(folder: str | Path, curve: str) -> dict[str, list[float]]:
+    """Speed of variants of the policies against the best single tree: one figure per trace file.
+
+    Args:
+        curve: a key of CURVES.
+    """
+    verify, level = CURVES[curve]
+    costs = relative({n: float(c) for n, c in verify.items()}, [level * d for d in range(5)])
+    result: dict[str, list[float]] = {}
+    for file in sorted(Path(folder).glob("*.npz")):
+        fitted, held_out = Traces.load(file).split()
+        single = search.static(held_out, search.best_single(fitted, costs), costs).us
+        for name, change in VARIANTS.items():
+            settings = {"window": 8.0} | change
+            adapt = settings.pop("adapt", True)
+            bank = Bank(
+                "",
+                (PLAIN,),
+                ema_window=settings["window"],
+                costs=costs,
+                calibration=calibration.fit(fitted, **settings),
+            )
+            us = replay(held_out, bank, "confidence", adapt=adapt).us
+            result.setdefault(f"confidence, {name}", []).append(single / us)
+        for window in (2.0, 8.0, 32.0):
+            for n_bins in (1, 4, 7):
+                for criterion in ("ratio", "price"):
+                    bank = search.bin_bank(fitted, costs, window, n_bins, criterion)
+                    us = replay(held_out, bank, "entropy").us
+                    name = f"entropy, window {window:g}, {n_bins} bins, {criterion}"
+                    result.setdefault(name, []).append(single / us)
+    return result
