@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -169,7 +170,7 @@ def measure(
         contexts: context depths.
         n_rounds: every size is timed twice in each round.
         budget: seconds after which nothing new is started (at most `n_rounds` rounds); sizes that were not reached are
-            interpolated.
+            interpolated, and chains are taken for the sum of their heads.
     """
     assert llm._heads is not None and llm._decoder is not None
     dec, heads = llm._decoder, llm._heads
@@ -202,21 +203,21 @@ def measure(
                 chain.add(tree.max_depth, float(s["t_draft_us"]))
 
     todo = [PLAIN if n == 1 else wide[n] for n in sizes]
-    drafts = list(deep.values())
-    total = len(contexts) * n_rounds * (len(todo) + len(drafts))
+    if budget is None:
+        todo += deep.values()
+    n_steps = 3 if budget is None else 2
+    total = len(contexts) * n_rounds * len(todo)
     done = 0
     for depth in contexts:
         dec.set_policy(bank, "off")
         llm.reset()
         llm.eval(prompt[:depth])
-        for i in range(n_rounds):
-            # with little time, first what tells most
-            order = [*drafts, *todo] if budget is None or i > 0 else [*todo[:3], *drafts, *todo[3:]]
-            for tree in order:
-                if over() and all((depth, n) in verify.us for n in (1, 2)) and len(chain.us) == n_heads:
+        for _ in range(n_rounds):
+            for tree in todo:
+                if over() and all((depth, n) in verify.us for n in (1, 2)):
                     break
                 dec.eval([prompt[depth - 1]], depth - 1)  # back to this depth
-                steps(tree, 3, depth)
+                steps(tree, n_steps, depth)
                 done += 1
                 if progress:
                     progress("costs of passes", done, total)
@@ -232,7 +233,7 @@ def measure(
                 heads.expand(head, h, paths, 8)
                 if i > 0:  # the first builds the graph
                     level.add((head, w), (time.perf_counter() - begin) * 1e6)
-        if i > 2 and over():
+        if i > 0 and over():
             break
     llm.reset()
     llm.reset_draft_stats()
@@ -240,14 +241,17 @@ def measure(
     verify_us = {
         d: {n: round(verify.median((d, n)), 1) for n in sizes if (d, n) in verify.us} for d in contexts
     }
-    chain_us = [0.0] + [chain.median(d) for d in deep]
+    if budget is None:
+        chain_us = [0.0] + [chain.median(d) for d in deep]
+    else:
+        chain_us = [0.0, *np.cumsum([level.median((head, 1)) for head in range(n_heads)])]
     rows = tuple(
         tuple(round(level.median((head, w if heads.info.grounded else 1)), 1) for w in WIDTHS)
         for head in range(n_heads)
     )
     return Costs(
         verify={d: row for d, row in verify_us.items() if row},
-        chain=tuple(round(us, 1) for us in np.maximum.accumulate(chain_us)),
+        chain=tuple(round(float(us), 1) for us in np.maximum.accumulate(chain_us)),
         level=rows,
         spread=round(verify.spread(), 3),
         context=contexts[0],
@@ -261,11 +265,14 @@ def measure(
 
 
 def cache_folder() -> Path:
-    """Where costs are kept: $ENTMTP_CACHE, else the user's cache folder."""
+    """The user's cache for entmtp, $ENTMTP_CACHE if that is set: the one that native/llama_cpp.py builds in."""
     if folder := os.environ.get("ENTMTP_CACHE"):
-        return Path(folder) / "costs"
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
-    return Path(base) / "entmtp" / "costs"
+        return Path(folder).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "entmtp"
+    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
+        return Path(local) / "entmtp" / "cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "entmtp"
 
 
 def machine_key(llm: Llama) -> str:
@@ -296,12 +303,12 @@ def machine_key(llm: Llama) -> str:
 
 def tuned_path(key: str | None) -> Path:
     """Where python -m entmtp.tune leaves the bank that Llama uses for a model, its heads and this machine."""
-    return cache_folder().parent / "banks" / f"{key}.json"
+    return cache_folder() / "banks" / f"{key}.json"
 
 
 def cached(llm: Llama) -> Costs | None:
     """Costs measured before for this very model, machine and build; None if there are none, or the file is broken."""
-    path = cache_folder() / f"{machine_key(llm)}.json"
+    path = cache_folder() / "costs" / f"{machine_key(llm)}.json"
     try:
         return from_json(json.loads(path.read_text("utf-8")), str(path))
     except (OSError, ValueError, BankError):
@@ -310,7 +317,7 @@ def cached(llm: Llama) -> Costs | None:
 
 def keep(costs: Costs) -> None:
     """Put costs in the cache. A cache that cannot be written to is no reason to fail."""
-    folder = cache_folder()
+    folder = cache_folder() / "costs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / f"{costs.key}.json") as temporary:
@@ -322,7 +329,7 @@ def keep(costs: Costs) -> None:
 def quick(llm: Llama, seconds: float = 1.5) -> Costs:
     """Costs of this machine from the cache, or measured now in about `seconds`, and cached."""
     if (known := cached(llm)) is None:
-        known = measure(llm, QUICK_SIZES, contexts=(64,), n_rounds=8, budget=seconds)
+        known = measure(llm, QUICK_SIZES, contexts=(16,), n_rounds=8, budget=seconds)
         keep(known)
     return known
 
