@@ -7,6 +7,7 @@ namespace entmtp {
 static constexpr int32_t wait_min  = 96;   // steps
 static constexpr int32_t wait_max  = 4096; // steps
 static constexpr int32_t wait_text = 768;  // steps, at the begin of a text
+static constexpr int32_t n_soon    = 8;    // steps into a new text until heads that have won before are tried
 static constexpr int32_t n_probe   = 4;    // drafts of one trial
 
 // all in plain steps
@@ -30,7 +31,12 @@ guard::verdict guard::next() {
 }
 
 void guard::begin_text() {
-    wait = std::min(wait, wait_text);
+    if (proven) {
+        wait = wait_min;
+        idle = std::max(idle, wait_min - n_soon);
+    } else {
+        wait = std::min(wait, wait_text);
+    }
 }
 
 void guard::fail() {

@@ -19,7 +19,8 @@ class guard {
     // what the next step may do
     verdict next();
 
-    // a new text may be easier than the last one: a trial is not far off
+    // A new text may be easier than the last one: heads that have won before are tried soon, others are not waited for
+    // as long as they might be
     void begin_text();
 
     // what it did: the time it saved, plain decoding of the same tokens less the step itself, in plain steps

@@ -57,6 +57,24 @@ int main() {
         relative_time(g, 300, 1.3, 1.0); // the wait, doubled once
         CHECK(relative_time(g, 500, 1.3, 1.0) < 0.75);
     }
+    // a hard text ends: heads that have won before are tried soon in the next one, useless ones are not
+    {
+        guard g;
+        relative_time(g, 200, 1.3, 1.0);
+        relative_time(g, 120, 1.3, 0.0);
+        CHECK(g.next() == verdict::must_not);
+        g.begin_text();
+        relative_time(g, 10, 1.3, 1.0);
+        CHECK(relative_time(g, 200, 1.3, 1.0) < 0.7);
+
+        guard  useless;
+        double lost = 0.0;
+        for (int i = 0; i < 40; ++i) {
+            useless.begin_text();
+            lost += 100.0 * (relative_time(useless, 100, 1.3, 0.0) - 1.0);
+        }
+        CHECK(lost < 0.01 * 4000);
+    }
     // a policy that never wants to draft is made to try now and then, ever more seldom while it loses
     {
         guard g;

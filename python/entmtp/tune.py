@@ -95,7 +95,7 @@ def fit(traces: Traces, costs: Costs, progress: Report | None = None) -> Bank:
     best: tuple[float, Bank] | None = None
     for i, (window, n_bins, criterion) in enumerate(options):
         bank = search.bin_bank(traces, costs, window, n_bins, criterion, more=[single])
-        us = replay(traces, bank, "entropy", adapt=False).us
+        us = replay(traces, bank, "entropy").us  # adapting, as it will be used
         if best is None or us < best[0] * (1 - 1e-3):
             best = (us, bank)
         if progress:
