@@ -57,11 +57,8 @@ class scheduler {
     bool needs_signals() const { return policy > ENTMTP_POLICY_STATIC; }
     bool needs_timing() const { return adapt; }
     bool needs_path() const { return policy >= ENTMTP_POLICY_LADDER && score == ENTMTP_SCORE_PATH; }
-    bool needs_top1() const { return policy >= ENTMTP_POLICY_LADDER && score == ENTMTP_SCORE_TOP1; }
 
     float window() const { return ema_window; }
-
-    const cost_model & costs() const { return cost; }
 
   private:
     int32_t bin_of(float x) const;

@@ -5,6 +5,7 @@
 #include "entmtp.h"
 
 #include "check.h"
+#include "policies.h"
 #include "tiny.h"
 
 #include <functional>
@@ -128,23 +129,11 @@ struct loop {
         const float              tree[] = { 0, 1, 1, 1 };
         const entmtp_costs       costs  = { (int32_t) verify.size(), verify.data(), n_levels, level.data(), tree };
 
-        std::vector<float> accept(n_levels * ENTMTP_N_ACCEPT, 0.0f);
+        plain_calibration cal(n_levels);
         for (int32_t l = 0; l < n_levels; ++l) {
-            accept[l * ENTMTP_N_ACCEPT]     = 4.0f;
-            accept[l * ENTMTP_N_ACCEPT + 1] = 1.0f;
+            cal.accept[l * ENTMTP_N_ACCEPT] = 4.0f; // more than the heads say themselves
         }
-        const std::vector<float> ahead(n_levels * ENTMTP_N_AHEAD, 0.0f);
-        const std::vector<float> scenarios(n_levels * n_levels * 3, 0.5f);
-
-        entmtp_calibration calibration = {};
-        calibration.n_levels           = n_levels;
-        calibration.hits               = 0.5f;
-        calibration.hits_window        = 16.0f;
-        calibration.accept             = accept.data();
-        calibration.n_bins             = 1;
-        calibration.n_scenarios        = 1;
-        calibration.ahead              = ahead.data();
-        calibration.scenarios          = scenarios.data();
+        const entmtp_calibration calibration = cal.params();
 
         entmtp_policy_params p = {};
         p.policy               = ENTMTP_POLICY_CONFIDENCE;

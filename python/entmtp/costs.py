@@ -114,15 +114,6 @@ class Costs:
         verify = curve[min(tree.n_nodes, N_VERIFY) - 1] * max(1.0, tree.n_nodes / N_VERIFY)
         return float(verify) + self.draft(tree)
 
-    def scaled(self, factor: float) -> Costs:
-        """Everything `factor` times as much."""
-        return Costs(
-            {d: {n: factor * us for n, us in row.items()} for d, row in self.verify.items()},
-            tuple(factor * us for us in self.chain),
-            tuple(tuple(factor * us for us in row) for row in self.level),
-            factor * self.sample, factor * self.host, factor * self.token, self.context, self.spread, None,
-        )  # fmt: skip
-
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
         data |= {"chain": list(self.chain), "level": [list(row) for row in self.level]}
