@@ -58,14 +58,15 @@ set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
     "${ENTMTP_LLAMA_PREFIX}/build-info.json" # gone when the cache was deleted
 )
 
-# llama, and the two ggml libraries whose public API we call. Backends are found by ggml and never named here.
+# llama, and the ggml libraries whose public API we call. ggml-cpu is there for native/kernels alone; other backends are
+# found by ggml and never named here.
 add_library(llama_cpp INTERFACE)
 target_include_directories(llama_cpp SYSTEM INTERFACE
     "${ENTMTP_LLAMA_PREFIX}/include"
     "${ENTMTP_LLAMA_PREFIX}/src"
 )
 target_compile_definitions(llama_cpp INTERFACE LLAMA_SHARED GGML_SHARED GGML_BACKEND_SHARED)
-foreach(name llama ggml ggml-base)
+foreach(name llama ggml ggml-base ggml-cpu)
     string(TOUPPER "${name}" variable)
     string(MAKE_C_IDENTIFIER "ENTMTP_LIB_${variable}" variable)
     unset(${variable} CACHE)  # the prefix may have changed since the last configure

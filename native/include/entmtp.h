@@ -315,6 +315,32 @@ ENTMTP_API int64_t entmtp_replay(const struct entmtp_trace *         trace,
                                  struct entmtp_step *                steps,
                                  int64_t                             n_max);
 
+//
+// CPU kernels
+//
+
+// Kernels for passes of few tokens take part in models and heads that are loaded from now on, and in attention on the CPU.
+// A token's results then do not depend on how many tokens its pass has. docs/kernels.md
+//   name: one of entmtp_kernels_name(), NULL for the best of this processor
+ENTMTP_API int32_t entmtp_kernels_enable(const char * name);
+
+// Later models are computed by ggml, and attention of all; matrices that were packed stay so. Not while a pass runs.
+ENTMTP_API void entmtp_kernels_disable(void);
+
+// NULL while disabled
+ENTMTP_API const char * entmtp_kernels_current(void);
+
+// kernels that this processor can run, best first; NULL after the last
+ENTMTP_API const char * entmtp_kernels_name(int32_t i);
+
+// Products on the CPU that ggml computed itself since the start of the process, because the kernels do not know the type
+// or the op. A model whose passes leave it unchanged gives equal bits in passes of any size.
+ENTMTP_API uint64_t entmtp_kernels_missed(void);
+
+// What the machine can do, for judging kernels: bytes per second read from memory and int8 multiply-adds per second, by
+// n_threads threads, the best of a few runs of some ms. multiply-adds are 0 where no kernel set but the portable one runs.
+ENTMTP_API int32_t entmtp_machine_peaks(int32_t n_threads, double * bytes_per_s, double * macs_per_s);
+
 #ifdef __cplusplus
 }
 #endif

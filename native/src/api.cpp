@@ -4,6 +4,8 @@
 
 #include "decoder.h"
 #include "heads.h"
+#include "hook.h"
+#include "peaks.h"
 #include "replay.h"
 
 #include <algorithm>
@@ -328,4 +330,48 @@ int64_t entmtp_replay(const entmtp_trace *         trace,
         return (int32_t) ENTMTP_OK;
     });
     return status == ENTMTP_OK ? n : status;
+}
+
+int32_t entmtp_kernels_enable(const char * name) {
+    if (entmtp::kernels_enable(name)) {
+        return ENTMTP_OK;
+    }
+    std::string have;
+    for (int32_t i = 0; entmtp_kernels_name(i); ++i) {
+        have += std::string(i ? ", " : "") + entmtp_kernels_name(i);
+    }
+    return fail(("this processor has no kernels named " + std::string(name) + "; it has " + have).c_str());
+}
+
+void entmtp_kernels_disable(void) {
+    entmtp::kernels_disable();
+}
+
+const char * entmtp_kernels_current(void) {
+    const entmtp::kernel_set * set = entmtp::kernels_current();
+    return set ? set->name : nullptr;
+}
+
+const char * entmtp_kernels_name(int32_t i) {
+    const entmtp::kernel_set * const * sets = entmtp::kernel_sets();
+    for (int32_t k = 0; sets[k]; ++k) {
+        if (k == i) {
+            return sets[k]->name;
+        }
+    }
+    return nullptr;
+}
+
+uint64_t entmtp_kernels_missed(void) {
+    return entmtp::kernels_missed();
+}
+
+int32_t entmtp_machine_peaks(int32_t n_threads, double * bytes_per_s, double * macs_per_s) {
+    return guarded([&] {
+        if (n_threads < 1 || !bytes_per_s || !macs_per_s) {
+            return fail("machine_peaks: at least one thread and two results");
+        }
+        entmtp::machine_peaks(n_threads, bytes_per_s, macs_per_s);
+        return (int32_t) ENTMTP_OK;
+    });
 }

@@ -1,0 +1,309 @@
+// Attention over a cache whose cells may lie in any place, for one instruction set: included after its `simd`.
+//
+// Scores and values are summed in one order: dimension after dimension, and cell after cell of those that a token sees.
+// The maximum and the sum of the probabilities are exact. So the cells of other branches of a tree, wherever they lie,
+// leave no trace in the result.
+
+// exp(x) for x <= 0, relative error below 2e-7; 0 below -87
+static inline simd::vf exp_neg(simd::vf x) {
+    const simd::vf y = simd::maxf(simd::set1f(-88.0f), x); // NaN stays NaN: see maxf
+    const simd::vi n = simd::round(simd::mulf(y, simd::set1f(1.44269504f)));
+    const simd::vf f = simd::cvt(n);
+    simd::vf       r = simd::fma(f, simd::set1f(-0.693145752f), y);
+    r                = simd::fma(f, simd::set1f(-1.42860677e-6f), r);
+    simd::vf p       = simd::set1f(1.0f / 5040);
+    p                = simd::fma(p, r, simd::set1f(1.0f / 720));
+    p                = simd::fma(p, r, simd::set1f(1.0f / 120));
+    p                = simd::fma(p, r, simd::set1f(1.0f / 24));
+    p                = simd::fma(p, r, simd::set1f(1.0f / 6));
+    p                = simd::fma(p, r, simd::set1f(0.5f));
+    p                = simd::fma(p, r, simd::set1f(1.0f));
+    p                = simd::fma(p, r, simd::set1f(1.0f));
+    return simd::zero_if_less(x, -87.0f, simd::mulf(p, simd::exp2i(n)));
+}
+
+static inline float exp_neg1(float x) {
+    float t[simd::R];
+    simd::storef(t, exp_neg(simd::set1f(x)));
+    return t[0];
+}
+
+static constexpr float NEG_INF = -__builtin_huge_valf();
+
+// s <- probabilities, not yet divided by their sum, which is returned. s has room for whole vectors
+//   NaN among the scores makes the sum NaN
+static double softmax_row(float * s, const uint16_t * mask, int n, float scale, float softcap, float slope, const float * sink) {
+    const int n_pad = (n + simd::R - 1) / simd::R * simd::R;
+    for (int i = n; i < n_pad; ++i) {
+        s[i] = NEG_INF;
+    }
+
+    simd::vf top = simd::set1f(NEG_INF);
+    for (int i = 0; i < n_pad; i += simd::R) {
+        simd::vf x = simd::mulf(simd::loadf(s + i), simd::set1f(scale));
+        if (softcap != 0.0f) {
+            float t[simd::R];
+            simd::storef(t, x);
+            for (float & y : t) {
+                y = softcap * std::tanh(y);
+            }
+            x = simd::loadf(t);
+        }
+        if (mask) {
+            uint16_t m[simd::R];
+            for (int j = 0; j < simd::R; ++j) {
+                m[j] = i + j < n ? mask[i + j] : 0xfc00;
+            }
+            x = simd::addf(simd::mulf(simd::set1f(slope), simd::load_f16(i + simd::R <= n ? mask + i : m)), x);
+        }
+        simd::storef(s + i, x);
+        top = simd::maxf(x, top);
+    }
+    float max = simd::reduce_max(top);
+    if (sink) {
+        max = *sink > max ? *sink : max;
+    }
+    if (max == NEG_INF) { // sees nothing
+        memset(s, 0, n_pad * sizeof(float));
+        return 0.0;
+    }
+
+    simd::exact_sum sum;
+    for (int i = 0; i < n_pad; i += simd::R) {
+        const simd::vf x = simd::loadf(s + i);
+        const simd::vf p = exp_neg(simd::subf(x, simd::set1f(max)));
+        simd::storef(s + i, p);
+        sum.add(p);
+    }
+    return sum.get() + (sink ? (double) exp_neg1(*sink - max) : 0.0);
+}
+
+static void softmax(const float * src, const uint16_t * mask, float * dst, int n, float scale, float slope, const float * sink) {
+    // rows that do not end with a whole vector go through a copy, as dst has no room after them
+    float   local[1024];
+    float * row = n % simd::R == 0 ? dst : n <= 1024 - simd::R ? local : (float *) malloc((n + simd::R) * sizeof(float));
+    memmove(row, src, n * sizeof(float));
+    const double sum = softmax_row(row, mask, n, scale, 0.0f, slope, sink);
+    const float  inv = sum == 0.0 ? 0.0f : (float) (1.0 / sum);
+    for (int i = 0; i < n; ++i) {
+        dst[i] = row[i] * inv;
+    }
+    if (row != dst && row != local) {
+        free(row);
+    }
+}
+
+// c[i][m] = sum over k, in order, of a[m][k]*b[i][k]
+static void matmul_ordered(const uint8_t * a, size_t a_stride, bool a_f32, int m0, int m1, int k, const float * const * b, int n, float * const * c) {
+    constexpr int R    = simd::R;
+    constexpr int KB   = 64; // k whose transposed rows stay in the first cache
+    constexpr int NB   = 64; // tokens whose sums do
+    const int     size = a_f32 ? 4 : 2;
+
+    alignas(64) float rows[KB * R];
+    alignas(64) float sums[NB][R];
+
+    for (int i0 = 0; i0 < n; i0 += NB) {
+        const int n_i = n - i0 < NB ? n - i0 : NB;
+        for (int m = m0; m < m1; m += R) {
+            const int n_m = m1 - m < R ? m1 - m : R;
+            memset(sums, 0, n_i * sizeof(sums[0]));
+
+            for (int k0 = 0; k0 < k; k0 += KB) {
+                const int n_k = k - k0 < KB ? k - k0 : KB;
+                for (int j = 0; j < n_k; j += R) {
+                    const uint8_t * p = a + (size_t) m * a_stride + (size_t) (k0 + j) * size;
+                    if (n_m == R && n_k - j >= R) {
+                        a_f32 ? simd::transpose_f32(p, a_stride, rows + j * R) : simd::transpose_f16(p, a_stride, rows + j * R);
+                        continue;
+                    }
+                    for (int jj = 0; jj < R && j + jj < n_k; ++jj) {
+                        for (int r = 0; r < R; ++r) {
+                            const uint8_t * e      = p + (size_t) (r < n_m ? r : 0) * a_stride + (size_t) jj * size;
+                            rows[(j + jj) * R + r] = a_f32 ? *(const float *) e : half_to_float(*(const uint16_t *) e);
+                        }
+                    }
+                }
+
+                int i = 0;
+                for (; i + 8 <= n_i; i += 8) {
+                    simd::vf s[8];
+                    for (int t = 0; t < 8; ++t) {
+                        s[t] = simd::loadf(sums[i + t]);
+                    }
+                    for (int j = 0; j < n_k; ++j) {
+                        const simd::vf w = simd::loadf(rows + j * R);
+                        for (int t = 0; t < 8; ++t) {
+                            s[t] = simd::fma(w, simd::set1f(b[i0 + i + t][k0 + j]), s[t]);
+                        }
+                    }
+                    for (int t = 0; t < 8; ++t) {
+                        simd::storef(sums[i + t], s[t]);
+                    }
+                }
+                for (; i + 2 <= n_i; i += 2) {
+                    simd::vf      s0 = simd::loadf(sums[i]), s1 = simd::loadf(sums[i + 1]);
+                    const float * b0 = b[i0 + i] + k0;
+                    const float * b1 = b[i0 + i + 1] + k0;
+                    for (int j = 0; j < n_k; ++j) {
+                        const simd::vf w = simd::loadf(rows + j * R);
+                        s0               = simd::fma(w, simd::set1f(b0[j]), s0);
+                        s1               = simd::fma(w, simd::set1f(b1[j]), s1);
+                    }
+                    simd::storef(sums[i], s0);
+                    simd::storef(sums[i + 1], s1);
+                }
+                for (; i < n_i; ++i) {
+                    simd::vf      s0 = simd::loadf(sums[i]);
+                    const float * b0 = b[i0 + i] + k0;
+                    for (int j = 0; j < n_k; ++j) {
+                        s0 = simd::fma(simd::loadf(rows + j * R), simd::set1f(b0[j]), s0);
+                    }
+                    simd::storef(sums[i], s0);
+                }
+            }
+            for (int i = 0; i < n_i; ++i) {
+                memcpy(c[i0 + i] + m, sums[i], n_m * sizeof(float));
+            }
+        }
+    }
+}
+
+// out[i] += p[i][j]*v[j], cell after cell. v rows are f16 or f32
+template <class T, int nq>
+void add_values(const uint8_t * v, size_t stride, int n_cells, int n_dim, const float * p, size_t ldp, float * out) {
+    constexpr int R = simd::R;
+    for (int d = 0; d < n_dim; d += 2 * R) {
+        const bool two = d + R < n_dim;
+        simd::vf   s0[nq], s1[nq];
+        for (int i = 0; i < nq; ++i) {
+            s0[i] = simd::loadf(out + i * n_dim + d);
+            s1[i] = two ? simd::loadf(out + i * n_dim + d + R) : s0[i];
+        }
+        for (int j = 0; j < n_cells; ++j) {
+            const T *      row = (const T *) (v + j * stride) + d;
+            const simd::vf v0  = load_weights(row);
+            const simd::vf v1  = two ? load_weights(row + R) : v0;
+            for (int i = 0; i < nq; ++i) {
+                const simd::vf pi = simd::set1f(p[i * ldp + j]);
+                s0[i]             = simd::fma(pi, v0, s0[i]);
+                s1[i]             = simd::fma(pi, v1, s1[i]);
+            }
+        }
+        for (int i = 0; i < nq; ++i) {
+            simd::storef(out + i * n_dim + d, s0[i]);
+            if (two) {
+                simd::storef(out + i * n_dim + d + R, s1[i]);
+            }
+        }
+    }
+}
+
+template <class T>
+void add_values(const uint8_t * v, size_t stride, int n_cells, int n_dim, int n, const float * p, size_t ldp, float * out) {
+    constexpr int nq = simd::GF;
+    int           i  = 0;
+    for (; i + nq <= n; i += nq) {
+        add_values<T, nq>(v, stride, n_cells, n_dim, p + i * ldp, ldp, out + (size_t) i * n_dim);
+    }
+    for (; i + 2 <= n; i += 2) {
+        add_values<T, 2>(v, stride, n_cells, n_dim, p + i * ldp, ldp, out + (size_t) i * n_dim);
+    }
+    if (i < n) {
+        add_values<T, 1>(v, stride, n_cells, n_dim, p + i * ldp, ldp, out + (size_t) i * n_dim);
+    }
+}
+
+static void attend(const attention & a) {
+    const int    n     = a.n_query;
+    const size_t ld    = ((size_t) a.n_kv + 31) / 16 * 16 + 16;
+    const int    n_dim = a.n_dim_k > a.n_dim_v ? a.n_dim_k : a.n_dim_v;
+
+    float *    scores = a.scratch;                                   // [n][ld]
+    uint32_t * seen   = (uint32_t *) (scores + ATTENTION_QUERIES * ld); // [ld] queries that see a cell
+    float *    out    = (float *) (seen + ld);                       // [n][n_dim_v]
+    float *    rows   = out + 2 * ATTENTION_QUERIES * n_dim;         // [ATTENTION_ROWS][n_dim] dequantised
+
+    const uint32_t all = n == 32 ? 0xffffffffu : (1u << n) - 1;
+    for (int j = 0; j < a.n_kv; ++j) {
+        seen[j] = 0;
+    }
+    for (int i = 0; i < n; ++i) {
+        const uint16_t * m = a.mask[i];
+        for (int j = 0; j < a.n_kv; ++j) {
+            seen[j] |= (uint32_t) (m == nullptr || m[j] != 0xfc00) << i;
+        }
+    }
+
+    // cells before the first and after the last that anyone sees need no work
+    int first = 0, last = a.n_kv;
+    while (first < last && seen[first] == 0) {
+        ++first;
+    }
+    while (last > first && seen[last - 1] == 0) {
+        --last;
+    }
+
+    float * c[ATTENTION_QUERIES];
+    for (int j = first; j < last; j += ATTENTION_ROWS) {
+        const int n_j = last - j < ATTENTION_ROWS ? last - j : ATTENTION_ROWS;
+        for (int i = 0; i < n; ++i) {
+            c[i] = scores + i * ld + j;
+        }
+        const uint8_t * k = a.k + j * a.k_stride;
+        if (a.k_to_float) {
+            for (int jj = 0; jj < n_j; ++jj) {
+                a.k_to_float(k + jj * a.k_stride, rows + jj * a.n_dim_k, a.n_dim_k);
+            }
+            matmul_ordered((const uint8_t *) rows, a.n_dim_k * sizeof(float), true, 0, n_j, a.n_dim_k, a.q, n, c);
+        } else {
+            matmul_ordered(k, a.k_stride, a.k_type == 0, 0, n_j, a.n_dim_k, a.q, n, c);
+        }
+    }
+
+    float inv[ATTENTION_QUERIES];
+    for (int i = 0; i < n; ++i) {
+        const double sum = softmax_row(scores + i * ld + first, a.mask[i] ? a.mask[i] + first : nullptr, last - first,
+                                       a.scale, a.softcap, a.slope[i], a.sink[i]);
+        inv[i]           = sum == 0.0 ? 0.0f : (float) (1.0 / sum);
+    }
+
+    memset(out, 0, (size_t) n * a.n_dim_v * sizeof(float));
+    for (int j = first; j < last;) {
+        // a run of cells that all see, or one cell
+        int n_j = 1;
+        if (seen[j] == all) {
+            while (n_j < ATTENTION_ROWS && j + n_j < last && seen[j + n_j] == all) {
+                ++n_j;
+            }
+        }
+        if (seen[j] != 0) {
+            const uint8_t * v      = a.v + j * a.v_stride;
+            size_t          stride = a.v_stride;
+            if (a.v_to_float) {
+                for (int jj = 0; jj < n_j; ++jj) {
+                    a.v_to_float(v + jj * a.v_stride, rows + jj * a.n_dim_v, a.n_dim_v);
+                }
+                v      = (const uint8_t *) rows;
+                stride = a.n_dim_v * sizeof(float);
+            }
+            const bool f32 = a.v_to_float || a.v_type == 0;
+            for (int i = 0; i < n; ++i) {
+                if (!(seen[j] >> i & 1)) {
+                    continue;
+                }
+                const int n_i = seen[j] == all ? n : 1;
+                f32 ? add_values<float>(v, stride, n_j, a.n_dim_v, n_i, scores + i * ld + j, ld, out + (size_t) i * a.n_dim_v) :
+                      add_values<uint16_t>(v, stride, n_j, a.n_dim_v, n_i, scores + i * ld + j, ld, out + (size_t) i * a.n_dim_v);
+                i += n_i - 1;
+            }
+        }
+        j += n_j;
+    }
+
+    for (int i = 0; i < n; ++i) {
+        for (int d = 0; d < a.n_dim_v; ++d) {
+            a.out[i][d] = out[(size_t) i * a.n_dim_v + d] * inv[i];
+        }
+    }
+}

@@ -1,0 +1,387 @@
+#include "hook.h"
+
+#include "pack.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpu.h"
+#include "ggml.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+namespace entmtp {
+
+static std::atomic<const kernel_set *> g_set     = { nullptr }; // computes what is packed, also after kernels_disable()
+static std::atomic<bool>               g_enabled = { false };
+static std::atomic<uint64_t>           g_missed  = { 0 };
+
+static const kernel_set & kernels() {
+    return *g_set.load(std::memory_order_relaxed);
+}
+
+// -- packed weights --
+
+static size_t hook_packed_size(const ggml_tensor * t) {
+    const weight_type type = packed_type(t->type);
+    return type == W_COUNT ? ggml_nbytes(t) : packed_size(type, t->ne[0], ggml_nrows(t));
+}
+
+static void hook_pack(ggml_tensor * t, const void * data) {
+    const weight_type type     = packed_type(t->type);
+    const int64_t     n_panels = (t->ne[1] + PANEL - 1) / PANEL;
+    const int64_t     n_tasks  = std::min<int64_t>(std::max(1u, std::thread::hardware_concurrency()), n_panels / 64 + 1);
+
+    std::vector<std::thread> threads;
+    for (int64_t i = 1; i < n_tasks; ++i) {
+        threads.emplace_back(pack_panels, type, data, t->ne[0], t->ne[1], n_panels * i / n_tasks,
+                             n_panels * (i + 1) / n_tasks, (uint8_t *) t->data);
+    }
+    pack_panels(type, data, t->ne[0], t->ne[1], 0, n_panels / n_tasks, (uint8_t *) t->data);
+    for (std::thread & thread : threads) {
+        thread.join();
+    }
+}
+
+static bool hook_supports_op(const ggml_tensor * op) {
+    const ggml_tensor * w = op->src[0];
+    return g_enabled && op->op == GGML_OP_MUL_MAT && packed_type(w->type) != W_COUNT && ggml_n_dims(w) == 2 &&
+           ggml_is_contiguous(w) && op->src[1]->type == GGML_TYPE_F32 && op->op_params[1] == 0;
+}
+
+// Activations in the work buffer: groups of up to `group` tokens, each [n_blocks][n]
+struct work_layout {
+    int64_t n_blocks, n_tokens;
+    size_t  token; // bytes per token: q or f, then d, then s
+
+    work_layout(weight_type type, const ggml_tensor * op) {
+        const weight_layout & l = LAYOUTS[type];
+        n_blocks                = (op->src[0]->ne[0] + l.block - 1) / l.block;
+        n_tokens                = ggml_nrows(op->src[1]);
+        token                   = n_blocks * (l.bits == 0 ? l.block * 4 : l.block + 4 + 4 * l.sums);
+        token                   = (token + 63) / 64 * 64;
+    }
+};
+
+static activations group_activations(weight_type type, const work_layout & w, uint8_t * base, int64_t first, int n) {
+    uint8_t *   p = base + first * w.token;
+    activations a;
+    a.q = (int8_t *) p;
+    a.f = (float *) p;
+    a.d = (float *) (p + w.n_blocks * n * LAYOUTS[type].block);
+    a.s = (int32_t *) (a.d + w.n_blocks * n);
+    return a;
+}
+
+// Below this many floats every thread quantises all activations for itself, which is faster than meeting the others.
+constexpr int64_t QUANTIZE_ALONE = 4096;
+constexpr size_t  CHUNK_BYTES    = 256 << 10; // weights that stay in the second cache while groups of tokens go by
+
+static void compute_packed(const ggml_cpu_hook_task * task, ggml_tensor * op) {
+    const kernel_set &    set  = kernels();
+    const ggml_tensor *   w    = op->src[0];
+    const ggml_tensor *   x    = op->src[1];
+    const weight_type     type = packed_type(w->type);
+    const weight_layout & l    = LAYOUTS[type];
+    const work_layout     work(type, op);
+
+    const int64_t k = w->ne[0], n_rows = w->ne[1], n_tokens = work.n_tokens;
+    const int64_t group    = l.bits == 0 ? set.group_float : set.group;
+    const int64_t n_groups = (n_tokens + group - 1) / group;
+    const bool    alone    = task->nth == 1 || n_tokens * k <= QUANTIZE_ALONE;
+
+    uint8_t * base = (uint8_t *) task->wdata + (alone ? task->ith * (size_t) n_tokens * work.token : 0);
+
+    // groups of nearly equal size
+    const auto group_start = [&](int64_t g) { return n_tokens * g / n_groups; };
+    const auto row         = [](const ggml_tensor * t, int64_t i) {
+        const int64_t i1 = i % t->ne[1], i2 = i / t->ne[1] % t->ne[2], i3 = i / t->ne[1] / t->ne[2];
+        return (float *) ((char *) t->data + i1 * t->nb[1] + i2 * t->nb[2] + i3 * t->nb[3]);
+    };
+
+    for (int64_t g = 0; g < n_groups; ++g) {
+        const int64_t first = group_start(g);
+        const int     n     = (int) (group_start(g + 1) - first);
+        const float * rows[16];
+        for (int i = 0; i < n; ++i) {
+            rows[i] = row(x, first + i);
+        }
+        const int64_t b0 = alone ? 0 : work.n_blocks * task->ith / task->nth;
+        const int64_t b1 = alone ? work.n_blocks : work.n_blocks * (task->ith + 1) / task->nth;
+        set.quantize(type, rows, n, k, b0, b1, group_activations(type, work, base, first, n));
+    }
+
+    const int64_t n_panels    = (n_rows + PANEL - 1) / PANEL;
+    const size_t  panel_bytes = (size_t) work.n_blocks * l.panel_bytes;
+
+    // enough chunks for threads of unequal speed
+    int64_t chunk = std::max<int64_t>(1, std::min<int64_t>(CHUNK_BYTES / panel_bytes, n_panels / (task->nth * 4)));
+    if (alone) {
+        chunk = (n_panels + task->nth - 1) / task->nth;
+    }
+    const int64_t n_chunks = (n_panels + chunk - 1) / chunk;
+
+    if (!alone) {
+        if (task->ith == 0) {
+            ggml_cpu_hook_chunk_set(task, task->nth);
+        }
+        ggml_cpu_hook_barrier(task);
+    }
+
+    for (int64_t c = task->ith; c < n_chunks; c = alone ? n_chunks : ggml_cpu_hook_chunk_add(task, 1)) {
+        // with one thread a chunk could be the whole matrix: groups of tokens still go by in steps of the cache
+        const int64_t end  = std::min((c + 1) * chunk, n_panels);
+        const int64_t step = n_groups == 1 ? chunk : std::max<int64_t>(1, CHUNK_BYTES / panel_bytes);
+        for (int64_t p0 = c * chunk; p0 < end; p0 += step) {
+            for (int64_t g = 0; g < n_groups; ++g) {
+                const int64_t     first = group_start(g);
+                const int         n     = (int) (group_start(g + 1) - first);
+                const activations a     = group_activations(type, work, base, first, n);
+                for (int64_t p = p0; p < std::min(p0 + step, end); ++p) {
+                    float out[16 * PANEL];
+                    set.matmul(type, (const uint8_t *) w->data + p * panel_bytes, work.n_blocks, n, a, out);
+                    const size_t bytes = std::min<int64_t>(PANEL, n_rows - p * PANEL) * sizeof(float);
+                    for (int i = 0; i < n; ++i) {
+                        memcpy(row(op, first + i) + p * PANEL, out + PANEL * i, bytes);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// -- products with the cache, without flash attention --
+
+static bool is_cache_product(const ggml_tensor * op) {
+    const ggml_tensor * a = op->src[0];
+    const ggml_tensor * b = op->src[1];
+    return (a->type == GGML_TYPE_F16 || a->type == GGML_TYPE_F32) && b->type == GGML_TYPE_F32 && op->op_params[1] == 0 &&
+           a->nb[0] == ggml_type_size(a->type) && b->nb[0] == sizeof(float) && op->nb[0] == sizeof(float);
+}
+
+static void compute_ordered(const ggml_cpu_hook_task * task, ggml_tensor * op) {
+    const ggml_tensor * a = op->src[0]; // [k, m, n_head_kv, ..]
+    const ggml_tensor * b = op->src[1]; // [k, n_tokens, n_head, ..]
+
+    const int64_t k = a->ne[0], m = a->ne[1], n_tokens = b->ne[1];
+    const int64_t r2 = b->ne[2] / a->ne[2], r3 = b->ne[3] / a->ne[3];
+
+    // units of work: 64 rows of one kv head, for all tokens and heads that read it
+    const int64_t n_m = (m + 63) / 64, n_units = n_m * a->ne[2] * a->ne[3];
+
+    for (int64_t u = n_units * task->ith / task->nth; u < n_units * (task->ith + 1) / task->nth; ++u) {
+        const int64_t im = u % n_m, i2 = u / n_m % a->ne[2], i3 = u / n_m / a->ne[2];
+        const float * rows[64];
+        float *       out[64];
+        int           n = 0;
+        for (int64_t i = 0; i < n_tokens * r2 * r3; ++i) {
+            const int64_t t = i / (r2 * r3), h = i2 * r2 + i % r2, s = i3 * r3 + i / r2 % r3;
+            rows[n] = (const float *) ((const char *) b->data + t * b->nb[1] + h * b->nb[2] + s * b->nb[3]);
+            out[n]  = (float *) ((char *) op->data + t * op->nb[1] + h * op->nb[2] + s * op->nb[3]);
+            if (++n == 64 || i + 1 == n_tokens * r2 * r3) {
+                kernels().matmul_ordered((const uint8_t *) a->data + i2 * a->nb[2] + i3 * a->nb[3], a->nb[1],
+                                         a->type == GGML_TYPE_F32, (int) (im * 64), (int) std::min(m, im * 64 + 64),
+                                         (int) k, rows, n, out);
+                n = 0;
+            }
+        }
+    }
+}
+
+// -- attention --
+
+static float head_slope(float max_bias, int64_t h, int64_t n_head) { // ALiBi, arXiv 2108.12409
+    if (max_bias <= 0.0f) {
+        return 1.0f;
+    }
+    const uint32_t n_head_log2 = 1u << (uint32_t) std::floor(std::log2((double) n_head));
+    return h < n_head_log2 ? std::pow(std::pow(2.0f, -max_bias / n_head_log2), (float) (h + 1)) :
+                             std::pow(std::pow(2.0f, -max_bias / 2.0f / n_head_log2), (float) (2 * (h - n_head_log2) + 1));
+}
+
+static bool is_readable_row(const ggml_tensor * t) {
+    return (t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_F32 || ggml_get_type_traits(t->type)->to_float) &&
+           t->nb[0] == ggml_type_size(t->type) && t->ne[0] % 16 == 0;
+}
+
+static bool is_attention(const ggml_tensor * op) {
+    const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
+    return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && is_readable_row(k) && is_readable_row(v) &&
+           op->type == GGML_TYPE_F32 && ggml_is_contiguous(op) && k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] &&
+           (!mask || mask->type == GGML_TYPE_F16) && q->ne[2] % k->ne[2] == 0 && q->ne[3] % k->ne[3] == 0;
+}
+
+static void compute_attention(const ggml_cpu_hook_task * task, ggml_tensor * op) {
+    const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3], *sinks = op->src[4];
+
+    float scale, max_bias, softcap;
+    memcpy(&scale, op->op_params + 0, 4);
+    memcpy(&max_bias, op->op_params + 1, 4);
+    memcpy(&softcap, op->op_params + 2, 4);
+
+    attention a = {};
+    a.n_kv      = (int) k->ne[1];
+    a.n_dim_k   = (int) k->ne[0];
+    a.n_dim_v   = (int) v->ne[0];
+    a.k_stride  = k->nb[1];
+    a.v_stride  = v->nb[1];
+    a.k_type    = k->type;
+    a.v_type    = v->type;
+    a.softcap   = softcap;
+    a.scale     = softcap != 0.0f ? scale / softcap : scale;
+    const auto to_float = [](const ggml_tensor * t) {
+        return t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_F32 ? nullptr : ggml_get_type_traits(t->type)->to_float;
+    };
+    a.k_to_float = to_float(k);
+    a.v_to_float = to_float(v);
+
+    const size_t scratch = attention_scratch(a.n_kv, a.n_dim_k, a.n_dim_v);
+    a.scratch            = (float *) task->wdata + task->ith * scratch;
+
+    // units of work: some of the queries of one kv head, as many as fit, fewer if threads would have none
+    const int64_t n_tokens = q->ne[1], r2 = q->ne[2] / k->ne[2], r3 = q->ne[3] / k->ne[3];
+    const int64_t n_kv_heads = k->ne[2] * q->ne[3];
+    const int64_t n_queries  = n_tokens * r2;
+    const int64_t n_split    = std::max((n_queries + ATTENTION_QUERIES - 1) / ATTENTION_QUERIES,
+                                        std::min(n_queries, (2 * task->nth + n_kv_heads - 1) / n_kv_heads));
+    const int64_t n_units    = n_kv_heads * n_split;
+
+    for (int64_t u = n_units * task->ith / task->nth; u < n_units * (task->ith + 1) / task->nth; ++u) {
+        const int64_t part = u % n_split, i2 = u / n_split % k->ne[2], i3 = u / n_split / k->ne[2];
+
+        a.k       = (const uint8_t *) k->data + i2 * k->nb[2] + i3 / r3 * k->nb[3];
+        a.v       = (const uint8_t *) v->data + i2 * v->nb[2] + i3 / r3 * v->nb[3];
+        a.n_query = 0;
+        for (int64_t i = n_queries * part / n_split; i < n_queries * (part + 1) / n_split; ++i) {
+            const int64_t t = i / r2, h = i2 * r2 + i % r2;
+            const int     n = a.n_query++;
+            a.q[n]          = (const float *) ((const char *) q->data + t * q->nb[1] + h * q->nb[2] + i3 * q->nb[3]);
+            a.out[n]        = (float *) op->data + (i3 * op->ne[2] * op->ne[1] + t * op->ne[1] + h) * op->ne[0];
+            a.mask[n]       = mask ? (const uint16_t *) ((const char *) mask->data + t * mask->nb[1] +
+                                                   h % mask->ne[2] * mask->nb[2] + i3 % mask->ne[3] * mask->nb[3]) :
+                                     nullptr;
+            a.slope[n]      = head_slope(max_bias, h, q->ne[2]);
+            a.sink[n]       = sinks ? (const float *) sinks->data + h : nullptr;
+        }
+        kernels().attend(a);
+    }
+}
+
+static bool is_softmax(const ggml_tensor * op) {
+    const ggml_tensor *x = op->src[0], *mask = op->src[1];
+    return x->type == GGML_TYPE_F32 && ggml_is_contiguous(op) && x->nb[0] == sizeof(float) &&
+           (!mask || mask->type == GGML_TYPE_F16);
+}
+
+static void compute_softmax(const ggml_cpu_hook_task * task, ggml_tensor * op) {
+    const ggml_tensor *x = op->src[0], *mask = op->src[1], *sinks = op->src[2];
+
+    float scale, max_bias;
+    memcpy(&scale, op->op_params + 0, 4);
+    memcpy(&max_bias, op->op_params + 1, 4);
+
+    const int64_t n_rows = ggml_nrows(x);
+    for (int64_t i = n_rows * task->ith / task->nth; i < n_rows * (task->ith + 1) / task->nth; ++i) {
+        const int64_t t = i % x->ne[1], h = i / x->ne[1] % x->ne[2], s = i / x->ne[1] / x->ne[2];
+        const auto *  m = mask ? (const uint16_t *) ((const char *) mask->data + t * mask->nb[1] +
+                                                    h % mask->ne[2] * mask->nb[2] + s % mask->ne[3] * mask->nb[3]) :
+                                 nullptr;
+        kernels().softmax((const float *) ((const char *) x->data + t * x->nb[1] + h * x->nb[2] + s * x->nb[3]), m,
+                          (float *) op->data + i * op->ne[0], (int) op->ne[0], scale, head_slope(max_bias, h, x->ne[2]),
+                          sinks ? (const float *) sinks->data + h : nullptr);
+    }
+}
+
+// -- the hook --
+
+static bool hook_takes_op(const ggml_tensor * op, bool packed) {
+    if (packed) {
+        return true;
+    }
+    if (!g_enabled) {
+        return false;
+    }
+    bool takes = false;
+    switch (op->op) {
+        case GGML_OP_MUL_MAT:
+            takes = is_cache_product(op);
+            break;
+        case GGML_OP_FLASH_ATTN_EXT:
+            takes = is_attention(op);
+            break;
+        case GGML_OP_SOFT_MAX:
+            takes = is_softmax(op);
+            break;
+        case GGML_OP_MUL_MAT_ID:
+            break;
+        default:
+            return false;
+    }
+    g_missed += !takes;
+    return takes;
+}
+
+static bool is_packed(const ggml_tensor * t) {
+    return t->buffer && ggml_backend_buffer_get_type(t->buffer) == ggml_cpu_hook_buffer_type();
+}
+
+static bool hook_work_size(int n_threads, const ggml_tensor * op, size_t * size) {
+    if (op->op == GGML_OP_FLASH_ATTN_EXT) {
+        const ggml_tensor *k = op->src[1], *v = op->src[2];
+        *size = n_threads * attention_scratch((int) k->ne[1], (int) k->ne[0], (int) v->ne[0]) * sizeof(float);
+    } else if (op->op == GGML_OP_MUL_MAT && is_packed(op->src[0])) {
+        const work_layout work(packed_type(op->src[0]->type), op);
+        const bool        alone = work.n_tokens * op->src[0]->ne[0] <= QUANTIZE_ALONE;
+        *size                   = (size_t) work.n_tokens * work.token * (alone ? n_threads : 1);
+    } else {
+        *size = 0;
+    }
+    return true;
+}
+
+static bool hook_compute(const ggml_cpu_hook_task * task, ggml_tensor * op) {
+    switch (op->op) {
+        case GGML_OP_MUL_MAT:
+            is_packed(op->src[0]) ? compute_packed(task, op) : compute_ordered(task, op);
+            return true;
+        case GGML_OP_FLASH_ATTN_EXT:
+            compute_attention(task, op);
+            return true;
+        case GGML_OP_SOFT_MAX:
+            compute_softmax(task, op);
+            return true;
+        default:
+            return false;
+    }
+}
+
+bool kernels_enable(const char * name) {
+    static const ggml_cpu_hook hook = { hook_supports_op, hook_packed_size, hook_pack,
+                                        hook_takes_op,    hook_work_size,   hook_compute };
+    for (const kernel_set * const * set = kernel_sets(); *set; ++set) {
+        if (name == nullptr || strcmp((*set)->name, name) == 0) {
+            g_set     = *set;
+            g_enabled = true;
+            ggml_cpu_set_hook(&hook);
+            return true;
+        }
+    }
+    return false;
+}
+
+void kernels_disable() {
+    g_enabled = false;
+}
+
+uint64_t kernels_missed() {
+    return g_missed;
+}
+
+const kernel_set * kernels_current() {
+    return g_enabled ? g_set.load() : nullptr;
+}
+
+} // namespace entmtp

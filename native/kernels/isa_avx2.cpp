@@ -1,0 +1,23 @@
+// Compiled for AVX2.
+
+#include "half.h"
+#include "kernels.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+#include "simd_avx2.h"
+
+using namespace entmtp;
+#include "matmul.h"
+// needs load_weights of matmul.h
+#include "attention.h"
+#include "peak.h"
+} // namespace
+
+namespace entmtp {
+extern const kernel_set kernels_avx2;
+const kernel_set        kernels_avx2 = { "avx2", simd::G, simd::GF, quantize, matmul, matmul_ordered, attend, softmax, int8_peak };
+} // namespace entmtp

@@ -1,0 +1,23 @@
+// Compiled for AVX-512 with VNNI.
+
+#include "half.h"
+#include "kernels.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+#include "simd_avx512.h"
+
+using namespace entmtp;
+#include "matmul.h"
+// needs load_weights of matmul.h
+#include "attention.h"
+#include "peak.h"
+} // namespace
+
+namespace entmtp {
+extern const kernel_set kernels_avx512vnni;
+const kernel_set        kernels_avx512vnni = { "avx512vnni", simd::G, simd::GF, quantize, matmul, matmul_ordered, attend, softmax, int8_peak };
+} // namespace entmtp

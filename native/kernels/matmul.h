@@ -1,0 +1,345 @@
+// Products of packed weights and few tokens, for one instruction set: included after its `simd`.
+
+// -- activations --
+
+template <int sums> // 1: weights with blocks of 32. 4, 16: of 256
+void quantize_block(const float * x, int offset, int8_t * q, float * d, int32_t * s) {
+    constexpr int block = sums == 1 ? 32 : 256;
+
+    // the largest magnitude, as an integer: NaN compares greater than anything
+    uint32_t top = 0;
+    for (int i = 0; i < block; ++i) {
+        uint32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffff;
+        top = bits > top ? bits : top;
+    }
+    float amax;
+    memcpy(&amax, &top, 4);
+
+    // as ggml: blocks of 32 keep the scale as f16
+    *d             = sums == 1 ? half_to_float(float_to_half(amax / 127.0f)) : amax / 127.0f;
+    const float id = amax != 0.0f ? 127.0f / amax : 0.0f;
+
+    for (int i = 0; i < block; i += simd::R) {
+        simd::store_i8(q + i, simd::round(simd::mulf(simd::loadf(x + i), simd::set1f(id))));
+    }
+
+    if (sums == 4) { // for the mins: pairs of sums over 32
+        for (int i = 0; i < 4; ++i) {
+            int32_t a = 0, b = 0;
+            for (int j = 0; j < 32; ++j) {
+                a += q[64 * i + j];
+                b += q[64 * i + 32 + j];
+            }
+            s[i] = (int32_t) ((uint32_t) (uint16_t) a | (uint32_t) (uint16_t) b << 16);
+        }
+    } else {
+        for (int i = 0; i < sums; ++i) {
+            int32_t a = 0;
+            for (int j = 0; j < block / sums; ++j) {
+                a += q[block / sums * i + j];
+            }
+            s[i] = -offset * a;
+        }
+    }
+}
+
+static void quantize(weight_type type, const float * const * x, int n, int64_t k, int64_t b0, int64_t b1, const activations & a) {
+    const int block  = LAYOUTS[type].block;
+    const int offset = type == W_Q4_0 ? 8 : type == W_Q8_0 ? simd::OFF8 : 32;
+    for (int64_t b = b0; b < b1; ++b) {
+        for (int i = 0; i < n; ++i) {
+            const float * xb = x[i] + b * block;
+            const int64_t at = b * n + i;
+            if (LAYOUTS[type].bits == 0) {
+                const int64_t left = k - b * block;
+                for (int j = 0; j < block; ++j) {
+                    a.f[at * block + j] = j < left ? xb[j] : 0.0f;
+                }
+            } else if (LAYOUTS[type].sums == 1) {
+                quantize_block<1>(xb, offset, a.q + at * 32, a.d + at, a.s + at);
+            } else if (LAYOUTS[type].sums == 4) {
+                quantize_block<4>(xb, offset, a.q + at * 256, a.d + at, a.s + at * 4);
+            } else {
+                quantize_block<16>(xb, offset, a.q + at * 256, a.d + at, a.s + at * 16);
+            }
+        }
+    }
+}
+
+// -- one panel --
+//
+// Every kernel goes over the lanes' worth of rows at a time (`sub`), keeps one float sum per token in a register, unpacks a
+// block of weights once and uses it for all n tokens.
+
+static inline void prefetch(const uint8_t * p, int bytes) {
+#if defined(__GNUC__)
+    for (int i = 0; i < bytes; i += 64) {
+        __builtin_prefetch(p + i, 0, 3);
+    }
+#else
+    (void) p;
+    (void) bytes;
+#endif
+}
+
+constexpr int AHEAD = 4096; // bytes
+
+// blocks of 32 with one scale: Q4_0 and Q8_0
+//   sum = fma(float(integer sum of the block), d_w*d_x, sum)
+template <int bits, int n> void matmul_32(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
+    constexpr int bytes = PANEL * (2 + 4 * bits);
+    for (int sub = 0; sub < PANEL; sub += simd::R) {
+        simd::vf sum[n];
+        for (int i = 0; i < n; ++i) {
+            sum[i] = simd::set1f(0.0f);
+        }
+        for (int64_t b = 0; b < n_blocks; ++b) {
+            const uint8_t * p = panel + b * bytes;
+            prefetch(p + AHEAD, bytes);
+
+            const simd::vf  d = simd::load_f16((const uint16_t *) p + sub);
+            const uint8_t * l = p + 2 * PANEL + 4 * sub;
+
+            simd::vb w[8];
+            for (int j = 0; j < 4; ++j) {
+                if (bits == 4) {
+                    const simd::vb t = simd::loadb(l + 4 * PANEL * j);
+                    w[j]             = simd::low4(t);
+                    w[j + 4]         = simd::high4(t);
+                } else {
+                    w[j]     = simd::loadb(l + 4 * PANEL * j);
+                    w[j + 4] = simd::loadb(l + 4 * PANEL * (j + 4));
+                }
+            }
+
+            const int8_t *  q  = a.q + b * n * 32;
+            const float *   dx = a.d + b * n;
+            const int32_t * s  = a.s + b * n;
+#pragma GCC unroll 16
+            for (int i = 0; i < n; ++i) {
+                simd::vi t = simd::set1i(s[i]);
+                t          = simd::dot16<bits>(t, w, q + 32 * i);
+                t          = simd::dot16<bits>(t, w + 4, q + 32 * i + 16);
+                sum[i]     = simd::fma(simd::cvt(t), simd::mulf(d, simd::set1f(dx[i])), sum[i]);
+            }
+        }
+        for (int i = 0; i < n; ++i) {
+            simd::storef(out + PANEL * i + sub, sum[i]);
+        }
+    }
+}
+
+// 6-bit scales and mins of one Q4_K block
+//   packed [12][16]: byte b < 8 holds scale b and the lower 2 bits of min b, byte 8 + b/2 the upper 4 bits of mins b and b + 1
+static inline void unpack_scales(const uint8_t * packed, uint8_t scales[8][PANEL], uint8_t mins[4][PANEL][2]) {
+    for (int b = 0; b < 8; ++b) {
+        for (int r = 0; r < PANEL; ++r) {
+            const uint8_t t = packed[PANEL * b + r];
+            scales[b][r]    = t & 63;
+        }
+    }
+    for (int b = 0; b < 4; ++b) {
+        for (int r = 0; r < PANEL; ++r) {
+            const uint8_t t = packed[PANEL * (8 + b) + r];
+            mins[b][r][0]   = (uint8_t) (packed[PANEL * (2 * b) + r] >> 6 | (t & 15) << 2);
+            mins[b][r][1]   = (uint8_t) (packed[PANEL * (2 * b + 1) + r] >> 6 | (t >> 4) << 2);
+        }
+    }
+}
+
+// Q4_K: blocks of 256, eight scales and mins in integers
+//   sum = fma(float(sum of scale*q*x), d_w*d_x, sum), then fma(float(sum of min*x), -(dmin*d_x), sum)
+template <int n> void matmul_q4_k(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
+    constexpr int bytes = PANEL * 144;
+    for (int sub = 0; sub < PANEL; sub += simd::R) {
+        simd::vf sum[n];
+        for (int i = 0; i < n; ++i) {
+            sum[i] = simd::set1f(0.0f);
+        }
+        for (int64_t b = 0; b < n_blocks; ++b) {
+            const uint8_t * p  = panel + b * bytes;
+            const int8_t *  q  = a.q + b * n * 256;
+            const float *   dx = a.d + b * n;
+            const int32_t * s  = a.s + b * n * 4;
+
+            alignas(64) uint8_t scales[8][PANEL];
+            alignas(64) uint8_t mins[4][PANEL][2];
+            unpack_scales(p + 4 * PANEL, scales, mins);
+
+            simd::vi t[n];
+            for (int i = 0; i < n; ++i) {
+                t[i] = simd::set1i(0);
+            }
+            for (int g = 0; g < 8; ++g) { // 32 k
+                const uint8_t * l = p + PANEL * (16 + 16 * g) + 4 * sub;
+                prefetch(l + AHEAD, 256);
+
+                simd::vb w[8];
+                for (int j = 0; j < 4; ++j) {
+                    const simd::vb x = simd::loadb(l + 4 * PANEL * j);
+                    w[j]             = simd::low4(x);
+                    w[j + 4]         = simd::high4(x);
+                }
+                const simd::vi scale = simd::load_u8(scales[g] + sub);
+#pragma GCC unroll 16
+                for (int i = 0; i < n; ++i) {
+                    simd::vi u = simd::dot16<4>(simd::set1i(0), w, q + 256 * i + 32 * g);
+                    u          = simd::dot16<4>(u, w + 4, q + 256 * i + 32 * g + 16);
+                    t[i]       = simd::addi(t[i], simd::muli(u, scale));
+                }
+            }
+
+            const simd::vf d    = simd::load_f16((const uint16_t *) p + sub);
+            const simd::vf dmin = simd::load_f16((const uint16_t *) p + PANEL + sub);
+            for (int i = 0; i < n; ++i) {
+                simd::vi m = simd::set1i(0);
+                for (int g = 0; g < 4; ++g) {
+                    m = simd::dot2(m, simd::load_u8x2(mins[g][sub]), s[4 * i + g]);
+                }
+                sum[i] = simd::fma(simd::cvt(t[i]), simd::mulf(d, simd::set1f(dx[i])), sum[i]);
+                sum[i] = simd::fma(simd::cvt(m), simd::mulf(dmin, simd::set1f(-dx[i])), sum[i]);
+            }
+        }
+        for (int i = 0; i < n; ++i) {
+            simd::storef(out + PANEL * i + sub, sum[i]);
+        }
+    }
+}
+
+// Q6_K: blocks of 256, sixteen int8 scales
+//   sum = fma(float(sum of scale*(q - 32)*x), d_w*d_x, sum)
+template <int n> void matmul_q6_k(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
+    constexpr int bytes = PANEL * 210;
+    for (int sub = 0; sub < PANEL; sub += simd::R) {
+        simd::vf sum[n];
+        for (int i = 0; i < n; ++i) {
+            sum[i] = simd::set1f(0.0f);
+        }
+        for (int64_t b = 0; b < n_blocks; ++b) {
+            const uint8_t * p      = panel + b * bytes;
+            const uint8_t * scales = p + 2 * PANEL + sub;
+            const int8_t *  q      = a.q + b * n * 256;
+            const float *   dx     = a.d + b * n;
+            const int32_t * s      = a.s + b * n * 16;
+
+            simd::vi t[n];
+            for (int i = 0; i < n; ++i) {
+                t[i] = simd::set1i(0);
+            }
+            for (int g = 0; g < 8; ++g) {
+                const uint8_t * l = p + PANEL * (18 + 16 * g) + 4 * sub;
+                const uint8_t * h = p + PANEL * (146 + 8 * g) + 4 * sub;
+                prefetch(l + AHEAD, 256);
+                prefetch(h + AHEAD, 128);
+
+                simd::vb w[8];
+                for (int j = 0; j < 4; ++j) {
+                    const simd::vb x = simd::loadb(l + 4 * PANEL * j);
+                    w[j]             = simd::low4(x);
+                    w[j + 4]         = simd::high4(x);
+                }
+                for (int j = 0; j < 2; ++j) { // line j of the upper bits: lines 4*j to 4*j + 3
+                    const simd::vb x = simd::loadb(h + 4 * PANEL * j);
+                    w[4 * j + 0]     = simd::orb(w[4 * j + 0], simd::mid2<0>(x));
+                    w[4 * j + 1]     = simd::orb(w[4 * j + 1], simd::mid2<1>(x));
+                    w[4 * j + 2]     = simd::orb(w[4 * j + 2], simd::mid2<2>(x));
+                    w[4 * j + 3]     = simd::orb(w[4 * j + 3], simd::mid2<3>(x));
+                }
+                const simd::vi scale0 = simd::load_i8(scales + PANEL * (2 * g));
+                const simd::vi scale1 = simd::load_i8(scales + PANEL * (2 * g + 1));
+#pragma GCC unroll 16
+                for (int i = 0; i < n; ++i) {
+                    const simd::vi u = simd::dot16<6>(simd::set1i(s[16 * i + 2 * g]), w, q + 256 * i + 32 * g);
+                    const simd::vi v = simd::dot16<6>(simd::set1i(s[16 * i + 2 * g + 1]), w + 4, q + 256 * i + 32 * g + 16);
+                    t[i] = simd::addi(t[i], simd::addi(simd::muli(u, scale0), simd::muli(v, scale1)));
+                }
+            }
+
+            const simd::vf d = simd::load_f16((const uint16_t *) p + sub);
+            for (int i = 0; i < n; ++i) {
+                sum[i] = simd::fma(simd::cvt(t[i]), simd::mulf(d, simd::set1f(dx[i])), sum[i]);
+            }
+        }
+        for (int i = 0; i < n; ++i) {
+            simd::storef(out + PANEL * i + sub, sum[i]);
+        }
+    }
+}
+
+static inline simd::vf load_weights(const uint16_t * p) {
+    return simd::load_f16(p);
+}
+static inline simd::vf load_weights(const float * p) {
+    return simd::loadf(p);
+}
+
+// F16 and F32: each block of 32 k has a sum of its own, in order, which is then added to the whole
+template <class T, int n> void matmul_float(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
+    for (int sub = 0; sub < PANEL; sub += simd::R) {
+        simd::vf sum[n];
+        for (int i = 0; i < n; ++i) {
+            sum[i] = simd::set1f(0.0f);
+        }
+        for (int64_t b = 0; b < n_blocks; ++b) {
+            const T * w = (const T *) panel + b * 32 * PANEL + sub;
+            prefetch((const uint8_t *) w + AHEAD, 32 * PANEL * (int) sizeof(T));
+
+            const float * x = a.f + b * n * 32;
+            simd::vf      t[n];
+            for (int i = 0; i < n; ++i) {
+                t[i] = simd::set1f(0.0f);
+            }
+            for (int k = 0; k < 32; ++k) {
+                const simd::vf wk = load_weights(w + k * PANEL);
+                for (int i = 0; i < n; ++i) {
+                    t[i] = simd::fma(wk, simd::set1f(x[32 * i + k]), t[i]);
+                }
+            }
+            for (int i = 0; i < n; ++i) {
+                sum[i] = simd::addf(sum[i], t[i]);
+            }
+        }
+        for (int i = 0; i < n; ++i) {
+            simd::storef(out + PANEL * i + sub, sum[i]);
+        }
+    }
+}
+
+// -- dispatch by type and number of tokens --
+
+template <int n> void matmul_n(weight_type type, const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
+    switch (type) {
+        case W_Q4_0:
+            return matmul_32<4, n>(panel, n_blocks, a, out);
+        case W_Q8_0:
+            return matmul_32<8, n>(panel, n_blocks, a, out);
+        case W_Q4_K:
+            return matmul_q4_k<n>(panel, n_blocks, a, out);
+        case W_Q6_K:
+            return matmul_q6_k<n>(panel, n_blocks, a, out);
+        case W_F16:
+            return matmul_float<uint16_t, (n <= simd::GF ? n : 1)>(panel, n_blocks, a, out);
+        case W_F32:
+            return matmul_float<float, (n <= simd::GF ? n : 1)>(panel, n_blocks, a, out);
+        default:
+            return;
+    }
+}
+
+static void matmul(weight_type type, const uint8_t * panel, int64_t n_blocks, int n, const activations & a, float * out) {
+    switch (n) {
+#define CASE(i)                                                                       \
+    case i:                                                                           \
+        if constexpr (i <= simd::G) {                                                 \
+            return matmul_n<i>(type, panel, n_blocks, a, out);                        \
+        }                                                                             \
+        return;
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+        CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16)
+#undef CASE
+        default:
+            return;
+    }
+}

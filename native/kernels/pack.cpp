@@ -1,0 +1,169 @@
+#include "pack.h"
+
+#include <cstring>
+
+namespace entmtp {
+
+// ggml's blocks, as its GGUF files hold them
+struct q4_0 {
+    uint16_t d;
+    uint8_t  qs[16]; // k in the low nibble, k + 16 in the high one
+};
+struct q8_0 {
+    uint16_t d;
+    int8_t   qs[32];
+};
+struct q4_k {
+    uint16_t d, dmin;
+    uint8_t  scales[12]; // 6-bit scales and mins
+    uint8_t  qs[128];    // for each 64 k: k in the low nibble, k + 32 in the high one
+};
+struct q6_k {
+    uint8_t  ql[128];
+    uint8_t  qh[64];
+    int8_t   scales[16];
+    uint16_t d;
+};
+
+static_assert(sizeof(q4_0) == 18 && sizeof(q8_0) == 34 && sizeof(q4_k) == 144 && sizeof(q6_k) == 210, "ggml's layouts");
+
+weight_type packed_type(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_Q4_0:
+            return W_Q4_0;
+        case GGML_TYPE_Q8_0:
+            return W_Q8_0;
+        case GGML_TYPE_Q4_K:
+            return W_Q4_K;
+        case GGML_TYPE_Q6_K:
+            return W_Q6_K;
+        case GGML_TYPE_F16:
+            return W_F16;
+        case GGML_TYPE_F32:
+            return W_F32;
+        default:
+            return W_COUNT;
+    }
+}
+
+size_t packed_size(weight_type type, int64_t k, int64_t n_rows) {
+    const weight_layout & l = LAYOUTS[type];
+    return (size_t) ((n_rows + PANEL - 1) / PANEL) * ((k + l.block - 1) / l.block) * l.panel_bytes;
+}
+
+// One row's block into row r of a panel. `line` is where line j of the block starts.
+
+static void put(uint8_t * lines, int r, int k, uint8_t low, uint8_t high) { // nibbles of k and k + 16
+    lines[k / 4 * 4 * PANEL + 4 * r + k % 4] = (uint8_t) (low | high << 4);
+}
+
+static void pack_block(const q4_0 & b, int r, uint8_t * dst) {
+    memcpy(dst + 2 * r, &b.d, 2);
+    for (int k = 0; k < 16; ++k) {
+        put(dst + 2 * PANEL, r, k, b.qs[k] & 15, b.qs[k] >> 4);
+    }
+}
+
+static void pack_block(const q8_0 & b, int r, uint8_t * dst) {
+    memcpy(dst + 2 * r, &b.d, 2);
+    for (int k = 0; k < 32; ++k) {
+        dst[2 * PANEL + k / 4 * 4 * PANEL + 4 * r + k % 4] = (uint8_t) (b.qs[k] ^ 0x80);
+    }
+}
+
+static void pack_block(const q4_k & b, int r, uint8_t * dst) {
+    memcpy(dst + 2 * r, &b.d, 2);
+    memcpy(dst + 2 * PANEL + 2 * r, &b.dmin, 2);
+
+    uint8_t * packed = dst + 4 * PANEL; // see unpack_scales()
+    for (int i = 0; i < 8; ++i) {
+        const uint8_t * s = b.scales;
+        const uint8_t scale = i < 4 ? s[i] & 63 : (s[i + 4] & 15) | (s[i - 4] >> 6) << 4;
+        const uint8_t min   = i < 4 ? s[i + 4] & 63 : (s[i + 4] >> 4) | (s[i] >> 6) << 4;
+
+        packed[PANEL * i + r] = (uint8_t) (scale | (min & 3) << 6);
+
+        uint8_t & upper = packed[PANEL * (8 + i / 2) + r];
+        upper           = i % 2 == 0 ? min >> 2 : (uint8_t) (upper | min >> 2 << 4);
+    }
+    for (int g = 0; g < 8; ++g) {
+        uint8_t * lines = dst + PANEL * (16 + 16 * g);
+        for (int k = 0; k < 16; ++k) {
+            const uint8_t * q     = b.qs + 32 * (g / 2) + k;
+            const int       shift = g % 2 * 4;
+            put(lines, r, k, q[0] >> shift & 15, q[16] >> shift & 15);
+        }
+    }
+}
+
+static void pack_block(const q6_k & b, int r, uint8_t * dst) {
+    memcpy(dst + 2 * r, &b.d, 2);
+    for (int i = 0; i < 16; ++i) {
+        dst[2 * PANEL + PANEL * i + r] = (uint8_t) b.scales[i];
+    }
+    for (int g = 0; g < 8; ++g) {
+        uint8_t * lines = dst + PANEL * (18 + 16 * g);
+        uint8_t * upper = dst + PANEL * (146 + 8 * g);
+        // for each 128 k: ql holds k and k + 64, k + 32 and k + 96; qh holds the upper bits of all four
+        const auto value = [&](int k) {
+            const int     at = 32 * g + k;
+            const int     h = at / 128, q = at % 128 / 32, l = at % 32;
+            const uint8_t low = b.ql[64 * h + 32 * (q % 2) + l] >> (q / 2 * 4) & 15;
+            return (uint8_t) (low | (b.qh[32 * h + l] >> (2 * q) & 3) << 4);
+        };
+        for (int k = 0; k < 16; ++k) {
+            put(lines, r, k, value(k) & 15, value(k + 16) & 15);
+        }
+        for (int k = 0; k < 32; ++k) { // two bits: line k/4 is in byte line k/16, at bits 2*(k/4 % 4)
+            upper[k / 16 * 4 * PANEL + 4 * r + k % 4] |= (uint8_t) (value(k) >> 4 << (2 * (k / 4 % 4)));
+        }
+    }
+}
+
+template <class T> static void pack_row(const void * src, int64_t n_blocks, int r, int panel_bytes, uint8_t * dst) {
+    for (int64_t b = 0; b < n_blocks; ++b) {
+        T block;
+        memcpy(&block, (const uint8_t *) src + b * sizeof(T), sizeof(T));
+        pack_block(block, r, dst + b * panel_bytes);
+    }
+}
+
+void pack_panels(weight_type type, const void * src, int64_t k, int64_t n_rows, int64_t p0, int64_t p1, uint8_t * dst) {
+    const weight_layout & l        = LAYOUTS[type];
+    const int64_t         n_blocks = (k + l.block - 1) / l.block;
+
+    for (int64_t p = p0; p < p1; ++p) {
+        uint8_t * panel = dst + (size_t) p * n_blocks * l.panel_bytes;
+        memset(panel, 0, (size_t) n_blocks * l.panel_bytes);
+        for (int r = 0; r < PANEL && p * PANEL + r < n_rows; ++r) {
+            const int64_t   row = p * PANEL + r;
+            const uint8_t * s   = (const uint8_t *) src;
+            switch (type) {
+                case W_Q4_0:
+                    pack_row<q4_0>(s + row * n_blocks * sizeof(q4_0), n_blocks, r, l.panel_bytes, panel);
+                    break;
+                case W_Q8_0:
+                    pack_row<q8_0>(s + row * n_blocks * sizeof(q8_0), n_blocks, r, l.panel_bytes, panel);
+                    break;
+                case W_Q4_K:
+                    pack_row<q4_k>(s + row * n_blocks * sizeof(q4_k), n_blocks, r, l.panel_bytes, panel);
+                    break;
+                case W_Q6_K:
+                    pack_row<q6_k>(s + row * n_blocks * sizeof(q6_k), n_blocks, r, l.panel_bytes, panel);
+                    break;
+                case W_F16:
+                    for (int64_t i = 0; i < k; ++i) {
+                        memcpy(panel + 2 * (i * PANEL + r), s + 2 * (row * k + i), 2);
+                    }
+                    break;
+                default: // W_F32
+                    for (int64_t i = 0; i < k; ++i) {
+                        memcpy(panel + 4 * (i * PANEL + r), s + 4 * (row * k + i), 4);
+                    }
+                    break;
+            }
+        }
+    }
+}
+
+} // namespace entmtp

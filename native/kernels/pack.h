@@ -1,0 +1,21 @@
+// From the layouts of ggml to panels of 16 rows.
+
+#pragma once
+
+#include "kernels.h"
+
+#include "ggml.h"
+
+namespace entmtp {
+
+// W_COUNT if there are no kernels for the type
+weight_type packed_type(ggml_type type);
+
+// bytes of n_rows packed rows of k weights, rows padded to whole panels and floats to whole blocks
+size_t packed_size(weight_type type, int64_t k, int64_t n_rows);
+
+// panels p0 to p1
+//   src [n_rows] rows of k weights in ggml's layout. Rows past the last become zeros
+void pack_panels(weight_type type, const void * src, int64_t k, int64_t n_rows, int64_t p0, int64_t p1, uint8_t * dst);
+
+} // namespace entmtp

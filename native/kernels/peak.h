@@ -1,0 +1,30 @@
+// The int8 peak of an instruction set: included after its `simd`.
+
+// 12 sums are enough to hide the latency of the instruction on every processor that has it
+static int64_t int8_peak(int64_t n_steps) {
+    constexpr int n = 12;
+    int8_t        x[16];
+    memset(x, 1, sizeof(x));
+    uint8_t ones[4 * simd::R];
+    memset(ones, 1, sizeof(ones));
+
+    simd::vb w[4];
+    for (simd::vb & v : w) {
+        v = simd::loadb(ones);
+    }
+    simd::vi s0 = simd::set1i(0), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0, s8 = s0, s9 = s0,
+             s10 = s0, s11 = s0;
+    for (int64_t i = 0; i < n_steps; ++i) {
+#define STEP(s) s = simd::dot16<4>(s, w, x);
+        STEP(s0) STEP(s1) STEP(s2) STEP(s3) STEP(s4) STEP(s5) STEP(s6) STEP(s7) STEP(s8) STEP(s9) STEP(s10) STEP(s11)
+#undef STEP
+        x[i & 15] = (int8_t) (i & 1); // not a constant that the compiler could take out of the loop
+    }
+    const simd::vi all[n] = { s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11 };
+    int32_t        sum    = 0;
+    for (const simd::vi & s : all) {
+        sum += simd::reduce_add(s);
+    }
+    // the sum is looked at, so that the products must be computed
+    return sum == INT32_MIN ? 0 : n_steps * n * 16 * simd::R;
+}

@@ -1,0 +1,122 @@
+// AVX-512 with VNNI: 16 lanes.
+
+#include <immintrin.h>
+
+struct simd {
+    static constexpr int R    = 16;  // lanes
+    static constexpr int G    = 16;  // tokens per pass over integer weights: what the 32 registers hold
+    static constexpr int GF   = 8;   // the same for float weights
+    static constexpr int OFF8 = 128; // dot16<8> takes 8-bit weights with this added
+
+    using vf = __m512;
+    using vi = __m512i;
+    using vb = __m512i; // [R][4] bytes
+
+    static vf   set1f(float x) { return _mm512_set1_ps(x); }
+    static vf   loadf(const float * p) { return _mm512_loadu_ps(p); }
+    static void storef(float * p, vf x) { _mm512_storeu_ps(p, x); }
+    static vf   addf(vf a, vf b) { return _mm512_add_ps(a, b); }
+    static vf   subf(vf a, vf b) { return _mm512_sub_ps(a, b); }
+    static vf   mulf(vf a, vf b) { return _mm512_mul_ps(a, b); }
+    static vf   fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+    static vf   maxf(vf a, vf b) /* a > b ? a : b */ { return _mm512_max_ps(a, b); }
+    static vf   load_f16(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
+    static vf   cvt(vi a) { return _mm512_cvtepi32_ps(a); }
+    static vi   round(vf a) { return _mm512_cvtps_epi32(a); }
+    static vf   exp2i(vi n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23)); }
+    static vf   zero_if_less(vf x, float limit, vf y) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set1f(limit), _CMP_NLT_UQ), y); }
+    static float reduce_max(vf a) { return _mm512_reduce_max_ps(a); }
+
+    static vi      set1i(int32_t x) { return _mm512_set1_epi32(x); }
+    static vi      addi(vi a, vi b) { return _mm512_add_epi32(a, b); }
+    static vi      muli(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+    static vi      load_u8(const uint8_t * p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p)); }
+    static vi      load_i8(const uint8_t * p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)); }
+    static int32_t reduce_add(vi a) { return _mm512_reduce_add_epi32(a); }
+    static void    store_i8(int8_t * p, vi a) { _mm_storeu_si128((__m128i *) p, _mm512_cvtsepi32_epi8(a)); }
+
+    // [R] pairs of unsigned bytes, and their products with a pair of int16
+    static vi load_u8x2(const uint8_t * p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *) p)); }
+    static vi dot2(vi acc, vi w, int32_t x) { return _mm512_dpwssd_epi32(acc, w, _mm512_set1_epi32(x)); }
+
+    static vb loadb(const uint8_t * p) { return _mm512_loadu_si512(p); }
+    static vb low4(vb a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+    static vb high4(vb a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+    static vb orb(vb a, vb b) { return _mm512_or_si512(a, b); }
+
+    // two bits of every byte, moved to bits 4 and 5. j: which two
+    template <int j> static vb mid2(vb a) {
+        const vb m = _mm512_set1_epi8(0x30);
+        return j == 0 ? _mm512_and_si512(_mm512_slli_epi16(a, 4), m) :
+               j == 1 ? _mm512_and_si512(_mm512_slli_epi16(a, 2), m) :
+               j == 2 ? _mm512_and_si512(a, m) :
+                        _mm512_and_si512(_mm512_srli_epi16(a, 2), m);
+    }
+
+    // acc[r] += sum over 16 k of w[k/4][r][k%4]*x[k]
+    template <int bits> static vi dot16(vi acc, const vb * w, const int8_t * x) {
+        for (int j = 0; j < 4; ++j) {
+            int32_t x4;
+            memcpy(&x4, x + 4 * j, 4);
+            acc = _mm512_dpbusd_epi32(acc, w[j], _mm512_set1_epi32(x4));
+        }
+        return acc;
+    }
+
+    // sums in double of numbers rounded to multiples of 2^-36: exact below 2^17, so their order cannot matter
+    struct exact_sum {
+        __m512d s = _mm512_setzero_pd();
+
+        void add(vf p) {
+            const __m512d c = _mm512_set1_pd(98304.0); // 1.5*2^16
+            const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(p));
+            const __m512d b = _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(p), 1)));
+            s               = _mm512_add_pd(s, _mm512_sub_pd(_mm512_add_pd(a, c), c));
+            s               = _mm512_add_pd(s, _mm512_sub_pd(_mm512_add_pd(b, c), c));
+        }
+        double get() const { return _mm512_reduce_add_pd(s); }
+    };
+
+    // rows of float -> out[c*R + r]
+    static void transpose(__m512 * r, float * out) {
+        __m512 t[16];
+        for (int i = 0; i < 16; i += 2) {
+            t[i]     = _mm512_unpacklo_ps(r[i], r[i + 1]);
+            t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+        }
+        for (int i = 0; i < 16; i += 4) {
+            r[i]     = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+            r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+            r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+            r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+        }
+        for (int i = 0; i < 4; ++i) {
+            t[i]      = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+            t[i + 4]  = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+            t[i + 8]  = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+            t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+        }
+        for (int i = 0; i < 4; ++i) {
+            storef(out + (i + 0) * R, _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88));
+            storef(out + (i + 4) * R, _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88));
+            storef(out + (i + 8) * R, _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd));
+            storef(out + (i + 12) * R, _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd));
+        }
+    }
+
+    static void transpose_f16(const uint8_t * p, size_t stride, float * out) {
+        __m512 r[16];
+        for (int i = 0; i < 16; ++i) {
+            r[i] = load_f16((const uint16_t *) (p + i * stride));
+        }
+        transpose(r, out);
+    }
+
+    static void transpose_f32(const uint8_t * p, size_t stride, float * out) {
+        __m512 r[16];
+        for (int i = 0; i < 16; ++i) {
+            r[i] = loadf((const float *) (p + i * stride));
+        }
+        transpose(r, out);
+    }
+};

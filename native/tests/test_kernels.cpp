@@ -1,0 +1,421 @@
+// The CPU kernels: every instruction set against the portable one, bit for bit, and against sums in double.
+
+#include "check.h"
+#include "half.h"
+#include "kernels.h"
+#include "pack.h"
+
+#include "ggml-cpu.h"
+#include "ggml.h"
+
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <vector>
+
+using namespace entmtp;
+
+static const kernel_set & portable() {
+    const kernel_set * const * sets = kernel_sets();
+    while (sets[1]) {
+        ++sets;
+    }
+    return **sets;
+}
+
+static bool same_bits(const std::vector<float> & a, const std::vector<float> & b) {
+    if (a.size() != b.size()) {
+        return false;
+    }
+    for (size_t i = 0; i < a.size(); ++i) {
+        if (memcmp(&a[i], &b[i], 4) != 0 && !(std::isnan(a[i]) && std::isnan(b[i]))) {
+            fprintf(stderr, "element %zu: %a and %a\n", i, a[i], b[i]);
+            return false;
+        }
+    }
+    return true;
+}
+
+struct matrix {
+    ggml_type            type;
+    weight_type          packed_as;
+    int64_t              k, n_rows;
+    std::vector<uint8_t> data;   // ggml's layout
+    std::vector<float>   values; // what the data means, [n_rows][k]
+    std::vector<uint8_t> packed;
+};
+
+static matrix make_matrix(ggml_type type, int64_t k, int64_t n_rows, std::mt19937 & rng, float size) {
+    matrix m = { type, packed_type(type), k, n_rows, {}, {}, {} };
+
+    std::normal_distribution<float> normal(0.0f, size);
+    std::vector<float>              w(k * n_rows);
+    for (float & x : w) {
+        x = normal(rng);
+    }
+    m.data.resize(ggml_row_size(type, k) * n_rows);
+    ggml_quantize_chunk(type, w.data(), m.data.data(), 0, n_rows, k, nullptr);
+    m.values.resize(k * n_rows);
+    if (type == GGML_TYPE_F32) {
+        m.values = w;
+    } else {
+        for (int64_t r = 0; r < n_rows; ++r) {
+            ggml_get_type_traits(type)->to_float(m.data.data() + r * ggml_row_size(type, k), m.values.data() + r * k, k);
+        }
+    }
+    m.packed.resize(packed_size(m.packed_as, k, n_rows));
+    pack_panels(m.packed_as, m.data.data(), k, n_rows, 0, (n_rows + PANEL - 1) / PANEL, m.packed.data());
+    return m;
+}
+
+// [n][n_rows], the tokens in one pass of the kernels
+static std::vector<float> product(const kernel_set & set, const matrix & m, const std::vector<float> & x, int n) {
+    const weight_layout & l        = LAYOUTS[m.packed_as];
+    const int64_t         n_blocks = (m.k + l.block - 1) / l.block;
+
+    std::vector<int8_t>  q(n_blocks * l.block * n);
+    std::vector<float>   f(n_blocks * l.block * n), d(n_blocks * n);
+    std::vector<int32_t> s(n_blocks * n * 16);
+    const activations    a = { q.data(), f.data(), d.data(), s.data() };
+    const float *        rows[16];
+    for (int i = 0; i < n; ++i) {
+        rows[i] = x.data() + i * m.k;
+    }
+    set.quantize(m.packed_as, rows, n, m.k, 0, n_blocks, a);
+
+    std::vector<float> out(n * m.n_rows);
+    for (int64_t p = 0; p * PANEL < m.n_rows; ++p) {
+        float panel[16 * PANEL];
+        set.matmul(m.packed_as, m.packed.data() + p * n_blocks * l.panel_bytes, n_blocks, n, a, panel);
+        for (int i = 0; i < n; ++i) {
+            for (int64_t r = p * PANEL; r < std::min(m.n_rows, (p + 1) * PANEL); ++r) {
+                out[i * m.n_rows + r] = panel[PANEL * i + r - p * PANEL];
+            }
+        }
+    }
+    return out;
+}
+
+// ggml's own product of one token
+static std::vector<float> ggml_product(const matrix & m, const float * x) {
+    const ggml_type_traits_cpu * t    = ggml_get_type_traits_cpu(m.type);
+    const ggml_type_traits_cpu * with = ggml_get_type_traits_cpu(t->vec_dot_type);
+    std::vector<uint8_t>         q(ggml_row_size(t->vec_dot_type, m.k));
+    if (t->vec_dot_type == GGML_TYPE_F32) {
+        memcpy(q.data(), x, m.k * 4);
+    } else {
+        with->from_float(x, q.data(), m.k);
+    }
+    std::vector<float> out(m.n_rows);
+    for (int64_t r = 0; r < m.n_rows; ++r) {
+        t->vec_dot((int) m.k, &out[r], 0, m.data.data() + r * ggml_row_size(m.type, m.k), 0, q.data(), 0, 1);
+    }
+    return out;
+}
+
+// root mean square of the difference to the product in double
+static double rms_error(const matrix & m, const std::vector<float> & x, int n, const std::vector<float> & y) {
+    double sum = 0.0;
+    for (int i = 0; i < n; ++i) {
+        for (int64_t r = 0; r < m.n_rows; ++r) {
+            double exact = 0.0;
+            for (int64_t k = 0; k < m.k; ++k) {
+                exact += (double) m.values[r * m.k + k] * x[i * m.k + k];
+            }
+            sum += std::pow(y[i * m.n_rows + r] - exact, 2);
+        }
+    }
+    return std::sqrt(sum / (n * m.n_rows));
+}
+
+static std::vector<float> concat_tokens(const kernel_set & set, const matrix & m, const std::vector<float> & x, int n, int at_once) {
+    std::vector<float> all;
+    for (int i = 0; i < n; i += at_once) {
+        const int                n_i = std::min(at_once, n - i);
+        const std::vector<float> xs(x.begin() + i * m.k, x.begin() + (i + n_i) * m.k);
+        const std::vector<float> y = product(set, m, xs, n_i);
+        all.insert(all.end(), y.begin(), y.end());
+    }
+    return all;
+}
+
+static void test_products() {
+    std::mt19937    rng(1);
+    const ggml_type types[] = { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, GGML_TYPE_Q4_K, GGML_TYPE_Q6_K, GGML_TYPE_F16, GGML_TYPE_F32 };
+
+    for (ggml_type type : types) {
+        const int64_t block = ggml_blck_size(type);
+        for (int64_t n_rows : { 1, 15, 16, 17, 40 }) {
+            for (int64_t k : { block, 3 * block, block == 1 ? (int64_t) 77 : 5 * block, (int64_t) 1024 }) {
+                const matrix                    m = make_matrix(type, k, n_rows, rng, 0.05f);
+                std::normal_distribution<float> normal(0.0f, 1.0f);
+                const int                       n = 16;
+                std::vector<float>              x(n * k);
+                for (float & v : x) {
+                    v = normal(rng);
+                }
+
+                const std::vector<float> want = concat_tokens(portable(), m, x, n, 1);
+
+                // as near to the exact product as ggml's own kernel
+                double stock = 0.0;
+                for (int i = 0; i < n; ++i) {
+                    const std::vector<float> xi(x.begin() + i * k, x.begin() + (i + 1) * k);
+                    stock += std::pow(rms_error(m, xi, 1, ggml_product(m, xi.data())), 2);
+                }
+                stock            = std::sqrt(stock / n);
+                const double ours = rms_error(m, x, n, want);
+                if (!CHECK(ours <= 1.2 * stock + 1e-6 * std::sqrt((double) k))) {
+                    fprintf(stderr, "%s %d x %d: error %g, ggml's %g\n", ggml_type_name(type), (int) n_rows, (int) k, ours, stock);
+                }
+
+                // every instruction set, every number of tokens
+                for (const kernel_set * const * set = kernel_sets(); *set; ++set) {
+                    const int group = LAYOUTS[m.packed_as].bits == 0 ? (*set)->group_float : (*set)->group;
+                    for (int at_once = 1; at_once <= group; ++at_once) {
+                        if (!CHECK(same_bits(concat_tokens(**set, m, x, n, at_once), want))) {
+                            fprintf(stderr, "%s %s %d x %d, %d tokens\n", (*set)->name, ggml_type_name(type),
+                                    (int) n_rows, (int) k, at_once);
+                            return;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+// what can go wrong in integers and at the ends of the float range
+static void test_extremes() {
+    std::mt19937 rng(2);
+    const float  inf = INFINITY, nan = NAN, tiny = 1e-41f;
+
+    for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, GGML_TYPE_Q4_K, GGML_TYPE_Q6_K, GGML_TYPE_F16, GGML_TYPE_F32 }) {
+        matrix m = make_matrix(type, 512, 32, rng, 1.0f);
+
+        // random bytes as weights: every bit pattern of the blocks, but finite scales
+        if (ggml_is_quantized(type)) {
+            const size_t size = ggml_type_size(type);
+            for (size_t i = 0; i < m.data.size(); ++i) {
+                m.data[i] = (uint8_t) rng();
+            }
+            for (size_t b = 0; b < m.data.size(); b += size) {
+                const uint16_t d  = float_to_half(std::ldexp(1.0f + (float) (rng() % 100) / 100, -8));
+                const size_t   at = type == GGML_TYPE_Q6_K ? size - 2 : 0;
+                memcpy(&m.data[b + at], &d, 2);
+                if (type == GGML_TYPE_Q4_K) {
+                    memcpy(&m.data[b + 2], &d, 2);
+                }
+            }
+            for (int64_t r = 0; r < m.n_rows; ++r) {
+                ggml_get_type_traits(type)->to_float(m.data.data() + r * ggml_row_size(type, m.k), m.values.data() + r * m.k, m.k);
+            }
+            pack_panels(m.packed_as, m.data.data(), m.k, m.n_rows, 0, 2, m.packed.data());
+        }
+
+        const std::vector<std::vector<float>> patterns = {
+            { 1.0f }, { -1.0f }, { 1.0f, -1.0f }, { 0.0f }, { tiny, -tiny }, { 1e30f, -1e30f }, { 1.0f, 1e-6f }, { -0.0f }, { 3e38f, 1.0f },
+        };
+        for (const std::vector<float> & pattern : patterns) {
+            std::vector<float> x(m.k);
+            for (int64_t k = 0; k < m.k; ++k) {
+                x[k] = pattern[k % pattern.size()];
+            }
+            const std::vector<float> want = product(portable(), m, x, 1);
+            for (const kernel_set * const * set = kernel_sets(); *set; ++set) {
+                CHECK(same_bits(product(**set, m, x, 1), want));
+            }
+            if (std::fabs(pattern[0]) == 1.0f && pattern.size() == 1) { // exact in 8 bits but for the rounded scale
+                const double size = std::sqrt((double) m.k) * 60;
+                CHECK(rms_error(m, x, 1, want) <= 2e-3 * size);
+            }
+        }
+
+        // what is not a number does not become one, and stays with its token
+        for (float bad : { nan, inf, -inf }) {
+            std::vector<float> x(3 * m.k, 1.0f);
+            x[m.k + 100] = bad;
+            for (const kernel_set * const * set = kernel_sets(); *set; ++set) {
+                const std::vector<float> y = product(**set, m, x, 3);
+                for (int64_t r = 0; r < m.n_rows; ++r) {
+                    CHECK(std::isfinite(y[r]) && std::isfinite(y[2 * m.n_rows + r]));
+                    CHECK(!std::isfinite(y[m.n_rows + r]) || m.values[r * m.k + 100] == 0.0f);
+                }
+            }
+        }
+    }
+}
+
+static void test_half() {
+    for (uint32_t h = 0; h < 65536; ++h) {
+        const float x = half_to_float((uint16_t) h);
+        const float y = ggml_fp16_to_fp32((ggml_fp16_t) h);
+        CHECK(memcmp(&x, &y, 4) == 0 || (std::isnan(x) && std::isnan(y)));
+        CHECK(std::isnan(x) || float_to_half(x) == h);
+    }
+    std::mt19937 rng(3);
+    for (int i = 0; i < 200000; ++i) {
+        const uint32_t bits = rng();
+        float          x;
+        memcpy(&x, &bits, 4);
+        CHECK(std::isnan(x) || float_to_half(x) == ggml_fp32_to_fp16(x));
+    }
+}
+
+struct attention_case {
+    int  n_query, n_dim, n_kv;
+    bool f32, masked;
+
+    std::vector<float>    k, v, q;
+    std::vector<uint8_t>  k_data, v_data;
+    std::vector<uint16_t> mask; // [n_query][n_kv]
+};
+
+static std::vector<float> attend(const kernel_set & set, attention_case & c) {
+    std::vector<float> out(c.n_query * c.n_dim), scratch(attention_scratch(c.n_kv, c.n_dim, c.n_dim));
+    attention          a = {};
+    a.n_query = c.n_query;
+    a.n_kv    = c.n_kv;
+    a.n_dim_k = a.n_dim_v = c.n_dim;
+    a.k_type = a.v_type = c.f32 ? GGML_TYPE_F32 : GGML_TYPE_F16;
+    a.k_stride = a.v_stride = c.n_dim * (c.f32 ? 4 : 2);
+    a.k                     = c.k_data.data();
+    a.v                     = c.v_data.data();
+    a.scale                 = 1.0f / std::sqrt((float) c.n_dim);
+    a.scratch               = scratch.data();
+    for (int i = 0; i < c.n_query; ++i) {
+        a.q[i]     = c.q.data() + i * c.n_dim;
+        a.out[i]   = out.data() + i * c.n_dim;
+        a.mask[i]  = c.masked ? c.mask.data() + i * c.n_kv : nullptr;
+        a.slope[i] = 1.0f;
+    }
+    set.attend(a);
+    return out;
+}
+
+static void store(attention_case & c) {
+    const auto bytes = [&](std::vector<float> & x, std::vector<uint8_t> & data) {
+        data.resize(x.size() * (c.f32 ? 4 : 2));
+        for (size_t i = 0; i < x.size(); ++i) {
+            if (c.f32) {
+                memcpy(&data[4 * i], &x[i], 4);
+            } else {
+                const uint16_t h = float_to_half(x[i]);
+                memcpy(&data[2 * i], &h, 2);
+                x[i] = half_to_float(h);
+            }
+        }
+    };
+    bytes(c.k, c.k_data);
+    bytes(c.v, c.v_data);
+}
+
+static attention_case make_attention(int n_query, int n_dim, int n_kv, bool f32, bool masked, std::mt19937 & rng) {
+    std::normal_distribution<float> normal(0.0f, 1.0f);
+    attention_case                  c = { n_query, n_dim, n_kv, f32, masked, {}, {}, {}, {}, {}, {} };
+    for (std::vector<float> * x : { &c.k, &c.v }) {
+        x->resize(n_kv * n_dim);
+        for (float & y : *x) {
+            y = normal(rng);
+        }
+    }
+    c.q.resize(n_query * n_dim);
+    for (float & y : c.q) {
+        y = 3.0f * normal(rng);
+    }
+    c.mask.resize(n_query * n_kv);
+    for (uint16_t & m : c.mask) {
+        m = rng() % 4 == 0 ? 0xfc00 : 0;
+    }
+    for (int i = 0; i < n_query; ++i) { // all see the first half, and the last query nothing else
+        for (int j = 0; j < n_kv / 2; ++j) {
+            c.mask[i * n_kv + j] = 0;
+        }
+    }
+    store(c);
+    return c;
+}
+
+static void test_attention() {
+    std::mt19937 rng(4);
+    for (int n_query : { 1, 2, 7, 8, 13, 32 }) {
+        for (int n_dim : { 16, 64, 80 }) {
+            for (int n_kv : { 1, 63, 256, 300 }) {
+                for (int kind = 0; kind < 4; ++kind) {
+                    attention_case c = make_attention(n_query, n_dim, n_kv, kind & 1, kind & 2, rng);
+
+                    const std::vector<float> want = attend(portable(), c);
+
+                    // in double
+                    double worst = 0.0;
+                    for (int i = 0; i < n_query; ++i) {
+                        std::vector<double> p(n_kv), out(n_dim);
+                        double              max = -INFINITY, sum = 0.0;
+                        for (int j = 0; j < n_kv; ++j) {
+                            p[j] = 0.0;
+                            for (int d = 0; d < n_dim; ++d) {
+                                p[j] += (double) c.q[i * n_dim + d] * c.k[j * n_dim + d];
+                            }
+                            p[j] = c.masked && c.mask[i * n_kv + j] ? -INFINITY : p[j] / std::sqrt((double) n_dim);
+                            max  = std::max(max, p[j]);
+                        }
+                        for (int j = 0; j < n_kv && max > -INFINITY; ++j) {
+                            p[j] = std::exp(p[j] - max);
+                            sum += p[j];
+                            for (int d = 0; d < n_dim; ++d) {
+                                out[d] += p[j] * c.v[j * n_dim + d];
+                            }
+                        }
+                        for (int d = 0; d < n_dim; ++d) {
+                            worst = std::max(worst, std::fabs(want[i * n_dim + d] - (sum > 0.0 ? out[d] / sum : 0.0)));
+                        }
+                    }
+                    CHECK(worst < 2e-5);
+
+                    for (const kernel_set * const * set = kernel_sets(); *set; ++set) {
+                        CHECK(same_bits(attend(**set, c), want));
+                    }
+                }
+            }
+        }
+    }
+}
+
+// the cells a query sees, moved apart by cells it does not see, give the same bits
+static void test_attention_holes() {
+    std::mt19937   rng(5);
+    const int      n_dim = 64, n_kv = 200;
+    attention_case plain = make_attention(1, n_dim, n_kv, false, false, rng);
+
+    attention_case holes = plain;
+    holes.masked         = true;
+    holes.n_kv           = 0;
+    holes.k.clear();
+    holes.v.clear();
+    holes.mask.clear();
+    for (int j = 0; j < n_kv; ++j) {
+        for (int hole = j > 150 ? (int) (rng() % 3) : 0; hole >= 0; --hole) {
+            for (int d = 0; d < n_dim; ++d) {
+                holes.k.push_back(hole ? 1000.0f : plain.k[j * n_dim + d]);
+                holes.v.push_back(hole ? 1000.0f : plain.v[j * n_dim + d]);
+            }
+            holes.mask.push_back(hole ? 0xfc00 : 0);
+            holes.n_kv++;
+        }
+    }
+    store(holes);
+    CHECK(holes.n_kv > n_kv);
+    for (const kernel_set * const * set = kernel_sets(); *set; ++set) {
+        CHECK(same_bits(attend(**set, plain), attend(**set, holes)));
+    }
+}
+
+int main() {
+    ggml_cpu_init();
+    test_half();
+    test_products();
+    test_extremes();
+    test_attention();
+    test_attention_holes();
+    return check_result("kernels");
+}
