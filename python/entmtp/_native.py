@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_bool, c_char, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import POINTER, c_bool, c_char, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from typing import Any
 
 from . import _lib
@@ -279,3 +279,21 @@ replay = _bind(
     "entmtp_replay", c_int64, POINTER(Trace), c_int32, c_void_p, c_void_p, c_void_p, POINTER(PolicyParams),
     POINTER(Costs), c_void_p, c_int64,
 )  # fmt: skip
+
+# int32_t entmtp_kernels_enable(const char * name);
+kernels_enable = _bind("entmtp_kernels_enable", c_int32, c_char_p)
+
+# void entmtp_kernels_disable(void);
+kernels_disable = _bind("entmtp_kernels_disable", None)
+
+# const char * entmtp_kernels_current(void);
+kernels_current = _bind("entmtp_kernels_current", c_char_p)
+
+# const char * entmtp_kernels_name(int32_t i);
+kernels_name = _bind("entmtp_kernels_name", c_char_p, c_int32)
+
+# uint64_t entmtp_kernels_missed(void);
+kernels_missed = _bind("entmtp_kernels_missed", c_uint64)
+
+# int32_t entmtp_machine_peaks(int32_t n_threads, double * bytes_per_s, double * macs_per_s);
+machine_peaks = _bind("entmtp_machine_peaks", c_int32, c_int32, POINTER(c_double), POINTER(c_double))

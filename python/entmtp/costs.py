@@ -268,7 +268,7 @@ def cache_folder() -> Path:
 
 def machine_key(llm: Llama) -> str:
     """Digest of all that costs depend on: model, heads, build, device, threads and the context's settings."""
-    from . import _lib
+    from . import _lib, kernels
     from .machine import cpu_name
 
     assert llm._heads is not None
@@ -288,6 +288,7 @@ def machine_key(llm: Llama) -> str:
         file_identity(llm.model_path), file_identity(llm.heads_path or ""), build.read_text() if build.exists() else "",
         cpu_name(), llm._heads.info.device.decode(), llm.n_threads, llm.n_threads_batch,
         llm.model_params.n_gpu_layers, p.flash_attn_type, p.type_k, p.type_v, p.n_ubatch, p.offload_kqv,
+        kernels.current(),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:20]
 

@@ -13,6 +13,7 @@ import llama_cpp
 import numpy as np
 
 from . import costs
+from . import kernels as cpu_kernels
 from .bank import Bank
 from .decoder import Decoder, Heads
 from .errors import Cancelled, EntmtpError
@@ -51,6 +52,9 @@ class Llama(llama_cpp.Llama):
         accept: `"lossless"`, or `"typical"` (Medusa's posterior threshold: faster at high temperature, and lossy).
         typical_epsilon, typical_alpha: the threshold, min(epsilon, alpha * exp(-H)).
         stats: keep a record of every step for `draft_stats`.
+        kernels: CPU kernels for the weights of this model, and from now on for attention in the whole process:
+            `"auto"`, `"off"` (ggml's own), or one of `entmtp.kernels.available()`. None: the environment variable
+            ENTMTP_KERNELS, else `"auto"`.
         **kwargs: everything `llama_cpp.Llama` takes.
 
     Raises:
@@ -73,6 +77,7 @@ class Llama(llama_cpp.Llama):
         typical_epsilon: float = 0.09,
         typical_alpha: float = 0.3,
         stats: bool = True,
+        kernels: str | None = None,
         **kwargs: Any,
     ):
         self.heads_path = None if heads is None else str(heads)
@@ -88,6 +93,7 @@ class Llama(llama_cpp.Llama):
         # read before the model, which may take long to load
         bank, tree = (None, None) if draft is None or trees is None else _load_bank(trees)
 
+        cpu_kernels.use(kernels)
         super().__init__(str(model_path), **kwargs)
 
         self._accept = accept
