@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <functional>
 
 namespace entmtp {
 
@@ -78,7 +79,9 @@ entmtp_heads_info heads::info() const {
     res.hydra         = is_hydra;
     res.grounded      = grounded;
     res.prefix        = prefix_impl != nullptr;
-    res.n_bytes       = (int64_t) ggml_backend_buffer_get_size(buf_weights.get());
+    for (const ggml_backend_buffer_ptr & buf : { std::cref(buf_weights), std::cref(buf_packed) }) {
+        res.n_bytes += buf ? (int64_t) ggml_backend_buffer_get_size(buf.get()) : 0;
+    }
     snprintf(res.device, sizeof(res.device), "%s", ggml_backend_name(backend.get()));
 
     return res;

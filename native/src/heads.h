@@ -108,6 +108,8 @@ class heads {
     ggml_backend_ptr        backend;
     ggml_context_ptr        ctx_weights;
     ggml_backend_buffer_ptr buf_weights;
+    ggml_context_ptr        ctx_packed; // matrices that the CPU kernels hold, if they are on
+    ggml_backend_buffer_ptr buf_packed;
 
     std::vector<head> layers;
     ggml_tensor *     d2t      = nullptr; // i32 [1, n_vocab_draft] base token of a draft token

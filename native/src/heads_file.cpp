@@ -1,7 +1,10 @@
 // What a heads file must hold to serve a base model (docs/heads-gguf.md), and how its weights get to the device.
 
 #include "heads.h"
+#include "hook.h"
+#include "pack.h"
 
+#include "ggml-cpu.h"
 #include "ggml.h"
 #include "gguf.h"
 
@@ -143,6 +146,8 @@ void heads::load_weights(const char * path, const llama_model * model) {
 
     const size_t n_tensors = (size_t) gguf_get_n_tensors(gguf.get());
     ctx_weights.reset(ggml_init({ (n_tensors + 2) * ggml_tensor_overhead(), nullptr, true }));
+    ctx_packed.reset(ggml_init({ (n_tensors + 2) * ggml_tensor_overhead(), nullptr, true }));
+    const bool on_cpu = ggml_backend_is_cpu(backend.get());
 
     const auto get = [&](const std::string & name, int64_t ne0, int64_t ne1, bool optional = false) -> ggml_tensor * {
         const int64_t id = gguf_find_tensor(gguf.get(), name.c_str());
@@ -170,7 +175,9 @@ void heads::load_weights(const char * path, const llama_model * model) {
         if (offset > file_size || ggml_nbytes(meta) > file_size - offset) {
             heads_fail(std::string(path) + " is truncated: tensor " + name + " reaches beyond its end");
         }
-        ggml_tensor * t = ggml_new_tensor_2d(ctx_weights.get(), meta->type, ne0, ne1);
+        // matrices on the CPU: as the kernels want them
+        const bool    packed = on_cpu && kernels_current() && ne1 > 1 && packed_type(meta->type) != W_COUNT;
+        ggml_tensor * t = ggml_new_tensor_2d(packed ? ctx_packed.get() : ctx_weights.get(), meta->type, ne0, ne1);
         ggml_set_name(t, name.c_str());
         to_read.push_back({ t, offset });
         return t;
@@ -282,11 +289,19 @@ void heads::load_weights(const char * path, const llama_model * model) {
         }
     }
 
-    buf_weights.reset(ggml_backend_alloc_ctx_tensors(ctx_weights.get(), backend.get()));
-    if (!buf_weights) {
+    const auto has_tensors = [](const ggml_context_ptr & ctx) { return ggml_get_first_tensor(ctx.get()) != nullptr; };
+    if (has_tensors(ctx_weights)) {
+        buf_weights.reset(ggml_backend_alloc_ctx_tensors(ctx_weights.get(), backend.get()));
+    }
+    if (has_tensors(ctx_packed)) {
+        buf_packed.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx_packed.get(), ggml_cpu_hook_buffer_type()));
+    }
+    if ((has_tensors(ctx_weights) && !buf_weights) || (has_tensors(ctx_packed) && !buf_packed)) {
         heads_fail(std::string("no memory for the weights of ") + path + " on " + ggml_backend_name(backend.get()));
     }
-    ggml_backend_buffer_set_usage(buf_weights.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    if (buf_weights) {
+        ggml_backend_buffer_set_usage(buf_weights.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    }
 
     std::vector<uint8_t> data;
     for (const auto & [t, offset] : to_read) {
