@@ -16,7 +16,7 @@ from entmtp.gguf_expand import expand
 from entmtp.methods import CONFIDENCE, ENTMTP, generic, published
 
 DEMO = Path(__file__).parent.parent / "python" / "entmtp" / "assets" / "demo-base-q8_0.gguf"
-SIZES = (2, 3, 4, 5, 7, 8, 13, 16, 17, 31, 64)
+SIZES = (2, 3, 5, 8, 13, 17, 64)
 TYPES = ("f32", "f16", "q8_0", "q4_0", "q4_k", "q6_k")
 
 needs_kernels = pytest.mark.skipif(
@@ -35,7 +35,10 @@ def typed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             if dtype.endswith("_k"):
                 expand(DEMO, folder / "source.gguf", "f32")
                 params = llama_cpp.llama_model_quantize_default_params()
-                params.ftype = {"q4_k": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, "q6_k": llama_cpp.LLAMA_FTYPE_MOSTLY_Q6_K}[dtype]
+                params.ftype = {
+                    "q4_k": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+                    "q6_k": llama_cpp.LLAMA_FTYPE_MOSTLY_Q6_K,
+                }[dtype]
                 source = str(folder / "source.gguf").encode()
                 assert llama_cpp.llama_model_quantize(source, str(path).encode(), ctypes.byref(params)) == 0
             else:
@@ -47,7 +50,12 @@ def typed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def rows(llm: Llama, n: int) -> np.ndarray:
     """Logits of the n tokens decoded last. [n, n_vocab]"""
-    return np.stack([np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, i), (llm.n_vocab(),)).copy() for i in range(n)])
+    return np.stack(
+        [
+            np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, i), (llm.n_vocab(),)).copy()
+            for i in range(n)
+        ]
+    )
 
 
 def decode(llm: Llama, tokens: list[int], n_past: int) -> np.ndarray:
@@ -64,9 +72,10 @@ def decode(llm: Llama, tokens: list[int], n_past: int) -> np.ndarray:
 
 
 @needs_kernels
-@pytest.mark.parametrize("n_threads", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("dtype", "n_threads"), [*((dtype, 1) for dtype in TYPES), ("q4_k", 2), ("q8_0", 2), ("q4_0", 4)]
+)
 @pytest.mark.parametrize("flash_attn", [False, True], ids=["eager", "flash"])
-@pytest.mark.parametrize("dtype", TYPES)
 def test_pass_size_leaves_no_trace(
     dtype: str, flash_attn: bool, n_threads: int, typed: Callable[[str], Path]
 ) -> None:
@@ -83,10 +92,13 @@ def test_pass_size_leaves_no_trace(
     alone = np.concatenate([decode(llm, [token], 90 + i) for i, token in enumerate(tokens)])
     assert kernels.missed() == missed, "ggml computed some of the products"
     for n in SIZES:
-        for start in range(0, 64 - n + 1, max(n, 21)):
-            decode(llm, tokens[:start], 90) if start else None
+        for start in range(0, 64 - n + 1, 31):
+            if start:
+                decode(llm, tokens[:start], 90)
             together = decode(llm, tokens[start : start + n], 90 + start)
-            np.testing.assert_array_equal(together.view(np.int32), alone[start : start + n].view(np.int32), f"{n} tokens")
+            np.testing.assert_array_equal(
+                together.view(np.int32), alone[start : start + n].view(np.int32), f"{n} tokens"
+            )
     llm.close()
 
 
@@ -133,7 +145,7 @@ def test_drafting_is_bitwise_lossless(
         return tokens, np.stack(logits)
 
     accepted = 0
-    for text, temp in ((prompts()[1], 0.0), (prompts()[50], 0.8), (prompts()[90], 0.0)):
+    for text, temp in ((prompts()[50], 0.8), (prompts()[90], 0.0)):
         prompt = plain.tokenize(text.encode(), special=True)
         tokens, logits = answer(plain, prompt, 80, temp)
         for method in METHODS:
@@ -143,7 +155,7 @@ def test_drafting_is_bitwise_lossless(
             assert tokens_ == tokens, method.label
             np.testing.assert_array_equal(logits_.view(np.int32), logits.view(np.int32), method.label)
             accepted += llm.draft_stats.n_accepted
-    assert accepted > 300, "hardly anything was drafted: this run proves nothing"
+    assert accepted > 200, "hardly anything was drafted: this run proves nothing"
     plain.close()
     llm.close()
 

@@ -32,7 +32,14 @@ static constexpr float NEG_INF = -__builtin_huge_valf();
 
 // s <- probabilities, not yet divided by their sum, which is returned. s has room for whole vectors
 //   NaN among the scores makes the sum NaN
-static double softmax_row(float * s, const uint16_t * mask, int n, float scale, float softcap, float slope, const float * sink) {
+static double softmax_row(float *          s,
+                          const uint16_t * mask,
+                          const float *    mask_f32,
+                          int              n,
+                          float            scale,
+                          float            softcap,
+                          float            slope,
+                          const float *    sink) {
     const int n_pad = (n + simd::R - 1) / simd::R * simd::R;
     for (int i = n; i < n_pad; ++i) {
         s[i] = NEG_INF;
@@ -56,6 +63,13 @@ static double softmax_row(float * s, const uint16_t * mask, int n, float scale, 
             }
             x = simd::addf(simd::mulf(simd::set1f(slope), simd::load_f16(i + simd::R <= n ? mask + i : m)), x);
         }
+        if (mask_f32) {
+            float m[simd::R];
+            for (int j = 0; j < simd::R; ++j) {
+                m[j] = i + j < n ? mask_f32[i + j] : NEG_INF;
+            }
+            x = simd::addf(simd::mulf(simd::set1f(slope), simd::loadf(m)), x);
+        }
         simd::storef(s + i, x);
         top = simd::maxf(x, top);
     }
@@ -78,12 +92,21 @@ static double softmax_row(float * s, const uint16_t * mask, int n, float scale, 
     return sum.get() + (sink ? (double) exp_neg1(*sink - max) : 0.0);
 }
 
-static void softmax(const float * src, const uint16_t * mask, float * dst, int n, float scale, float slope, const float * sink) {
+static void softmax(const float *    src,
+                    const uint16_t * mask,
+                    const float *    mask_f32,
+                    float *          dst,
+                    int              n,
+                    float            scale,
+                    float            slope,
+                    const float *    sink) {
     // rows that do not end with a whole vector go through a copy, as dst has no room after them
     float   local[1024];
-    float * row = n % simd::R == 0 ? dst : n <= 1024 - simd::R ? local : (float *) malloc((n + simd::R) * sizeof(float));
+    float * row = n % simd::R == 0      ? dst
+                  : n <= 1024 - simd::R ? local
+                                        : (float *) malloc((n + simd::R) * sizeof(float));
     memmove(row, src, n * sizeof(float));
-    const double sum = softmax_row(row, mask, n, scale, 0.0f, slope, sink);
+    const double sum = softmax_row(row, mask, mask_f32, n, scale, 0.0f, slope, sink);
     const float  inv = sum == 0.0 ? 0.0f : (float) (1.0 / sum);
     for (int i = 0; i < n; ++i) {
         dst[i] = row[i] * inv;
@@ -94,7 +117,15 @@ static void softmax(const float * src, const uint16_t * mask, float * dst, int n
 }
 
 // c[i][m] = sum over k, in order, of a[m][k]*b[i][k]
-static void matmul_ordered(const uint8_t * a, size_t a_stride, bool a_f32, int m0, int m1, int k, const float * const * b, int n, float * const * c) {
+static void matmul_ordered(const uint8_t *       a,
+                           size_t                a_stride,
+                           bool                  a_f32,
+                           int                   m0,
+                           int                   m1,
+                           int                   k,
+                           const float * const * b,
+                           int                   n,
+                           float * const *       c) {
     constexpr int R    = simd::R;
     constexpr int KB   = 64; // k whose transposed rows stay in the first cache
     constexpr int NB   = 64; // tokens whose sums do
@@ -114,7 +145,8 @@ static void matmul_ordered(const uint8_t * a, size_t a_stride, bool a_f32, int m
                 for (int j = 0; j < n_k; j += R) {
                     const uint8_t * p = a + (size_t) m * a_stride + (size_t) (k0 + j) * size;
                     if (n_m == R && n_k - j >= R) {
-                        a_f32 ? simd::transpose_f32(p, a_stride, rows + j * R) : simd::transpose_f16(p, a_stride, rows + j * R);
+                        a_f32 ? simd::transpose_f32(p, a_stride, rows + j * R)
+                              : simd::transpose_f16(p, a_stride, rows + j * R);
                         continue;
                     }
                     for (int jj = 0; jj < R && j + jj < n_k; ++jj) {
@@ -200,7 +232,8 @@ void add_values(const uint8_t * v, size_t stride, int n_cells, int n_dim, const 
 }
 
 template <class T>
-void add_values(const uint8_t * v, size_t stride, int n_cells, int n_dim, int n, const float * p, size_t ldp, float * out) {
+void add_values(
+    const uint8_t * v, size_t stride, int n_cells, int n_dim, int n, const float * p, size_t ldp, float * out) {
     constexpr int nq = simd::GF;
     int           i  = 0;
     for (; i + nq <= n; i += nq) {
@@ -219,10 +252,10 @@ static void attend(const attention & a) {
     const size_t ld    = ((size_t) a.n_kv + 31) / 16 * 16 + 16;
     const int    n_dim = a.n_dim_k > a.n_dim_v ? a.n_dim_k : a.n_dim_v;
 
-    float *    scores = a.scratch;                                   // [n][ld]
+    float *    scores = a.scratch;                                      // [n][ld]
     uint32_t * seen   = (uint32_t *) (scores + ATTENTION_QUERIES * ld); // [ld] queries that see a cell
-    float *    out    = (float *) (seen + ld);                       // [n][n_dim_v]
-    float *    rows   = out + 2 * ATTENTION_QUERIES * n_dim;         // [ATTENTION_ROWS][n_dim] dequantised
+    float *    out    = (float *) (seen + ld);                          // [n][n_dim_v]
+    float *    rows   = out + 2 * ATTENTION_QUERIES * n_dim;            // [ATTENTION_ROWS][n_dim] dequantised
 
     const uint32_t all = n == 32 ? 0xffffffffu : (1u << n) - 1;
     for (int j = 0; j < a.n_kv; ++j) {
@@ -263,8 +296,8 @@ static void attend(const attention & a) {
 
     float inv[ATTENTION_QUERIES];
     for (int i = 0; i < n; ++i) {
-        const double sum = softmax_row(scores + i * ld + first, a.mask[i] ? a.mask[i] + first : nullptr, last - first,
-                                       a.scale, a.softcap, a.slope[i], a.sink[i]);
+        const double sum = softmax_row(scores + i * ld + first, a.mask[i] ? a.mask[i] + first : nullptr, nullptr,
+                                       last - first, a.scale, a.softcap, a.slope[i], a.sink[i]);
         inv[i]           = sum == 0.0 ? 0.0f : (float) (1.0 / sum);
     }
 
@@ -293,8 +326,10 @@ static void attend(const attention & a) {
                     continue;
                 }
                 const int n_i = seen[j] == all ? n : 1;
-                f32 ? add_values<float>(v, stride, n_j, a.n_dim_v, n_i, scores + i * ld + j, ld, out + (size_t) i * a.n_dim_v) :
-                      add_values<uint16_t>(v, stride, n_j, a.n_dim_v, n_i, scores + i * ld + j, ld, out + (size_t) i * a.n_dim_v);
+                f32 ? add_values<float>(v, stride, n_j, a.n_dim_v, n_i, scores + i * ld + j, ld,
+                                        out + (size_t) i * a.n_dim_v)
+                    : add_values<uint16_t>(v, stride, n_j, a.n_dim_v, n_i, scores + i * ld + j, ld,
+                                           out + (size_t) i * a.n_dim_v);
                 i += n_i - 1;
             }
         }

@@ -54,11 +54,11 @@ const kernel_set * const * kernel_sets() {
             if (r7[0] >= 1) {
                 cpuid(7, 1, r71);
             }
-            const uint64_t state = enabled_state();
-            const bool     ymm   = (state & 0x6) == 0x6;
-            const bool     zmm   = (state & 0xe6) == 0xe6;
-            const bool     avx2  = ymm && (r7[1] >> 5 & 1) && (r1[2] >> 12 & 1) && (r1[2] >> 29 & 1); // fma, f16c
-            const bool     f_dq_bw_vl = (r7[1] >> 16 & 1) && (r7[1] >> 17 & 1) && (r7[1] >> 30 & 1) && (r7[1] >> 31 & 1);
+            const uint64_t state  = enabled_state();
+            const bool     ymm    = (state & 0x6) == 0x6;
+            const bool     zmm    = (state & 0xe6) == 0xe6;
+            const bool     avx2   = ymm && (r7[1] >> 5 & 1) && (r1[2] >> 12 & 1) && (r1[2] >> 29 & 1); // fma, f16c
+            const bool f_dq_bw_vl = (r7[1] >> 16 & 1) && (r7[1] >> 17 & 1) && (r7[1] >> 30 & 1) && (r7[1] >> 31 & 1);
             if (avx2 && zmm && f_dq_bw_vl && (r7[2] >> 11 & 1)) {
                 sets[n++] = &kernels_avx512vnni;
             }

@@ -33,7 +33,7 @@ static size_t hook_packed_size(const ggml_tensor * t) {
 static void hook_pack(ggml_tensor * t, const void * data) {
     const weight_type type     = packed_type(t->type);
     const int64_t     n_panels = (t->ne[1] + PANEL - 1) / PANEL;
-    const int64_t     n_tasks  = std::min<int64_t>(std::max(1u, std::thread::hardware_concurrency()), n_panels / 64 + 1);
+    const int64_t     n_tasks = std::min<int64_t>(std::max(1u, std::thread::hardware_concurrency()), n_panels / 64 + 1);
 
     std::vector<std::thread> threads;
     for (int64_t i = 1; i < n_tasks; ++i) {
@@ -96,8 +96,10 @@ static void compute_packed(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     uint8_t * base = (uint8_t *) task->wdata + (alone ? task->ith * (size_t) n_tokens * work.token : 0);
 
     // groups of nearly equal size
-    const auto group_start = [&](int64_t g) { return n_tokens * g / n_groups; };
-    const auto row         = [](const ggml_tensor * t, int64_t i) {
+    const auto group_start = [&](int64_t g) {
+        return n_tokens * g / n_groups;
+    };
+    const auto row = [](const ggml_tensor * t, int64_t i) {
         const int64_t i1 = i % t->ne[1], i2 = i / t->ne[1] % t->ne[2], i3 = i / t->ne[1] / t->ne[2];
         return (float *) ((char *) t->data + i1 * t->nb[1] + i2 * t->nb[2] + i3 * t->nb[3]);
     };
@@ -158,8 +160,9 @@ static void compute_packed(const ggml_cpu_hook_task * task, ggml_tensor * op) {
 static bool is_cache_product(const ggml_tensor * op) {
     const ggml_tensor * a = op->src[0];
     const ggml_tensor * b = op->src[1];
-    return (a->type == GGML_TYPE_F16 || a->type == GGML_TYPE_F32) && b->type == GGML_TYPE_F32 && op->op_params[1] == 0 &&
-           a->nb[0] == ggml_type_size(a->type) && b->nb[0] == sizeof(float) && op->nb[0] == sizeof(float);
+    return (a->type == GGML_TYPE_F16 || a->type == GGML_TYPE_F32) && b->type == GGML_TYPE_F32 &&
+           op->op_params[1] == 0 && a->nb[0] == ggml_type_size(a->type) && b->nb[0] == sizeof(float) &&
+           op->nb[0] == sizeof(float);
 }
 
 static void compute_ordered(const ggml_cpu_hook_task * task, ggml_tensor * op) {
@@ -198,8 +201,9 @@ static float head_slope(float max_bias, int64_t h, int64_t n_head) { // ALiBi, a
         return 1.0f;
     }
     const uint32_t n_head_log2 = 1u << (uint32_t) std::floor(std::log2((double) n_head));
-    return h < n_head_log2 ? std::pow(std::pow(2.0f, -max_bias / n_head_log2), (float) (h + 1)) :
-                             std::pow(std::pow(2.0f, -max_bias / 2.0f / n_head_log2), (float) (2 * (h - n_head_log2) + 1));
+    return h < n_head_log2
+               ? std::pow(std::pow(2.0f, -max_bias / n_head_log2), (float) (h + 1))
+               : std::pow(std::pow(2.0f, -max_bias / 2.0f / n_head_log2), (float) (2 * (h - n_head_log2) + 1));
 }
 
 static bool is_readable_row(const ggml_tensor * t) {
@@ -222,16 +226,16 @@ static void compute_attention(const ggml_cpu_hook_task * task, ggml_tensor * op)
     memcpy(&max_bias, op->op_params + 1, 4);
     memcpy(&softcap, op->op_params + 2, 4);
 
-    attention a = {};
-    a.n_kv      = (int) k->ne[1];
-    a.n_dim_k   = (int) k->ne[0];
-    a.n_dim_v   = (int) v->ne[0];
-    a.k_stride  = k->nb[1];
-    a.v_stride  = v->nb[1];
-    a.k_type    = k->type;
-    a.v_type    = v->type;
-    a.softcap   = softcap;
-    a.scale     = softcap != 0.0f ? scale / softcap : scale;
+    attention a         = {};
+    a.n_kv              = (int) k->ne[1];
+    a.n_dim_k           = (int) k->ne[0];
+    a.n_dim_v           = (int) v->ne[0];
+    a.k_stride          = k->nb[1];
+    a.v_stride          = v->nb[1];
+    a.k_type            = k->type;
+    a.v_type            = v->type;
+    a.softcap           = softcap;
+    a.scale             = softcap != 0.0f ? scale / softcap : scale;
     const auto to_float = [](const ggml_tensor * t) {
         return t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_F32 ? nullptr : ggml_get_type_traits(t->type)->to_float;
     };
@@ -261,8 +265,8 @@ static void compute_attention(const ggml_cpu_hook_task * task, ggml_tensor * op)
             a.q[n]          = (const float *) ((const char *) q->data + t * q->nb[1] + h * q->nb[2] + i3 * q->nb[3]);
             a.out[n]        = (float *) op->data + (i3 * op->ne[2] * op->ne[1] + t * op->ne[1] + h) * op->ne[0];
             a.mask[n]       = mask ? (const uint16_t *) ((const char *) mask->data + t * mask->nb[1] +
-                                                   h % mask->ne[2] * mask->nb[2] + i3 % mask->ne[3] * mask->nb[3]) :
-                                     nullptr;
+                                                         h % mask->ne[2] * mask->nb[2] + i3 % mask->ne[3] * mask->nb[3])
+                                   : nullptr;
             a.slope[n]      = head_slope(max_bias, h, q->ne[2]);
             a.sink[n]       = sinks ? (const float *) sinks->data + h : nullptr;
         }
@@ -273,7 +277,7 @@ static void compute_attention(const ggml_cpu_hook_task * task, ggml_tensor * op)
 static bool is_softmax(const ggml_tensor * op) {
     const ggml_tensor *x = op->src[0], *mask = op->src[1];
     return x->type == GGML_TYPE_F32 && ggml_is_contiguous(op) && x->nb[0] == sizeof(float) &&
-           (!mask || mask->type == GGML_TYPE_F16);
+           (!mask || mask->type == GGML_TYPE_F16 || mask->type == GGML_TYPE_F32);
 }
 
 static void compute_softmax(const ggml_cpu_hook_task * task, ggml_tensor * op) {
@@ -286,10 +290,12 @@ static void compute_softmax(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     const int64_t n_rows = ggml_nrows(x);
     for (int64_t i = n_rows * task->ith / task->nth; i < n_rows * (task->ith + 1) / task->nth; ++i) {
         const int64_t t = i % x->ne[1], h = i / x->ne[1] % x->ne[2], s = i / x->ne[1] / x->ne[2];
-        const auto *  m = mask ? (const uint16_t *) ((const char *) mask->data + t * mask->nb[1] +
-                                                    h % mask->ne[2] * mask->nb[2] + s % mask->ne[3] * mask->nb[3]) :
-                                 nullptr;
-        kernels().softmax((const float *) ((const char *) x->data + t * x->nb[1] + h * x->nb[2] + s * x->nb[3]), m,
+        const void *  m   = mask ? (const char *) mask->data + t * mask->nb[1] + h % mask->ne[2] * mask->nb[2] +
+                                       s % mask->ne[3] * mask->nb[3]
+                                 : nullptr;
+        const bool    f16 = mask && mask->type == GGML_TYPE_F16;
+        kernels().softmax((const float *) ((const char *) x->data + t * x->nb[1] + h * x->nb[2] + s * x->nb[3]),
+                          f16 ? (const uint16_t *) m : nullptr, f16 ? nullptr : (const float *) m,
                           (float *) op->data + i * op->ne[0], (int) op->ne[0], scale, head_slope(max_bias, h, x->ne[2]),
                           sinks ? (const float *) sinks->data + h : nullptr);
     }

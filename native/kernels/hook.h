@@ -9,7 +9,7 @@ namespace entmtp {
 // Take part in models loaded from now on, and in attention. name: a kernel set, null for the best of this processor
 // false if this processor has no such set
 bool kernels_enable(const char * name);
-void kernels_disable(); // models that are loaded keep their kernels; attention is ggml's again
+void kernels_disable();               // models that are loaded keep their kernels; attention is ggml's again
 
 const kernel_set * kernels_current(); // null while disabled
 

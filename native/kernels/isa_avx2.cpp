@@ -19,5 +19,6 @@ using namespace entmtp;
 
 namespace entmtp {
 extern const kernel_set kernels_avx2;
-const kernel_set        kernels_avx2 = { "avx2", simd::G, simd::GF, quantize, matmul, matmul_ordered, attend, softmax, int8_peak };
+const kernel_set        kernels_avx2 = { "avx2",         simd::G, simd::GF, quantize, matmul,
+                                         matmul_ordered, attend,  softmax,  int8_peak };
 } // namespace entmtp

@@ -18,5 +18,6 @@ using namespace entmtp;
 
 namespace entmtp {
 extern const kernel_set kernels_portable;
-const kernel_set        kernels_portable = { "portable", simd::G, simd::GF, quantize, matmul, matmul_ordered, attend, softmax, nullptr };
+const kernel_set        kernels_portable = { "portable",     simd::G, simd::GF, quantize, matmul,
+                                             matmul_ordered, attend,  softmax,  nullptr };
 } // namespace entmtp

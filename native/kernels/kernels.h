@@ -18,10 +18,10 @@ constexpr int PANEL = 16;
 enum weight_type { W_Q4_0, W_Q8_0, W_Q4_K, W_Q6_K, W_F16, W_F32, W_COUNT };
 
 struct weight_layout {
-    int block;        // k per block
-    int panel_bytes;  // bytes of one block of one panel
-    int sums;         // int32 kept with each block of activations
-    int bits;         // of the weights of integer types; 0: float, activations stay float
+    int block;       // k per block
+    int panel_bytes; // bytes of one block of one panel
+    int sums;        // int32 kept with each block of activations
+    int bits;        // of the weights of integer types; 0: float, activations stay float
 };
 
 // [W_COUNT]
@@ -48,7 +48,7 @@ struct attention {
     int n_kv;
     int n_dim_k, n_dim_v;
 
-    const uint8_t * k; // [n_kv] rows
+    const uint8_t * k;                  // [n_kv] rows
     const uint8_t * v;
     size_t          k_stride, v_stride; // bytes
     int             k_type, v_type;     // ggml_type
@@ -80,20 +80,37 @@ struct kernel_set {
     int          group_float; // the same for float weights
 
     // quantise n rows of k floats. NaN or an infinity makes the scale of its block not finite, and with it the results
-    void (*quantize)(weight_type type, const float * const * x, int n, int64_t k, int64_t b0, int64_t b1, const activations & a);
+    void (*quantize)(
+        weight_type type, const float * const * x, int n, int64_t k, int64_t b0, int64_t b1, const activations & a);
 
     // out[i][16] = panel times token i
     //   n at most the group
-    void (*matmul)(weight_type type, const uint8_t * panel, int64_t n_blocks, int n, const activations & a, float * out);
+    void (*matmul)(
+        weight_type type, const uint8_t * panel, int64_t n_blocks, int n, const activations & a, float * out);
 
     // c[i][m] = sum over k, in order, of a[m][k]*b[i][k], for rows m0 to m1. A zero in b takes its k out of the sum
     // without a trace, so cells that a token does not see may lie anywhere
-    void (*matmul_ordered)(const uint8_t * a, size_t a_stride, bool a_f32, int m0, int m1, int k, const float * const * b, int n, float * const * c);
+    void (*matmul_ordered)(const uint8_t *       a,
+                           size_t                a_stride,
+                           bool                  a_f32,
+                           int                   m0,
+                           int                   m1,
+                           int                   k,
+                           const float * const * b,
+                           int                   n,
+                           float * const *       c);
 
     void (*attend)(const attention & a);
 
-    // dst = softmax(scale*src + slope*mask); masked cells become 0
-    void (*softmax)(const float * src, const uint16_t * mask, float * dst, int n, float scale, float slope, const float * sink);
+    // dst = softmax(scale*src + slope*mask); masked cells become 0. mask: f16 or f32, or neither
+    void (*softmax)(const float *    src,
+                    const uint16_t * mask,
+                    const float *    mask_f32,
+                    float *          dst,
+                    int              n,
+                    float            scale,
+                    float            slope,
+                    const float *    sink);
 
     // multiply-adds of n_steps rounds of independent int8 dot products in registers: the peak of the machine. null: unknown
     int64_t (*int8_peak)(int64_t n_steps);
@@ -101,6 +118,5 @@ struct kernel_set {
 
 // kernels of this processor, best first, ended by null; the last is portable C++
 const kernel_set * const * kernel_sets();
-
 
 } // namespace entmtp

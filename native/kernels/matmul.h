@@ -45,7 +45,8 @@ void quantize_block(const float * x, int offset, int8_t * q, float * d, int32_t 
     }
 }
 
-static void quantize(weight_type type, const float * const * x, int n, int64_t k, int64_t b0, int64_t b1, const activations & a) {
+static void
+quantize(weight_type type, const float * const * x, int n, int64_t k, int64_t b0, int64_t b1, const activations & a) {
     const int block  = LAYOUTS[type].block;
     const int offset = type == W_Q4_0 ? 8 : type == W_Q8_0 ? simd::OFF8 : 32;
     for (int64_t b = b0; b < b1; ++b) {
@@ -88,7 +89,8 @@ constexpr int AHEAD = 4096; // bytes
 
 // blocks of 32 with one scale: Q4_0 and Q8_0
 //   sum = fma(float(integer sum of the block), d_w*d_x, sum)
-template <int bits, int n> void matmul_32(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
+template <int bits, int n>
+void matmul_32(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
     constexpr int bytes = PANEL * (2 + 4 * bits);
     for (int sub = 0; sub < PANEL; sub += simd::R) {
         simd::vf sum[n];
@@ -151,7 +153,8 @@ static inline void unpack_scales(const uint8_t * packed, uint8_t scales[8][PANEL
 
 // Q4_K: blocks of 256, eight scales and mins in integers
 //   sum = fma(float(sum of scale*q*x), d_w*d_x, sum), then fma(float(sum of min*x), -(dmin*d_x), sum)
-template <int n> void matmul_q4_k(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
+template <int n>
+void matmul_q4_k(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
     constexpr int bytes = PANEL * 144;
     for (int sub = 0; sub < PANEL; sub += simd::R) {
         simd::vf sum[n];
@@ -210,7 +213,8 @@ template <int n> void matmul_q4_k(const uint8_t * panel, int64_t n_blocks, const
 
 // Q6_K: blocks of 256, sixteen int8 scales
 //   sum = fma(float(sum of scale*(q - 32)*x), d_w*d_x, sum)
-template <int n> void matmul_q6_k(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
+template <int n>
+void matmul_q6_k(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
     constexpr int bytes = PANEL * 210;
     for (int sub = 0; sub < PANEL; sub += simd::R) {
         simd::vf sum[n];
@@ -252,7 +256,8 @@ template <int n> void matmul_q6_k(const uint8_t * panel, int64_t n_blocks, const
 #pragma GCC unroll 16
                 for (int i = 0; i < n; ++i) {
                     const simd::vi u = simd::dot16<6>(simd::set1i(s[16 * i + 2 * g]), w, q + 256 * i + 32 * g);
-                    const simd::vi v = simd::dot16<6>(simd::set1i(s[16 * i + 2 * g + 1]), w + 4, q + 256 * i + 32 * g + 16);
+                    const simd::vi v =
+                        simd::dot16<6>(simd::set1i(s[16 * i + 2 * g + 1]), w + 4, q + 256 * i + 32 * g + 16);
                     t[i] = simd::addi(t[i], simd::addi(simd::muli(u, scale0), simd::muli(v, scale1)));
                 }
             }
@@ -276,7 +281,8 @@ static inline simd::vf load_weights(const float * p) {
 }
 
 // F16 and F32: each block of 32 k has a sum of its own, in order, which is then added to the whole
-template <class T, int n> void matmul_float(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
+template <class T, int n>
+void matmul_float(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
     for (int sub = 0; sub < PANEL; sub += simd::R) {
         simd::vf sum[n];
         for (int i = 0; i < n; ++i) {
@@ -309,7 +315,8 @@ template <class T, int n> void matmul_float(const uint8_t * panel, int64_t n_blo
 
 // -- dispatch by type and number of tokens --
 
-template <int n> void matmul_n(weight_type type, const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
+template <int n>
+void matmul_n(weight_type type, const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
     switch (type) {
         case W_Q4_0:
             return matmul_32<4, n>(panel, n_blocks, a, out);
@@ -328,18 +335,19 @@ template <int n> void matmul_n(weight_type type, const uint8_t * panel, int64_t 
     }
 }
 
-static void matmul(weight_type type, const uint8_t * panel, int64_t n_blocks, int n, const activations & a, float * out) {
+static void
+matmul(weight_type type, const uint8_t * panel, int64_t n_blocks, int n, const activations & a, float * out) {
     switch (n) {
-#define CASE(i)                                                                       \
-    case i:                                                                           \
-        if constexpr (i <= simd::G) {                                                 \
-            return matmul_n<i>(type, panel, n_blocks, a, out);                        \
-        }                                                                             \
+#define CASE(i)                                                \
+    case i:                                                    \
+        if constexpr (i <= simd::G) {                          \
+            return matmul_n<i>(type, panel, n_blocks, a, out); \
+        }                                                      \
         return;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-        CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16)
+        CASE(1)
+        CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+            CASE(15) CASE(16)
 #undef CASE
-        default:
-            return;
+                default : return;
     }
 }

@@ -77,9 +77,9 @@ static void pack_block(const q4_k & b, int r, uint8_t * dst) {
 
     uint8_t * packed = dst + 4 * PANEL; // see unpack_scales()
     for (int i = 0; i < 8; ++i) {
-        const uint8_t * s = b.scales;
-        const uint8_t scale = i < 4 ? s[i] & 63 : (s[i + 4] & 15) | (s[i - 4] >> 6) << 4;
-        const uint8_t min   = i < 4 ? s[i + 4] & 63 : (s[i + 4] >> 4) | (s[i] >> 6) << 4;
+        const uint8_t * s     = b.scales;
+        const uint8_t   scale = i < 4 ? s[i] & 63 : (s[i + 4] & 15) | (s[i - 4] >> 6) << 4;
+        const uint8_t   min   = i < 4 ? s[i + 4] & 63 : (s[i + 4] >> 4) | (s[i] >> 6) << 4;
 
         packed[PANEL * i + r] = (uint8_t) (scale | (min & 3) << 6);
 
@@ -102,8 +102,8 @@ static void pack_block(const q6_k & b, int r, uint8_t * dst) {
         dst[2 * PANEL + PANEL * i + r] = (uint8_t) b.scales[i];
     }
     for (int g = 0; g < 8; ++g) {
-        uint8_t * lines = dst + PANEL * (18 + 16 * g);
-        uint8_t * upper = dst + PANEL * (146 + 8 * g);
+        uint8_t *  lines = dst + PANEL * (18 + 16 * g);
+        uint8_t *  upper = dst + PANEL * (146 + 8 * g);
         // for each 128 k: ql holds k and k + 64, k + 32 and k + 96; qh holds the upper bits of all four
         const auto value = [&](int k) {
             const int     at = 32 * g + k;
@@ -120,7 +120,8 @@ static void pack_block(const q6_k & b, int r, uint8_t * dst) {
     }
 }
 
-template <class T> static void pack_row(const void * src, int64_t n_blocks, int r, int panel_bytes, uint8_t * dst) {
+template <class T>
+static void pack_row(const void * src, int64_t n_blocks, int r, int panel_bytes, uint8_t * dst) {
     for (int64_t b = 0; b < n_blocks; ++b) {
         T block;
         memcpy(&block, (const uint8_t *) src + b * sizeof(T), sizeof(T));

@@ -11,7 +11,8 @@
 namespace entmtp {
 
 // f(thread) in n threads at once: seconds until the last is done, the best of 5
-template <class F> static double best_seconds(int n_threads, F && f) {
+template <class F>
+static double best_seconds(int n_threads, F && f) {
     double best = 1e30;
     for (int run = 0; run < 5; ++run) {
         std::atomic<int>         ready = { 0 };
@@ -53,7 +54,7 @@ void machine_peaks(int n_threads, double * bytes_per_s, double * macs_per_s) {
             sink += x;
         }
     });
-    *bytes_per_s = (double) part * n_threads * sizeof(uint64_t) / read;
+    *bytes_per_s      = (double) part * n_threads * sizeof(uint64_t) / read;
 
     const kernel_set * set = kernel_sets()[0];
     *macs_per_s            = 0.0;

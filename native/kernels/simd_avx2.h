@@ -27,8 +27,12 @@ struct simd {
     static vf   load_f16(const uint16_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
     static vf   cvt(vi a) { return _mm256_cvtepi32_ps(a); }
     static vi   round(vf a) { return _mm256_cvtps_epi32(a); }
-    static vf   exp2i(vi n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23)); }
-    static vf   zero_if_less(vf x, float limit, vf y) { return _mm256_and_ps(_mm256_cmp_ps(x, set1f(limit), _CMP_NLT_UQ), y); }
+    static vf   exp2i(vi n) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+    }
+    static vf zero_if_less(vf x, float limit, vf y) {
+        return _mm256_and_ps(_mm256_cmp_ps(x, set1f(limit), _CMP_NLT_UQ), y);
+    }
 
     static float reduce_max(vf a) {
         __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -63,15 +67,17 @@ struct simd {
     static vb high4(vb a) { return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15)); }
     static vb orb(vb a, vb b) { return _mm256_or_si256(a, b); }
 
-    template <int j> static vb mid2(vb a) {
+    template <int j>
+    static vb mid2(vb a) {
         const vb m = _mm256_set1_epi8(0x30);
-        return j == 0 ? _mm256_and_si256(_mm256_slli_epi16(a, 4), m) :
-               j == 1 ? _mm256_and_si256(_mm256_slli_epi16(a, 2), m) :
-               j == 2 ? _mm256_and_si256(a, m) :
-                        _mm256_and_si256(_mm256_srli_epi16(a, 2), m);
+        return j == 0   ? _mm256_and_si256(_mm256_slli_epi16(a, 4), m)
+               : j == 1 ? _mm256_and_si256(_mm256_slli_epi16(a, 2), m)
+               : j == 2 ? _mm256_and_si256(a, m)
+                        : _mm256_and_si256(_mm256_srli_epi16(a, 2), m);
     }
 
-    template <int bits> static vi dot16(vi acc, const vb * w, const int8_t * x) {
+    template <int bits>
+    static vi dot16(vi acc, const vb * w, const int8_t * x) {
         vb x4[4];
         for (int j = 0; j < 4; ++j) {
             int32_t t;

@@ -23,8 +23,12 @@ struct simd {
     static vf   load_f16(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
     static vf   cvt(vi a) { return _mm512_cvtepi32_ps(a); }
     static vi   round(vf a) { return _mm512_cvtps_epi32(a); }
-    static vf   exp2i(vi n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23)); }
-    static vf   zero_if_less(vf x, float limit, vf y) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set1f(limit), _CMP_NLT_UQ), y); }
+    static vf   exp2i(vi n) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
+    }
+    static vf zero_if_less(vf x, float limit, vf y) {
+        return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set1f(limit), _CMP_NLT_UQ), y);
+    }
     static float reduce_max(vf a) { return _mm512_reduce_max_ps(a); }
 
     static vi      set1i(int32_t x) { return _mm512_set1_epi32(x); }
@@ -45,16 +49,18 @@ struct simd {
     static vb orb(vb a, vb b) { return _mm512_or_si512(a, b); }
 
     // two bits of every byte, moved to bits 4 and 5. j: which two
-    template <int j> static vb mid2(vb a) {
+    template <int j>
+    static vb mid2(vb a) {
         const vb m = _mm512_set1_epi8(0x30);
-        return j == 0 ? _mm512_and_si512(_mm512_slli_epi16(a, 4), m) :
-               j == 1 ? _mm512_and_si512(_mm512_slli_epi16(a, 2), m) :
-               j == 2 ? _mm512_and_si512(a, m) :
-                        _mm512_and_si512(_mm512_srli_epi16(a, 2), m);
+        return j == 0   ? _mm512_and_si512(_mm512_slli_epi16(a, 4), m)
+               : j == 1 ? _mm512_and_si512(_mm512_slli_epi16(a, 2), m)
+               : j == 2 ? _mm512_and_si512(a, m)
+                        : _mm512_and_si512(_mm512_srli_epi16(a, 2), m);
     }
 
     // acc[r] += sum over 16 k of w[k/4][r][k%4]*x[k]
-    template <int bits> static vi dot16(vi acc, const vb * w, const int8_t * x) {
+    template <int bits>
+    static vi dot16(vi acc, const vb * w, const int8_t * x) {
         for (int j = 0; j < 4; ++j) {
             int32_t x4;
             memcpy(&x4, x + 4 * j, 4);

@@ -18,7 +18,8 @@ struct simd {
         uint8_t v[R][4];
     };
 
-    template <class T, class F> static T each(F f) {
+    template <class T, class F>
+    static T each(F f) {
         T t;
         for (int i = 0; i < R; ++i) {
             t.v[i] = f(i);
@@ -26,22 +27,37 @@ struct simd {
         return t;
     }
 
-    static vf   set1f(float x) { return { { x, x, x, x } }; }
-    static vf   loadf(const float * p) { return each<vf>([&](int i) { return p[i]; }); }
+    static vf set1f(float x) { return { { x, x, x, x } }; }
+    static vf loadf(const float * p) {
+        return each<vf>([&](int i) { return p[i]; });
+    }
     static void storef(float * p, vf x) { memcpy(p, x.v, sizeof(x.v)); }
-    static vf   addf(vf a, vf b) { return each<vf>([&](int i) { return a.v[i] + b.v[i]; }); }
-    static vf   subf(vf a, vf b) { return each<vf>([&](int i) { return a.v[i] - b.v[i]; }); }
-    static vf   mulf(vf a, vf b) { return each<vf>([&](int i) { return a.v[i] * b.v[i]; }); }
-    static vf   fma(vf a, vf b, vf c) { return each<vf>([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); }); }
-    static vf   maxf(vf a, vf b) /* a > b ? a : b */ { return each<vf>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
-    static vf   cvt(vi a) { return each<vf>([&](int i) { return (float) a.v[i]; }); }
-    static vf   load_f16(const uint16_t * p) { return each<vf>([&](int i) { return half_to_float(p[i]); }); }
+    static vf   addf(vf a, vf b) {
+        return each<vf>([&](int i) { return a.v[i] + b.v[i]; });
+    }
+    static vf subf(vf a, vf b) {
+        return each<vf>([&](int i) { return a.v[i] - b.v[i]; });
+    }
+    static vf mulf(vf a, vf b) {
+        return each<vf>([&](int i) { return a.v[i] * b.v[i]; });
+    }
+    static vf fma(vf a, vf b, vf c) {
+        return each<vf>([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); });
+    }
+    static vf maxf(vf a, vf b) /* a > b ? a : b */ {
+        return each<vf>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+    }
+    static vf cvt(vi a) {
+        return each<vf>([&](int i) { return (float) a.v[i]; });
+    }
+    static vf load_f16(const uint16_t * p) {
+        return each<vf>([&](int i) { return half_to_float(p[i]); });
+    }
 
     // halves to even, as the instructions of processors do; what does not fit becomes INT32_MIN
     static vi round(vf a) {
-        return each<vi>([&](int i) {
-            return std::fabs(a.v[i]) < 2147483648.0f ? (int32_t) std::nearbyint(a.v[i]) : INT32_MIN;
-        });
+        return each<vi>(
+            [&](int i) { return std::fabs(a.v[i]) < 2147483648.0f ? (int32_t) std::nearbyint(a.v[i]) : INT32_MIN; });
     }
     static vf exp2i(vi n) {
         return each<vf>([&](int i) {
@@ -62,11 +78,19 @@ struct simd {
         return m;
     }
 
-    static vi      set1i(int32_t x) { return { { x, x, x, x } }; }
-    static vi      addi(vi a, vi b) { return each<vi>([&](int i) { return (int32_t) ((uint32_t) a.v[i] + (uint32_t) b.v[i]); }); }
-    static vi      muli(vi a, vi b) { return each<vi>([&](int i) { return (int32_t) ((uint32_t) a.v[i] * (uint32_t) b.v[i]); }); }
-    static vi      load_u8(const uint8_t * p) { return each<vi>([&](int i) { return (int32_t) p[i]; }); }
-    static vi      load_i8(const uint8_t * p) { return each<vi>([&](int i) { return (int32_t) (int8_t) p[i]; }); }
+    static vi set1i(int32_t x) { return { { x, x, x, x } }; }
+    static vi addi(vi a, vi b) {
+        return each<vi>([&](int i) { return (int32_t) ((uint32_t) a.v[i] + (uint32_t) b.v[i]); });
+    }
+    static vi muli(vi a, vi b) {
+        return each<vi>([&](int i) { return (int32_t) ((uint32_t) a.v[i] * (uint32_t) b.v[i]); });
+    }
+    static vi load_u8(const uint8_t * p) {
+        return each<vi>([&](int i) { return (int32_t) p[i]; });
+    }
+    static vi load_i8(const uint8_t * p) {
+        return each<vi>([&](int i) { return (int32_t) (int8_t) p[i]; });
+    }
     static int32_t reduce_add(vi a) { return a.v[0] + a.v[1] + a.v[2] + a.v[3]; }
     static void    store_i8(int8_t * p, vi a) {
         for (int i = 0; i < R; ++i) {
@@ -83,7 +107,8 @@ struct simd {
         });
     }
 
-    template <class F> static vb each_byte(F f) {
+    template <class F>
+    static vb each_byte(F f) {
         vb t;
         for (int i = 0; i < 4 * R; ++i) {
             t.v[i / 4][i % 4] = (uint8_t) f(i / 4, i % 4);
@@ -96,15 +121,23 @@ struct simd {
         memcpy(t.v, p, sizeof(t.v));
         return t;
     }
-    static vb low4(vb a) { return each_byte([&](int i, int j) { return a.v[i][j] & 15; }); }
-    static vb high4(vb a) { return each_byte([&](int i, int j) { return a.v[i][j] >> 4; }); }
-    static vb orb(vb a, vb b) { return each_byte([&](int i, int j) { return a.v[i][j] | b.v[i][j]; }); }
+    static vb low4(vb a) {
+        return each_byte([&](int i, int j) { return a.v[i][j] & 15; });
+    }
+    static vb high4(vb a) {
+        return each_byte([&](int i, int j) { return a.v[i][j] >> 4; });
+    }
+    static vb orb(vb a, vb b) {
+        return each_byte([&](int i, int j) { return a.v[i][j] | b.v[i][j]; });
+    }
 
-    template <int k> static vb mid2(vb a) {
+    template <int k>
+    static vb mid2(vb a) {
         return each_byte([&](int i, int j) { return (a.v[i][j] >> (2 * k) & 3) << 4; });
     }
 
-    template <int bits> static vi dot16(vi acc, const vb * w, const int8_t * x) {
+    template <int bits>
+    static vi dot16(vi acc, const vb * w, const int8_t * x) {
         for (int k = 0; k < 16; ++k) {
             for (int i = 0; i < R; ++i) {
                 const uint8_t u = w[k / 4].v[i][k % 4];

@@ -177,7 +177,7 @@ void heads::load_weights(const char * path, const llama_model * model) {
         }
         // matrices on the CPU: as the kernels want them
         const bool    packed = on_cpu && kernels_current() && ne1 > 1 && packed_type(meta->type) != W_COUNT;
-        ggml_tensor * t = ggml_new_tensor_2d(packed ? ctx_packed.get() : ctx_weights.get(), meta->type, ne0, ne1);
+        ggml_tensor * t      = ggml_new_tensor_2d(packed ? ctx_packed.get() : ctx_weights.get(), meta->type, ne0, ne1);
         ggml_set_name(t, name.c_str());
         to_read.push_back({ t, offset });
         return t;
@@ -289,7 +289,9 @@ void heads::load_weights(const char * path, const llama_model * model) {
         }
     }
 
-    const auto has_tensors = [](const ggml_context_ptr & ctx) { return ggml_get_first_tensor(ctx.get()) != nullptr; };
+    const auto has_tensors = [](const ggml_context_ptr & ctx) {
+        return ggml_get_first_tensor(ctx.get()) != nullptr;
+    };
     if (has_tensors(ctx_weights)) {
         buf_weights.reset(ggml_backend_alloc_ctx_tensors(ctx_weights.get(), backend.get()));
     }

@@ -60,7 +60,8 @@ static matrix make_matrix(ggml_type type, int64_t k, int64_t n_rows, std::mt1993
         m.values = w;
     } else {
         for (int64_t r = 0; r < n_rows; ++r) {
-            ggml_get_type_traits(type)->to_float(m.data.data() + r * ggml_row_size(type, k), m.values.data() + r * k, k);
+            ggml_get_type_traits(type)->to_float(m.data.data() + r * ggml_row_size(type, k), m.values.data() + r * k,
+                                                 k);
         }
     }
     m.packed.resize(packed_size(m.packed_as, k, n_rows));
@@ -128,7 +129,8 @@ static double rms_error(const matrix & m, const std::vector<float> & x, int n, c
     return std::sqrt(sum / (n * m.n_rows));
 }
 
-static std::vector<float> concat_tokens(const kernel_set & set, const matrix & m, const std::vector<float> & x, int n, int at_once) {
+static std::vector<float>
+concat_tokens(const kernel_set & set, const matrix & m, const std::vector<float> & x, int n, int at_once) {
     std::vector<float> all;
     for (int i = 0; i < n; i += at_once) {
         const int                n_i = std::min(at_once, n - i);
@@ -141,7 +143,8 @@ static std::vector<float> concat_tokens(const kernel_set & set, const matrix & m
 
 static void test_products() {
     std::mt19937    rng(1);
-    const ggml_type types[] = { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, GGML_TYPE_Q4_K, GGML_TYPE_Q6_K, GGML_TYPE_F16, GGML_TYPE_F32 };
+    const ggml_type types[] = { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, GGML_TYPE_Q4_K,
+                                GGML_TYPE_Q6_K, GGML_TYPE_F16,  GGML_TYPE_F32 };
 
     for (ggml_type type : types) {
         const int64_t block = ggml_blck_size(type);
@@ -163,10 +166,11 @@ static void test_products() {
                     const std::vector<float> xi(x.begin() + i * k, x.begin() + (i + 1) * k);
                     stock += std::pow(rms_error(m, xi, 1, ggml_product(m, xi.data())), 2);
                 }
-                stock            = std::sqrt(stock / n);
+                stock             = std::sqrt(stock / n);
                 const double ours = rms_error(m, x, n, want);
                 if (!CHECK(ours <= 1.2 * stock + 1e-6 * std::sqrt((double) k))) {
-                    fprintf(stderr, "%s %d x %d: error %g, ggml's %g\n", ggml_type_name(type), (int) n_rows, (int) k, ours, stock);
+                    fprintf(stderr, "%s %d x %d: error %g, ggml's %g\n", ggml_type_name(type), (int) n_rows, (int) k,
+                            ours, stock);
                 }
 
                 // every instruction set, every number of tokens
@@ -190,7 +194,8 @@ static void test_extremes() {
     std::mt19937 rng(2);
     const float  inf = INFINITY, nan = NAN, tiny = 1e-41f;
 
-    for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, GGML_TYPE_Q4_K, GGML_TYPE_Q6_K, GGML_TYPE_F16, GGML_TYPE_F32 }) {
+    for (ggml_type type :
+         { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, GGML_TYPE_Q4_K, GGML_TYPE_Q6_K, GGML_TYPE_F16, GGML_TYPE_F32 }) {
         matrix m = make_matrix(type, 512, 32, rng, 1.0f);
 
         // random bytes as weights: every bit pattern of the blocks, but finite scales
@@ -208,13 +213,15 @@ static void test_extremes() {
                 }
             }
             for (int64_t r = 0; r < m.n_rows; ++r) {
-                ggml_get_type_traits(type)->to_float(m.data.data() + r * ggml_row_size(type, m.k), m.values.data() + r * m.k, m.k);
+                ggml_get_type_traits(type)->to_float(m.data.data() + r * ggml_row_size(type, m.k),
+                                                     m.values.data() + r * m.k, m.k);
             }
             pack_panels(m.packed_as, m.data.data(), m.k, m.n_rows, 0, 2, m.packed.data());
         }
 
         const std::vector<std::vector<float>> patterns = {
-            { 1.0f }, { -1.0f }, { 1.0f, -1.0f }, { 0.0f }, { tiny, -tiny }, { 1e30f, -1e30f }, { 1.0f, 1e-6f }, { -0.0f }, { 3e38f, 1.0f },
+            { 1.0f },          { -1.0f },       { 1.0f, -1.0f }, { 0.0f },        { tiny, -tiny },
+            { 1e30f, -1e30f }, { 1.0f, 1e-6f }, { -0.0f },       { 3e38f, 1.0f },
         };
         for (const std::vector<float> & pattern : patterns) {
             std::vector<float> x(m.k);
@@ -274,8 +281,8 @@ struct attention_case {
 static std::vector<float> attend(const kernel_set & set, attention_case & c) {
     std::vector<float> out(c.n_query * c.n_dim), scratch(attention_scratch(c.n_kv, c.n_dim, c.n_dim));
     attention          a = {};
-    a.n_query = c.n_query;
-    a.n_kv    = c.n_kv;
+    a.n_query            = c.n_query;
+    a.n_kv               = c.n_kv;
     a.n_dim_k = a.n_dim_v = c.n_dim;
     a.k_type = a.v_type = c.f32 ? GGML_TYPE_F32 : GGML_TYPE_F16;
     a.k_stride = a.v_stride = c.n_dim * (c.f32 ? 4 : 2);
