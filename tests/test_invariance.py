@@ -164,7 +164,7 @@ def test_switch(typed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -
     before = kernels.current()
     try:
         assert kernels.available()[-1] == "portable"
-        with pytest.raises(ValueError, match="no kernels named mmx; it has .*portable"):
+        with pytest.raises(ValueError, match=r"no kernels named mmx; it has .*portable"):
             Llama(typed("f16"), kernels="mmx", verbose=False)
         monkeypatch.setenv("ENTMTP_KERNELS", "off")
         kernels.use()

@@ -14,7 +14,7 @@ OFF = "off"
 
 def available() -> list[str]:
     """Kernels that this processor can run, best first; the last is portable and slow."""
-    names = []
+    names: list[str] = []
     while (name := _native.kernels_name(len(names))) is not None:
         names.append(name.decode())
     return names
