@@ -10,8 +10,6 @@
 #    else
 #        include <cpuid.h>
 #    endif
-#elif defined(__aarch64__) && defined(__linux__)
-#    include <sys/auxv.h>
 #endif
 
 namespace entmtp {
@@ -37,8 +35,6 @@ static uint64_t enabled_state() { // register files that the system saves
     return (uint64_t) hi << 32 | lo;
 #    endif
 }
-#elif defined(__aarch64__)
-extern const kernel_set kernels_neon;
 #endif
 
 const kernel_set * const * kernel_sets() {
@@ -68,15 +64,6 @@ const kernel_set * const * kernel_sets() {
             if (avx2) {
                 sets[n++] = &kernels_avx2;
             }
-        }
-#elif defined(__aarch64__)
-#    ifdef __linux__
-        const bool dotprod = getauxval(AT_HWCAP) >> 20 & 1;
-#    else
-        const bool dotprod = true; // every Apple processor of this kind
-#    endif
-        if (dotprod) {
-            sets[n++] = &kernels_neon;
         }
 #endif
         sets[n++] = &kernels_portable;

@@ -345,8 +345,9 @@ matmul(weight_type type, const uint8_t * panel, int64_t n_blocks, int n, const a
         }                                                      \
         return;
         CASE(1)
-        CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
-            CASE(15) CASE(16)
+        CASE(2)
+        CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15)
+            CASE(16)
 #undef CASE
                 default : return;
     }
