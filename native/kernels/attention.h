@@ -249,7 +249,7 @@ void add_values(
 
 static void attend(const attention & a) {
     const int    n     = a.n_query;
-    const size_t ld    = ((size_t) a.n_kv + 31) / 16 * 16 + 16;
+    const size_t ld    = attention_stride(a.n_kv);
     const int    n_dim = a.n_dim_k > a.n_dim_v ? a.n_dim_k : a.n_dim_v;
 
     float *    scores = a.scratch;                                      // [n][ld]

@@ -68,8 +68,13 @@ struct attention {
 constexpr int ATTENTION_QUERIES = 32;
 constexpr int ATTENTION_ROWS    = 64; // cells that are dequantised at a time
 
+// floats from one row of scores to the next: room for a last whole vector, and not a multiple of 4096 bytes
+inline size_t attention_stride(int n_kv) {
+    return ((size_t) n_kv + 31) / 16 * 16 + 16;
+}
+
 inline size_t attention_scratch(int n_kv, int n_dim_k, int n_dim_v) {
-    const size_t n_pad = ((size_t) n_kv + 31) / 16 * 16 + 16; // rows do not start a multiple of 4096 bytes apart
+    const size_t n_pad = attention_stride(n_kv);
     const size_t n_dim = n_dim_k > n_dim_v ? n_dim_k : n_dim_v;
     return ATTENTION_QUERIES * n_pad + n_pad + ATTENTION_QUERIES * n_dim * 2 + ATTENTION_ROWS * n_dim + 64 * 16 + 64;
 }

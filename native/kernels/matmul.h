@@ -87,6 +87,15 @@ static inline void prefetch(const uint8_t * p, int bytes) {
 
 constexpr int AHEAD = 4096; // bytes
 
+// 4 lines of nibbles: lines 0 to 3 in the lower halves, 4 to 7 in the upper ones
+static inline void unpack_nibbles(const uint8_t * lines, simd::vb w[8]) {
+    for (int j = 0; j < 4; ++j) {
+        const simd::vb x = simd::loadb(lines + 4 * PANEL * j);
+        w[j]             = simd::low4(x);
+        w[j + 4]         = simd::high4(x);
+    }
+}
+
 // blocks of 32 with one scale: Q4_0 and Q8_0
 //   sum = fma(float(integer sum of the block), d_w*d_x, sum)
 template <int bits, int n>
@@ -180,11 +189,7 @@ void matmul_q4_k(const uint8_t * panel, int64_t n_blocks, const activations & a,
                 prefetch(l + AHEAD, 256);
 
                 simd::vb w[8];
-                for (int j = 0; j < 4; ++j) {
-                    const simd::vb x = simd::loadb(l + 4 * PANEL * j);
-                    w[j]             = simd::low4(x);
-                    w[j + 4]         = simd::high4(x);
-                }
+                unpack_nibbles(l, w);
                 const simd::vi scale = simd::load_u8(scales[g] + sub);
 #pragma GCC unroll 16
                 for (int i = 0; i < n; ++i) {
@@ -239,11 +244,7 @@ void matmul_q6_k(const uint8_t * panel, int64_t n_blocks, const activations & a,
                 prefetch(h + AHEAD, 128);
 
                 simd::vb w[8];
-                for (int j = 0; j < 4; ++j) {
-                    const simd::vb x = simd::loadb(l + 4 * PANEL * j);
-                    w[j]             = simd::low4(x);
-                    w[j + 4]         = simd::high4(x);
-                }
+                unpack_nibbles(l, w);
                 for (int j = 0; j < 2; ++j) { // line j of the upper bits: lines 4*j to 4*j + 3
                     const simd::vb x = simd::loadb(h + 4 * PANEL * j);
                     w[4 * j + 0]     = simd::orb(w[4 * j + 0], simd::mid2<0>(x));
@@ -346,9 +347,9 @@ matmul(weight_type type, const uint8_t * panel, int64_t n_blocks, int n, const a
         return;
         CASE(1)
         CASE(2)
-        CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15)
-            CASE(16)
+        CASE(3)
+        CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16)
 #undef CASE
-                default : return;
+            default : return;
     }
 }
