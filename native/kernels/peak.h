@@ -23,14 +23,21 @@ static int64_t int8_peak(int64_t n_steps) {
              s5 = simd::set1i(5), s6 = simd::set1i(6), s7 = simd::set1i(7), s8 = simd::set1i(8), s9 = simd::set1i(9),
              s10 = simd::set1i(10), s11 = simd::set1i(11);
     for (int64_t i = 0; i < n_steps; ++i) {
-#define STEP(s) s = simd::dot16<4>(s, w, x);
-        STEP(s0)
-        STEP(s1)
-        STEP(s2)
-        STEP(s3)
-        STEP(s4) STEP(s5) STEP(s6) STEP(s7) STEP(s8) STEP(s9) STEP(s10) STEP(s11)
+#define STEP(s) s = simd::dot16<4>(s, w, x)
+        STEP(s0);
+        STEP(s1);
+        STEP(s2);
+        STEP(s3);
+        STEP(s4);
+        STEP(s5);
+        STEP(s6);
+        STEP(s7);
+        STEP(s8);
+        STEP(s9);
+        STEP(s10);
+        STEP(s11);
 #undef STEP
-            x[i & 15] ^= (int8_t) (sum_so_far(s0) & 1); // depends on the sums: nothing can be taken out of the loop
+        x[i & 15] ^= (int8_t) (sum_so_far(s0) & 1); // depends on the sums: nothing can be taken out of the loop
     }
     const simd::vi all[n] = { s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11 };
     int32_t        sum    = 0;
@@ -39,5 +46,6 @@ static int64_t int8_peak(int64_t n_steps) {
     }
     static volatile int32_t looked_at; // so that the products must be computed
     looked_at = sum;
+    (void) looked_at;
     return n_steps * n * 16 * simd::R;
 }
