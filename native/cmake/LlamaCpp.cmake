@@ -27,7 +27,7 @@ foreach(name IN LISTS ENTMTP_CACHE_VARIABLES)
     endif()
     if (name MATCHES "^(GGML_|LLAMA_|CMAKE_CUDA_|CMAKE_HIP_|CUDAToolkit_|Vulkan_|BLAS_|OpenMP_)"
         OR name MATCHES "^CMAKE_(C|CXX)_(COMPILER|FLAGS|COMPILER_LAUNCHER)$"
-        OR name MATCHES "^CMAKE_(TOOLCHAIN_FILE|OSX_ARCHITECTURES|OSX_DEPLOYMENT_TARGET|OSX_SYSROOT)$")
+        OR name MATCHES "^CMAKE_(TOOLCHAIN_FILE|SYSTEM_NAME|SYSTEM_PROCESSOR|OSX_ARCHITECTURES|OSX_DEPLOYMENT_TARGET|OSX_SYSROOT)$")
         # CMAKE_PREFIX_PATH is not among them: pip's build sets it to a temporary directory, and every build would be a
         # new one. As an environment variable it reaches llama.cpp.
         # An empty one is CMake's own, unset by the user; a list goes over as one argument

@@ -116,6 +116,35 @@ static void softmax(const float *    src,
     }
 }
 
+// Vectors of rows at a time: sums enough to keep the unit busy, as each waits for the fused multiply-add before it.
+static constexpr int ROW_VECTORS = 16 / simd::R;
+static constexpr int K_AT_ONCE   = 64; // k whose transposed rows stay in the first cache
+
+// sums[i] += rows*b[i], k after k. rows [ROW_VECTORS][K_AT_ONCE][R]
+template <int nt>
+void add_ordered(const float * rows, int n_k, const float * const * b, int k0, float (*sums)[16]) {
+    constexpr int R = simd::R, nv = ROW_VECTORS;
+    simd::vf      s[nv][nt];
+    for (int v = 0; v < nv; ++v) {
+        for (int t = 0; t < nt; ++t) {
+            s[v][t] = simd::loadf(sums[t] + v * R);
+        }
+    }
+    for (int j = 0; j < n_k; ++j) {
+        for (int v = 0; v < nv; ++v) {
+            const simd::vf w = simd::loadf(rows + (v * K_AT_ONCE + j) * R);
+            for (int t = 0; t < nt; ++t) {
+                s[v][t] = simd::fma(w, simd::set1f(b[t][k0 + j]), s[v][t]);
+            }
+        }
+    }
+    for (int v = 0; v < nv; ++v) {
+        for (int t = 0; t < nt; ++t) {
+            simd::storef(sums[t] + v * R, s[v][t]);
+        }
+    }
+}
+
 // c[i][m] = sum over k, in order, of a[m][k]*b[i][k]
 static void matmul_ordered(const uint8_t *       a,
                            size_t                a_stride,
@@ -127,71 +156,49 @@ static void matmul_ordered(const uint8_t *       a,
                            int                   n,
                            float * const *       c) {
     constexpr int R    = simd::R;
-    constexpr int KB   = 64; // k whose transposed rows stay in the first cache
-    constexpr int NB   = 64; // tokens whose sums do
+    constexpr int M    = 16; // rows at a time
+    constexpr int NB   = 64; // tokens whose sums stay in the first cache
+    constexpr int NT   = ROW_VECTORS == 1 ? 8 : 4;
     const int     size = a_f32 ? 4 : 2;
 
-    alignas(64) float rows[KB * R];
-    alignas(64) float sums[NB][R];
+    alignas(64) float rows[M * K_AT_ONCE];
+    alignas(64) float sums[NB][M];
 
     for (int i0 = 0; i0 < n; i0 += NB) {
         const int n_i = n - i0 < NB ? n - i0 : NB;
-        for (int m = m0; m < m1; m += R) {
-            const int n_m = m1 - m < R ? m1 - m : R;
+        for (int m = m0; m < m1; m += M) {
+            const int n_m = m1 - m < M ? m1 - m : M;
             memset(sums, 0, n_i * sizeof(sums[0]));
 
-            for (int k0 = 0; k0 < k; k0 += KB) {
-                const int n_k = k - k0 < KB ? k - k0 : KB;
-                for (int j = 0; j < n_k; j += R) {
-                    const uint8_t * p = a + (size_t) m * a_stride + (size_t) (k0 + j) * size;
-                    if (n_m == R && n_k - j >= R) {
-                        a_f32 ? simd::transpose_f32(p, a_stride, rows + j * R)
-                              : simd::transpose_f16(p, a_stride, rows + j * R);
-                        continue;
-                    }
-                    for (int jj = 0; jj < R && j + jj < n_k; ++jj) {
-                        for (int r = 0; r < R; ++r) {
-                            const uint8_t * e      = p + (size_t) (r < n_m ? r : 0) * a_stride + (size_t) jj * size;
-                            rows[(j + jj) * R + r] = a_f32 ? *(const float *) e : half_to_float(*(const uint16_t *) e);
+            for (int k0 = 0; k0 < k; k0 += K_AT_ONCE) {
+                const int n_k = k - k0 < K_AT_ONCE ? k - k0 : K_AT_ONCE;
+                for (int v = 0; v * R < n_m; ++v) {
+                    const int n_r = n_m - v * R < R ? n_m - v * R : R;
+                    for (int j = 0; j < n_k; j += R) {
+                        const uint8_t * p   = a + (size_t) (m + v * R) * a_stride + (size_t) (k0 + j) * size;
+                        float *         out = rows + (v * K_AT_ONCE + j) * R;
+                        if (n_r == R && n_k - j >= R) {
+                            a_f32 ? simd::transpose_f32(p, a_stride, out) : simd::transpose_f16(p, a_stride, out);
+                            continue;
+                        }
+                        for (int jj = 0; jj < R && j + jj < n_k; ++jj) {
+                            for (int r = 0; r < R; ++r) {
+                                const uint8_t * e = p + (size_t) (r < n_r ? r : 0) * a_stride + (size_t) jj * size;
+                                out[jj * R + r]   = a_f32 ? *(const float *) e : half_to_float(*(const uint16_t *) e);
+                            }
                         }
                     }
                 }
 
                 int i = 0;
-                for (; i + 8 <= n_i; i += 8) {
-                    simd::vf s[8];
-                    for (int t = 0; t < 8; ++t) {
-                        s[t] = simd::loadf(sums[i + t]);
-                    }
-                    for (int j = 0; j < n_k; ++j) {
-                        const simd::vf w = simd::loadf(rows + j * R);
-                        for (int t = 0; t < 8; ++t) {
-                            s[t] = simd::fma(w, simd::set1f(b[i0 + i + t][k0 + j]), s[t]);
-                        }
-                    }
-                    for (int t = 0; t < 8; ++t) {
-                        simd::storef(sums[i + t], s[t]);
-                    }
+                for (; i + NT <= n_i; i += NT) {
+                    add_ordered<NT>(rows, n_k, b + i0 + i, k0, sums + i);
                 }
                 for (; i + 2 <= n_i; i += 2) {
-                    simd::vf      s0 = simd::loadf(sums[i]), s1 = simd::loadf(sums[i + 1]);
-                    const float * b0 = b[i0 + i] + k0;
-                    const float * b1 = b[i0 + i + 1] + k0;
-                    for (int j = 0; j < n_k; ++j) {
-                        const simd::vf w = simd::loadf(rows + j * R);
-                        s0               = simd::fma(w, simd::set1f(b0[j]), s0);
-                        s1               = simd::fma(w, simd::set1f(b1[j]), s1);
-                    }
-                    simd::storef(sums[i], s0);
-                    simd::storef(sums[i + 1], s1);
+                    add_ordered<2>(rows, n_k, b + i0 + i, k0, sums + i);
                 }
-                for (; i < n_i; ++i) {
-                    simd::vf      s0 = simd::loadf(sums[i]);
-                    const float * b0 = b[i0 + i] + k0;
-                    for (int j = 0; j < n_k; ++j) {
-                        s0 = simd::fma(simd::loadf(rows + j * R), simd::set1f(b0[j]), s0);
-                    }
-                    simd::storef(sums[i], s0);
+                if (i < n_i) {
+                    add_ordered<1>(rows, n_k, b + i0 + i, k0, sums + i);
                 }
             }
             for (int i = 0; i < n_i; ++i) {
@@ -201,33 +208,46 @@ static void matmul_ordered(const uint8_t *       a,
     }
 }
 
-// out[i] += p[i][j]*v[j], cell after cell. v rows are f16 or f32
+// out[i] += p[i][j]*v[j], cell after cell, for nv vectors of dimensions. v rows are f16 or f32
+template <class T, int nq, int nv>
+void add_value_vectors(
+    const uint8_t * v, size_t stride, int n_cells, int n_dim, int d, const float * p, size_t ldp, float * out) {
+    constexpr int R = simd::R;
+    simd::vf      s[nv][nq];
+    for (int i = 0; i < nq; ++i) {
+        for (int l = 0; l < nv; ++l) {
+            s[l][i] = simd::loadf(out + i * n_dim + d + l * R);
+        }
+    }
+    for (int j = 0; j < n_cells; ++j) {
+        const T * row = (const T *) (v + j * stride) + d;
+        simd::vf  x[nv];
+        for (int l = 0; l < nv; ++l) {
+            x[l] = load_weights(row + l * R);
+        }
+        for (int i = 0; i < nq; ++i) {
+            const simd::vf pi = simd::set1f(p[i * ldp + j]);
+            for (int l = 0; l < nv; ++l) {
+                s[l][i] = simd::fma(pi, x[l], s[l][i]);
+            }
+        }
+    }
+    for (int i = 0; i < nq; ++i) {
+        for (int l = 0; l < nv; ++l) {
+            simd::storef(out + i * n_dim + d + l * R, s[l][i]);
+        }
+    }
+}
+
 template <class T, int nq>
 void add_values(const uint8_t * v, size_t stride, int n_cells, int n_dim, const float * p, size_t ldp, float * out) {
-    constexpr int R = simd::R;
-    for (int d = 0; d < n_dim; d += 2 * R) {
-        const bool two = d + R < n_dim;
-        simd::vf   s0[nq], s1[nq];
-        for (int i = 0; i < nq; ++i) {
-            s0[i] = simd::loadf(out + i * n_dim + d);
-            s1[i] = two ? simd::loadf(out + i * n_dim + d + R) : s0[i];
-        }
-        for (int j = 0; j < n_cells; ++j) {
-            const T *      row = (const T *) (v + j * stride) + d;
-            const simd::vf v0  = load_weights(row);
-            const simd::vf v1  = two ? load_weights(row + R) : v0;
-            for (int i = 0; i < nq; ++i) {
-                const simd::vf pi = simd::set1f(p[i * ldp + j]);
-                s0[i]             = simd::fma(pi, v0, s0[i]);
-                s1[i]             = simd::fma(pi, v1, s1[i]);
-            }
-        }
-        for (int i = 0; i < nq; ++i) {
-            simd::storef(out + i * n_dim + d, s0[i]);
-            if (two) {
-                simd::storef(out + i * n_dim + d + R, s1[i]);
-            }
-        }
+    constexpr int nv = simd::R == 16 ? 2 : 16 / simd::R;
+    int           d  = 0;
+    for (; d + nv * simd::R <= n_dim; d += nv * simd::R) {
+        add_value_vectors<T, nq, nv>(v, stride, n_cells, n_dim, d, p, ldp, out);
+    }
+    for (; d < n_dim; d += simd::R) { // n_dim is a multiple of 16
+        add_value_vectors<T, nq, 1>(v, stride, n_cells, n_dim, d, p, ldp, out);
     }
 }
 

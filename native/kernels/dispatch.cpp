@@ -10,6 +10,12 @@
 #    else
 #        include <cpuid.h>
 #    endif
+#elif defined(ENTMTP_DOTPROD) // and ENTMTP_I8MM: CMake found that the compiler knows the instructions
+#    if defined(__APPLE__)
+#        include <sys/sysctl.h>
+#    elif defined(__linux__)
+#        include <sys/auxv.h>
+#    endif
 #endif
 
 namespace entmtp {
@@ -35,6 +41,38 @@ static uint64_t enabled_state() { // register files that the system saves
     return (uint64_t) hi << 32 | lo;
 #    endif
 }
+#endif
+
+#ifdef ENTMTP_DOTPROD
+extern const kernel_set kernels_i8mm, kernels_dotprod;
+
+#    ifdef __APPLE__
+static bool has_feature(const char * name) {
+    int    value = 0;
+    size_t size  = sizeof(value);
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+static bool has_dotprod() {
+    return has_feature("hw.optional.arm.FEAT_DotProd");
+}
+static bool has_i8mm() {
+    return has_feature("hw.optional.arm.FEAT_I8MM");
+}
+#    elif defined(__linux__)
+static bool has_dotprod() {
+    return getauxval(AT_HWCAP) >> 20 & 1; // HWCAP_ASIMDDP
+}
+static bool has_i8mm() {
+    return getauxval(AT_HWCAP2) >> 13 & 1; // HWCAP2_I8MM, which older headers lack
+}
+#    else
+static bool has_dotprod() {
+    return false;
+}
+static bool has_i8mm() {
+    return false;
+}
+#    endif
 #endif
 
 const kernel_set * const * kernel_sets() {
@@ -64,6 +102,16 @@ const kernel_set * const * kernel_sets() {
             if (avx2) {
                 sets[n++] = &kernels_avx2;
             }
+        }
+#endif
+#ifdef ENTMTP_DOTPROD
+        if (has_dotprod()) {
+#    ifdef ENTMTP_I8MM
+            if (has_i8mm()) {
+                sets[n++] = &kernels_i8mm;
+            }
+#    endif
+            sets[n++] = &kernels_dotprod;
         }
 #endif
         sets[n++] = &kernels_portable;

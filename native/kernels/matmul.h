@@ -72,8 +72,17 @@ quantize(weight_type type, const float * const * x, int n, int64_t k, int64_t b0
 
 // -- one panel --
 //
-// Every kernel goes over the lanes' worth of rows at a time (`sub`), keeps one float sum per token in a register, unpacks a
-// block of weights once and uses it for all n tokens.
+// Every kernel keeps float sums in registers, one per token and vector of rows, unpacks a block of weights once and uses it
+// for all n tokens. It goes over the panel once, or once for each part of the rows whose sums fit.
+
+// vectors of rows at a time
+constexpr int vectors(int n) {
+    int v = PANEL / simd::R;
+    while (v > 1 && v * n > simd::G) {
+        v /= 2;
+    }
+    return v;
+}
 
 static inline void prefetch(const uint8_t * p, int bytes) {
 #if defined(__GNUC__)
@@ -102,43 +111,47 @@ static inline void unpack_nibbles(const uint8_t * lines, simd::vb w[8]) {
 template <int bits, int n>
 void matmul_32(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
     constexpr int bytes = PANEL * (2 + 4 * bits);
-    for (int sub = 0; sub < PANEL; sub += simd::R) {
-        simd::vf sum[n];
-        for (int i = 0; i < n; ++i) {
-            sum[i] = simd::set1f(0.0f);
+    constexpr int nv    = vectors(n);
+    for (int sub = 0; sub < PANEL; sub += nv * simd::R) {
+        simd::vf sum[nv][n];
+        for (int i = 0; i < nv * n; ++i) {
+            sum[i / n][i % n] = simd::set1f(0.0f);
         }
         for (int64_t b = 0; b < n_blocks; ++b) {
-            const uint8_t * p = panel + b * bytes;
-            prefetch(p + AHEAD, bytes);
-
-            const simd::vf  d = simd::load_f16((const uint16_t *) p + sub);
-            const uint8_t * l = p + 2 * PANEL + 4 * sub;
-
-            simd::vb w[8];
-            for (int j = 0; j < 4; ++j) {
-                if (bits == 4) {
-                    const simd::vb t = simd::loadb(l + 4 * PANEL * j);
-                    w[j]             = simd::low4(t);
-                    w[j + 4]         = simd::high4(t);
-                } else {
-                    w[j]     = simd::loadb(l + 4 * PANEL * j);
-                    w[j + 4] = simd::loadb(l + 4 * PANEL * (j + 4));
-                }
-            }
-
+            const uint8_t * p  = panel + b * bytes;
             const int8_t *  q  = a.q + b * n * 32;
             const float *   dx = a.d + b * n;
             const int32_t * s  = a.s + b * n;
+            prefetch(p + AHEAD, bytes);
+
+#pragma GCC unroll 4
+            for (int v = 0; v < nv; ++v) {
+                const int       row = sub + v * simd::R;
+                const simd::vf  d   = simd::load_f16((const uint16_t *) p + row);
+                const uint8_t * l   = p + 2 * PANEL + 4 * row;
+
+                simd::vb w[8];
+                for (int j = 0; j < 4; ++j) {
+                    if (bits == 4) {
+                        const simd::vb t = simd::loadb(l + 4 * PANEL * j);
+                        w[j]             = simd::low4(t);
+                        w[j + 4]         = simd::high4(t);
+                    } else {
+                        w[j]     = simd::loadb(l + 4 * PANEL * j);
+                        w[j + 4] = simd::loadb(l + 4 * PANEL * (j + 4));
+                    }
+                }
 #pragma GCC unroll 16
-            for (int i = 0; i < n; ++i) {
-                simd::vi t = simd::set1i(s[i]);
-                t          = simd::dot16<bits>(t, w, q + 32 * i);
-                t          = simd::dot16<bits>(t, w + 4, q + 32 * i + 16);
-                sum[i]     = simd::fma(simd::cvt(t), simd::mulf(d, simd::set1f(dx[i])), sum[i]);
+                for (int i = 0; i < n; ++i) {
+                    simd::vi t = simd::set1i(s[i]);
+                    t          = simd::dot16<bits>(t, w, q + 32 * i);
+                    t          = simd::dot16<bits>(t, w + 4, q + 32 * i + 16);
+                    sum[v][i]  = simd::fma(simd::cvt(t), simd::mulf(d, simd::set1f(dx[i])), sum[v][i]);
+                }
             }
         }
-        for (int i = 0; i < n; ++i) {
-            simd::storef(out + PANEL * i + sub, sum[i]);
+        for (int i = 0; i < nv * n; ++i) {
+            simd::storef(out + PANEL * (i % n) + sub + i / n * simd::R, sum[i / n][i % n]);
         }
     }
 }
@@ -166,10 +179,11 @@ static inline void unpack_scales(const uint8_t * packed, uint8_t scales[8][PANEL
 template <int n>
 void matmul_q4_k(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
     constexpr int bytes = PANEL * 144;
-    for (int sub = 0; sub < PANEL; sub += simd::R) {
-        simd::vf sum[n];
-        for (int i = 0; i < n; ++i) {
-            sum[i] = simd::set1f(0.0f);
+    constexpr int nv    = vectors(n);
+    for (int sub = 0; sub < PANEL; sub += nv * simd::R) {
+        simd::vf sum[nv][n];
+        for (int i = 0; i < nv * n; ++i) {
+            sum[i / n][i % n] = simd::set1f(0.0f);
         }
         for (int64_t b = 0; b < n_blocks; ++b) {
             const uint8_t * p  = panel + b * bytes;
@@ -181,38 +195,46 @@ void matmul_q4_k(const uint8_t * panel, int64_t n_blocks, const activations & a,
             alignas(64) uint8_t mins[4][PANEL][2];
             unpack_scales(p + 4 * PANEL, scales, mins);
 
-            simd::vi t[n];
-            for (int i = 0; i < n; ++i) {
-                t[i] = simd::set1i(0);
+            simd::vi t[nv][n];
+            for (int i = 0; i < nv * n; ++i) {
+                t[i / n][i % n] = simd::set1i(0);
             }
             for (int g = 0; g < 8; ++g) { // 32 k
                 const uint8_t * l = p + PANEL * (16 + 16 * g) + 4 * sub;
                 prefetch(l + AHEAD, 256);
 
-                simd::vb w[8];
-                unpack_nibbles(l, w);
-                const simd::vi scale = simd::load_u8(scales[g] + sub);
+#pragma GCC unroll 4
+                for (int v = 0; v < nv; ++v) {
+                    simd::vb w[8];
+                    unpack_nibbles(l + 4 * v * simd::R, w);
+                    const simd::vi scale = simd::load_u8(scales[g] + sub + v * simd::R);
 #pragma GCC unroll 16
-                for (int i = 0; i < n; ++i) {
-                    simd::vi u = simd::dot16<4>(simd::set1i(0), w, q + 256 * i + 32 * g);
-                    u          = simd::dot16<4>(u, w + 4, q + 256 * i + 32 * g + 16);
-                    t[i]       = simd::addi(t[i], simd::muli(u, scale));
+                    for (int i = 0; i < n; ++i) {
+                        simd::vi u = simd::dot16<4>(simd::set1i(0), w, q + 256 * i + 32 * g);
+                        u          = simd::dot16<4>(u, w + 4, q + 256 * i + 32 * g + 16);
+                        t[v][i]    = simd::addi(t[v][i], simd::muli(u, scale));
+                    }
                 }
             }
 
-            const simd::vf d    = simd::load_f16((const uint16_t *) p + sub);
-            const simd::vf dmin = simd::load_f16((const uint16_t *) p + PANEL + sub);
-            for (int i = 0; i < n; ++i) {
-                simd::vi m = simd::set1i(0);
-                for (int g = 0; g < 4; ++g) {
-                    m = simd::dot2(m, simd::load_u8x2(mins[g][sub]), s[4 * i + g]);
+#pragma GCC unroll 4
+            for (int v = 0; v < nv; ++v) {
+                const int      row  = sub + v * simd::R;
+                const simd::vf d    = simd::load_f16((const uint16_t *) p + row);
+                const simd::vf dmin = simd::load_f16((const uint16_t *) p + PANEL + row);
+#pragma GCC unroll 16
+                for (int i = 0; i < n; ++i) {
+                    simd::vi m = simd::set1i(0);
+                    for (int g = 0; g < 4; ++g) {
+                        m = simd::dot2(m, simd::load_u8x2(mins[g][row]), s[4 * i + g]);
+                    }
+                    sum[v][i] = simd::fma(simd::cvt(t[v][i]), simd::mulf(d, simd::set1f(dx[i])), sum[v][i]);
+                    sum[v][i] = simd::fma(simd::cvt(m), simd::mulf(dmin, simd::set1f(-dx[i])), sum[v][i]);
                 }
-                sum[i] = simd::fma(simd::cvt(t[i]), simd::mulf(d, simd::set1f(dx[i])), sum[i]);
-                sum[i] = simd::fma(simd::cvt(m), simd::mulf(dmin, simd::set1f(-dx[i])), sum[i]);
             }
         }
-        for (int i = 0; i < n; ++i) {
-            simd::storef(out + PANEL * i + sub, sum[i]);
+        for (int i = 0; i < nv * n; ++i) {
+            simd::storef(out + PANEL * (i % n) + sub + i / n * simd::R, sum[i / n][i % n]);
         }
     }
 }
@@ -222,10 +244,11 @@ void matmul_q4_k(const uint8_t * panel, int64_t n_blocks, const activations & a,
 template <int n>
 void matmul_q6_k(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
     constexpr int bytes = PANEL * 210;
-    for (int sub = 0; sub < PANEL; sub += simd::R) {
-        simd::vf sum[n];
-        for (int i = 0; i < n; ++i) {
-            sum[i] = simd::set1f(0.0f);
+    constexpr int nv    = vectors(n);
+    for (int sub = 0; sub < PANEL; sub += nv * simd::R) {
+        simd::vf sum[nv][n];
+        for (int i = 0; i < nv * n; ++i) {
+            sum[i / n][i % n] = simd::set1f(0.0f);
         }
         for (int64_t b = 0; b < n_blocks; ++b) {
             const uint8_t * p      = panel + b * bytes;
@@ -234,9 +257,9 @@ void matmul_q6_k(const uint8_t * panel, int64_t n_blocks, const activations & a,
             const float *   dx     = a.d + b * n;
             const int32_t * s      = a.s + b * n * 16;
 
-            simd::vi t[n];
-            for (int i = 0; i < n; ++i) {
-                t[i] = simd::set1i(0);
+            simd::vi t[nv][n];
+            for (int i = 0; i < nv * n; ++i) {
+                t[i / n][i % n] = simd::set1i(0);
             }
             for (int g = 0; g < 8; ++g) {
                 const uint8_t * l = p + PANEL * (18 + 16 * g) + 4 * sub;
@@ -244,33 +267,40 @@ void matmul_q6_k(const uint8_t * panel, int64_t n_blocks, const activations & a,
                 prefetch(l + AHEAD, 256);
                 prefetch(h + AHEAD, 128);
 
-                simd::vb w[8];
-                unpack_nibbles(l, w);
-                for (int j = 0; j < 2; ++j) { // line j of the upper bits: lines 4*j to 4*j + 3
-                    const simd::vb x = simd::loadb(h + 4 * PANEL * j);
-                    w[4 * j + 0]     = simd::orb(w[4 * j + 0], simd::mid2<0>(x));
-                    w[4 * j + 1]     = simd::orb(w[4 * j + 1], simd::mid2<1>(x));
-                    w[4 * j + 2]     = simd::orb(w[4 * j + 2], simd::mid2<2>(x));
-                    w[4 * j + 3]     = simd::orb(w[4 * j + 3], simd::mid2<3>(x));
-                }
-                const simd::vi scale0 = simd::load_i8(scales + PANEL * (2 * g));
-                const simd::vi scale1 = simd::load_i8(scales + PANEL * (2 * g + 1));
+#pragma GCC unroll 4
+                for (int v = 0; v < nv; ++v) {
+                    simd::vb w[8];
+                    unpack_nibbles(l + 4 * v * simd::R, w);
+                    for (int j = 0; j < 2; ++j) { // line j of the upper bits: lines 4*j to 4*j + 3
+                        const simd::vb x = simd::loadb(h + 4 * PANEL * j + 4 * v * simd::R);
+                        w[4 * j + 0]     = simd::orb(w[4 * j + 0], simd::mid2<0>(x));
+                        w[4 * j + 1]     = simd::orb(w[4 * j + 1], simd::mid2<1>(x));
+                        w[4 * j + 2]     = simd::orb(w[4 * j + 2], simd::mid2<2>(x));
+                        w[4 * j + 3]     = simd::orb(w[4 * j + 3], simd::mid2<3>(x));
+                    }
+                    const simd::vi scale0 = simd::load_i8(scales + PANEL * (2 * g) + v * simd::R);
+                    const simd::vi scale1 = simd::load_i8(scales + PANEL * (2 * g + 1) + v * simd::R);
 #pragma GCC unroll 16
-                for (int i = 0; i < n; ++i) {
-                    const simd::vi u = simd::dot16<6>(simd::set1i(s[16 * i + 2 * g]), w, q + 256 * i + 32 * g);
-                    const simd::vi v =
-                        simd::dot16<6>(simd::set1i(s[16 * i + 2 * g + 1]), w + 4, q + 256 * i + 32 * g + 16);
-                    t[i] = simd::addi(t[i], simd::addi(simd::muli(u, scale0), simd::muli(v, scale1)));
+                    for (int i = 0; i < n; ++i) {
+                        const simd::vi u0 = simd::dot16<6>(simd::set1i(s[16 * i + 2 * g]), w, q + 256 * i + 32 * g);
+                        const simd::vi u1 =
+                            simd::dot16<6>(simd::set1i(s[16 * i + 2 * g + 1]), w + 4, q + 256 * i + 32 * g + 16);
+                        t[v][i] = simd::addi(t[v][i], simd::addi(simd::muli(u0, scale0), simd::muli(u1, scale1)));
+                    }
                 }
             }
 
-            const simd::vf d = simd::load_f16((const uint16_t *) p + sub);
-            for (int i = 0; i < n; ++i) {
-                sum[i] = simd::fma(simd::cvt(t[i]), simd::mulf(d, simd::set1f(dx[i])), sum[i]);
+#pragma GCC unroll 4
+            for (int v = 0; v < nv; ++v) {
+                const simd::vf d = simd::load_f16((const uint16_t *) p + sub + v * simd::R);
+#pragma GCC unroll 16
+                for (int i = 0; i < n; ++i) {
+                    sum[v][i] = simd::fma(simd::cvt(t[v][i]), simd::mulf(d, simd::set1f(dx[i])), sum[v][i]);
+                }
             }
         }
-        for (int i = 0; i < n; ++i) {
-            simd::storef(out + PANEL * i + sub, sum[i]);
+        for (int i = 0; i < nv * n; ++i) {
+            simd::storef(out + PANEL * (i % n) + sub + i / n * simd::R, sum[i / n][i % n]);
         }
     }
 }
@@ -285,32 +315,39 @@ static inline simd::vf load_weights(const float * p) {
 // F16 and F32: each block of 32 k has a sum of its own, in order, which is then added to the whole
 template <class T, int n>
 void matmul_float(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
-    for (int sub = 0; sub < PANEL; sub += simd::R) {
-        simd::vf sum[n];
-        for (int i = 0; i < n; ++i) {
-            sum[i] = simd::set1f(0.0f);
+    constexpr int nv = vectors(n);
+    for (int sub = 0; sub < PANEL; sub += nv * simd::R) {
+        simd::vf sum[nv][n];
+        for (int i = 0; i < nv * n; ++i) {
+            sum[i / n][i % n] = simd::set1f(0.0f);
         }
         for (int64_t b = 0; b < n_blocks; ++b) {
             const T * w = (const T *) panel + b * 32 * PANEL + sub;
             prefetch((const uint8_t *) w + AHEAD, 32 * PANEL * (int) sizeof(T));
 
             const float * x = a.f + b * n * 32;
-            simd::vf      t[n];
-            for (int i = 0; i < n; ++i) {
-                t[i] = simd::set1f(0.0f);
+            simd::vf      t[nv][n];
+#pragma GCC unroll 16
+            for (int i = 0; i < nv * n; ++i) {
+                t[i / n][i % n] = simd::set1f(0.0f);
             }
             for (int k = 0; k < 32; ++k) {
-                const simd::vf wk = load_weights(w + k * PANEL);
-                for (int i = 0; i < n; ++i) {
-                    t[i] = simd::fma(wk, simd::set1f(x[32 * i + k]), t[i]);
+#pragma GCC unroll 4
+                for (int v = 0; v < nv; ++v) {
+                    const simd::vf wk = load_weights(w + k * PANEL + v * simd::R);
+#pragma GCC unroll 16
+                    for (int i = 0; i < n; ++i) {
+                        t[v][i] = simd::fma(wk, simd::set1f(x[32 * i + k]), t[v][i]);
+                    }
                 }
             }
-            for (int i = 0; i < n; ++i) {
-                sum[i] = simd::addf(sum[i], t[i]);
+#pragma GCC unroll 16
+            for (int i = 0; i < nv * n; ++i) {
+                sum[i / n][i % n] = simd::addf(sum[i / n][i % n], t[i / n][i % n]);
             }
         }
-        for (int i = 0; i < n; ++i) {
-            simd::storef(out + PANEL * i + sub, sum[i]);
+        for (int i = 0; i < nv * n; ++i) {
+            simd::storef(out + PANEL * (i % n) + sub + i / n * simd::R, sum[i / n][i % n]);
         }
     }
 }

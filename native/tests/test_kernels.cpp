@@ -429,8 +429,22 @@ static void test_attention_holes() {
     }
 }
 
-int main() {
+// the sets of this processor are those named; the portable one is in every list
+static void test_dispatch(int n, char ** names) {
+    int i = 0;
+    for (const kernel_set * const * set = kernel_sets(); *set; ++set, ++i) {
+        printf("%s ", (*set)->name);
+        CHECK(n == 0 || (i < n && strcmp((*set)->name, names[i]) == 0));
+    }
+    printf("\n");
+    CHECK(n == 0 || i == n);
+    CHECK(strcmp(portable().name, "portable") == 0);
+}
+
+// usage: test_kernels [the sets that must be found, best first]
+int main(int argc, char ** argv) {
     ggml_cpu_init();
+    test_dispatch(argc - 1, argv + 1);
     test_half();
     test_products();
     test_extremes();

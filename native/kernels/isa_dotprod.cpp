@@ -1,0 +1,24 @@
+// Compiled for FEAT_DotProd of Arm.
+
+#include "half.h"
+#include "kernels.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+#include "simd_neon.h"
+
+using namespace entmtp;
+#include "matmul.h"
+// needs load_weights of matmul.h
+#include "attention.h"
+#include "peak.h"
+} // namespace
+
+namespace entmtp {
+extern const kernel_set kernels_dotprod;
+const kernel_set        kernels_dotprod = { "dotprod",         simd::G, simd::GF, quantize, matmul,
+                                         matmul_ordered, attend,  softmax,  int8_peak };
+} // namespace entmtp
