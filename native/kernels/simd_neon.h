@@ -34,11 +34,11 @@ struct simd {
     static vf    zero_if_less(vf x, float limit, vf y) { return vbslq_f32(vcltq_f32(x, set1f(limit)), set1f(0.0f), y); }
     static float reduce_max(vf a) { return vmaxvq_f32(a); }
 
-    static vi      set1i(int32_t x) { return vdupq_n_s32(x); }
-    static vi      addi(vi a, vi b) { return vaddq_s32(a, b); }
-    static vi      muli(vi a, vi b) { return vmulq_s32(a, b); }
-    static vi      load_u8(const uint8_t * p) { return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(load4(p))))); }
-    static vi      load_i8(const uint8_t * p) { return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load4(p))))); }
+    static vi set1i(int32_t x) { return vdupq_n_s32(x); }
+    static vi addi(vi a, vi b) { return vaddq_s32(a, b); }
+    static vi muli(vi a, vi b) { return vmulq_s32(a, b); }
+    static vi load_u8(const uint8_t * p) { return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(load4(p))))); }
+    static vi load_i8(const uint8_t * p) { return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load4(p))))); }
     static int32_t reduce_add(vi a) { return vaddvq_s32(a); }
     static void    store_i8(int8_t * p, vi a) {
         const int16x4_t s = vqmovn_s32(a);
