@@ -91,7 +91,9 @@ def open_repository(name: Name, progress: bool = True) -> Repository:
     """
     hub = _library(name.text)
     if not (progress and sys.stderr.isatty()):
-        hub.utils.disable_progress_bars()
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
     try:
         info = ask(
             name.text,
@@ -158,9 +160,11 @@ def ask(source: str, call: Callable[[], Any]) -> Any:
 def _downloaded(name: Name) -> dict[str, Path]:
     """The files of a repository that are in huggingface-hub's cache, at the name's revision."""
     hub = _library(name.text)
+    from huggingface_hub.errors import CacheNotFound
+
     try:
         repos = hub.scan_cache_dir().repos
-    except hub.errors.CacheNotFound:
+    except CacheNotFound:
         return {}
     wanted = name.revision or "main"
     for repo in repos:
