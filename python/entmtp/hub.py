@@ -195,7 +195,7 @@ def check(path: Path, expected: str, source: str) -> None:
         ModelError: they differ.
     """
     from .atomic import atomic_path
-    from .costs import cache_folder
+    from .cache import cache_folder
 
     stat = path.stat()
     seen = cache_folder() / "checked" / expected

@@ -172,8 +172,8 @@ def demo_files() -> tuple[Path, Path]:
         ModelError: the cache cannot be written to.
     """
     from . import __version__
+    from .cache import cache_folder
     from .convert import convert
-    from .costs import cache_folder
     from .gguf_expand import expand
 
     assets = Path(str(files(__package__) / "assets"))

@@ -133,12 +133,19 @@ def load(args: argparse.Namespace, **more: Any) -> Llama:
 
 
 def _explained(error: ValueError, model: Path, n_ctx: int) -> ValueError:
-    """llama-cpp-python's errors, with what to do about them."""
+    """llama-cpp-python's errors, with their reason and what to do about it."""
+    from .convert.base import read_base
+    from .convert.errors import ConvertError
+
     text = str(error)
     if "Failed to load model" in text:
+        try:
+            architecture = read_base(model).architecture
+        except ConvertError as e:  # not a GGUF file, damaged, a heads file
+            return ValueError(str(e))
         return ValueError(
-            f"{model}: llama.cpp cannot load it: the file is damaged, no language model, of an architecture that this "
-            "llama.cpp does not know, or too large for memory; entmtp doctor --model tells more"
+            f"{model}: llama.cpp cannot load it: it does not know the architecture {architecture}, or memory is too "
+            "small; give another model, or a smaller quantisation"
         )
     if "Failed to create llama_context" in text:
         return ValueError(f"{model}: no room for a context of {n_ctx} tokens; choose a smaller --ctx")
