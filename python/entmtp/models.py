@@ -191,7 +191,7 @@ def demo_files() -> tuple[Path, Path]:
             convert(checkpoint, model, heads, outtype="q8_0", progress=False)
     except OSError as e:
         raise ModelError(
-            f"the demo model needs 40 MB in the cache folder {folder}, which cannot be written "
+            f"the demo model needs 30 MB in the cache folder {folder}, which cannot be written "
             f"({(e.strerror or str(e)).lower()}); set ENTMTP_CACHE to another folder"
         ) from e
     return model, heads

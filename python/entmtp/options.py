@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DRAFTS = ("off", "static", "entropy", "confidence")
 CONTEXT = 4096
+MOST = 64  # times the context that a model was trained for
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +112,11 @@ def load(args: argparse.Namespace, **more: Any) -> Llama:
     model, heads = model_files(args)
     trained = context_length(model)
     n_ctx = args.ctx if args.ctx is not None else min(CONTEXT, trained or CONTEXT)
+    if trained and n_ctx > MOST * trained:  # surely a slip, and llama.cpp would take all memory to find out
+        raise ModelError(
+            f"--ctx {n_ctx} is more than {MOST} times the {trained} tokens that {model.name} was trained for; "
+            "choose a smaller one"
+        )
     settings: dict[str, Any] = {
         "n_ctx": n_ctx, "n_gpu_layers": args.n_gpu_layers, "flash_attn": args.flash_attn, "kernels": args.kernels,
         "verbose": False,
