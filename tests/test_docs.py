@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,9 +39,13 @@ RULES = {
 
 # commands that are run with less to do
 LESS = {
-    r"(python -m entmtp\.|entmtp )tune\b": "--rounds 1 --tokens 24 --contexts 64 --sizes 2 4",
-    r"(python -m entmtp\.|entmtp )bench\b": "--limit 1 --tokens 24",
+    r"(python -m entmtp\.|entmtp )tune\b": "--rounds 1 --tokens 24 --contexts 64 --sizes 2 4 --threads 1",
+    r"(python -m entmtp\.|entmtp )bench\b": "--limit 1 --tokens 24 --threads 1",
 }
+
+DOCS_SERVER = (
+    "127.0.0.1:8000"  # where `python -m entmtp.serve` listens; here a server is started on a free port
+)
 
 
 @dataclass(frozen=True)
@@ -118,13 +124,51 @@ def workspace(
         )
 
 
+@pytest.fixture(scope="module")
+def server(workspace: tuple[Path, dict[str, str]]) -> Iterator[Callable[[], str]]:
+    """server(): address of the demo model behind entmtp.serve, started when it is first asked for."""
+    folder, env = workspace
+    running: list[subprocess.Popen[bytes]] = []
+    address = ""
+
+    def start() -> str:
+        nonlocal address
+        if not running:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                address = f"127.0.0.1:{free.getsockname()[1]}"
+            port = address.rpartition(":")[2]
+            command = [sys.executable, "-m", "entmtp.serve", "--port", port]
+            log = folder / "serve.log"
+            with log.open("wb") as file:
+                running.append(subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=file))
+            deadline = time.monotonic() + 120
+            while True:
+                assert time.monotonic() < deadline and running[0].poll() is None, log.read_text("utf-8", "replace")
+                try:
+                    socket.create_connection(("127.0.0.1", int(port)), timeout=1).close()
+                    break
+                except OSError:
+                    time.sleep(0.1)
+        return address
+
+    yield start
+    for process in running:
+        process.terminate()
+        process.wait(30)
+
+
 @pytest.mark.parametrize(
     "block", [b for b in SH if b.info == "sh" and runnable(b)], ids=lambda b: f"{b.page.name}:{b.line}"
 )
-def test_commands_run(block: Block, workspace: tuple[Path, dict[str, str]]) -> None:
+def test_commands_run(
+    block: Block, workspace: tuple[Path, dict[str, str]], server: Callable[[], str]
+) -> None:
     folder, env = workspace
+    script = "\n".join(runnable(block))
+    if DOCS_SERVER in script:
+        script = script.replace(DOCS_SERVER, server()).replace("curl ", "curl --fail-with-body ")
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", "\n".join(runnable(block))],
+        ["bash", "-euo", "pipefail", "-c", script],
         cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{block.text}\n{done.stdout}\n{done.stderr}"
