@@ -143,7 +143,9 @@ def server(workspace: tuple[Path, dict[str, str]]) -> Iterator[Callable[[], str]
                 running.append(subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=file))
             deadline = time.monotonic() + 120
             while True:
-                assert time.monotonic() < deadline and running[0].poll() is None, log.read_text("utf-8", "replace")
+                assert time.monotonic() < deadline and running[0].poll() is None, log.read_text(
+                    "utf-8", "replace"
+                )
                 try:
                     socket.create_connection(("127.0.0.1", int(port)), timeout=1).close()
                     break

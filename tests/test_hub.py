@@ -184,6 +184,22 @@ def test_offline(resolve: Any, how: str) -> None:
     assert "matches other" in unknown["error"] and "only files downloaded before" in unknown["error"]
 
 
+def test_the_converter_takes_a_base_by_name(hub: Any, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", medusa_state(2), medusa_config(2))
+    env = {**hub_environment(hub[0], tmp_path / "hf"), "ENTMTP_CACHE": str(tmp_path / "cache")}
+    for base, code, words in (
+        ("hf:me/one", 0, ""),
+        ("hf:me/many", 1, "error: hf:me/many: 3 GGUF files match"),
+    ):
+        out = tmp_path / f"{code}.gguf"
+        command = [
+            sys.executable, "-m", "entmtp", "convert", str(checkpoint), "--base", base, "--outfile", str(out),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
+        assert done.returncode == code and done.stderr.startswith(words), done.stderr
+        assert out.exists() == (code == 0)
+
+
 LLAMA = """
 import sys
 from entmtp import Llama
@@ -202,9 +218,9 @@ def test_llama_by_name(models: dict[str, Path], tmp_path: Path, heads: str) -> N
     shutil.copy(models["medusa"], repo / "medusa-heads.gguf")
     with serve(tmp_path / "hub") as (url, _):
         env = {**hub_environment(url, tmp_path / "hf"), "ENTMTP_CACHE": str(tmp_path / "cache")}
-        for name in ["hf:me/demo/medusa-heads.gguf"] if not heads else []:
-            run = "import sys; from entmtp.models import resolve; resolve(sys.argv[1], 'heads')"
-            subprocess.run([sys.executable, "-c", run, name], env=env, check=True, timeout=120)
+        if not heads:
+            fetch = "from entmtp.models import resolve; resolve('hf:me/demo/medusa-heads.gguf', 'heads')"
+            subprocess.run([sys.executable, "-c", fetch], env=env, check=True, timeout=120)
         done = subprocess.run(
             [sys.executable, "-c", LLAMA, "hf:me/demo/demo.gguf", heads],
             capture_output=True, text=True, env=env, timeout=120, check=False,
