@@ -10,12 +10,22 @@ import threading
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 
 from .serve_requests import CLIENT_LEFT, ServedRequest
 from .stats import DraftStats
+
+disable_created_metrics()  # a second series for every counter, which nobody reads
 
 # nats; H of a sure model is near 0, of a lost one about ln of its vocabulary
 ENTROPY_EDGES = (0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)

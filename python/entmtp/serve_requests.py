@@ -53,6 +53,9 @@ class ServedRequest:
         """The request has the model."""
         self.started = self.started or time.perf_counter()
 
+    def mark_first_token(self) -> None:
+        self.first_token = self.first_token or time.perf_counter()
+
     @contextmanager
     def generating(self, llama: Llama) -> Iterator[None]:
         """While `llama` writes the answer, `stop` cancels it; called in the thread that writes."""
