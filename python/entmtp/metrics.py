@@ -59,7 +59,9 @@ class EntropyHistogram:
 
     def collect(self) -> Iterable[Metric]:
         family = HistogramMetricFamily(
-            "entmtp_entropy_nats", "Running entropy of the model's predictions at each step.", labels=["model"]
+            "entmtp_entropy_nats",
+            "Running entropy of the model's predictions at each step.",
+            labels=["model"],
         )
         edges = [*(f"{edge:g}" for edge in ENTROPY_EDGES), "+Inf"]
         with self._lock:
@@ -81,12 +83,16 @@ class Metrics:
             return Counter(f"entmtp_{name}", text, labels, registry=self.registry)
 
         def seconds(name: str, text: str) -> Histogram:
-            return Histogram(f"entmtp_{name}_seconds", text, ["path"], buckets=SECONDS, registry=self.registry)
+            return Histogram(
+                f"entmtp_{name}_seconds", text, ["path"], buckets=SECONDS, registry=self.registry
+            )
 
         self.requests = counter("requests", "Requests by status; 499: the client left.", "path", "status")
         self.latency = seconds("request", "From the request to the end of its answer.")
         self.queued = seconds("queue", "Waiting for the model.")
-        self.first_token = seconds("time_to_first_token", "From the request to the first token, waiting included.")
+        self.first_token = seconds(
+            "time_to_first_token", "From the request to the first token, waiting included."
+        )
 
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts, cached ones among them.", "model")
         self.generated_tokens = counter("generated_tokens", "Tokens drawn.", "model")

@@ -11,7 +11,14 @@ from typing import Any
 
 from .errors import EntmtpError
 
-NEEDED = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings", "prometheus_client")
+NEEDED = (
+    "fastapi",
+    "uvicorn",
+    "sse_starlette",
+    "starlette_context",
+    "pydantic_settings",
+    "prometheus_client",
+)
 SHORT = {"-m": "--model", "--ctx": "--n_ctx", "--threads": "--n_threads", "--policy": "--draft"}
 STOP_WITHIN = 10.0  # seconds; only a pass of the model that takes longer is not waited for
 
@@ -36,7 +43,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         description="Serve a model with OpenAI's API, drafting with its heads. Without options: the bundled demo.",
         epilog=EXAMPLE,
     )
-    parser.add_argument("--config_file", metavar="FILE", help="JSON or YAML file with settings, several models too")
+    parser.add_argument(
+        "--config_file", metavar="FILE", help="JSON or YAML file with settings, several models too"
+    )
     add_args_from_model(parser.add_argument_group("server"), ServerSettings)  # type: ignore[arg-type]
     add_args_from_model(parser.add_argument_group("model"), ModelSettings)  # type: ignore[arg-type]
     return parser
@@ -66,7 +75,9 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=2048)
     except (OSError, OverflowError) as e:
         why = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
-        raise EntmtpError(f"cannot listen on {host} port {port}: {why.lower()}; choose another --port or --host") from e
+        raise EntmtpError(
+            f"cannot listen on {host} port {port}: {why.lower()}; choose another --port or --host"
+        ) from e
 
 
 def run(argv: Sequence[str] | None) -> None:

@@ -24,7 +24,7 @@ from starlette.concurrency import run_in_threadpool
 
 from .metrics import Metrics
 from .serve_model import Models
-from .serve_requests import Requests, ServedRequest, current
+from .serve_requests import SHUTTING_DOWN, Requests, ServedRequest, current
 from .serve_settings import ModelSettings, ServerSettings
 
 _word_error = RouteErrorHandler.error_message_wrapper
@@ -81,8 +81,7 @@ async def publish(
     interruptible = next(stock.get_server_settings()).interrupt_requests
 
     def put(event: Any) -> None:
-        data = event if isinstance(event, str) else json.dumps(event)
-        loop.call_soon_threadsafe(ready.put_nowait, f"data: {data}\n\n".encode())
+        loop.call_soon_threadsafe(ready.put_nowait, _event(event))
 
     def write(llama: Any) -> None:
         with contextlib.closing(llama_call(llama, **kwargs)) as chunks:
@@ -113,6 +112,8 @@ async def publish(
             data = b"".join(event for event in events if event)
             if data and not (served and served.stopped):
                 await inner_send_chan.send(data)
+        if served and served.stopped == SHUTTING_DOWN:  # a client must not take it for the end
+            await inner_send_chan.send(_event({"error": _error(SHUTTING_DOWN)}))
 
 
 def worded(handler: Any, error: Exception, body: Any = None) -> tuple[int, dict[str, Any]]:
@@ -129,10 +130,18 @@ def worded(handler: Any, error: Exception, body: Any = None) -> tuple[int, dict[
         status, text = 400, str(error)
     else:
         return _word_error(handler, error, body)  # type: ignore[return-value]
-    return status, {"message": text, "type": "invalid_request_error", "param": None, "code": None}
+    return status, _error(text)
+
+
+def _error(text: str) -> dict[str, Any]:
+    return {"message": text, "type": "invalid_request_error", "param": None, "code": None}
+
+
+def _event(data: Any) -> bytes:
+    text = data if isinstance(data, str) else json.dumps(data)
+    return f"data: {text}\n\n".encode()
 
 
 async def _not_json(request: Request, error: Exception) -> Response:
     text = f"the body of the request is not JSON: {error}"
-    message = {"message": text, "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": message}, status_code=400)
+    return JSONResponse({"error": _error(text)}, status_code=400)

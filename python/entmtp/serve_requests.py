@@ -196,7 +196,9 @@ def _observed(request: ServedRequest, send: App) -> App:
 async def _refuse(request: ServedRequest, send: App) -> None:
     request.status = 503
     text = f"{SHUTTING_DOWN}; ask again when it is back"
-    body = json.dumps({"error": {"message": text, "type": "server_error", "param": None, "code": None}}).encode()
+    body = json.dumps(
+        {"error": {"message": text, "type": "server_error", "param": None, "code": None}}
+    ).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     request.complete = True
     await send({"type": "http.response.start", "status": 503, "headers": headers})

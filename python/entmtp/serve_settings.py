@@ -20,9 +20,7 @@ from .models import DEMO
 class ModelSettings(stock.ModelSettings):
     """One model, and how to draft for it."""
 
-    model: str = Field(
-        default=DEMO, description="base model: a GGUF file or hf:owner/repo[/file][@revision]"
-    )
+    model: str = Field(default=DEMO, description="base model: a GGUF file or hf:owner/repo[/file][@revision]")
     heads: Optional[str] = Field(  # noqa: UP045
         default=None, description="its draft heads, named alike (default: those beside the model, if any)"
     )
@@ -95,7 +93,9 @@ def read_config(path: str) -> tuple[ServerSettings, list[ModelSettings]]:
     except (OSError, UnicodeDecodeError) as e:
         raise EntmtpError(f"{path}: cannot read the config file: {e}") from e
     if not config.models:
-        raise EntmtpError(f'{path}: names no models; give at least one, as in "models": [{{"model": "m.gguf"}}]')
+        raise EntmtpError(
+            f'{path}: names no models; give at least one, as in "models": [{{"model": "m.gguf"}}]'
+        )
     shared = {k: v for k, v in config.model_dump().items() if k != "models"}
     return ServerSettings(**shared), config.models
 
