@@ -14,7 +14,6 @@ import httpx
 import llama_cpp
 import openai
 import pytest
-
 from conftest import prompts
 from serving import KEY, Server
 

@@ -102,12 +102,17 @@ def run(argv: Sequence[str] | None) -> None:
 
         scheme = "https" if server.ssl_certfile else "http"
         shown = f"[{host}]" if ":" in host else host
-        print(f"serving {settings[0].model} at {scheme}://{shown}:{port}/v1, metrics at /metrics, API at /docs; "
-              "Ctrl-C stops", flush=True)  # fmt: skip
+        print(
+            f"serving {settings[0].model} at {scheme}://{shown}:{port}/v1, metrics at /metrics, API at /docs; "
+            "Ctrl-C stops",
+            flush=True,
+        )
         uvicorn_settings: dict[str, Any] = {
-            "ssl_keyfile": server.ssl_keyfile, "ssl_certfile": server.ssl_certfile, "log_level": "info" if settings[0].verbose else "warning",
+            "ssl_keyfile": server.ssl_keyfile,
+            "ssl_certfile": server.ssl_certfile,
+            "log_level": "info" if settings[0].verbose else "warning",
             "timeout_graceful_shutdown": STOP_WITHIN,
-        }  # fmt: skip
+        }
         try:
             Server(uvicorn.Config(requests, **uvicorn_settings)).run(sockets=[listener])
         finally:

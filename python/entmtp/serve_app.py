@@ -37,10 +37,14 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
         EntmtpError, ValueError: the model cannot be loaded; one sentence for the user.
     """
     metrics = Metrics()
-    stock.LlamaProxy = partial(Models, metrics=metrics)
-    stock.get_event_publisher = publish
-    RouteErrorHandler.error_message_wrapper = worded
-    app = stock.create_app(server_settings=server, model_settings=settings)
+    replaced: list[tuple[Any, str, Any]] = [
+        (stock, "LlamaProxy", partial(Models, metrics=metrics)),
+        (stock, "get_event_publisher", publish),
+        (RouteErrorHandler, "error_message_wrapper", worded),
+    ]
+    for where, name, ours in replaced:
+        setattr(where, name, ours)
+    app = stock.create_app(server_settings=server, model_settings=list[Any](settings))
 
     async def read_metrics(request: Request) -> Response:
         text, content_type = metrics.text(request.headers.get("accept"))

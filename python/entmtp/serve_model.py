@@ -65,7 +65,7 @@ class Models(LlamaProxy):
 
     def __init__(self, models: list[ModelSettings], metrics: Metrics):
         self.metrics = metrics
-        super().__init__(models)
+        super().__init__(list[Any](models))
 
     def __call__(self, model: str | None = None) -> llama_cpp.Llama:
         # called once by every request that needs a model, at its turn
@@ -121,7 +121,7 @@ def _built_with(ours: dict[str, Any]) -> Iterator[None]:
             super().__init__(**kwargs, **ours)
 
     stock = llama_cpp.Llama
-    llama_cpp.Llama = Configured  # type: ignore[misc]
+    llama_cpp.Llama = Configured  # type: ignore[misc, assignment]
     try:
         yield
     finally:
