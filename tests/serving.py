@@ -59,7 +59,7 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         """Samples by name and labels as Prometheus writes them; a sample that is not there is 0."""
-        answer = self._reader.get("/metrics")
+        answer = self._reader.get("/metrics", headers={"Authorization": f"Bearer {self.key}"})
         assert answer.status_code == 200
         samples = Samples()
         for family in text_string_to_metric_families(answer.text):
