@@ -9,7 +9,6 @@ from typing import Any
 
 import llama_cpp
 import pytest
-
 from serving import Server
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "serve.md"

@@ -44,6 +44,7 @@ class ServedRequest:
         self.first_token: float | None = None
         self.stopped: str | None = None
         self.status: int | None = None  # of the response, once that has begun
+        self.streams = False  # the response is one of server-sent events
         self.complete = False
         self.scope = anyio.CancelScope()
         self._llama: Llama | None = None
@@ -121,7 +122,7 @@ class Requests:
         try:
             with request.scope:
                 await self.app(_with_length(scope, body), _replay(body), _observed(request, send))
-            if request.stopped == SHUTTING_DOWN and request.status is None:
+            if request.stopped == SHUTTING_DOWN and not request.complete:
                 await _refuse(request, send)
         finally:
             watch.cancel()
@@ -182,11 +183,15 @@ def _replay(body: bytes) -> App:
 
 def _observed(request: ServedRequest, send: App) -> App:
     async def observed(message: Message) -> None:
-        if request.stopped == SHUTTING_DOWN and request.status is None:
-            return  # half an answer must not pass for a whole one
+        cut = request.stopped == SHUTTING_DOWN
         if message["type"] == "http.response.start":
+            if cut:
+                return  # half an answer must not pass for a whole one
             request.status = message["status"]
+            request.streams = any(value.startswith(b"text/event-stream") for _, value in message["headers"])
         elif message["type"] == "http.response.body":
+            if cut and (request.status is None or request.streams):
+                return
             request.complete = not message.get("more_body", False)
         await send(message)
 
@@ -194,12 +199,17 @@ def _observed(request: ServedRequest, send: App) -> App:
 
 
 async def _refuse(request: ServedRequest, send: App) -> None:
-    request.status = 503
+    """Tell a client that the answer was stopped: by the status, or where that is sent, by an event of the stream."""
     text = f"{SHUTTING_DOWN}; ask again when it is back"
-    body = json.dumps(
-        {"error": {"message": text, "type": "server_error", "param": None, "code": None}}
-    ).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    error = {"error": {"message": text, "type": "server_error", "param": None, "code": None}}
+    body = json.dumps(error).encode()
+    if request.streams:
+        body = b"data: " + body + b"\n\n"
+    elif request.status is not None:
+        return  # cut within the body, whose length tells
+    else:
+        request.status = 503
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 503, "headers": headers})
     request.complete = True
-    await send({"type": "http.response.start", "status": 503, "headers": headers})
     await send({"type": "http.response.body", "body": body})
