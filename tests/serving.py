@@ -1,0 +1,99 @@
+"""A running `python -m entmtp.serve`, asked over its socket."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+import httpx
+import openai
+from prometheus_client.parser import text_string_to_metric_families
+
+KEY = "sk-test"
+PATIENCE = 120.0  # seconds; only a test that has failed waits so long
+
+
+class Server:
+    """`with Server("--model", path) as server:`; listens on a free port of 127.0.0.1."""
+
+    def __init__(self, *options: object, key: str | None = KEY):
+        command = [sys.executable, "-m", "entmtp.serve", "--port", "0", *map(str, options)]
+        command += ["--api-key", key] if key else []
+        self.key = key
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Server:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if (found := re.search(r"http://\S+:\d+", line)) is None:
+            raise AssertionError(f"the server did not start: {self.process.communicate()[1]}")
+        self.url = found[0]
+        self._reader = self.http()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._reader.close()
+        if self.process.poll() is None:
+            self.stop(signal.SIGTERM)
+
+    def stop(self, number: int) -> tuple[int, str]:
+        """Send a signal; exit code and what the server said on stderr."""
+        self.process.send_signal(number)
+        stderr = self.process.communicate(timeout=PATIENCE)[1]
+        return self.process.returncode, stderr
+
+    def client(self, key: str | None = None) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=key or self.key or "none", max_retries=0, timeout=PATIENCE
+        )
+
+    def http(self) -> httpx.Client:
+        return httpx.Client(
+            base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=PATIENCE
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Samples by name and labels as Prometheus writes them; a sample that is not there is 0."""
+        answer = self._reader.get("/metrics", headers={"Authorization": f"Bearer {self.key}"})
+        assert answer.status_code == 200
+        samples = Samples()
+        for family in text_string_to_metric_families(answer.text):
+            for s in family.samples:
+                labels = ",".join(f'{k}="{v}"' for k, v in sorted(s.labels.items()))
+                samples[s.name + (f"{{{labels}}}" if labels else "")] = s.value
+        return samples
+
+    def until(self, true: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+        """Read the metrics until something is true of them."""
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            if true(metrics := self.metrics()):
+                return metrics
+            time.sleep(0.02)
+        raise AssertionError(f"it did not become true of {metrics}")
+
+
+class Samples(dict[str, float]):
+    def __missing__(self, name: str) -> float:
+        return 0.0
+
+
+def run(*options: object, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    """The command to its end; or Python code in its place."""
+    what = ["-c", code] if code else ["-m", "entmtp.serve"]
+    return subprocess.run(
+        [sys.executable, *what, *map(str, options)], capture_output=True, text=True, timeout=PATIENCE
+    )
+
+
+def one_sentence(result: subprocess.CompletedProcess[str]) -> str:
+    """What a command that failed said: one line."""
+    assert result.returncode == 1
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    return lines[0]
