@@ -133,12 +133,12 @@ def load(args: argparse.Namespace, **more: Any) -> Llama:
     try:
         return Llama(model, **{**settings, **more})
     except ValueError as e:
-        raise _explained(e, model, n_ctx) from e
+        raise explained(e, model, n_ctx) from e
     except MemoryError as e:
         raise ModelError(f"{model}: not enough memory; choose a smaller model or --ctx") from e
 
 
-def _explained(error: ValueError, model: Path, n_ctx: int) -> ValueError:
+def explained(error: ValueError, model: Path, n_ctx: int) -> ValueError:
     """llama-cpp-python's errors, with their reason and what to do about it."""
     from .convert.base import read_base
     from .convert.errors import ConvertError

@@ -14,7 +14,7 @@ from llama_cpp.server.model import LlamaProxy
 from .llama import Llama
 from .metrics import Metrics
 from .models import context_length, resolve
-from .options import _explained, model_files
+from .options import explained, model_files
 from .serve_requests import ServedRequest, current
 from .serve_settings import ModelSettings
 
@@ -102,7 +102,7 @@ class Models(LlamaProxy):
             try:
                 llm = LlamaProxy.load_llama_from_model_settings(settings)
             except ValueError as e:
-                raise _explained(e, Path(settings.model), settings.n_ctx) from e
+                raise explained(e, Path(settings.model), settings.n_ctx) from e
         assert isinstance(llm, ServedLlama)
         llm.alias, llm.metrics = alias, self.metrics
         return llm
