@@ -3,9 +3,11 @@
 #include <arm_neon.h>
 
 struct simd {
-    static constexpr int R  = 4;
-    static constexpr int G  = 16; // sums; 8 weights and what is in flight are in the other registers
-    static constexpr int GF = 4;
+    static constexpr int R      = 4;
+    static constexpr int G      = 16;
+    static constexpr int GF     = 4;
+    static constexpr int SUMS   = 16; // 8 weights and what is in flight are in the other registers
+    static constexpr int SUMS_F = 16;
 #ifdef __ARM_FEATURE_MATMUL_INT8
     static constexpr int OFF8 = 128;
 #else
@@ -34,11 +36,11 @@ struct simd {
     static vf    zero_if_less(vf x, float limit, vf y) { return vbslq_f32(vcltq_f32(x, set1f(limit)), set1f(0.0f), y); }
     static float reduce_max(vf a) { return vmaxvq_f32(a); }
 
-    static vi      set1i(int32_t x) { return vdupq_n_s32(x); }
-    static vi      addi(vi a, vi b) { return vaddq_s32(a, b); }
-    static vi      muli(vi a, vi b) { return vmulq_s32(a, b); }
-    static vi      load_u8(const uint8_t * p) { return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(load4(p))))); }
-    static vi      load_i8(const uint8_t * p) { return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load4(p))))); }
+    static vi set1i(int32_t x) { return vdupq_n_s32(x); }
+    static vi addi(vi a, vi b) { return vaddq_s32(a, b); }
+    static vi muli(vi a, vi b) { return vmulq_s32(a, b); }
+    static vi load_u8(const uint8_t * p) { return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(load4(p))))); }
+    static vi load_i8(const uint8_t * p) { return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load4(p))))); }
     static int32_t reduce_add(vi a) { return vaddvq_s32(a); }
     static void    store_i8(int8_t * p, vi a) {
         const int16x4_t s = vqmovn_s32(a);
@@ -70,7 +72,6 @@ struct simd {
     // a lane of x holds 4 k for all rows
     template <int bits>
     static vi dot16(vi acc, const vb * w, const int8_t * x) {
-        in_order();
         const int8x16_t x16 = vld1q_s8(x);
 #ifdef __ARM_FEATURE_MATMUL_INT8
         acc = vusdotq_laneq_s32(acc, w[0], x16, 0);
@@ -122,13 +123,6 @@ struct simd {
     }
 
   private:
-    // Compilers would load the activations of all tokens first, and spill what does not fit.
-    static void in_order() {
-#ifdef __GNUC__
-        __asm__ volatile("" ::: "memory");
-#endif
-    }
-
     static uint8x8_t load4(const uint8_t * p) {
         uint32_t x;
         memcpy(&x, p, 4);
