@@ -75,8 +75,7 @@ test-arm: $(VENV)/.tools ## cross-compile for 64-bit Arm and test the CPU kernel
 	@for tool in $(ARM)-gcc $(ARM)-g++ qemu-aarch64; do command -v $$tool > /dev/null \
 		|| { echo "$$tool was not found; on Debian and Ubuntu: apt install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
 	cmake -S . -B build/arm -G Ninja -DENTMTP_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
-		-DCMAKE_C_COMPILER=$(ARM)-gcc -DCMAKE_CXX_COMPILER=$(ARM)-g++ -DGGML_NATIVE=OFF \
-		"-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/$(ARM)" $(filter -DENTMTP_%,$(FLAGS))
+		-DCMAKE_C_COMPILER=$(ARM)-gcc -DCMAKE_CXX_COMPILER=$(ARM)-g++ -DGGML_NATIVE=OFF $(filter -DENTMTP_%,$(FLAGS))
 	cmake --build build/arm --target test_kernels
 	$(QEMU) -cpu max build/arm/native/test_kernels i8mm dotprod portable
 	$(QEMU) -cpu neoverse-n1 build/arm/native/test_kernels dotprod portable

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 from conftest import prompts
 
-from entmtp import Llama
+from entmtp import Llama, kernels
 from entmtp.methods import CONFIDENCE, ENTMTP, Method, comparison, generic, published
 
 TREES = [m for m in generic("hydra")]
 METHODS = [ENTMTP, CONFIDENCE, *TREES]
 
-# A logit of the f32 model differs by less than this between a tree pass and plain decoding (test_tree_verify.py shows
-# it), so two tokens closer than twice that are a tie that floating point cannot break the same way twice.
+# With the CPU kernels logits are equal bit for bit (test_invariance.py), and so are all answers. Without them a logit
+# of the f32 model differs by less than this between a tree pass and plain decoding (test_tree_verify.py shows it), so
+# two tokens closer than twice that are a tie that floating point cannot break the same way twice.
 TIE = {"f32": 2e-4}
 
 
@@ -81,6 +82,7 @@ def test_greedy_is_token_identical(
     for prompt, expected in greedy:
         answer = decode(llm, prompt, 256, temp=0.0)
         if answer != expected:
+            assert kernels.current() == "off", "with these kernels there are no ties"
             at, gap = gap_at(plain, prompt, expected, answer)
             assert gap < TIE["f32"], f"token {at} differs and is no tie: logits {gap:.6f} apart"
             ties += 1
@@ -237,6 +239,24 @@ def test_grammar_constrained_json_is_identical(heads: str, load: Callable[..., L
         assert set(json.loads(texts[0])) == {"name", "age"}
 
 
+@pytest.mark.parametrize("base", ["f16", "q8_0"])
+def test_rounded_bases_are_token_identical(base: str, load: Callable[..., Llama]) -> None:
+    """Greedy and sampled, with the CPU kernels."""
+    llm, plain = load(base, heads="hydra"), load(base)
+    if kernels.current() == "off":
+        pytest.skip("the kernels of this processor are ggml's, or ENTMTP_KERNELS=off")
+    TREES[2].apply(llm)
+    llm.reset_draft_stats()
+    for i, text in enumerate(prompts()[::6]):
+        prompt = plain.tokenize(text.encode(), special=True)
+        answers = []
+        for model in (plain, llm):
+            model.set_seed(i)
+            answers.append(decode(model, prompt, 96, temp=0.8 * (i % 2)))
+        assert answers[0] == answers[1]
+    assert llm.draft_stats.n_accepted > 100
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["f16", "q8_0"])
 def test_rounded_bases_diverge_only_at_ties(
@@ -245,22 +265,23 @@ def test_rounded_bases_diverge_only_at_ties(
     models: dict[str, Path],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Kernels for one and for several rows round differently on f16 and quantised weights. The share of identical
-    runs is printed. Where an answer differs, the two tokens must be closer than twice the largest difference seen
-    between the logits of a tree pass and of plain decoding of the same text."""
-    llm, plain = load(base, heads="hydra"), load(base)
-    TREES[2].apply(llm)
-    texts = prompts()[::4]
-    same, lines, noise = 0, [], noise_of(llm, plain, prompts()[1::20])
-    for text in texts:
-        prompt = plain.tokenize(text.encode(), special=True)
-        a, b = decode(plain, prompt, 128, temp=0.0), decode(llm, prompt, 128, temp=0.0)
-        if a == b:
-            same += 1
-            continue
-        at, gap = gap_at(plain, prompt, a, b)
-        lines.append(f"token {at}: {a[at]} or {b[at]}, logits {gap:.5f} apart")
-        assert gap < 2 * noise, f"{lines[-1]}: no tie, the noise is {noise:.5f}"
+    """ggml's kernels for one and for several rows round differently on f16 and quantised weights. The share of
+    identical runs is printed. Where an answer differs, the two tokens must be closer than twice the largest difference
+    seen between the logits of a tree pass and of plain decoding of the same text."""
+    with kernels.using("off"):
+        llm, plain = load(base, heads="hydra", kernels="off"), load(base, kernels="off")
+        TREES[2].apply(llm)
+        texts = prompts()[::4]
+        same, lines, noise = 0, [], noise_of(llm, plain, prompts()[1::20])
+        for text in texts:
+            prompt = plain.tokenize(text.encode(), special=True)
+            a, b = decode(plain, prompt, 128, temp=0.0), decode(llm, prompt, 128, temp=0.0)
+            if a == b:
+                same += 1
+                continue
+            at, gap = gap_at(plain, prompt, a, b)
+            lines.append(f"token {at}: {a[at]} or {b[at]}, logits {gap:.5f} apart")
+            assert gap < 2 * noise, f"{lines[-1]}: no tie, the noise is {noise:.5f}"
     print(f"\n{base}: {same} of {len(texts)} answers identical, noise {noise:.5f}", *lines, sep="\n  ")
     record_property("identical", f"{same}/{len(texts)}")
     assert same >= len(texts) // 2

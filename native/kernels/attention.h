@@ -116,31 +116,70 @@ static void softmax(const float *    src,
     }
 }
 
-// Vectors of rows at a time: sums enough to keep the unit busy, as each waits for the fused multiply-add before it.
-static constexpr int ROW_VECTORS = 16 / simd::R;
-static constexpr int K_AT_ONCE   = 64; // k whose transposed rows stay in the first cache
+// Sums at a time: enough to keep the unit busy, as each waits for the fused multiply-add before it, and few enough for the
+// registers.
+static constexpr int SUMS      = simd::R == 4 ? 16 : 8;
+static constexpr int ROWS      = 64; // rows at a time
+static constexpr int K_AT_ONCE = 64; // k whose transposed rows stay in the first cache
 
-// sums[i] += rows*b[i], k after k. rows [ROW_VECTORS][K_AT_ONCE][R]
-template <int nt>
-void add_ordered(const float * rows, int n_k, const float * const * b, int k0, float (*sums)[16]) {
-    constexpr int R = simd::R, nv = ROW_VECTORS;
-    simd::vf      s[nv][nt];
-    for (int v = 0; v < nv; ++v) {
-        for (int t = 0; t < nt; ++t) {
-            s[v][t] = simd::loadf(sums[t] + v * R);
-        }
-    }
-    for (int j = 0; j < n_k; ++j) {
+// sums[i] += rows*b[i], k after k, for nt tokens and n_r rows. rows [ROWS/R][K_AT_ONCE][R], sums [nt][ROWS]
+template <int nt, int nv = SUMS / nt>
+void add_ordered(const float * rows, int n_r, int n_k, const float * const * b, int k0, float * sums) {
+    constexpr int R = simd::R;
+
+    int r = 0;
+    for (; r + (nv - 1) * R < n_r; r += nv * R) {
+        simd::vf s[nv][nt];
         for (int v = 0; v < nv; ++v) {
-            const simd::vf w = simd::loadf(rows + (v * K_AT_ONCE + j) * R);
             for (int t = 0; t < nt; ++t) {
-                s[v][t] = simd::fma(w, simd::set1f(b[t][k0 + j]), s[v][t]);
+                s[v][t] = simd::loadf(sums + t * ROWS + r + v * R);
+            }
+        }
+        const float * x = rows + r * K_AT_ONCE;
+        for (int j = 0; j < n_k; ++j) {
+            for (int v = 0; v < nv; ++v) {
+                const simd::vf w = simd::loadf(x + (v * K_AT_ONCE + j) * R);
+                for (int t = 0; t < nt; ++t) {
+                    s[v][t] = simd::fma(w, simd::set1f(b[t][k0 + j]), s[v][t]);
+                }
+            }
+        }
+        for (int v = 0; v < nv; ++v) {
+            for (int t = 0; t < nt; ++t) {
+                simd::storef(sums + t * ROWS + r + v * R, s[v][t]);
             }
         }
     }
-    for (int v = 0; v < nv; ++v) {
-        for (int t = 0; t < nt; ++t) {
-            simd::storef(sums[t] + v * R, s[v][t]);
+    if constexpr (nv > 1) {
+        if (r < n_r) {
+            add_ordered<nt, nv / 2>(rows + r * K_AT_ONCE, n_r - r, n_k, b, k0, sums + r);
+        }
+    }
+}
+
+// the first n_r rows and n_k k of a, transposed: out [ROWS/R][K_AT_ONCE][R]
+//   Rows lie far apart, which the processor does not foresee: it is told of the rows, and with `more` of the k, to come.
+static void transpose_rows(const uint8_t * a, size_t stride, bool a_f32, int n_r, int n_k, bool more, float * out) {
+    constexpr int R    = simd::R;
+    const int     size = a_f32 ? 4 : 2;
+    for (int r = 0; r < n_r; r += R) {
+        for (int i = 0; i < R; ++i) {
+            const uint8_t * row = a + (size_t) (r + i) * stride;
+            prefetch(more ? row + K_AT_ONCE * size : row + R * stride, K_AT_ONCE * size);
+        }
+        for (int j = 0; j < n_k; j += R) {
+            const uint8_t * p = a + (size_t) r * stride + (size_t) j * size;
+            float *         o = out + r * K_AT_ONCE + j * R;
+            if (n_r - r >= R && n_k - j >= R) {
+                a_f32 ? simd::transpose_f32(p, stride, o) : simd::transpose_f16(p, stride, o);
+                continue;
+            }
+            for (int jj = 0; jj < R && j + jj < n_k; ++jj) {
+                for (int i = 0; i < R; ++i) {
+                    const uint8_t * e = p + (size_t) (r + i < n_r ? i : 0) * stride + (size_t) jj * size;
+                    o[jj * R + i]     = a_f32 ? *(const float *) e : half_to_float(*(const uint16_t *) e);
+                }
+            }
         }
     }
 }
@@ -155,54 +194,36 @@ static void matmul_ordered(const uint8_t *       a,
                            const float * const * b,
                            int                   n,
                            float * const *       c) {
-    constexpr int R    = simd::R;
-    constexpr int M    = 16; // rows at a time
-    constexpr int NB   = 64; // tokens whose sums stay in the first cache
-    constexpr int NT   = ROW_VECTORS == 1 ? 8 : 4;
-    const int     size = a_f32 ? 4 : 2;
+    constexpr int NB = 32; // tokens whose sums stay in the first cache
+    constexpr int NT = simd::R == 16 ? 8 : 4;
 
-    alignas(64) float rows[M * K_AT_ONCE];
-    alignas(64) float sums[NB][M];
+    alignas(64) float rows[ROWS * K_AT_ONCE];
+    alignas(64) float sums[NB][ROWS];
 
     for (int i0 = 0; i0 < n; i0 += NB) {
         const int n_i = n - i0 < NB ? n - i0 : NB;
-        for (int m = m0; m < m1; m += M) {
-            const int n_m = m1 - m < M ? m1 - m : M;
+        for (int m = m0; m < m1; m += ROWS) {
+            const int n_r = m1 - m < ROWS ? m1 - m : ROWS;
             memset(sums, 0, n_i * sizeof(sums[0]));
 
             for (int k0 = 0; k0 < k; k0 += K_AT_ONCE) {
-                const int n_k = k - k0 < K_AT_ONCE ? k - k0 : K_AT_ONCE;
-                for (int v = 0; v * R < n_m; ++v) {
-                    const int n_r = n_m - v * R < R ? n_m - v * R : R;
-                    for (int j = 0; j < n_k; j += R) {
-                        const uint8_t * p   = a + (size_t) (m + v * R) * a_stride + (size_t) (k0 + j) * size;
-                        float *         out = rows + (v * K_AT_ONCE + j) * R;
-                        if (n_r == R && n_k - j >= R) {
-                            a_f32 ? simd::transpose_f32(p, a_stride, out) : simd::transpose_f16(p, a_stride, out);
-                            continue;
-                        }
-                        for (int jj = 0; jj < R && j + jj < n_k; ++jj) {
-                            for (int r = 0; r < R; ++r) {
-                                const uint8_t * e = p + (size_t) (r < n_r ? r : 0) * a_stride + (size_t) jj * size;
-                                out[jj * R + r]   = a_f32 ? *(const float *) e : half_to_float(*(const uint16_t *) e);
-                            }
-                        }
-                    }
-                }
+                const int       n_k = k - k0 < K_AT_ONCE ? k - k0 : K_AT_ONCE;
+                const uint8_t * at  = a + (size_t) m * a_stride + (size_t) k0 * (a_f32 ? 4 : 2);
+                transpose_rows(at, a_stride, a_f32, n_r, n_k, k0 + K_AT_ONCE < k, rows);
 
                 int i = 0;
                 for (; i + NT <= n_i; i += NT) {
-                    add_ordered<NT>(rows, n_k, b + i0 + i, k0, sums + i);
+                    add_ordered<NT>(rows, n_r, n_k, b + i0 + i, k0, sums[i]);
                 }
                 for (; i + 2 <= n_i; i += 2) {
-                    add_ordered<2>(rows, n_k, b + i0 + i, k0, sums + i);
+                    add_ordered<2>(rows, n_r, n_k, b + i0 + i, k0, sums[i]);
                 }
                 if (i < n_i) {
-                    add_ordered<1>(rows, n_k, b + i0 + i, k0, sums + i);
+                    add_ordered<1>(rows, n_r, n_k, b + i0 + i, k0, sums[i]);
                 }
             }
             for (int i = 0; i < n_i; ++i) {
-                memcpy(c[i0 + i] + m, sums[i], n_m * sizeof(float));
+                memcpy(c[i0 + i] + m, sums[i], n_r * sizeof(float));
             }
         }
     }

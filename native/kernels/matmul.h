@@ -2,6 +2,7 @@
 
 // -- activations --
 
+// Scales and roundings are ggml's, so that integers, and what they sum up to, are the same as its own but for signs.
 template <int sums> // 1: weights with blocks of 32. 4, 16: of 256
 void quantize_block(const float * x, int offset, int8_t * q, float * d, int32_t * s) {
     constexpr int block = sums == 1 ? 32 : 256;
@@ -17,7 +18,7 @@ void quantize_block(const float * x, int offset, int8_t * q, float * d, int32_t 
     float amax;
     memcpy(&amax, &top, 4);
 
-    // as ggml: blocks of 32 keep the scale as f16
+    // blocks of 32 keep the scale as f16
     *d             = sums == 1 ? half_to_float(float_to_half(amax / 127.0f)) : amax / 127.0f;
     const float id = amax != 0.0f ? 127.0f / amax : 0.0f;
 
@@ -36,11 +37,11 @@ void quantize_block(const float * x, int offset, int8_t * q, float * d, int32_t 
         }
     } else {
         for (int i = 0; i < sums; ++i) {
-            int32_t a = 0;
-            for (int j = 0; j < block / sums; ++j) {
-                a += q[block / sums * i + j];
+            simd::vi a = simd::set1i(0);
+            for (int j = 0; j < block / sums; j += simd::R) { // as stored: wider loads would wait for the stores
+                a = simd::addi(a, simd::load_i8((const uint8_t *) q + block / sums * i + j));
             }
-            s[i] = -offset * a;
+            s[i] = -offset * simd::reduce_add(a);
         }
     }
 }
@@ -388,18 +389,29 @@ void matmul_n(weight_type type, const uint8_t * panel, int64_t n_blocks, const a
 
 static void
 matmul(weight_type type, const uint8_t * panel, int64_t n_blocks, int n, const activations & a, float * out) {
-    switch (n) {
 #define CASE(i)                                                \
     case i:                                                    \
         if constexpr (i <= simd::G) {                          \
             return matmul_n<i>(type, panel, n_blocks, a, out); \
         }                                                      \
-        return;
-        // clang-format off
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13)
-        CASE(14) CASE(15) CASE(16)
-        // clang-format on
-#undef CASE
-            default : return;
+        return
+    switch (n) {
+        CASE(1);
+        CASE(2);
+        CASE(3);
+        CASE(4);
+        CASE(5);
+        CASE(6);
+        CASE(7);
+        CASE(8);
+        CASE(9);
+        CASE(10);
+        CASE(11);
+        CASE(12);
+        CASE(13);
+        CASE(14);
+        CASE(15);
+        CASE(16);
     }
+#undef CASE
 }

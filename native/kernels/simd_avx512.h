@@ -112,12 +112,48 @@ struct simd {
         }
     }
 
+    // Words of a transposition in three steps. A step takes two registers of `rows` rows each, and gives one with both's rows
+    // for the first (`half` 0) or second half of their columns. Columns lie side by side, at first rows do.
+    template <int rows, int half>
+    static __m512i columns(__m512i a, __m512i b) {
+        struct table {
+            alignas(64) uint16_t at[32];
+            constexpr table() : at() {
+                for (int i = 0; i < 32; ++i) {
+                    const int r = i % (2 * rows), c = i / (2 * rows) + half * 16 / rows;
+                    at[i] = (uint16_t) ((rows == 2 ? r % rows * 16 + c : c * rows + r % rows) + (r < rows ? 0 : 32));
+                }
+            }
+        };
+        static constexpr table words;
+        return _mm512_permutex2var_epi16(a, _mm512_load_si512(words.at), b);
+    }
+
     static void transpose_f16(const uint8_t * p, size_t stride, float * out) {
-        __m512 r[16];
-        for (int i = 0; i < 16; ++i) {
-            r[i] = load_f16((const uint16_t *) (p + i * stride));
+        __m512i x[8], y[8]; // pairs of rows
+        for (int i = 0; i < 8; ++i) {
+            const __m256i a = _mm256_loadu_si256((const __m256i *) (p + 2 * i * stride));
+            const __m256i b = _mm256_loadu_si256((const __m256i *) (p + (2 * i + 1) * stride));
+            x[i]            = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
         }
-        transpose(r, out);
+        for (int i = 0; i < 4; ++i) {
+            y[i]     = columns<2, 0>(x[2 * i], x[2 * i + 1]);
+            y[4 + i] = columns<2, 1>(x[2 * i], x[2 * i + 1]);
+        }
+        for (int i = 0; i < 8; i += 4) { // i: first of 8 columns
+            for (int j = 0; j < 2; ++j) {
+                x[i + j]     = columns<4, 0>(y[i + 2 * j], y[i + 2 * j + 1]);
+                x[i + 2 + j] = columns<4, 1>(y[i + 2 * j], y[i + 2 * j + 1]);
+            }
+        }
+        for (int i = 0; i < 8; i += 2) {
+            y[i]     = columns<8, 0>(x[i], x[i + 1]);
+            y[i + 1] = columns<8, 1>(x[i], x[i + 1]);
+        }
+        for (int i = 0; i < 8; ++i) {
+            storef(out + 2 * i * R, _mm512_cvtph_ps(_mm512_castsi512_si256(y[i])));
+            storef(out + (2 * i + 1) * R, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(y[i], 1)));
+        }
     }
 
     static void transpose_f32(const uint8_t * p, size_t stride, float * out) {

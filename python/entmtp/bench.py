@@ -13,6 +13,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -150,21 +151,23 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def curve(args: argparse.Namespace) -> str:
-    """Cost of a verify pass by number of tokens, as a Markdown table."""
-    from .verify_curve import verify_curve
+def curves(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Cost of a verify pass by number of tokens for every model; prints a table each."""
+    from . import verify_curve
 
-    rows = verify_curve(
-        args.model, args.threads, args.contexts, n_gpu_layers=args.n_gpu_layers, flash_attn=args.flash_attn
-    )
-    head = [f"context {c}" for c in args.contexts]
-    lines = ["| tokens in one pass | " + " | ".join(head) + " |", "| --: |" + " --: |" * len(head)]
-    for n, costs in rows.items():
-        cells = [
-            f"{ms:.2f} ms ({ms / rows[1][i][0]:.2f}×, ±{100 * sd:.0f} %)" for i, (ms, sd) in enumerate(costs)
-        ]
-        lines.append(f"| {n} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    sets = args.kernels or (["auto"] if args.n_gpu_layers else ["off", "auto"])
+    rounds = args.rounds or 9
+    reports = []
+    for model in [args.model, *args.more_models]:
+        with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
+            job = progress.add_task(Path(model).stem, total=len(args.contexts) * (rounds + 1))
+            found = verify_curve.report(
+                model, args.threads, args.contexts, sets, n_rounds=rounds, sizes=args.sizes or verify_curve.SIZES,
+                advance=partial(progress.advance, job), n_gpu_layers=args.n_gpu_layers, flash_attn=args.flash_attn,
+            )  # fmt: skip
+        print(verify_curve.markdown(found), flush=True)
+        reports.append(found)
+    return reports
 
 
 def write(report: dict[str, Any], path: str | None) -> None:
@@ -189,7 +192,7 @@ def study(args: argparse.Namespace) -> list[dict[str, Any]]:
         name = f"{Path(model).stem}-{Path(heads).stem}-{temp:g}"
         with stages() as advance:
             result = module.run(
-                model, heads, tasks, temp, n_tokens=args.tokens, n_rounds=args.rounds, advance=advance,
+                model, heads, tasks, temp, n_tokens=args.tokens, n_rounds=args.rounds or 1, advance=advance,
                 traces=Path(args.traces) / f"{name}.npz" if args.traces else None, n_ctx=args.ctx,
                 n_threads=args.threads, n_gpu_layers=args.n_gpu_layers, flash_attn=args.flash_attn,
             )  # fmt: skip
@@ -243,11 +246,13 @@ def what_if(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def draw(path: Path) -> int:
-    """A picture of a study's report, beside it."""
-    from .plots import plot_study
+    """A picture of a report, beside it."""
+    from .plots import plot_curves, plot_study
 
     try:
-        print(f"wrote {plot_study(json.loads(path.read_text('utf-8')), path.with_suffix('.png'))}")
+        report = json.loads(path.read_text("utf-8"))
+        plot = plot_curves if isinstance(report, dict) and "curves" in report else plot_study
+        print(f"wrote {plot(report, path.with_suffix('.png'))}")
     except (ValueError, KeyError, TypeError, OSError) as e:
         print(f"entmtp.bench: {path}: {e}", file=sys.stderr)
         return 1
@@ -280,10 +285,16 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--flash-attn", action="store_true", help="use flash attention")
     parser.add_argument("--ctx", type=int, default=1024, help="context length (default: 1024)")
     parser.add_argument(
-        "--verify-curve", action="store_true", help="measure the cost of 1 to 64 tokens in one pass instead"
-    )
+        "--verify-curve", action="store_true",
+        help="measure the cost of 1 to 64 tokens in one pass instead, with ggml's kernels and ours in turn; --model "
+        "may also be random weights by shape and quantisation, like 1b:q4_k",
+    )  # fmt: skip
     parser.add_argument(
         "--contexts", type=int, nargs="+", default=[64], help="context depths of --verify-curve (default: 64)"
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of tokens of --verify-curve")
+    parser.add_argument(
+        "--kernels", nargs="+", metavar="NAME", help="CPU kernels of --verify-curve (default: off auto)"
     )
     parser.add_argument(
         "--study", action="store_true",
@@ -299,15 +310,20 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "--ablate", metavar="CURVE", choices=("cpu-q8_0", "roofline", "flat"),
         help="replay variants of the policies over the traces, to see what each part of them is worth",
     )  # fmt: skip
-    parser.add_argument("--more-models", nargs="*", default=[], help="further bases for --study")
+    parser.add_argument(
+        "--more-models", nargs="*", default=[], help="further bases for --study and --verify-curve"
+    )
     parser.add_argument("--more-heads", nargs="*", default=[], help="further heads for --study")
     parser.add_argument(
-        "--rounds", type=int, default=1, help="how often --study gives every answer (default: 1)"
-    )
+        "--rounds", type=int,
+        help="how often --study gives every answer (default: 1), or --verify-curve times every pass (default: 9)",
+    )  # fmt: skip
     parser.add_argument("--traces", help="folder that keeps the rank traces of --study")
     parser.add_argument("--banks", help="folder for the tuned banks of --study")
     parser.add_argument(
-        "--plot", metavar="JSON", help="draw the report of a --study beside it, and measure nothing"
+        "--plot",
+        metavar="JSON",
+        help="draw the report of --study or --verify-curve beside it, and measure nothing",
     )
     parser.add_argument("-o", "--outfile", help="write the figures as JSON, too")
     return parser
@@ -341,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
             write({"machine": cpu_name(), "threads": args.threads, "what_if": what_if(args)}, args.outfile)
             return 0
         if args.verify_curve:
-            print(curve(args))
+            write({"machine": cpu_name(), "threads": args.threads, "curves": curves(args)}, args.outfile)
             return 0
         if args.study:
             write({"machine": cpu_name(), "threads": args.threads, "studies": study(args)}, args.outfile)

@@ -224,3 +224,46 @@ def plot_study(report: dict[str, Any], path: Path) -> Path:
     axes.set_xticklabels(labels, fontsize=7)
     axes.legend(frameon=False, fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return save(figure, path)
+
+
+def plot_curves(report: dict[str, Any], path: Path) -> Path:
+    """The curves of a `bench --verify-curve` report (its JSON): cost of a pass, 1 for one token with the first kernels.
+
+    Raises:
+        ValueError: the file holds no curves.
+    """
+    plt = pyplot()
+    curves = report["curves"]
+    if not isinstance(curves, list) or not curves:
+        raise ValueError(
+            f"{path.stem} holds no curves: python -m entmtp.bench --verify-curve -o FILE makes them"
+        )
+    contexts = sorted({p["context"] for c in curves for p in c["passes"]})
+    columns = min(len(curves), 3)
+    rows = -(-len(curves) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.6 * columns, 3.1 * rows), squeeze=False, sharex=True
+    )
+    for axis in axes.flat[len(curves) :]:
+        axis.axis("off")
+    styles = ("-", "--", ":")
+    for axis, curve in zip(axes.flat, curves, strict=False):
+        sets = list(dict.fromkeys(p["kernels"] for p in curve["passes"]))
+        for depth, style in zip(contexts, styles, strict=False):
+            here = [p for p in curve["passes"] if p["context"] == depth and p["n"] <= 32]
+            base = next(p["ms"] for p in here if p["kernels"] == sets[0])
+            for i, name in enumerate(sets):
+                at = [(p["n"], p["ms"] / base) for p in here if p["kernels"] == name]
+                color = ("tab:gray", "tab:blue", "tab:green")[i % 3]
+                axis.plot(
+                    *zip(*at, strict=True), style, marker=".", ms=4, color=color, label=f"{name}, {depth}"
+                )
+        axis.axhline(1.0, color="black", lw=0.6)
+        axis.set(title=curve["model"], ylim=(0, None), xlim=(0, 33))
+    for axis in axes[-1]:
+        axis.set(xlabel="tokens in one pass")
+    for row in axes:
+        row[0].set(ylabel=f"cost, 1 = one token, {sets[0]}")
+    axes[0][0].legend(frameon=False, fontsize=7, title="kernels, context", title_fontsize=7)
+    figure.suptitle(f"{report.get('machine', '')}, {report.get('threads', '?')} threads", fontsize=9)
+    return save(figure, path)

@@ -1,7 +1,7 @@
 """Models of useful size with random weights: their passes cost what a real model's do, their text means nothing.
 
-The tokenizer is the demo base's, filled up to the shape's vocabulary. Weights are random Q4_0 blocks, written
-tensor by tensor.
+The tokenizer is the demo base's, filled up to the shape's vocabulary. Weights are random blocks of a
+quantisation, written tensor by tensor.
 """
 
 from __future__ import annotations
@@ -30,27 +30,52 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(2, 64, 128, 2, 1, 4352),  # for tests
+    "demo": Shape(6, 256, 768, 4, 2, 4096),  # the bundled model
     "1b": Shape(16, 2048, 8192, 32, 8, 32000),  # Llama 3.2 1B, with the vocabulary of Llama 2
     "7b": Shape(32, 4096, 11008, 32, 32, 32000),  # Llama 2 7B
+}
+
+
+@dataclass(frozen=True)
+class Quant:
+    """Blocks of a quantisation: where f16 scales lie, and the root mean square of random bytes in units of a scale."""
+
+    file_type: gguf.LlamaFileType
+    scales: tuple[int, ...]  # offset in the block, bytes
+    deviation: float
+
+
+QUANTS = {
+    "q4_0": Quant(gguf.LlamaFileType.MOSTLY_Q4_0, (0,), 4.6),
+    "q8_0": Quant(gguf.LlamaFileType.MOSTLY_Q8_0, (0,), 74.0),
+    "q4_k": Quant(gguf.LlamaFileType.MOSTLY_Q4_K_M, (0, 2), 300.0),  # 6-bit scales and mins
+    "q6_k": Quant(gguf.LlamaFileType.MOSTLY_Q6_K, (208,), 1370.0),  # 8-bit scales
+    "f16": Quant(gguf.LlamaFileType.MOSTLY_F16, (), 1.0),
 }
 
 
 class _Writer:
     """Adds random matrices and plain vectors to a GGUF file."""
 
-    def __init__(self, path: Path, arch: str, seed: int):
+    def __init__(self, path: Path, arch: str, seed: int, quant: str = "q4_0"):
         self.gguf = gguf.GGUFWriter(path, arch, use_temp_file=True)
         self.rng = np.random.default_rng(seed)
+        self.quant = quant
+        self.gguf.add_file_type(QUANTS[quant].file_type)
 
     def matrix(self, name: str, n_out: int, n_in: int) -> None:
-        """Q4_0 blocks of 32 weights: a scale in f16 and 16 bytes of two weights each; variance 1 / n_in."""
-        blocks = np.empty((n_out, n_in // 32, 18), dtype=np.uint8)
-        blocks[..., 2:] = self.rng.integers(0, 256, blocks[..., 2:].shape, dtype=np.uint8)
-        scale = np.array(
-            [1.0 / (4.6 * np.sqrt(n_in))], dtype=np.float16
-        )  # nibbles less 8 have a deviation of 4.6
-        blocks[..., :2] = scale.view(np.uint8)
-        self.gguf.add_tensor(name, blocks.reshape(n_out, -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+        """Weights with a variance of 1 / n_in."""
+        q, kind = QUANTS[self.quant], gguf.GGMLQuantizationType[self.quant.upper()]
+        scale = np.array([1.0 / (q.deviation * np.sqrt(n_in))], dtype=np.float16)
+        if not q.scales:
+            weights = self.rng.standard_normal((n_out, n_in), dtype=np.float32) * np.float32(scale[0])
+            self.gguf.add_tensor(name, weights.astype(np.float16))
+            return
+        n_weights, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+        blocks = self.rng.integers(0, 256, (n_out, n_in // n_weights, n_bytes), dtype=np.uint8)
+        for at in q.scales:
+            blocks[..., at : at + 2] = scale.view(np.uint8)
+        self.gguf.add_tensor(name, blocks.reshape(n_out, -1), raw_dtype=kind)
 
     def vector(self, name: str, n: int, value: float) -> None:
         self.gguf.add_tensor(name, np.full(n, value, dtype=np.float32))
@@ -82,13 +107,24 @@ def _add_tokenizer(w: gguf.GGUFWriter, source: Path, n_vocab: int) -> list[str]:
     return tokens
 
 
-def write_model(path: str | Path, shape: Shape, seed: int = 1) -> Path:
-    """A Llama model of `shape`, Q4_0."""
+def write_model(path: str | Path, shape: Shape, seed: int = 1, quant: str = "q4_0") -> Path:
+    """A Llama model of `shape`.
+
+    Raises:
+        ValueError: `quant` is not one of `QUANTS`, or its blocks do not fit the shape's rows.
+    """
+    if quant not in QUANTS:
+        raise ValueError(f"quantisation is {quant!r}, must be one of {', '.join(QUANTS)}")
+    n_block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[quant.upper()]][0]
+    if shape.n_embd % n_block or shape.n_ff % n_block:
+        raise ValueError(
+            f"{quant} has blocks of {n_block} weights, which rows of {shape.n_embd} do not divide into"
+        )
     from .demo import assets
 
     s, path = shape, Path(path)
     with atomic_path(path) as temporary:
-        w = _Writer(temporary, "llama", seed)
+        w = _Writer(temporary, "llama", seed, quant)
         g = w.gguf
         g.add_name("random weights")
         g.add_context_length(4096)
@@ -101,7 +137,6 @@ def write_model(path: str | Path, shape: Shape, seed: int = 1) -> Path:
         g.add_rope_dimension_count(s.n_embd // s.n_head)
         g.add_rope_freq_base(10000.0)
         g.add_vocab_size(s.n_vocab)
-        g.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
         _add_tokenizer(g, assets() / "demo-base-q8_0.gguf", s.n_vocab)
         n_kv = s.n_embd // s.n_head * s.n_head_kv
         w.matrix("token_embd.weight", s.n_vocab, s.n_embd)
@@ -142,7 +177,6 @@ def write_heads(
         g.add_uint32(f"{arch}.vocab_size", s.n_vocab)
         g.add_uint32(f"{arch}.predict_heads", n_heads)
         g.add_uint32(f"{arch}.block_count", 1)
-        g.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
         if arch == "hydra":
             g.add_bool("hydra.grounded", True)
             g.add_bool("hydra.prefix_layer", False)
