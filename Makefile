@@ -33,7 +33,7 @@ export PATH := $(BIN):$(PATH)
 SKBUILD := $(shell sed -n 's/^requires = \["\(scikit-build-core==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native test-python test-torch test-asan build install wheel lint format clean distclean
+.PHONY: help demo test test-native test-python test-torch test-asan test-arm build install wheel lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -66,6 +66,20 @@ test-asan: $(VENV)/.tools ## run the native tests with AddressSanitizer and UBSa
 		-DCMAKE_BUILD_TYPE=RelWithDebInfo $(FLAGS)
 	cmake --build build/asan
 	UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir build/asan --output-on-failure
+
+# The CPU kernels on processors with all they know, without i8mm, and with neither: each must find the sets it can run.
+ARM  := aarch64-linux-gnu
+QEMU := qemu-aarch64 -L /usr/$(ARM)
+
+test-arm: $(VENV)/.tools ## cross-compile for 64-bit Arm and test the CPU kernels with qemu
+	@for tool in $(ARM)-gcc $(ARM)-g++ qemu-aarch64; do command -v $$tool > /dev/null \
+		|| { echo "$$tool was not found; on Debian and Ubuntu: apt install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
+	cmake -S . -B build/arm -G Ninja -DENTMTP_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_C_COMPILER=$(ARM)-gcc -DCMAKE_CXX_COMPILER=$(ARM)-g++ -DGGML_NATIVE=OFF $(filter -DENTMTP_%,$(FLAGS))
+	cmake --build build/arm --target test_kernels
+	$(QEMU) -cpu max build/arm/native/test_kernels i8mm dotprod portable
+	$(QEMU) -cpu neoverse-n1 build/arm/native/test_kernels dotprod portable
+	$(QEMU) -cpu cortex-a53 build/arm/native/test_kernels portable
 
 build: $(BUILD)/.flags ## build llama.cpp (once, cached) and libentmtp
 	@$(if $(LLAMA_CPP_DIR),cmake $(BUILD)) # looks for changes in that directory

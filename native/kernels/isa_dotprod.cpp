@@ -19,6 +19,6 @@ using namespace entmtp;
 
 namespace entmtp {
 extern const kernel_set kernels_dotprod;
-const kernel_set        kernels_dotprod = { "dotprod",         simd::G, simd::GF, quantize, matmul,
-                                         matmul_ordered, attend,  softmax,  int8_peak };
+const kernel_set        kernels_dotprod = { "dotprod",      simd::G, simd::GF, quantize, matmul,
+                                            matmul_ordered, attend,  softmax,  int8_peak };
 } // namespace entmtp

@@ -75,10 +75,10 @@ quantize(weight_type type, const float * const * x, int n, int64_t k, int64_t b0
 // Every kernel keeps float sums in registers, one per token and vector of rows, unpacks a block of weights once and uses it
 // for all n tokens. It goes over the panel once, or once for each part of the rows whose sums fit.
 
-// vectors of rows at a time
-constexpr int vectors(int n) {
+// vectors of rows at a time, for n tokens and what registers hold of sums
+constexpr int vectors(int n, int n_sums) {
     int v = PANEL / simd::R;
-    while (v > 1 && v * n > simd::G) {
+    while (v > 1 && v * n > n_sums) {
         v /= 2;
     }
     return v;
@@ -97,6 +97,16 @@ static inline void prefetch(const uint8_t * p, int bytes) {
 
 constexpr int AHEAD = 4096; // bytes
 
+// Ends the work on one token: compilers would load the activations of all, and spill what 32 registers cannot hold.
+template <class V>
+void end_token(V & sum) {
+#if defined(__GNUC__) && defined(__aarch64__)
+    __asm__ volatile("" : "+w"(sum) : : "memory");
+#else
+    (void) sum;
+#endif
+}
+
 // 4 lines of nibbles: lines 0 to 3 in the lower halves, 4 to 7 in the upper ones
 static inline void unpack_nibbles(const uint8_t * lines, simd::vb w[8]) {
     for (int j = 0; j < 4; ++j) {
@@ -111,7 +121,7 @@ static inline void unpack_nibbles(const uint8_t * lines, simd::vb w[8]) {
 template <int bits, int n>
 void matmul_32(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
     constexpr int bytes = PANEL * (2 + 4 * bits);
-    constexpr int nv    = vectors(n);
+    constexpr int nv    = vectors(n, simd::SUMS);
     for (int sub = 0; sub < PANEL; sub += nv * simd::R) {
         simd::vf sum[nv][n];
         for (int i = 0; i < nv * n; ++i) {
@@ -147,6 +157,7 @@ void matmul_32(const uint8_t * panel, int64_t n_blocks, const activations & a, f
                     t          = simd::dot16<bits>(t, w, q + 32 * i);
                     t          = simd::dot16<bits>(t, w + 4, q + 32 * i + 16);
                     sum[v][i]  = simd::fma(simd::cvt(t), simd::mulf(d, simd::set1f(dx[i])), sum[v][i]);
+                    end_token(sum[v][i]);
                 }
             }
         }
@@ -179,7 +190,7 @@ static inline void unpack_scales(const uint8_t * packed, uint8_t scales[8][PANEL
 template <int n>
 void matmul_q4_k(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
     constexpr int bytes = PANEL * 144;
-    constexpr int nv    = vectors(n);
+    constexpr int nv    = vectors(n, simd::SUMS);
     for (int sub = 0; sub < PANEL; sub += nv * simd::R) {
         simd::vf sum[nv][n];
         for (int i = 0; i < nv * n; ++i) {
@@ -213,6 +224,7 @@ void matmul_q4_k(const uint8_t * panel, int64_t n_blocks, const activations & a,
                         simd::vi u = simd::dot16<4>(simd::set1i(0), w, q + 256 * i + 32 * g);
                         u          = simd::dot16<4>(u, w + 4, q + 256 * i + 32 * g + 16);
                         t[v][i]    = simd::addi(t[v][i], simd::muli(u, scale));
+                        end_token(t[v][i]);
                     }
                 }
             }
@@ -244,7 +256,7 @@ void matmul_q4_k(const uint8_t * panel, int64_t n_blocks, const activations & a,
 template <int n>
 void matmul_q6_k(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
     constexpr int bytes = PANEL * 210;
-    constexpr int nv    = vectors(n);
+    constexpr int nv    = vectors(n, simd::SUMS);
     for (int sub = 0; sub < PANEL; sub += nv * simd::R) {
         simd::vf sum[nv][n];
         for (int i = 0; i < nv * n; ++i) {
@@ -286,6 +298,7 @@ void matmul_q6_k(const uint8_t * panel, int64_t n_blocks, const activations & a,
                         const simd::vi u1 =
                             simd::dot16<6>(simd::set1i(s[16 * i + 2 * g + 1]), w + 4, q + 256 * i + 32 * g + 16);
                         t[v][i] = simd::addi(t[v][i], simd::addi(simd::muli(u0, scale0), simd::muli(u1, scale1)));
+                        end_token(t[v][i]);
                     }
                 }
             }
@@ -315,7 +328,7 @@ static inline simd::vf load_weights(const float * p) {
 // F16 and F32: each block of 32 k has a sum of its own, in order, which is then added to the whole
 template <class T, int n>
 void matmul_float(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
-    constexpr int nv = vectors(n);
+    constexpr int nv = vectors(n, simd::SUMS_F);
     for (int sub = 0; sub < PANEL; sub += nv * simd::R) {
         simd::vf sum[nv][n];
         for (int i = 0; i < nv * n; ++i) {

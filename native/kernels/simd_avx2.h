@@ -3,9 +3,11 @@
 #include <immintrin.h>
 
 struct simd {
-    static constexpr int R  = 8;
-    static constexpr int G  = 4;
-    static constexpr int GF = 4;
+    static constexpr int R      = 8;
+    static constexpr int G      = 4;
+    static constexpr int GF     = 4;
+    static constexpr int SUMS   = 2; // measured: with more, a second pass is faster
+    static constexpr int SUMS_F = 8;
 #ifdef __AVXVNNI__
     static constexpr int OFF8 = 128;
 #else

@@ -3,10 +3,12 @@
 #include <immintrin.h>
 
 struct simd {
-    static constexpr int R    = 16;  // lanes
-    static constexpr int G    = 16;  // tokens per pass over integer weights: what the 32 registers hold
-    static constexpr int GF   = 8;   // the same for float weights
-    static constexpr int OFF8 = 128; // dot16<8> takes 8-bit weights with this added
+    static constexpr int R      = 16;  // lanes
+    static constexpr int G      = 16;  // tokens per pass over integer weights: what the 32 registers hold
+    static constexpr int GF     = 8;   // the same for float weights
+    static constexpr int SUMS   = 16;  // of tokens and vectors of rows, for integer weights
+    static constexpr int SUMS_F = 8;   // the same for float weights
+    static constexpr int OFF8   = 128; // dot16<8> takes 8-bit weights with this added
 
     using vf = __m512;
     using vi = __m512i;

@@ -3,9 +3,11 @@
 #include <arm_neon.h>
 
 struct simd {
-    static constexpr int R  = 4;
-    static constexpr int G  = 16; // sums; 8 weights and what is in flight are in the other registers
-    static constexpr int GF = 4;
+    static constexpr int R      = 4;
+    static constexpr int G      = 16;
+    static constexpr int GF     = 4;
+    static constexpr int SUMS   = 16; // 8 weights and what is in flight are in the other registers
+    static constexpr int SUMS_F = 16;
 #ifdef __ARM_FEATURE_MATMUL_INT8
     static constexpr int OFF8 = 128;
 #else
@@ -70,7 +72,6 @@ struct simd {
     // a lane of x holds 4 k for all rows
     template <int bits>
     static vi dot16(vi acc, const vb * w, const int8_t * x) {
-        in_order();
         const int8x16_t x16 = vld1q_s8(x);
 #ifdef __ARM_FEATURE_MATMUL_INT8
         acc = vusdotq_laneq_s32(acc, w[0], x16, 0);
@@ -122,13 +123,6 @@ struct simd {
     }
 
   private:
-    // Compilers would load the activations of all tokens first, and spill what does not fit.
-    static void in_order() {
-#ifdef __GNUC__
-        __asm__ volatile("" ::: "memory");
-#endif
-    }
-
     static uint8x8_t load4(const uint8_t * p) {
         uint32_t x;
         memcpy(&x, p, 4);

@@ -3,10 +3,12 @@
 #include <cmath>
 
 struct simd {
-    static constexpr int R    = 4;
-    static constexpr int G    = 4;
-    static constexpr int GF   = 4;
-    static constexpr int OFF8 = 0;
+    static constexpr int R      = 4;
+    static constexpr int G      = 4;
+    static constexpr int GF     = 4;
+    static constexpr int SUMS   = 4;
+    static constexpr int SUMS_F = 4;
+    static constexpr int OFF8   = 0;
 
     struct vf {
         float v[R];

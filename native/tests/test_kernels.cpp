@@ -265,6 +265,59 @@ static void test_extremes() {
     }
 }
 
+// the integers of activations: halves to even, and what does not fit or is no number
+static void test_quantize() {
+    const int64_t      k = 512;
+    std::vector<float> x(4 * k);
+    for (int64_t i = 0; i < k; ++i) {
+        x[i]         = i % 32 == 0 ? 127.0f : (float) (i % 255 - 127) / 2; // every second one lies between two integers
+        x[k + i]     = i % 3 == 0 ? 1e-41f : -1e-41f;                      // 127 divided by it is infinite
+        x[2 * k + i] = i == 5 ? INFINITY : (float) i;
+        x[3 * k + i] = i == 300 ? NAN : 3e38f;
+    }
+    for (weight_type type : { W_Q4_0, W_Q8_0, W_Q4_K, W_Q6_K }) {
+        const int64_t        n_blocks = k / LAYOUTS[type].block;
+        std::vector<int8_t>  q[2]     = { std::vector<int8_t>(4 * k), std::vector<int8_t>(4 * k) };
+        std::vector<float>   d[2]     = { std::vector<float>(4 * n_blocks), std::vector<float>(4 * n_blocks) };
+        std::vector<int32_t> s(4 * n_blocks * 16);
+        const float *        rows[] = { x.data(), x.data() + k, x.data() + 2 * k, x.data() + 3 * k };
+        portable().quantize(type, rows, 4, k, 0, n_blocks, { q[0].data(), nullptr, d[0].data(), s.data() });
+        CHECK(q[0][1] == -63 && q[0][2] == -62 && q[0][4] == -62); // of -63, -62.5 and -61.5
+        for (const kernel_set * const * set = kernel_sets(); *set; ++set) {
+            (*set)->quantize(type, rows, 4, k, 0, n_blocks, { q[1].data(), nullptr, d[1].data(), s.data() });
+            CHECK(q[0] == q[1] && same_bits(d[0], d[1]));
+        }
+    }
+}
+
+// probabilities down to the smallest, rows of every length
+static void test_softmax() {
+    for (int n : { 1, 3, 4, 15, 16, 17, 33, 1000, 1500 }) {
+        std::vector<float>    x(n), want(n), got(n);
+        std::vector<uint16_t> mask(n);
+        for (int i = 0; i < n; ++i) {
+            x[i]    = -0.1f * (float) (i * 7 % 1013);
+            mask[i] = i % 5 == 4 ? 0xfc00 : 0;
+        }
+        const float sink = -1.0f;
+        for (const uint16_t * m : { (const uint16_t *) nullptr, (const uint16_t *) mask.data() }) {
+            portable().softmax(x.data(), m, nullptr, want.data(), n, 1.0f, 1.0f, m ? &sink : nullptr);
+            double sum = m ? std::exp(-1.0) : 0.0;
+            for (int i = 0; i < n; ++i) {
+                sum += m && m[i] ? 0.0 : std::exp((double) x[i]);
+            }
+            for (int i = 0; i < n; ++i) {
+                const double exact = m && m[i] ? 0.0 : std::exp((double) x[i]) / sum;
+                CHECK_NEAR(want[i], exact, 1e-6 * exact + 1e-37);
+            }
+            for (const kernel_set * const * set = kernel_sets(); *set; ++set) {
+                (*set)->softmax(x.data(), m, nullptr, got.data(), n, 1.0f, 1.0f, m ? &sink : nullptr);
+                CHECK(same_bits(got, want));
+            }
+        }
+    }
+}
+
 static void test_half() {
     for (uint32_t h = 0; h < 65536; ++h) {
         const float x = half_to_float((uint16_t) h);
@@ -446,6 +499,8 @@ int main(int argc, char ** argv) {
     ggml_cpu_init();
     test_dispatch(argc - 1, argv + 1);
     test_half();
+    test_quantize();
+    test_softmax();
     test_products();
     test_extremes();
     test_attention();
