@@ -19,6 +19,7 @@ from .decoder import Decoder, Heads
 from .errors import Cancelled, EntmtpError
 from .policy import POLICIES, SCORES
 from .stats import DraftStats
+from .tokenizer import Tokenizer
 
 ACCEPT = ("lossless", "typical")
 
@@ -95,6 +96,8 @@ class Llama(llama_cpp.Llama):
 
         cpu_kernels.use(kernels)
         super().__init__(str(model_path), **kwargs)
+        if kwargs.get("tokenizer") is None:
+            self.tokenizer_ = Tokenizer(self)
 
         self._accept = accept
         self._typical = (typical_epsilon, typical_alpha)
