@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from entmtp import hub
+from entmtp.errors import ModelError
 
 from .errors import ConvertError
 from .safetensors_file import read_safetensors_file
@@ -157,53 +159,19 @@ def _card_license(folder: Path) -> str | None:
 
 
 def _open_hub(source: str, revision: str | None, progress: bool) -> Checkpoint:
-    parts = source.removeprefix("hf:").split("/", 2)
-    if len(parts) < 2 or not all(parts):
-        raise ConvertError(f"{source}: a repository on the Hugging Face Hub is given as hf:owner/repo[/file]")
-    repo = "/".join(parts[:2])
     try:
-        import huggingface_hub as hub
-    except ImportError as e:
-        raise ConvertError(
-            f"{source}: downloads need huggingface-hub; run 'pip install huggingface-hub'"
-        ) from e
-    if not progress:
-        hub.utils.disable_progress_bars()
-    info = _ask_hub(source, lambda: hub.HfApi().model_info(repo, revision=revision))
+        name = hub.Name.parse(source, revision)
+        repository = hub.open_repository(name, progress)
 
-    def get(name: str) -> Path:
-        return Path(_ask_hub(source, lambda: hub.hf_hub_download(repo, name, revision=info.sha or revision)))
+        def get(file: str) -> Path:
+            try:
+                return repository.get(file)
+            except ModelError as e:
+                raise ConvertError(str(e)) from e
 
-    names = {sibling.rfilename for sibling in info.siblings or []}
-    license = info.card_data.get("license") if info.card_data else None
-    url = f"https://huggingface.co/{repo}" + (f"/tree/{revision}" if revision else "")
-    chosen = parts[2] if len(parts) == 3 else None
-    if chosen and chosen not in names:
-        raise ConvertError(f"{source}: the repository {repo} has no file {chosen}; check the name")
-    return _read(repo, license if isinstance(license, str) else None, url, names, chosen, get, source)
-
-
-def _ask_hub(source: str, call: Callable[[], Any]) -> Any:
-    """Run a call of huggingface_hub. Raises ConvertError that says what went wrong, OSError for a local disk."""
-    try:
-        return call()
-    except Exception as e:  # the library raises its own errors, its HTTP client's and OSError's
-        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            raise
-        status = getattr(getattr(e, "response", None), "status_code", None)
-        if type(e).__name__ == "HFValidationError":
-            what = "that is no repository name; give it as hf:owner/repo"
-        elif status in (401, 403):
-            what = (
-                "the Hub refuses access: the repository does not exist, or is private or gated; check the name, ask "
-                "for access on its page and set HF_TOKEN"
-            )
-        elif status == 404:
-            what = "the Hub has no such repository, revision or file; check the name"
-        else:
-            reason = f"HTTP status {status}" if status else type(e).__name__
-            what = (
-                f"the Hugging Face Hub cannot be reached ({reason}); check the network, or download the checkpoint "
-                "and give its folder"
-            )
-        raise ConvertError(f"{source}: {what}") from e
+    except ModelError as e:
+        raise ConvertError(str(e)) from e
+    url = f"https://huggingface.co/{name.repo}" + (f"/tree/{name.revision}" if name.revision else "")
+    if name.file and name.file not in repository.files:
+        raise ConvertError(f"{source}: the repository {name.repo} has no file {name.file}; check the name")
+    return _read(name.repo, repository.license, url, set(repository.files), name.file, get, source)

@@ -169,4 +169,4 @@ def test_token_of_the_environment_is_sent(run, hub):
 
 def test_no_network(run):
     ((code, error),) = run(["hf:me/medusa"], endpoint="http://127.0.0.1:9")  # nobody listens
-    assert code == 1 and "cannot be reached" in error and "give its folder" in error
+    assert code == 1 and "cannot be reached" in error and "give the folder" in error

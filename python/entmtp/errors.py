@@ -11,3 +11,7 @@ class Cancelled(EntmtpError):
 
 class BankError(ValueError):
     """A tree bank is not what the schema asks for."""
+
+
+class ModelError(EntmtpError):
+    """A model or heads file that cannot be found, fetched or used."""

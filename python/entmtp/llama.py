@@ -17,6 +17,8 @@ from . import kernels as cpu_kernels
 from .bank import Bank
 from .decoder import Decoder, Heads
 from .errors import Cancelled, EntmtpError
+from .hub import PREFIX as HUB
+from .models import find_heads, resolve
 from .policy import POLICIES, SCORES
 from .stats import DraftStats
 from .tokenizer import Tokenizer
@@ -36,9 +38,10 @@ class Llama(llama_cpp.Llama):
         >>> print(llm.draft_stats)
 
     Args:
-        model_path: the base model.
+        model_path: the base model: a GGUF file, or `hf:owner/repo[/file][@revision]` on the Hugging Face Hub.
         draft: None (plain decoding, through the same library) or `"entmtp"`.
-        heads: heads file of this base model, written by `python -m entmtp.convert`.
+        heads: heads file of this base model, written by `python -m entmtp.convert`, or its `hf:` name. None: the one
+            that lies beside the model and was made for it.
         trees: a bank of trees: a path, a name under `trees/`, or either followed by `:tree` for one tree of it.
             None: the bank that `python -m entmtp.tune` made for this model on this machine, else the generic bank of
             the heads' kind.
@@ -60,7 +63,7 @@ class Llama(llama_cpp.Llama):
 
     Raises:
         ValueError: an argument that cannot work, or a broken tree bank.
-        EntmtpError: the heads file is damaged or belongs to another base model.
+        EntmtpError: the heads file is damaged or belongs to another base model, or an `hf:` name cannot be had.
     """
 
     def __init__(
@@ -81,15 +84,19 @@ class Llama(llama_cpp.Llama):
         kernels: str | None = None,
         **kwargs: Any,
     ):
-        self.heads_path = None if heads is None else str(heads)
-
         # first: close() needs these, even after an argument that cannot work
+        self.heads_path: str | None = None
         self._stack = contextlib.ExitStack()
         self._decoder: Decoder | None = None
         self._heads: Heads | None = None
         _check_arguments(draft, heads, policy, accept, kwargs)
         if score not in SCORES:
             raise ValueError(f"score is {score!r}, must be one of {', '.join(SCORES)}")
+        if str(model_path).startswith(HUB):
+            model_path = resolve(model_path)
+        if draft is not None:
+            heads = _heads_file(heads, Path(model_path))
+            self.heads_path = str(heads)
 
         # read before the model, which may take long to load
         bank, tree = (None, None) if draft is None or trees is None else _load_bank(trees)
@@ -319,13 +326,6 @@ def _check_arguments(draft: Any, heads: Any, policy: str, accept: str, kwargs: d
         if heads is not None:
             raise ValueError('heads are given but draft is None: pass draft="entmtp" to use them')
         return
-    if heads is None:
-        raise ValueError(
-            'draft="entmtp" needs heads=PATH, a heads file of this base model; '
-            "python -m entmtp.convert makes one from a Medusa or Hydra checkpoint"
-        )
-    if not Path(heads).is_file():
-        raise ValueError(f"heads: there is no file {heads}")
     for name, why in {
         "draft_model": "drafts too: use one of the two",
         "embedding": "makes a context for embeddings, which has nothing to draft",
@@ -333,6 +333,22 @@ def _check_arguments(draft: Any, heads: Any, policy: str, accept: str, kwargs: d
     }.items():
         if kwargs.get(name):
             raise ValueError(f'{name} cannot be combined with draft="entmtp": it {why}')
+
+
+def _heads_file(heads: str | Path | None, model: Path) -> Path:
+    """Path of the heads: as named, or those beside the model."""
+    if heads is None:
+        heads = find_heads(model)
+    if heads is None:
+        raise ValueError(
+            'draft="entmtp" needs heads=PATH, a heads file of this base model, and there is none beside it; '
+            "python -m entmtp.convert makes one from a Medusa or Hydra checkpoint"
+        )
+    if str(heads).startswith(HUB):
+        return resolve(heads, "heads")
+    if not Path(heads).is_file():
+        raise ValueError(f"heads: there is no file {heads}")
+    return Path(heads)
 
 
 def _load_bank(trees: str | Path | Bank) -> tuple[Bank, str | None]:
