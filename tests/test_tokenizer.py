@@ -49,7 +49,9 @@ def test_chunks_are_llama_cpp_pythons(
             settings["grammar"] = llama_cpp.LlamaGrammar.from_string(grammar, verbose=False)
         llm.reset()
         got: Any = llm.create_completion(text, stream=stream, **settings)
-        return [(c["choices"][0]["text"], c["choices"][0]["finish_reason"]) for c in (got if stream else [got])]
+        return [
+            (c["choices"][0]["text"], c["choices"][0]["finish_reason"]) for c in (got if stream else [got])
+        ]
 
     for text in prompts("gsm8k")[:1]:
         for stream in (True, False):
@@ -88,7 +90,9 @@ def test_each_token_is_asked_for_once(
     monkeypatch.setattr(llama_cpp, "llama_token_to_piece", counting)
     monkeypatch.setattr(llama_cpp.llama_cpp, "llama_token_to_piece", counting)
     llm.tokenizer_ = type(llm.tokenizer_)(llm)
-    stream: Any = llm.create_completion("It was a cold night", max_tokens=200, temperature=0.9, seed=1, stream=True)
+    stream: Any = llm.create_completion(
+        "It was a cold night", max_tokens=200, temperature=0.9, seed=1, stream=True
+    )
     text = "".join(c["choices"][0]["text"] for c in stream)
     assert len(text) > 200
     assert 0 < calls <= 201

@@ -218,7 +218,7 @@ class Decoder:
         sums = n.StepSums()
         by_tree = np.zeros(len(names), dtype=np.int64)
         n.decoder_get_older_steps(self._ptr, ctypes.byref(sums), by_tree.ctypes.data, len(names))
-        older = OlderSteps(by_tree=by_tree, **{f: getattr(sums, f) for f, _ in sums._fields_})
+        older = OlderSteps(by_tree=by_tree, **{f[0]: getattr(sums, f[0]) for f in sums._fields_})
         return DraftStats(steps, names, older)
 
     def close(self) -> None:

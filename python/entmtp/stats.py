@@ -34,7 +34,9 @@ class OlderSteps:
     t_verify_us: int = 0
     t_sample_us: int = 0
     t_host_us: int = 0
-    by_tree: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # [n_trees + 1] steps
+    by_tree: npt.NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros(0, np.int64)
+    )  # [n_trees + 1] steps
 
 
 @dataclass

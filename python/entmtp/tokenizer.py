@@ -1,7 +1,8 @@
 """Tokens to text, where the same list comes again and again with one more token at its end.
 
 llama-cpp-python's completion loop asks for the whole text after every token, and its tokenizer calls llama.cpp once per
-token of it: a text of n tokens costs n² / 2 calls. Here a token's bytes are asked for once, and the text so far is kept.
+token of it: a text of n tokens costs n² / 2 calls. Here a token's bytes are asked for once, and the text
+so far is kept.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Tokenizer(LlamaTokenizer):
             if n < 0:  # longer than the buffer
                 buffer = (ctypes.c_char * -n)()
                 n = llama_cpp.llama_token_to_piece(self._model.vocab, token, buffer, -n, 0, False)
-            piece = self._pieces[token] = bytes(buffer[:n])
+            piece = self._pieces[token] = buffer.raw[:n]
         return piece
 
     def _join(self, tokens: Sequence[int]) -> bytes:
@@ -44,9 +45,7 @@ class Tokenizer(LlamaTokenizer):
         except KeyError:
             return b"".join([self._piece(token) for token in tokens])
 
-    def detokenize(
-        self, tokens: Sequence[int], prev_tokens: Any = None, special: bool = False
-    ) -> bytes:
+    def detokenize(self, tokens: Sequence[int], prev_tokens: Any = None, special: bool = False) -> bytes:
         """Text of `tokens`, as `llama_cpp.Llama.detokenize`."""
         if special:
             return super().detokenize(list(tokens), special=True)
