@@ -25,7 +25,7 @@ from .chat_screen import Screen, is_colourful, no_echo
 from .errors import EntmtpError
 from .interrupt import ctrl_c_stops
 from .llama import Llama
-from .sampling import add_sampling_options, grammar, sampling
+from .sampling import UsageError, add_sampling_options, grammar, sampling
 from .speed import Meter, PlainPass, Speed
 
 REFRESH = 0.1  # seconds between two states of the status line
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
             repl(chat)
     except (EntmtpError, ValueError, OSError) as e:
         print(f"entmtp.chat: {e}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(e, UsageError) else 1
     except KeyboardInterrupt:
         return 130
     return 0

@@ -28,12 +28,8 @@ from .errors import EntmtpError
 from .interrupt import ctrl_c_stops
 from .llama import Llama
 from .prompts import read_items
-from .sampling import add_sampling_options, grammar, sampling
+from .sampling import UsageError, add_sampling_options, grammar, sampling
 from .speed import Meter, PlainPass, Speed
-
-
-class UsageError(ValueError):
-    """The command line asks for something that cannot be."""
 
 
 class Stopped(Exception):
@@ -422,7 +418,8 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(e, BrokenPipeError):  # the reader left
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        print(f"entmtp.generate: {e}", file=sys.stderr)
+        reason = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e
+        print(f"entmtp.generate: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

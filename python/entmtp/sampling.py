@@ -6,6 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+
+class UsageError(ValueError):
+    """The command line asks for something that cannot be."""
+
+
 # option: (type, argument of create_completion, default there, help)
 TABLE: dict[str, tuple[Any, str, Any, str]] = {
     "--temp": (float, "temperature", 0.8, "temperature; 0: always the most probable token"),
@@ -49,13 +54,13 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `create_completion` from the options.
 
     Raises:
-        ValueError: a grammar or schema that cannot be used.
+        UsageError: a grammar or schema that cannot be used.
     """
     settings = {name: getattr(args, name) for _, name, _, _ in TABLE.values()}
     if settings["temperature"] < 0:
-        raise ValueError(f"--temp is {settings['temperature']:g}, it must be 0 or more")
+        raise UsageError(f"--temp is {settings['temperature']:g}, it must be 0 or more")
     if settings["mirostat_mode"] not in (0, 1, 2):
-        raise ValueError(f"--mirostat is {settings['mirostat_mode']}, it must be 0, 1 or 2")
+        raise UsageError(f"--mirostat is {settings['mirostat_mode']}, it must be 0, 1 or 2")
     return settings | {"stop": list(args.stop)}
 
 
@@ -63,10 +68,10 @@ def grammar(args: argparse.Namespace) -> Any:
     """The grammar that the options name, or None.
 
     Raises:
-        ValueError: the file is missing, or no grammar.
+        UsageError: the file is missing, or no grammar.
     """
     if args.grammar and args.json_schema:
-        raise ValueError("--grammar and --json-schema exclude each other: leave one of them out")
+        raise UsageError("--grammar and --json-schema exclude each other: leave one of them out")
     path = args.grammar or args.json_schema
     if path is None:
         return None
@@ -76,8 +81,8 @@ def grammar(args: argparse.Namespace) -> Any:
     try:
         return make(path.read_text("utf-8"), verbose=False)
     except OSError as e:
-        raise ValueError(f"{path}: {(e.strerror or str(e)).lower()}") from None
+        raise UsageError(f"{path}: {(e.strerror or str(e)).lower()}") from None
     except Exception as e:  # whatever a schema may lack
-        raise ValueError(
+        raise UsageError(
             f"{path}: this is no {'JSON schema' if args.json_schema else 'GBNF grammar'}: {e}"
         ) from None
