@@ -57,9 +57,16 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def turn(terminal: Terminal, line: str, part: str) -> str:
-    """Type a line, and read until a part of the answer and the next prompt are there."""
+    """Type a line, and read until a part of the answer and the next prompt are there. White space is not kept."""
+    typed = f"> {line[:60]}"
+    n = terminal.text().count(typed)
+
+    def said(text: str) -> str:
+        return text[text.rindex(typed) + len(typed) :] if text.count(typed) > n else ""
+
     terminal.line(line)
-    return terminal.wait_for(lambda text: part in text and "\n>" in text, after=f"> {line}", what=part)
+    text = terminal.wait_for(lambda t: part in " ".join(said(t).split()) and "\n>" in said(t), what=part)
+    return " ".join(said(text).split())
 
 
 def run(env: dict[str, str], lines: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -144,7 +151,7 @@ def test_every_command(chat: Open, tmp_path: Path) -> None:
     saved = json.loads(path.read_text("utf-8"))
     assert [m["role"] for m in saved["messages"]] == ["user", "assistant"]
     assert "a new conversation" in turn(terminal, "/clear", "new")
-    assert "no question" in turn(terminal, "/regen ", "no question")
+    assert "no question" in turn(terminal, "/regen", "no question")
     assert "loaded 1 question" in turn(terminal, f"/load {path}", "loaded")
     other = tmp_path / "other.json"
     other.write_text('{"a": 1}')
@@ -272,7 +279,8 @@ def test_filter_commands_and_errors(env: dict[str, str], tmp_path: Path) -> None
         got = run(env, "", *options)
         assert got.returncode != 0
         assert said in got.stderr, got.stderr
-        assert got.stderr.count("\n") == 1, got.stderr
+        # llama.cpp itself says what is wrong with a grammar
+        assert got.stderr.count("\n") == 1 or "--grammar" in options, got.stderr
     assert run(env, "", "--tokens", "-1").returncode == 2
 
 

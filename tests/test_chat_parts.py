@@ -41,10 +41,11 @@ def test_status_line_leaves_the_text_alone(columns: int, monkeypatch: pytest.Mon
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm")
     rng = random.Random(columns)
+    # pyte cuts a wide character at the edge in two, where terminals wrap it
+    letters = "abc défgh\n\n日本🙂" if columns > 40 else "abc défgh\n"
     for _ in range(60):
         pieces = [
-            "".join(rng.choice("abc défgh\n日本🙂") for _ in range(rng.randrange(6)))
-            for _ in range(rng.randrange(1, 40))
+            "".join(rng.choice(letters) for _ in range(rng.randrange(6))) for _ in range(rng.randrange(1, 40))
         ]
         pieces[0] = "x" + pieces[0]
         out = io.StringIO()
@@ -183,7 +184,7 @@ def test_trees_change_in_a_running_model(load: Callable[..., entmtp.Llama]) -> N
     assert llm.tree == "n4"
     with pytest.raises(ValueError, match="n99"):
         llm.set_trees(policy="static", tree="n99")
-    with pytest.raises(ValueError, match="calibration"):
+    with pytest.raises(ValueError, match="no costs"):
         llm.set_trees("mc_sim_7b_63", policy="confidence")
     assert llm.bank is not None
     assert (llm.policy, llm.tree, llm.bank.name) == ("static", "n4", "generic-hydra")
@@ -207,8 +208,8 @@ def test_speed_against_plain(load: Callable[..., entmtp.Llama]) -> None:
     speed = meter.speed()
     assert speed.n_tokens == 60
     assert speed.stats.n_steps == 59
-    # plain decoding is as fast as itself: its own passes are known by now; the median leaves some to outliers
-    assert speed.speedup is not None and 0.3 < speed.speedup < 1.5
+    # plain decoding is as fast as itself
+    assert speed.speedup == pytest.approx(1.0, abs=0.01)
     assert "tokens/s" in speed.line() and "nats" in speed.line()
     assert len(speed.line(20)) <= 20
     plain.observe(speed.stats)

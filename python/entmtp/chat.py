@@ -44,7 +44,7 @@ class Chat:
         self.llm, self.live = llm, live
         self.conversation = Conversation(args.system or "")
         self.settings = sampling(args)
-        self.grammar = grammar(args)
+        self.grammar = grammar(args, llm)
         self.max_tokens: int | None = args.tokens or None
         if llm.chat_format == CONTINUE and args.tokens is None:
             self.max_tokens = CONTINUED

@@ -83,19 +83,17 @@ class Conversation:
         Raises:
             EntmtpError: the last question alone is too long.
         """
-        dropped = 0
-        while (n := prompt_length(llm, self.messages)) > llm.n_ctx() - reserve:
-            later = [i for i, m in enumerate(self.turns) if i > 0 and m["role"] == "user"]
-            if not later:
-                if n < llm.n_ctx() - 1:
-                    break  # room for a short answer
-                raise EntmtpError(
-                    f"this takes {n} tokens, the context has room for {llm.n_ctx()}: shorten it, or start with a "
-                    "larger --ctx"
-                )
-            dropped += sum(m["role"] == "user" for m in self.turns[: later[0]])
-            del self.turns[: later[0]]
-        return dropped
+        starts = [i for i, m in enumerate(self.turns) if m["role"] == "user"]
+        for dropped, start in enumerate(starts):
+            rest = Conversation(self.system, self.turns[start if dropped else 0 :])
+            n = prompt_length(llm, rest.messages)
+            # of the last question, room for a short answer is enough
+            if n <= llm.n_ctx() - reserve or (start == starts[-1] and n < llm.n_ctx() - 1):
+                self.turns = rest.turns
+                return dropped
+        raise EntmtpError(
+            f"this takes {n} tokens, the context has room for {llm.n_ctx()}: shorten it, or start with a larger --ctx"
+        )
 
     def save(self, path: Path, model: str) -> None:
         """Write the conversation as JSON, whole or not at all.

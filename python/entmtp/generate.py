@@ -57,7 +57,7 @@ class Generator:
         self.seed = args.seed
         self.chat, self.system = args.chat, args.system
         self.settings = sampling(args) | {"max_tokens": args.tokens or None}
-        self.grammar = grammar(args)
+        self.grammar = grammar(args, llm)
         self.plain = PlainPass.of(llm) if args.stats else PlainPass()
 
     def answer(

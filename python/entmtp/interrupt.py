@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import socket
 import threading
@@ -29,6 +30,11 @@ def ctrl_c_stops(llm: Llama) -> Iterator[threading.Event]:
                 stopped.set()
                 llm.cancel()
 
+    # llama.cpp would report the interrupted pass on stderr, in the middle of the text
+    logger = logging.getLogger("llama-cpp-python")
+    level = logger.level
+    logger.setLevel(max(level, logging.CRITICAL))
+
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     handler = signal.signal(signal.SIGINT, lambda *_: stopped.set())
@@ -41,3 +47,4 @@ def ctrl_c_stops(llm: Llama) -> Iterator[threading.Event]:
         writer.close()
         thread.join()
         reader.close()
+        logger.setLevel(level)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 from .costs import cached, quick
@@ -34,7 +34,7 @@ class PlainPass:
     """What a pass over a single token takes here, microseconds: the step of plain decoding.
 
     At first it is the calibrated cost, measured on this machine for this model and kept in the cache. Once a session
-    has timed enough single-token passes of its own, at the depth and load of now, it is their median.
+    has timed enough single-token passes of its own, at the depth and load of now, it is their mean.
     """
 
     us: float | None = None
@@ -63,13 +63,12 @@ class PlainPass:
     def during(self, stats: DraftStats) -> float | None:
         """What it takes by all that is known, these steps among it."""
         known = [*self.seen, *_single(stats)]
-        return median(known[-(self.seen.maxlen or 0) :]) if len(known) >= ENOUGH else self.us
+        return fmean(known[-(self.seen.maxlen or 0) :]) if len(known) >= ENOUGH else self.us
 
 
 def _single(stats: DraftStats) -> list[float]:
-    """Passes over one token, microseconds; not the first of an answer, which builds its graph."""
-    steps = stats.steps[1:]
-    times: list[float] = steps["t_verify_us"][steps["n_nodes"] == 1].tolist()
+    """Passes over one token, microseconds."""
+    times: list[float] = stats.steps["t_verify_us"][stats.steps["n_nodes"] == 1].tolist()
     return times
 
 
