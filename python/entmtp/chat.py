@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import random
 import sys
 import time
@@ -54,6 +55,7 @@ class Chat:
         self.plain = PlainPass.of(llm)
         self.speed: Speed | None = None  # of the last answer
         self.saved: Path | None = None  # the file of /save and /load
+        self.stopped = False  # the last answer, by Ctrl-C
         colour = live and is_colourful()
         self.screen = Screen(sys.stdout, live, colour)
         # what is not an answer goes to stderr where stdout is no terminal
@@ -94,16 +96,16 @@ class Chat:
             if dropped:
                 turn = "oldest question" if dropped == 1 else f"{dropped} oldest questions"
                 self.say(f"(the context is full: the {turn} and what was answered are forgotten)")
-            text, reason, stopped = self._stream()
+            text, reason, self.stopped = self._stream()
         except (EntmtpError, ValueError) as e:
             turns.pop()  # or every later question would fail, too
             self.warn(str(e))
             return False
-        if not text and stopped:
+        if not text and self.stopped:
             turns.pop()
         else:
             self.conversation.add("assistant", text)
-        if stopped:
+        if self.stopped:
             self.say("(stopped)")
         elif reason == "length" and self.live:
             full = self.max_tokens is None or self.speed is None or self.speed.n_tokens < self.max_tokens
@@ -204,6 +206,8 @@ def filter_lines(chat: Chat) -> int:
                 run(chat, question)
             elif not chat.ask(question):
                 failed = True
+            if chat.stopped:
+                return 130
         except EOFError:
             break
         except EntmtpError as e:
@@ -279,6 +283,9 @@ def main(argv: list[str] | None = None) -> int:
             from .chat_prompt import repl
 
             repl(chat)
+    except BrokenPipeError:  # the reader left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (EntmtpError, ValueError, OSError) as e:
         print(f"entmtp.chat: {e}", file=sys.stderr)
         return 2 if isinstance(e, UsageError) else 1

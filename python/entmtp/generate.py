@@ -414,10 +414,10 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as e:
         print(f"entmtp.generate: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (EntmtpError, ValueError, OSError) as e:
-        if isinstance(e, BrokenPipeError):  # the reader left
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
         reason = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e
         print(f"entmtp.generate: {reason}", file=sys.stderr)
         return 1
