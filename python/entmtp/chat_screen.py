@@ -25,6 +25,8 @@ def is_colourful() -> bool:
 
 def printable(text: str) -> str:
     """Text without the control characters by which a model could take hold of the terminal."""
+    if text.isprintable():
+        return text
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", text)
 
 
@@ -70,6 +72,9 @@ class Screen:
 
     def _follow(self, text: str) -> None:
         """Where the cursor goes."""
+        if text.isascii() and text.isprintable():  # nearly always
+            self.column = (self.column + len(text) - 1) % self.width + 1
+            return
         for c in text:
             if c == "\n":
                 self.column = 0
