@@ -33,8 +33,9 @@ def sparkline(values: Any, width: int = 60) -> str:
 class PlainPass:
     """What a pass over a single token takes here, microseconds: the step of plain decoding.
 
-    At first it is the calibrated cost, measured on this machine for this model and kept in the cache. Once a session
-    has timed enough single-token passes of its own, at the depth and load of now, it is their mean.
+    Where an answer holds enough single-token passes, it is their mean: they were timed at the same depth and load as
+    the rest of it. Else the mean of those of the answers before; and at first the calibrated cost, measured on this
+    machine for this model and kept in the cache.
     """
 
     us: float | None = None
@@ -57,13 +58,14 @@ class PlainPass:
 
     def observe(self, stats: DraftStats) -> None:
         """Take in the steps of an answer."""
-        self.us = self.during(stats)
         self.seen.extend(_single(stats))
+        if len(self.seen) >= ENOUGH:
+            self.us = fmean(self.seen)
 
     def during(self, stats: DraftStats) -> float | None:
-        """What it takes by all that is known, these steps among it."""
-        known = [*self.seen, *_single(stats)]
-        return fmean(known[-(self.seen.maxlen or 0) :]) if len(known) >= ENOUGH else self.us
+        """What it takes while these steps are taken."""
+        own = _single(stats)
+        return fmean(own) if len(own) >= ENOUGH else self.us
 
 
 def _single(stats: DraftStats) -> list[float]:
