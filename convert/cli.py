@@ -13,6 +13,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from entmtp import hub
+from entmtp.errors import ModelError
+from entmtp.models import resolve
+
 from .base import read_base
 from .checkpoint import open_checkpoint
 from .errors import ConvertError
@@ -55,10 +59,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "checkpoint",
         nargs="?",
         metavar="CHECKPOINT",
-        help="folder, .pt or .safetensors file beside its config.json, or hf:owner/repo[/file]",
+        help="folder, .pt or .safetensors file beside its config.json, or hf:owner/repo[/file][@revision]",
     )
     parser.add_argument(
-        "--base", metavar="BASE.gguf", help="GGUF of the model that the heads were trained for"
+        "--base",
+        metavar="BASE.gguf",
+        help="GGUF of the model that the heads were trained for, or hf:owner/repo[/file][@revision]",
     )
     parser.add_argument(
         "--outfile", metavar="heads.gguf", help="file to write (default: <checkpoint's name>-heads.gguf here)"
@@ -87,6 +93,15 @@ def _progress(heads: Heads, show: bool) -> Iterator[Progress]:
         yield bar
 
 
+def _base_file(base: str | os.PathLike[str]) -> Path:
+    if not os.fspath(base).startswith(hub.PREFIX):
+        return Path(base)
+    try:
+        return resolve(base, say=lambda sentence: print(f"note: {sentence}", file=sys.stderr))
+    except ModelError as e:
+        raise ConvertError(str(e)) from e
+
+
 def convert(
     checkpoint: str | os.PathLike[str],
     base: str | os.PathLike[str],
@@ -97,21 +112,23 @@ def convert(
 ) -> Converted:
     """Convert a checkpoint's heads to a heads file for `base`.
 
-    `checkpoint` is a folder, a weight file beside its config.json, or `hf:owner/repo[/file]`; `outtype` is "f32",
+    `checkpoint` is a folder, a weight file beside its config.json, or `hf:owner/repo[/file]`; `base` is a GGUF file or
+    an `hf:` name too; `outtype` is "f32",
     "f16", "bf16", "q8_0", "q4_0" or "auto" (as the base model). Notes go to stderr. Raises ConvertError, whose text is
     one sentence, when it cannot be done, and OSError when a file cannot be read or written; no output is left then.
     """
     if outtype != "auto" and outtype not in OUTTYPES:
         raise ConvertError(f"outtype {outtype!r} is not known; use one of {', '.join(OUTTYPES)} or auto")
     source = os.fspath(checkpoint)
-    model = read_base(Path(base))
+    base = _base_file(base)
+    model = read_base(base)
     opened = open_checkpoint(source, revision, progress)
     out = Path(outfile) if outfile else Path(f"{opened.name.rpartition('/')[2] or 'draft'}-heads.gguf")
     if not out.parent.is_dir() or out.is_dir():
         raise ConvertError(
             f"{out}: cannot be written, for its folder is missing or it is a folder; change --outfile"
         )
-    read = [Path(base), *{tensor.storage.path for tensor in opened.tensors.values()}]
+    read = [base, *{tensor.storage.path for tensor in opened.tensors.values()}]
     if out.exists() and any(out.samefile(path) for path in read):
         raise ConvertError(f"{out}: this is one of the files to read; give --outfile another name")
     heads = plan_heads(opened.tensors, opened.config, model, opened.label)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from checkpoints import (
@@ -20,8 +16,7 @@ from checkpoints import (
     tiny_base,
     write_checkpoint,
 )
-
-SHA = "0123456789abcdef0123456789abcdef01234567"
+from hub_server import SHA, hub_environment, serve
 
 
 @pytest.fixture(scope="module")
@@ -33,56 +28,8 @@ def hub(tmp_path_factory):
     write_checkpoint(folder / "me/hydra/main", hydra_state(2), hydra_config(2))
     write_checkpoint(folder / "me/hydra/main", medusa_state(2), None)
     (folder / "me/empty/main").mkdir(parents=True)
-    asked: list[tuple[str, str | None]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def answer(self, status, body=b"", **headers):
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def do_GET(self):
-            asked.append((self.path, self.headers.get("Authorization")))
-            parts = self.path.split("?")[0].strip("/").split("/")
-            if "gated" in parts and self.headers.get("Authorization") != "Bearer secret":
-                return self.answer(401, b"{}", X_Error_Code="GatedRepo")
-            if parts[:2] == ["api", "models"]:
-                repo, revision = "/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main"
-                at = folder / repo / revision
-                if not at.is_dir():
-                    return self.answer(404, b"{}", X_Error_Code="RevisionNotFound")
-                info = {
-                    "id": repo, "modelId": repo, "sha": SHA if revision == "main" else SHA[::-1], "tags": [],
-                    "siblings": [{"rfilename": p.name} for p in at.iterdir()], "cardData": {"license": "mit"},
-                }  # fmt: skip
-                return self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
-            if len(parts) != 5 or parts[2] != "resolve":
-                return self.answer(404)
-            repo, sha = "/".join(parts[:2]), parts[3]
-            path = folder / repo / ("main" if sha == SHA else "v2") / parts[4]
-            if not path.is_file():
-                return self.answer(404, X_Error_Code="EntryNotFound")
-            body = path.read_bytes()
-            etag = f'"{hashlib.sha256(body).hexdigest()}"'
-            return self.answer(
-                200, body, ETag=etag, X_Repo_Commit=sha, Content_Type="application/octet-stream"
-            )
-
-        do_HEAD = do_GET
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-    server.server_close()
+    with serve(folder) as (url, asked):
+        yield url, asked
 
 
 RUN = """
@@ -106,12 +53,7 @@ def run(hub, tmp_path):
             [*command, "--base", str(base), "--outfile", str(out)]
             for command, out in zip(commands, outs, strict=True)
         ]
-        clean = {
-            k: v
-            for k, v in os.environ.items()
-            if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()
-        }
-        env = {**clean, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), **env}
+        env = {**hub_environment(endpoint, tmp_path / "cache"), **env}
         done = subprocess.run(
             [sys.executable, "-c", RUN, json.dumps(args)],
             capture_output=True,

@@ -16,7 +16,7 @@ from . import _lib
 
 if TYPE_CHECKING:
     from .bank import Bank, Tree
-    from .errors import BankError, Cancelled, EntmtpError
+    from .errors import BankError, Cancelled, EntmtpError, ModelError
     from .llama import Llama
     from .stats import DraftStats
 
@@ -33,9 +33,20 @@ _WHERE = {
     "BankError": "errors",
     "Cancelled": "errors",
     "EntmtpError": "errors",
+    "ModelError": "errors",
 }
 
-__all__ = ["Bank", "BankError", "Cancelled", "DraftStats", "EntmtpError", "Llama", "Tree", "__version__"]
+__all__ = [
+    "Bank",
+    "BankError",
+    "Cancelled",
+    "DraftStats",
+    "EntmtpError",
+    "Llama",
+    "ModelError",
+    "Tree",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +22,7 @@ import numpy.typing as npt
 
 from .atomic import atomic_path
 from .bank import PLAIN, Bank, Tree
+from .cache import cache_folder
 from .errors import BankError
 
 if TYPE_CHECKING:
@@ -253,17 +252,6 @@ def measure(
 #
 # the user's cache
 #
-
-
-def cache_folder() -> Path:
-    """The user's cache for entmtp, $ENTMTP_CACHE if that is set: the one that native/llama_cpp.py builds in."""
-    if folder := os.environ.get("ENTMTP_CACHE"):
-        return Path(folder).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "entmtp"
-    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
-        return Path(local) / "entmtp" / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "entmtp"
 
 
 def machine_key(llm: Llama) -> str:

@@ -160,7 +160,7 @@ def ask(source: str, call: Callable[[], Any]) -> Any:
 def _downloaded(name: Name) -> dict[str, Path]:
     """The files of a repository that are in huggingface-hub's cache, at the name's revision."""
     hub = _library(name.text)
-    from huggingface_hub.errors import CacheNotFound
+    from huggingface_hub.utils import CacheNotFound
 
     try:
         repos = hub.scan_cache_dir().repos
@@ -195,7 +195,7 @@ def check(path: Path, expected: str, source: str) -> None:
         ModelError: they differ.
     """
     from .atomic import atomic_path
-    from .costs import cache_folder
+    from .cache import cache_folder
 
     stat = path.stat()
     seen = cache_folder() / "checked" / expected

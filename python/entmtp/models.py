@@ -172,8 +172,8 @@ def demo_files() -> tuple[Path, Path]:
         ModelError: the cache cannot be written to.
     """
     from . import __version__
+    from .cache import cache_folder
     from .convert import convert
-    from .costs import cache_folder
     from .gguf_expand import expand
 
     assets = Path(str(files(__package__) / "assets"))
@@ -191,7 +191,7 @@ def demo_files() -> tuple[Path, Path]:
             convert(checkpoint, model, heads, outtype="q8_0", progress=False)
     except OSError as e:
         raise ModelError(
-            f"the demo model needs 40 MB in the cache folder {folder}, which cannot be written "
+            f"the demo model needs 30 MB in the cache folder {folder}, which cannot be written "
             f"({(e.strerror or str(e)).lower()}); set ENTMTP_CACHE to another folder"
         ) from e
     return model, heads

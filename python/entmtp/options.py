@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DRAFTS = ("off", "static", "entropy", "confidence")
 CONTEXT = 4096
+MOST = 64  # times the context that a model was trained for
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +112,11 @@ def load(args: argparse.Namespace, **more: Any) -> Llama:
     model, heads = model_files(args)
     trained = context_length(model)
     n_ctx = args.ctx if args.ctx is not None else min(CONTEXT, trained or CONTEXT)
+    if trained and n_ctx > MOST * trained:  # surely a slip, and llama.cpp would take all memory to find out
+        raise ModelError(
+            f"--ctx {n_ctx} is more than {MOST} times the {trained} tokens that {model.name} was trained for; "
+            "choose a smaller one"
+        )
     settings: dict[str, Any] = {
         "n_ctx": n_ctx, "n_gpu_layers": args.n_gpu_layers, "flash_attn": args.flash_attn, "kernels": args.kernels,
         "verbose": False,
@@ -133,12 +139,19 @@ def load(args: argparse.Namespace, **more: Any) -> Llama:
 
 
 def _explained(error: ValueError, model: Path, n_ctx: int) -> ValueError:
-    """llama-cpp-python's errors, with what to do about them."""
+    """llama-cpp-python's errors, with their reason and what to do about it."""
+    from .convert.base import read_base
+    from .convert.errors import ConvertError
+
     text = str(error)
     if "Failed to load model" in text:
+        try:
+            architecture = read_base(model).architecture
+        except ConvertError as e:  # not a GGUF file, damaged, a heads file
+            return ValueError(str(e))
         return ValueError(
-            f"{model}: llama.cpp cannot load it: the file is damaged, no language model, of an architecture that this "
-            "llama.cpp does not know, or too large for memory; entmtp doctor --model tells more"
+            f"{model}: llama.cpp cannot load it: it does not know the architecture {architecture}, or memory is too "
+            "small; give another model, or a smaller quantisation"
         )
     if "Failed to create llama_context" in text:
         return ValueError(f"{model}: no room for a context of {n_ctx} tokens; choose a smaller --ctx")
