@@ -13,10 +13,10 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.styles import Style
 
+from .cache import cache_folder
 from .chat import Chat
 from .chat_commands import CommandCompleter, how, run
 from .chat_conversation import CONTINUE
-from .costs import cache_folder
 from .errors import EntmtpError
 
 STYLE = Style.from_dict({
