@@ -14,6 +14,7 @@ import entmtp
 from entmtp.convert import convert
 from entmtp.demo import assets
 from entmtp.gguf_expand import expand
+from entmtp.models import demo_files
 
 # the same examples in every run, however busy the machine is
 settings.register_profile(
@@ -76,3 +77,13 @@ def prompts(*tasks: str) -> list[str]:
         lines = (Path(__file__).parent / "prompts" / f"{task}.jsonl").read_text("utf-8").splitlines()
         texts += [json.loads(line)["prompt"] for line in lines]
     return texts
+
+
+@pytest.fixture(scope="session")
+def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of its own, with the demo's files: ENTMTP_CACHE for commands."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ENTMTP_CACHE", str(folder))
+        demo_files()
+    yield folder

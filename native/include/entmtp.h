@@ -224,6 +224,10 @@ ENTMTP_API int32_t entmtp_decoder_sample(struct entmtp_decoder * dec, struct lla
 ENTMTP_API int32_t
 entmtp_decoder_sample_typical(struct entmtp_decoder * dec, float temp, float epsilon, float alpha, int32_t * token);
 
+// The token is a draft that was right: it is in the verified tree, after the tokens evaluated so far, so that evaluating it
+// next takes no pass.
+ENTMTP_API bool entmtp_decoder_is_drafted(const struct entmtp_decoder * dec, int32_t token);
+
 // Leave in the memory exactly what plain decoding would have there: the evaluated tokens, no drafts.
 ENTMTP_API int32_t entmtp_decoder_settle(struct entmtp_decoder * dec);
 
@@ -269,13 +273,31 @@ struct entmtp_step {
     int32_t t_host_us; // everything else of ours: entropy, choice, batch, commit
 };
 
-// off by default: then nothing is timed or kept
+// of steps that have no record any more
+struct entmtp_step_sums {
+    int64_t n_steps;
+    int64_t n_nodes;
+    int64_t n_accepted;
+    double  entropy;
+    int64_t t_draft_us;
+    int64_t t_verify_us;
+    int64_t t_sample_us;
+    int64_t t_host_us;
+};
+
+// Off by default: then nothing is timed or kept. The latest 65,536 steps since the last reset have a record each, older
+// ones are summed up. Other trees start anew.
 ENTMTP_API void   entmtp_decoder_set_stats(struct entmtp_decoder * dec, bool enabled);
 ENTMTP_API size_t entmtp_decoder_n_steps(const struct entmtp_decoder * dec);
 ENTMTP_API size_t entmtp_decoder_get_steps(const struct entmtp_decoder * dec,
                                            struct entmtp_step *          steps,
                                            size_t                        first,
                                            size_t                        n);
+// by_tree [n_trees]  how many of the older steps had each tree
+ENTMTP_API void   entmtp_decoder_get_older_steps(const struct entmtp_decoder * dec,
+                                                 struct entmtp_step_sums *     sums,
+                                                 int64_t *                     by_tree,
+                                                 int32_t                       n_trees);
 ENTMTP_API void   entmtp_decoder_reset_stats(struct entmtp_decoder * dec);
 
 //

@@ -231,6 +231,10 @@ int32_t entmtp_decoder_sample_typical(entmtp_decoder * dec, float temp, float ep
     });
 }
 
+bool entmtp_decoder_is_drafted(const entmtp_decoder * dec, int32_t token) {
+    return dec && dec->impl.is_drafted(token);
+}
+
 int32_t entmtp_decoder_settle(entmtp_decoder * dec) {
     return guarded(dec, [&](entmtp::decoder & d) { return d.settle(); });
 }
@@ -300,8 +304,22 @@ size_t entmtp_decoder_get_steps(const entmtp_decoder * dec, entmtp_step * steps,
         return 0;
     }
     n = std::min(n, dec->impl.steps.size() - first);
-    std::copy_n(dec->impl.steps.begin() + (ptrdiff_t) first, n, steps);
+    for (size_t i = 0; i < n; ++i) {
+        steps[i] = dec->impl.steps[first + i];
+    }
     return n;
+}
+
+void entmtp_decoder_get_older_steps(const entmtp_decoder * dec,
+                                    entmtp_step_sums *     sums,
+                                    int64_t *              by_tree,
+                                    int32_t                n_trees) {
+    if (dec && sums && by_tree) {
+        *sums = dec->impl.steps.older();
+        for (int32_t i = 0; i < n_trees; ++i) {
+            by_tree[i] = dec->impl.steps.older_with((size_t) i);
+        }
+    }
 }
 
 void entmtp_decoder_reset_stats(entmtp_decoder * dec) {

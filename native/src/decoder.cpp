@@ -71,6 +71,7 @@ void decoder::set_trees(std::vector<tree> trees) {
     }
 
     settle();
+    reset_stats(); // records name trees by index
 
     // graphs are kept per tree, by address
     if (draft_heads) {
@@ -299,7 +300,7 @@ int32_t decoder::step(int32_t token) {
             s.t_draft_us  = (int32_t) t_draft;
             s.t_verify_us = (int32_t) t_verify;
             s.t_host_us   = (int32_t) (t0 - t_start);
-            steps.push_back(s);
+            steps.push(s);
         }
     }
     return ENTMTP_OK;

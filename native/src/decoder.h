@@ -6,6 +6,7 @@
 #include "entropy.h"
 #include "heads.h"
 #include "scheduler.h"
+#include "steps.h"
 #include "tree.h"
 #include "verify.h"
 
@@ -42,6 +43,11 @@ class decoder {
     int32_t sample_typical(const typical_params & p, int32_t * token);
     int32_t settle(int32_t next = -1); // next: the token that left the tree, if one did
 
+    // evaluating `token` next would follow the verified tree: a draft of it was right
+    bool is_drafted(int32_t token) const {
+        return live && tree_id >= 0 && topology(tree_id).find_child(path.back(), tokens, token) >= 0;
+    }
+
     bool can_tree() const { return verify.can_tree(); }
 
     void invalidate(int32_t n_past);
@@ -55,8 +61,8 @@ class decoder {
 
     const int32_t n_vocab;
 
-    std::vector<entmtp_step> steps;
-    std::string              error;
+    step_log    steps;
+    std::string error;
 
   private:
     int32_t eval_prompt(const int32_t * tokens, int32_t n, int32_t n_past, bool all_outputs);

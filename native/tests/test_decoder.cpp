@@ -23,7 +23,12 @@ static void test_same_tokens() {
             loop l(path);
             for (const int32_t tree : { 0, chain, bushy, every_token }) {
                 l.use_tree(tree);
-                CHECK(run(l, sampler().get(), n) == expected);
+                int32_t    n_drafted = 0;
+                const auto count     = [&](loop & x, int32_t i) {
+                    n_drafted += entmtp_decoder_is_drafted(x.dec.get(), expected[i]);
+                };
+                CHECK(run(l, sampler().get(), n, count) == expected);
+                CHECK_EQ(n_drafted, l.n_accepted());
 
                 // every token had a step or was accepted in one
                 const auto steps = l.steps();

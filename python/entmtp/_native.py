@@ -149,6 +149,21 @@ class Step(ctypes.Structure):
     ]
 
 
+class StepSums(ctypes.Structure):
+    """struct entmtp_step_sums"""
+
+    _fields_ = [
+        ("n_steps", c_int64),
+        ("n_nodes", c_int64),
+        ("n_accepted", c_int64),
+        ("entropy", c_double),
+        ("t_draft_us", c_int64),
+        ("t_verify_us", c_int64),
+        ("t_sample_us", c_int64),
+        ("t_host_us", c_int64),
+    ]
+
+
 def _bind(name: str, restype: Any, *argtypes: Any) -> Any:
     function = getattr(lib, name)
     function.restype = restype
@@ -246,6 +261,9 @@ decoder_sample_typical = _bind(
     "entmtp_decoder_sample_typical", c_int32, c_void_p, c_float, c_float, c_float, POINTER(c_int32)
 )
 
+# bool entmtp_decoder_is_drafted(const struct entmtp_decoder * dec, int32_t token);
+decoder_is_drafted = _bind("entmtp_decoder_is_drafted", c_bool, c_void_p, c_int32)
+
 # int32_t entmtp_decoder_settle(struct entmtp_decoder * dec);
 decoder_settle = _bind("entmtp_decoder_settle", c_int32, c_void_p)
 
@@ -279,6 +297,12 @@ decoder_n_steps = _bind("entmtp_decoder_n_steps", c_size_t, c_void_p)
 # size_t entmtp_decoder_get_steps(
 #         const struct entmtp_decoder * dec, struct entmtp_step * steps, size_t first, size_t n);
 decoder_get_steps = _bind("entmtp_decoder_get_steps", c_size_t, c_void_p, c_void_p, c_size_t, c_size_t)
+
+# void entmtp_decoder_get_older_steps(
+#         const struct entmtp_decoder * dec, struct entmtp_step_sums * sums, int64_t * by_tree, int32_t n_trees);
+decoder_get_older_steps = _bind(
+    "entmtp_decoder_get_older_steps", None, c_void_p, POINTER(StepSums), c_void_p, c_int32
+)
 
 # void entmtp_decoder_reset_stats(struct entmtp_decoder * dec);
 decoder_reset_stats = _bind("entmtp_decoder_reset_stats", None, c_void_p)

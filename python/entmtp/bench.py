@@ -27,8 +27,8 @@ from .errors import EntmtpError
 from .llama import Llama
 from .machine import cpu_name, peak_memory_mb
 from .methods import CONFIDENCE, ENTMTP, PLAIN_LOOP, Method, comparison, generic, published
+from .prompts import read_prompts
 from .study import decode
-from .tune import read_prompts
 
 Runner = Callable[[list[int], int, float], dict[str, Any]]
 

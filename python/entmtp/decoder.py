@@ -14,7 +14,7 @@ from . import _native as n
 from .bank import Bank
 from .errors import EntmtpError
 from .policy import Arrays
-from .stats import STEP_DTYPE, DraftStats
+from .stats import STEP_DTYPE, DraftStats, OlderSteps
 
 
 class Heads:
@@ -164,6 +164,10 @@ class Decoder:
         n.check(n.decoder_sample_typical(self._ptr, temp, epsilon, alpha, ctypes.byref(self._token)))
         return self._token.value
 
+    def is_drafted(self, token: int) -> bool:
+        """Whether the token sampled last is a draft that was right: evaluating it takes no pass."""
+        return bool(n.decoder_is_drafted(self._ptr, token))
+
     def settle(self) -> None:
         """Leave in the context's memory what plain decoding would have there."""
         if self._ptr:
@@ -211,7 +215,11 @@ class Decoder:
         steps = np.zeros(n.decoder_n_steps(self._ptr), dtype=STEP_DTYPE)
         n.decoder_get_steps(self._ptr, steps.ctypes.data, 0, len(steps))
         names = [*(t.name for t in self.bank.trees), "grown"] if self.bank else ["plain"]
-        return DraftStats(steps=steps, tree_names=names)
+        sums = n.StepSums()
+        by_tree = np.zeros(len(names), dtype=np.int64)
+        n.decoder_get_older_steps(self._ptr, ctypes.byref(sums), by_tree.ctypes.data, len(names))
+        older = OlderSteps(by_tree=by_tree, **{f[0]: getattr(sums, f[0]) for f in sums._fields_})
+        return DraftStats(steps, names, older)
 
     def close(self) -> None:
         if self._ptr:

@@ -22,6 +22,7 @@ from rich.table import Table
 from .gguf_expand import expand
 from .llama import Llama
 from .methods import CONFIDENCE, ENTMTP, PLAIN_LOOP, Method, generic, published
+from .speed import sparkline
 from .stats import DraftStats
 
 PROMPTS = {
@@ -31,24 +32,10 @@ PROMPTS = {
     "story": "It was a cold and windy night when the carriage stopped before the old house, and",
 }
 
-BARS = " ▁▂▃▄▅▆▇█"
-
 
 def assets() -> Path:
     """Folder of the bundled demo model and checkpoints."""
     return Path(str(files(__package__) / "assets"))
-
-
-def sparkline(values: Any, width: int = 60) -> str:
-    """Values as bars, averaged down to `width` characters."""
-    values = [float(v) for v in values]
-    if not values:
-        return ""
-    n = min(width, len(values))
-    chunks = [values[i * len(values) // n : (i + 1) * len(values) // n] for i in range(n)]
-    means = [sum(c) / len(c) for c in chunks]
-    top = max(means) or 1.0
-    return "".join(BARS[round(m / top * (len(BARS) - 1))] for m in means)
 
 
 def generate(llm: Llama, prompt: str, n_tokens: int, temp: float) -> tuple[list[int], float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .hub import PREFIX as HUB
 from .models import find_heads, resolve
 from .policy import POLICIES, SCORES
 from .stats import DraftStats
+from .tokenizer import Tokenizer
 
 ACCEPT = ("lossless", "typical")
 
@@ -88,6 +89,11 @@ class Llama(llama_cpp.Llama):
         self._stack = contextlib.ExitStack()
         self._decoder: Decoder | None = None
         self._heads: Heads | None = None
+        self.bank: Bank | None = None  # what is drafted from, None without heads
+        self.policy = "off"
+        self.tree: str | None = None  # the one of policy "static"
+        # called with each sampled token, and whether it was in an accepted draft
+        self.on_token: Callable[[int, bool], None] | None = None
         _check_arguments(draft, heads, policy, accept, kwargs)
         if score not in SCORES:
             raise ValueError(f"score is {score!r}, must be one of {', '.join(SCORES)}")
@@ -102,6 +108,8 @@ class Llama(llama_cpp.Llama):
 
         cpu_kernels.use(kernels)
         super().__init__(str(model_path), **kwargs)
+        if kwargs.get("tokenizer") is None:
+            self.tokenizer_ = Tokenizer(self)
 
         self._accept = accept
         self._typical = (typical_epsilon, typical_alpha)
@@ -164,18 +172,41 @@ class Llama(llama_cpp.Llama):
         elif tree is not None:
             raise ValueError(f'trees names the tree {tree}, which only policy="static" uses')
         self._decoder.set_bank(bank, policy, static_tree, **self._settings)
+        self.bank, self.policy = bank, policy
+        self.tree = bank.trees[static_tree].name if policy == "static" else None
 
-    def set_trees(self, trees: str | Path | Bank, policy: str = "entropy", score: str = "entropy") -> None:
-        """Draft from other trees from now on; arguments as in the constructor."""
+    def set_trees(
+        self,
+        trees: str | Path | Bank | None = None,
+        policy: str = "entropy",
+        score: str = "entropy",
+        tree: str | None = None,
+    ) -> None:
+        """Draft in another way from now on, without loading anything anew. What was learned so far is forgotten.
+
+        Args:
+            trees, policy, score: as in the constructor; trees=None keeps the bank.
+            tree: the tree of the bank that policy "static" uses.
+
+        Raises:
+            ValueError: arguments that cannot work; all stays as it was.
+        """
         if self._heads is None:
             raise ValueError('trees need draft heads: create the model with draft="entmtp" and heads')
         if policy not in POLICIES:
             raise ValueError(f"policy is {policy!r}, must be one of {', '.join(POLICIES)}")
         if score not in SCORES:
             raise ValueError(f"score is {score!r}, must be one of {', '.join(SCORES)}")
-        bank, tree = _load_bank(trees)
-        self._settings["score"] = score
-        self._set_bank(bank, tree, policy)
+        assert self.bank is not None
+        bank, named = (self.bank, None) if trees is None else _load_bank(trees)
+        before = self.bank, self.tree, self.policy, self._settings["score"]
+        try:
+            self._settings["score"] = score
+            self._set_bank(bank, tree or named, policy)
+        except (EntmtpError, ValueError):
+            self._settings["score"] = before[3]
+            self._set_bank(*before[:3])
+            raise
 
     @property
     def draft_stats(self) -> DraftStats:
@@ -265,12 +296,17 @@ class Llama(llama_cpp.Llama):
             asked += [k for k in ("frequency_penalty", "presence_penalty") if settings[k] != 0.0]
             asked += ["repeat_penalty"] if repeat_penalty != 1.0 else []
             if not asked:
-                return self._decoder.sample_typical(temp, *self._typical)
+                return self._tell(self._decoder.sample_typical(temp, *self._typical))
             self._say_once(f'accept="typical" does not know {asked[0]}: accepting losslessly')
 
         # outside of generate() there is no sampler that lives on, as in llama_cpp
         sampler = self._sampler if self._sampler is not None else self._init_sampler(**settings)
-        return self._decoder.sample(sampler.sampler)
+        return self._tell(self._decoder.sample(sampler.sampler))
+
+    def _tell(self, token: int) -> int:
+        if self.on_token is not None and self._decoder is not None:
+            self.on_token(token, self._decoder.is_drafted(token))
+        return token
 
     def _say_once(self, text: str) -> None:
         if text not in self._warned:

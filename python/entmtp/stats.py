@@ -23,30 +23,49 @@ STEP_DTYPE = np.dtype(
 
 
 @dataclass
+class OlderSteps:
+    """Sums over the steps before those that have a record, struct entmtp_step_sums."""
+
+    n_steps: int = 0
+    n_nodes: int = 0
+    n_accepted: int = 0
+    entropy: float = 0.0
+    t_draft_us: int = 0
+    t_verify_us: int = 0
+    t_sample_us: int = 0
+    t_host_us: int = 0
+    by_tree: npt.NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros(0, np.int64)
+    )  # [n_trees + 1] steps
+
+
+@dataclass
 class DraftStats:
-    """Statistics of the steps of a generation.
+    """Statistics of the steps of a generation. The figures count all steps since the last reset.
 
     Attributes:
-        steps: one record per step, see `STEP_DTYPE`.
+        steps: one record per step, see `STEP_DTYPE`, of the latest 65,536 steps.
         tree_names: names of the bank's trees, by index.
+        older: sums over the steps before.
     """
 
     steps: npt.NDArray[np.void] = field(default_factory=lambda: np.zeros(0, STEP_DTYPE))
     tree_names: list[str] = field(default_factory=list)
+    older: OlderSteps = field(default_factory=OlderSteps)
 
     @property
     def n_steps(self) -> int:
-        return len(self.steps)
+        return self.older.n_steps + len(self.steps)
 
     @property
     def n_drafted(self) -> int:
         """Guesses that were verified."""
-        return int((self.steps["n_nodes"] - 1).sum())
+        return self.older.n_nodes + int(self.steps["n_nodes"].sum()) - self.n_steps
 
     @property
     def n_accepted(self) -> int:
         """Guesses that were taken."""
-        return int(self.steps["n_accepted"].sum())
+        return self.older.n_accepted + int(self.steps["n_accepted"].sum())
 
     @property
     def tokens_per_step(self) -> float:
@@ -61,19 +80,24 @@ class DraftStats:
     @property
     def mean_entropy(self) -> float:
         """Mean of the running estimate, nats."""
-        return float(self.steps["entropy"].mean()) if self.n_steps else 0.0
+        total = self.older.entropy + float(self.steps["entropy"].sum(dtype=np.float64))
+        return total / self.n_steps if self.n_steps else 0.0
 
     @property
     def trees_used(self) -> dict[str, int]:
         """Steps per tree, most used first."""
-        ids, counts = np.unique(self.steps["tree"], return_counts=True)
+        counts = np.bincount(self.steps["tree"], minlength=len(self.older.by_tree))
+        counts[: len(self.older.by_tree)] += self.older.by_tree
         order = np.argsort(-counts, kind="stable")
-        return {self.tree_names[ids[i]]: int(counts[i]) for i in order}
+        return {self.tree_names[i]: int(counts[i]) for i in order if counts[i]}
 
     @property
     def time_split(self) -> dict[str, float]:
         """Seconds in draft, verify, sample and host work."""
-        return {k: float(self.steps[f"t_{k}_us"].sum()) / 1e6 for k in ("draft", "verify", "sample", "host")}
+        return {
+            k: (getattr(self.older, f"t_{k}_us") + float(self.steps[f"t_{k}_us"].sum())) / 1e6
+            for k in ("draft", "verify", "sample", "host")
+        }
 
     def __str__(self) -> str:
         used = ", ".join(f"{name} {count}" for name, count in self.trees_used.items())

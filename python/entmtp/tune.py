@@ -12,7 +12,6 @@ of the
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -35,6 +34,7 @@ from .errors import EntmtpError
 from .llama import Llama
 from .machine import cpu_name
 from .policy import PUBLISHED
+from .prompts import read_prompts
 from .replay import replay
 from .traces import Traces, heads_identity, record
 
@@ -259,22 +259,6 @@ def tune(
         device=f"{cpu_name()} ({platform.machine()}), {threads}; {Path(model).name}",
         report=report,
     )
-
-
-def read_prompts(path: str | Path, limit: int | None = None) -> list[str]:
-    """The `prompt` of each line of a JSONL file; Spec-Bench's `turns` count by their first."""
-    prompts = []
-    for i, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-            prompts.append(item["prompt"] if "prompt" in item else item["turns"][0])
-        except (json.JSONDecodeError, KeyError, IndexError, TypeError):
-            raise ValueError(f"{path}, line {i}: expected a JSON object with a text field prompt") from None
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts")
-    return prompts[:limit]
 
 
 def show(console: Console, bank: Bank) -> None:

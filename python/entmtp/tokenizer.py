@@ -1,0 +1,63 @@
+"""Tokens to text, where the same list comes again and again with one more token at its end.
+
+llama-cpp-python's completion loop asks for the whole text after every token, and its tokenizer calls llama.cpp once per
+token of it: a text of n tokens costs n² / 2 calls. Here a token's bytes are asked for once, and the text
+so far is kept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import llama_cpp
+from llama_cpp.llama_tokenizer import LlamaTokenizer
+
+SHORT = 64  # tokens that are joined anew in every call
+
+
+class Tokenizer(LlamaTokenizer):
+    """The model's own tokenizer, with llama-cpp-python's results."""
+
+    def __init__(self, llama: llama_cpp.Llama):
+        super().__init__(llama)
+        self._bos = self._model.token_bos()
+        self._pieces: dict[int, bytes] = {}
+        # replaced as a whole, never changed: another thread may be reading it
+        self._memo: tuple[list[int], bytes] = ([], b"")
+
+    def _piece(self, token: int) -> bytes:
+        piece = self._pieces.get(token)
+        if piece is None:
+            size = 32
+            buffer = (ctypes.c_char * size)()
+            n = llama_cpp.llama_token_to_piece(self._model.vocab, token, buffer, size, 0, False)
+            if n < 0:  # longer than the buffer
+                buffer = (ctypes.c_char * -n)()
+                n = llama_cpp.llama_token_to_piece(self._model.vocab, token, buffer, -n, 0, False)
+            piece = self._pieces[token] = buffer.raw[:n]
+        return piece
+
+    def _join(self, tokens: Sequence[int]) -> bytes:
+        try:
+            return b"".join([self._pieces[token] for token in tokens])
+        except KeyError:
+            return b"".join([self._piece(token) for token in tokens])
+
+    def detokenize(self, tokens: Sequence[int], prev_tokens: Any = None, special: bool = False) -> bytes:
+        """Text of `tokens`, as `llama_cpp.Llama.detokenize`."""
+        if special:
+            return super().detokenize(list(tokens), special=True)
+        if len(tokens) <= SHORT:
+            text = self._join(tokens)
+        else:
+            tokens = list(tokens)
+            known, text = self._memo
+            if tokens[: len(known)] != known:
+                known, text = [], b""
+            text += self._join(tokens[len(known) :])
+            if len(tokens) - len(known) > SHORT:
+                self._memo = tokens, text
+        # as llama-cpp-python: some models put a space before the first word
+        return text[1:] if text[:1] == b" " and tokens[0] == self._bos else text
