@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,23 @@ def test_a_budget_still_measures_what_is_needed(llm: Llama) -> None:
     assert len(c.chain) == 5
 
 
-def test_quick_costs_are_kept_per_model_and_machine(llm: Llama, cache: Path) -> None:
+@pytest.fixture
+def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timings are kept however busy this machine is."""
+    monkeypatch.setattr(costs, "is_steady", lambda _: True)
+
+
+def test_absurd_timings_are_not_kept(llm: Llama, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = from_json(GOOD, "x")
+    assert costs.is_steady(good)
+    assert not costs.is_steady(replace(good, spread=0.8))
+    assert not costs.is_steady(replace(good, verify=good.verify | {64: {1: 100.0, 2: 80000.0}}))
+    monkeypatch.setattr(costs, "is_steady", lambda _: False)
+    assert isinstance(costs.quick(llm, seconds=0.05), Costs)
+    assert not (cache / "costs").exists()
+
+
+def test_quick_costs_are_kept_per_model_and_machine(llm: Llama, cache: Path, trusting: None) -> None:
     first = costs.quick(llm, seconds=0.1)
     (file,) = (cache / "costs").iterdir()
     assert file.stem == first.key == costs.machine_key(llm)
@@ -143,7 +160,9 @@ def test_key_depends_on_the_settings(llm: Llama, models: dict[str, Path]) -> Non
 
 
 @pytest.mark.parametrize("calibrate", [True, False])
-def test_llama_measures_at_first_use(calibrate: bool, models: dict[str, Path], cache: Path) -> None:
+def test_llama_measures_at_first_use(
+    calibrate: bool, models: dict[str, Path], cache: Path, trusting: None
+) -> None:
     settings = F32 | {"calibrate": calibrate}
     llm = Llama(models["q8_0"], draft="entmtp", heads=models["hydra"], **settings)
     assert (cache / "costs").exists() == calibrate
@@ -154,8 +173,6 @@ def test_llama_measures_at_first_use(calibrate: bool, models: dict[str, Path], c
 
 
 def test_a_tuned_bank_of_this_machine_is_found(models: dict[str, Path], cache: Path) -> None:
-    from dataclasses import replace
-
     from entmtp.atomic import atomic_path
     from entmtp.bank import Bank, dumps
 

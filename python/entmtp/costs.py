@@ -307,11 +307,18 @@ def keep(costs: Costs) -> None:
 
 
 def quick(llm: Llama, seconds: float = 1.5) -> Costs:
-    """Costs of this machine from the cache, or measured now in about `seconds`, and cached."""
+    """Costs of this machine from the cache, or measured now in about `seconds`, and cached if they can be trusted."""
     if (known := cached(llm)) is None:
         known = measure(llm, QUICK_SIZES, contexts=(16,), n_rounds=8, budget=seconds)
-        keep(known)
+        if is_steady(known):
+            keep(known)
     return known
+
+
+def is_steady(costs: Costs) -> bool:
+    """Whether timings are good enough to be kept: another program on the same cores can make them absurd."""
+    possible = all(us <= 3 * n * row[1] for row in costs.verify.values() for n, us in row.items())
+    return possible and costs.spread <= 0.5
 
 
 def from_json(data: Any, label: str) -> Costs:
