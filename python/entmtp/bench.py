@@ -22,6 +22,7 @@ import llama_cpp
 import numpy as np
 from rich.progress import Progress
 
+from . import kernels
 from .atomic import atomic_path
 from .errors import EntmtpError
 from .llama import Llama
@@ -31,6 +32,7 @@ from .prompts import read_prompts
 from .study import decode
 
 Runner = Callable[[list[int], int, float], dict[str, Any]]
+GGML = Method("EntMTP, ggml's kernels", None, "entropy")  # as ENTMTP, but for the CPU kernels
 
 
 def runners(args: argparse.Namespace) -> tuple[dict[str, Runner], list[Any]]:
@@ -39,7 +41,8 @@ def runners(args: argparse.Namespace) -> tuple[dict[str, Runner], list[Any]]:
         "n_ctx": args.ctx, "n_threads": args.threads, "n_threads_batch": args.threads, "verbose": False,
         "n_gpu_layers": args.n_gpu_layers, "flash_attn": args.flash_attn,
     }  # fmt: skip
-    stock = llama_cpp.Llama(args.model, **settings)
+    with kernels.using("off"):
+        stock = llama_cpp.Llama(args.model, **settings)
     plain = Llama(args.model, stats=False, **settings)
     draft = Llama(args.model, draft="entmtp", heads=args.heads, **settings)
     # these learn from answer to answer
@@ -47,6 +50,8 @@ def runners(args: argparse.Namespace) -> tuple[dict[str, Runner], list[Any]]:
         m.label: Llama(args.model, draft="entmtp", heads=args.heads, policy=m.policy, **settings)
         for m in (ENTMTP, CONFIDENCE)
     }
+    ggml = Llama(args.model, draft="entmtp", heads=args.heads, kernels="off", **settings)
+    kernels.use()
     assert draft._heads is not None
 
     arch = draft._heads.arch
@@ -69,8 +74,17 @@ def runners(args: argparse.Namespace) -> tuple[dict[str, Runner], list[Any]]:
 
         return run
 
+    def with_ggml(run: Runner) -> Runner:
+        def switched(prompt: list[int], n_tokens: int, temp: float) -> dict[str, Any]:
+            with kernels.using("off"):
+                return run(prompt, n_tokens, temp)
+
+        return switched
+
+    adaptive[GGML.label] = ggml
     table: dict[str, Runner] = {
-        "llama-cpp-python": lambda prompt, n, temp: decode(stock, prompt, n, temp, 1234),
+        "llama-cpp-python": with_ggml(lambda prompt, n, temp: decode(stock, prompt, n, temp, 1234)),
+        GGML.label: with_ggml(with_method(GGML)),
         PLAIN_LOOP.label: lambda prompt, n, temp: decode(plain, prompt, n, temp, 1234),
     }
     table |= {m.label: with_method(m) for m in methods}
@@ -97,20 +111,24 @@ def bench_task(
         k: np.array([(len(r["tokens"]) - 1) / r["seconds"] for r in rs if len(r["tokens"]) > 8])
         for k, rs in results.items()
     }
-    base = results[labels[0]]
+
+    def ratio(label: str, base: str) -> list[float]:
+        """Median and quartiles over the prompts of a method's speed against another's."""
+        if len(speeds[label]) != len(speeds[base]):
+            return [float("nan")] * 3
+        return [float(x) for x in np.percentile(speeds[label] / speeds[base], [50, 25, 75])]
+
     rows = []
     for label in labels:
         rs = results[label]
-        ratio = (
-            speeds[label] / speeds[labels[0]]
-            if len(speeds[label]) == len(speeds[labels[0]])
-            else np.array([np.nan])
-        )
+        # kernels differ in rounding: each method against plain decoding with its own
+        reference = results[labels[0] if label == GGML.label else PLAIN_LOOP.label]
         row: dict[str, Any] = {
             "method": label,
             "tokens_per_second": [float(x) for x in np.percentile(speeds[label], [50, 25, 75])],
-            "ratio": [float(x) for x in np.percentile(ratio, [50, 25, 75])],
-            "identical": sum(r["tokens"] == b["tokens"] for r, b in zip(rs, base, strict=True)),
+            "ratio": ratio(label, labels[0]),
+            "ratio_plain": ratio(label, PLAIN_LOOP.label),
+            "identical": sum(r["tokens"] == b["tokens"] for r, b in zip(rs, reference, strict=True)),
             "answers": len(rs),
         }
         stats = [r["stats"] for r in rs if "stats" in r]
@@ -133,18 +151,19 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
     lines = [
         f"### {title}",
         "",
-        f"| method | tokens/s | against {rows[0]['method']} | tokens/step | draft | verify | sample | host | rest "
-        "| identical |",
-        "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
+        f"| method | tokens/s | against {rows[0]['method']} | against plain | tokens/step | draft | verify | sample "
+        "| host | rest | identical |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for r in rows:
-        s, q = r["tokens_per_second"], r["ratio"]
+        s, q, p = r["tokens_per_second"], r["ratio"], r["ratio_plain"]
         parts = (
             [f"{100 * r['time_split'][k]:.0f} %" for k in r["time_split"]] if "time_split" in r else [""] * 5
         )
         tau = f"{r['tokens_per_step']:.2f}" if "tokens_per_step" in r else "1.00"
         lines.append(
-            f"| {r['method']} | {s[0]:.1f} ({s[1]:.1f}–{s[2]:.1f}) | {q[0]:.2f}× ({q[1]:.2f}–{q[2]:.2f}) | {tau} | "
+            f"| {r['method']} | {s[0]:.1f} ({s[1]:.1f}–{s[2]:.1f}) | {q[0]:.2f}× ({q[1]:.2f}–{q[2]:.2f}) "
+            f"| {p[0]:.2f}× ({p[1]:.2f}–{p[2]:.2f}) | {tau} | "
             + " | ".join(parts)
             + f" | {r['identical']}/{r['answers']} |"
         )
