@@ -212,7 +212,7 @@ void matmul_q4_k(const uint8_t * panel, int64_t n_blocks, const activations & a,
             }
             for (int g = 0; g < 8; ++g) { // 32 k
                 const uint8_t * l = p + PANEL * (16 + 16 * g) + 4 * sub;
-                prefetch(l + AHEAD, 256);
+                prefetch(p + AHEAD + bytes / 8 * g, bytes / 8);
 
 #pragma GCC unroll 4
                 for (int v = 0; v < nv; ++v) {
@@ -276,8 +276,7 @@ void matmul_q6_k(const uint8_t * panel, int64_t n_blocks, const activations & a,
             for (int g = 0; g < 8; ++g) {
                 const uint8_t * l = p + PANEL * (18 + 16 * g) + 4 * sub;
                 const uint8_t * h = p + PANEL * (146 + 8 * g) + 4 * sub;
-                prefetch(l + AHEAD, 256);
-                prefetch(h + AHEAD, 128);
+                prefetch(p + AHEAD + bytes / 8 * g, bytes / 8);
 
 #pragma GCC unroll 4
                 for (int v = 0; v < nv; ++v) {
