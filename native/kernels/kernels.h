@@ -29,7 +29,7 @@ constexpr weight_layout LAYOUTS[] = {
     { 32, PANEL * 18, 1, 4 },    // d f16, 4 lines of nibbles: line j holds lines j and j + 4
     { 32, PANEL * 34, 1, 8 },    // d f16, 8 lines of bytes with 128 added
     { 256, PANEL * 144, 4, 4 },  // d f16, dmin f16, 12 x 16 bytes of 6-bit scales and mins, 32 lines of nibbles
-    { 256, PANEL * 210, 16, 6 }, // d f16, 16 x 16 int8 scales, 32 lines of nibbles, 16 lines of upper bits
+    { 256, PANEL * 210, 16, 6 }, // d f16, 16 x 16 int8 scales, 8 times 4 lines of nibbles and 2 lines of upper bits
     { 32, PANEL * 64, 0, 0 },    // [32 k][16 rows] f16
     { 32, PANEL * 128, 0, 0 },   // [32 k][16 rows] f32
 };

@@ -274,8 +274,8 @@ void matmul_q6_k(const uint8_t * panel, int64_t n_blocks, const activations & a,
                 t[i / n][i % n] = simd::set1i(0);
             }
             for (int g = 0; g < 8; ++g) {
-                const uint8_t * l = p + PANEL * (18 + 16 * g) + 4 * sub;
-                const uint8_t * h = p + PANEL * (146 + 8 * g) + 4 * sub;
+                const uint8_t * l = p + PANEL * (18 + 24 * g) + 4 * sub;
+                const uint8_t * h = l + PANEL * 16;
                 prefetch(p + AHEAD + bytes / 8 * g, bytes / 8);
 
 #pragma GCC unroll 4

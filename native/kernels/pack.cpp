@@ -102,8 +102,8 @@ static void pack_block(const q6_k & b, int r, uint8_t * dst) {
         dst[2 * PANEL + PANEL * i + r] = (uint8_t) b.scales[i];
     }
     for (int g = 0; g < 8; ++g) {
-        uint8_t *  lines = dst + PANEL * (18 + 16 * g);
-        uint8_t *  upper = dst + PANEL * (146 + 8 * g);
+        uint8_t *  lines = dst + PANEL * (18 + 24 * g);
+        uint8_t *  upper = lines + PANEL * 16;
         // for each 128 k: ql holds k and k + 64, k + 32 and k + 96; qh holds the upper bits of all four
         const auto value = [&](int k) {
             const int     at = 32 * g + k;
