@@ -2,7 +2,9 @@
 
 #include "kernels.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(ENTMTP_NO_KERNELS)
+// the portable ones alone, which nothing chooses by itself
+#elif defined(__x86_64__) || defined(_M_X64)
 #    define ENTMTP_X86
 #    ifdef _MSC_VER
 #        include <immintrin.h>
