@@ -25,7 +25,11 @@ class Server:
         command = [sys.executable, "-m", "entmtp.serve", "--port", "0", *map(str, options)]
         command += ["--api-key", key] if key else []
         self.key = key
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            # a run in the background ignores Ctrl-C, and would pass that on
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
 
     def __enter__(self) -> Server:
         assert self.process.stdout is not None

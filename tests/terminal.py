@@ -25,10 +25,9 @@ class Terminal:
         self.stream = pyte.Stream(self.screen)
         self.raw = ""
         self.n_reads = 0
-        clean = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")}
         self.child = pexpect.spawn(
             sys.executable, ["-m", *command], dimensions=(rows, columns), encoding="utf-8", timeout=60,
-            env={**clean, "TERM": "xterm-256color", **(env or {})},
+            env={**(os.environ if env is None else env), "TERM": "xterm-256color"},
         )  # fmt: skip
 
     def _answer(self, data: str) -> None:

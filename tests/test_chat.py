@@ -28,7 +28,8 @@ Open = Callable[..., Terminal]
 
 @pytest.fixture(scope="module")
 def env(demo_cache: Path) -> dict[str, str]:
-    return {**os.environ, "ENTMTP_CACHE": str(demo_cache)}
+    unwanted = ("NO_COLOR", "COLUMNS", "LINES")  # the terminal of this run is not theirs
+    return {k: v for k, v in os.environ.items() if k not in unwanted} | {"ENTMTP_CACHE": str(demo_cache)}
 
 
 @pytest.fixture

@@ -25,6 +25,9 @@ METHODS = [ENTMTP, CONFIDENCE, *TREES]
 # two tokens closer than twice that are a tie that floating point cannot break the same way twice.
 TIE = {"f32": 2e-4}
 
+# Largest differences that rounding was seen to make in a logit of the demo model: 0.01 and 0.13.
+ROUNDING = {"f16": 0.03, "q8_0": 0.3}
+
 
 def decode(llm: Llama, prompt: list[int], n: int, **sampling: Any) -> list[int]:
     """Tokens from a fresh start."""
@@ -266,39 +269,35 @@ def test_rounded_bases_diverge_only_at_ties(
     record_property: Callable[[str, object], None],
 ) -> None:
     """ggml's kernels for one and for several rows round differently on f16 and quantised weights. The share of
-    identical runs is printed. Where an answer differs, the two tokens must be closer than twice the largest difference
-    seen between the logits of a tree pass and of plain decoding of the same text."""
+    identical runs is printed. Where an answer differs, the logits of both passes must differ by rounding alone, and
+    explain why the other token came out: the two are closer than twice that."""
     with kernels.using("off"):
         llm, plain = load(base, heads="hydra", kernels="off"), load(base, kernels="off")
         TREES[2].apply(llm)
         texts = prompts()[::4]
-        same, lines, noise = 0, [], noise_of(llm, plain, prompts()[1::20])
+        same, lines = 0, []
         for text in texts:
             prompt = plain.tokenize(text.encode(), special=True)
             a, b = decode(plain, prompt, 128, temp=0.0), decode(llm, prompt, 128, temp=0.0)
             if a == b:
                 same += 1
                 continue
-            at, gap = gap_at(plain, prompt, a, b)
-            lines.append(f"token {at}: {a[at]} or {b[at]}, logits {gap:.5f} apart")
-            assert gap < 2 * noise, f"{lines[-1]}: no tie, the noise is {noise:.5f}"
-    print(f"\n{base}: {same} of {len(texts)} answers identical, noise {noise:.5f}", *lines, sep="\n  ")
+            at = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+            one, several = (logits_of(model, prompt, at) for model in (plain, llm))
+            noise, gap = float(np.abs(one - several).max()), abs(float(one[a[at]]) - float(one[b[at]]))
+            lines.append(f"token {at}: {a[at]} or {b[at]}, logits {gap:.5f} apart, the noise is {noise:.5f}")
+            assert gap <= 2 * noise and noise < ROUNDING[base], lines[-1]
+    print(f"\n{base}: {same} of {len(texts)} answers identical", *lines, sep="\n  ")
     record_property("identical", f"{same}/{len(texts)}")
     assert same >= len(texts) // 2
 
 
-def noise_of(llm: Llama, plain: Llama, texts: list[str]) -> float:
-    """Largest difference between a logit in a tree pass and in plain decoding, over answers that agree so far."""
-    worst = 0.0
-    for text in texts:
-        prompt = plain.tokenize(text.encode(), special=True)
-        plain.reset(), llm.reset()
-        walks = [model.generate(prompt, temp=0.0) for model in (plain, llm)]
-        for _ in range(64):
-            if next(walks[0]) != next(walks[1]):
-                break
-            pair = [model._decoder.logits(model.n_vocab()) for model in (plain, llm)]
-            worst = max(worst, float(np.abs(pair[0] - pair[1]).max()))
-        for walk in walks:
-            walk.close()
-    return worst
+def logits_of(llm: Llama, prompt: list[int], n: int) -> np.ndarray:
+    """The logits that token n of a greedy answer was drawn from."""
+    llm.reset()
+    walk = llm.generate(prompt, temp=0.0)
+    for _ in range(n + 1):
+        next(walk)
+    logits = llm._decoder.logits(llm.n_vocab()).copy()
+    walk.close()
+    return logits
