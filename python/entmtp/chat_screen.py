@@ -108,7 +108,10 @@ class Screen:
 
 @contextlib.contextmanager
 def no_echo() -> Iterator[None]:
-    """What is typed while an answer comes is kept for the next question, but not shown in the middle of the text."""
+    """What is typed while an answer comes is kept for the next question, but not shown in the middle of the text.
+
+    And Ctrl-C drops no output that is on its way: half a status line would stay on the screen.
+    """
     try:
         import termios
     except ImportError:  # Windows
@@ -121,7 +124,7 @@ def no_echo() -> Iterator[None]:
         yield
         return
     quiet = termios.tcgetattr(fd)
-    quiet[3] &= ~(termios.ECHO | termios.ICANON)
+    quiet[3] = quiet[3] & ~(termios.ECHO | termios.ICANON) | termios.NOFLSH
     termios.tcsetattr(fd, termios.TCSADRAIN, quiet)
     try:
         yield
