@@ -116,14 +116,13 @@ static void softmax(const float *    src,
     }
 }
 
-// Sums at a time: enough to keep the unit busy, as each waits for the fused multiply-add before it, and few enough for the
-// registers.
-static constexpr int SUMS      = simd::R == 4 ? 16 : 8;
+// simd::SUMS_F sums at a time: enough to keep the unit busy, as each waits for the fused multiply-add before it, and few
+// enough for the registers.
 static constexpr int ROWS      = 64; // rows at a time
 static constexpr int K_AT_ONCE = 64; // k whose transposed rows stay in the first cache
 
 // sums[i] += rows*b[i], k after k, for nt tokens and n_r rows. rows [ROWS/R][K_AT_ONCE][R], sums [nt][ROWS]
-template <int nt, int nv = SUMS / nt>
+template <int nt, int nv = simd::SUMS_F / nt>
 void add_ordered(const float * rows, int n_r, int n_k, const float * const * b, int k0, float * sums) {
     constexpr int R = simd::R;
 
