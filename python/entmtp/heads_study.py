@@ -28,7 +28,7 @@ from .bank import PLAIN, Bank, Tree
 from .convert import ConvertError, convert
 from .convert.base import read_base
 from .convert.draft_vocab import make_vocab
-from .costs import Costs, measure
+from .costs import Costs, is_steady, measure
 from .demo import assets
 from .errors import EntmtpError
 from .llama import Llama
@@ -187,6 +187,8 @@ def study(
             size = variant.convert(model, vocab, heads)
             with closing(Llama(model, draft="entmtp", heads=heads, policy="off", **settings)) as llm:
                 own = time_drafts(llm, costs, n_rounds)
+                if costs is None and not is_steady(own):
+                    print("note: timings differ widely; trees and speeds want a quiet machine", file=sys.stderr)
                 costs = costs or own
                 llm.set_trees(Bank("off", (PLAIN,)), policy="off")
                 fitted, held_out = record(llm, prompts, temps=temps, n_tokens=n_tokens).split()
