@@ -74,6 +74,9 @@ DEFAULT_FLAGS = {
     "LLAMA_BUILD_SERVER": "OFF",
     "LLAMA_BUILD_APP": "OFF",
     "LLAMA_OPENSSL": "OFF",
+    # Layers on other machines (docs/rpc.md): half a megabyte. RDMA would tie the libraries to libibverbs.
+    "GGML_RPC": "ON",
+    "GGML_RPC_RDMA": "OFF",
     # One name per library: no libllama.so -> libllama.so.0 links, which a wheel cannot hold. Were a link stored as
     # a copy, llama_cpp (libllama.so) and libentmtp (libllama.so.0) would each load their own llama.cpp.
     "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",

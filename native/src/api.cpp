@@ -49,6 +49,11 @@ static int32_t guarded(entmtp_decoder * dec, F && f) {
     }
     dec->impl.error.clear();
     const int32_t status = guarded([&] { return f(dec->impl); });
+    // whatever came of it: what is read from a lost server means nothing
+    if (const char * server = dec->impl.servers.lost()) {
+        return fail((std::string("the RPC server ") + server + " is lost: it ended, or the network did; start it again, "
+                     "then load the model anew").c_str());
+    }
     if (status != ENTMTP_OK && !dec->impl.error.empty()) {
         last_error = dec->impl.error;
         dec->impl.error.clear();
@@ -247,7 +252,8 @@ void entmtp_decoder_invalidate(entmtp_decoder * dec, int32_t n_past) {
 }
 
 const float * entmtp_decoder_logits(entmtp_decoder * dec) {
-    return dec ? dec->impl.logits() : nullptr;
+    const float * res = dec ? dec->impl.logits() : nullptr;
+    return res && !dec->impl.servers.lost() ? res : nullptr;
 }
 
 const float * entmtp_decoder_hidden(entmtp_decoder * dec) {
@@ -256,7 +262,7 @@ const float * entmtp_decoder_hidden(entmtp_decoder * dec) {
         res = d.hidden();
         return (int32_t) ENTMTP_OK;
     });
-    return res;
+    return res && !dec->impl.servers.lost() ? res : nullptr;
 }
 
 int32_t entmtp_decoder_signals(entmtp_decoder * dec, int32_t token, entmtp_signals * signals) {

@@ -20,8 +20,8 @@ static bool is_cancelled(void * data) {
 }
 
 decoder::decoder(llama_context * ctx, heads * h) :
-    n_vocab(llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)))), ctx(ctx), draft_heads(h), verify(ctx),
-    n_embd(llama_model_n_embd(llama_get_model(ctx))) {
+    n_vocab(llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)))), servers(llama_get_model(ctx)), ctx(ctx),
+    draft_heads(h), verify(ctx), n_embd(llama_model_n_embd(llama_get_model(ctx))) {
     const int32_t root_parent = -1;
     const int32_t root_rank   = 0;
     set_trees({ make_tree(&root_parent, &root_rank, 1) });

@@ -5,6 +5,7 @@
 #include "accept.h"
 #include "entropy.h"
 #include "heads.h"
+#include "remote.h"
 #include "scheduler.h"
 #include "steps.h"
 #include "tree.h"
@@ -60,6 +61,8 @@ class decoder {
     entmtp_signals signals(int32_t token);
 
     const int32_t n_vocab;
+
+    const remote_servers servers;
 
     step_log    steps;
     std::string error;

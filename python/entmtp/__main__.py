@@ -21,6 +21,8 @@ COMMANDS = {
     "generate": Command("generate", "answer prompts from the command line, stdin or a JSONL file",
                         'entmtp generate -m model.gguf "def fibonacci(n):"'),
     "serve": Command("serve", "an OpenAI-compatible server", "entmtp serve -m model.gguf --port 8000"),
+    "rpc-server": Command("rpc_server", "compute layers of a model that another machine runs",
+                          "entmtp rpc-server --host 192.168.1.7"),
     "convert": Command("convert", "turn published Medusa or Hydra heads into a heads file",
                        "entmtp convert hf:owner/heads --base model.gguf"),
     "tune": Command("tune", "find trees for your task, model and machine",
@@ -50,6 +52,10 @@ A model is a GGUF file or hf:owner/repo[/file][@revision]. Try it without one: e
 """
 
 
+def no_device(backend: str) -> str:
+    return "its devices are on other machines (--rpc)" if backend == "RPC" else "no device found"
+
+
 def version() -> str:
     """Ours, llama.cpp's, and what the libraries can use."""
     from . import __version__
@@ -63,7 +69,7 @@ def version() -> str:
         kernels.use()
         for backend, devices in backends().items():
             names = ", ".join(f"{d.name} ({d.description})" for d in devices)
-            lines.append(f"backend {backend}: {names or 'no device found'}")
+            lines.append(f"backend {backend}: {names or no_device(backend)}")
         lines.append(f"CPU kernels: {kernels.current()} (of {', '.join(kernels.available())})")
     except (ImportError, OSError, ValueError) as e:
         lines.append(str(e))
