@@ -21,6 +21,7 @@ from test_lossless import TIE, decode, gap_at
 from entmtp import Llama, ServerError, rpc
 
 CODE = prompts("humaneval")
+ONE = F32 | {"n_threads": 1, "n_threads_batch": 1, "n_ctx": 512}
 TREE = {"trees": "generic-hydra:n8", "policy": "static"}
 
 
@@ -31,7 +32,8 @@ def rpc_server(port: int = 0) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            found = re.search(r" at (127\.0\.0\.1:\d+);", process.stdout.readline())
+            said = (re.search(r"lending 1 device at (127\.0\.0\.1:\d+);", line) for line in process.stdout)
+            found = next(filter(None, said), None)
             assert found, "the server did not start"
             yield found[1], process
         finally:
@@ -54,7 +56,7 @@ def load(
     def get(heads: str | None = None, **settings: object) -> Llama:
         draft = {"draft": "entmtp", "heads": models[heads]} if heads else {}
         over = {"rpc_servers": [address for address, _ in two], "tensor_split": [1, 1]}
-        loaded.append(Llama(models["f32"], **{**F32, **over, **draft, **settings}))
+        loaded.append(Llama(models["f32"], **{**ONE, **over, **draft, **settings}))
         return loaded[-1]
 
     yield get
@@ -72,23 +74,22 @@ def assert_same(plain: Llama, prompt: list[int], expected: list[int], answer: li
 @pytest.mark.parametrize("heads", ["medusa", "hydra"])
 def test_drafting_over_rpc_changes_no_token(heads: str, load: Callable[..., Llama]) -> None:
     plain, llm = load(), load(heads, **{**TREE, "trees": f"generic-{heads}:n8"})
-    assert llm._heads is not None and "RPC" in llm._heads.info.device.decode()
-    for i, text in enumerate(CODE[:3]):
+    for i, text in enumerate(CODE[:2]):
         prompt = plain.tokenize(text.encode(), special=True)
         for temp in (0.0, 0.8):
             answers = []
             for model in (plain, llm):
                 model.set_seed(i)
-                answers.append(decode(model, prompt, 64, temp=temp))
+                answers.append(decode(model, prompt, 40, temp=temp))
             assert_same(plain, prompt, *answers)
     stats = llm.draft_stats
-    assert stats.n_accepted > 50 and stats.n_drafted > stats.n_accepted, "hardly anything was drafted"
+    assert stats.n_accepted > 20 and stats.n_drafted > stats.n_accepted, "hardly anything was drafted"
 
 
 @pytest.mark.parametrize("n_gpu_layers", [1, 2])
 def test_layers_here_and_there(n_gpu_layers: int, load: Callable[..., Llama], models: dict[str, Path]) -> None:
     llm = load("hydra", n_gpu_layers=n_gpu_layers, policy="confidence")
-    with closing(Llama(models["f32"], **F32)) as here:
+    with closing(Llama(models["f32"], **ONE)) as here:
         prompt = here.tokenize(CODE[0].encode(), special=True)
         assert_same(here, prompt, decode(here, prompt, 48, temp=0.0), decode(llm, prompt, 48, temp=0.0))
 
@@ -101,21 +102,18 @@ def test_a_server_that_dies_ends_the_generation_only(
 ) -> None:  # fmt: skip
     address, process = two[which]
     llm = load(heads, **(TREE if heads else {}))
-    with closing(Llama(models["f32"], **F32)) as here:
+    with closing(Llama(models["f32"], **ONE)) as here:
         prompt = here.tokenize(CODE[0].encode(), special=True)
-        expected = decode(here, prompt, 400, temp=0.0)
+        expected = decode(here, prompt, 200, temp=0.0)
 
-        # at any moment: in a pass, between two, while drafting
-        killer = threading.Timer(0.3, process.kill)
+        killer = threading.Thread(target=process.kill)  # wherever the other thread is: in a pass, or between two
         tokens = []
         with pytest.raises(ServerError, match=f"RPC server {address} is lost: .*start it again"):
             for token in llm.generate(prompt, temp=0.0):
-                if not tokens:
-                    killer.start()
                 tokens.append(token)
-                if len(tokens) % 400 == 0:
-                    llm.reset()
-                    tokens.clear()
+                if len(tokens) == 8:
+                    killer.start()
+                assert len(tokens) < 200, "nobody noticed"
         killer.join()
         if tokens != expected[: len(tokens)]:  # no token may come from what a lost server did not say
             assert_same(here, prompt, expected[: len(tokens)], tokens)
@@ -188,7 +186,7 @@ def test_what_listens_is_no_server_for_us(
 ) -> None:
     monkeypatch.setattr(rpc, "ANSWER_WITHIN", 0.5)
     with listener(answer) as address, pytest.raises(ServerError, match=f"RPC server {address}: .*{message}"):
-        Llama(models["f32"], rpc_servers=address, **F32)
+        Llama(models["f32"], rpc_servers=address, **ONE)
 
 
 def free_port() -> int:

@@ -45,6 +45,7 @@ enum entmtp_status {
     ENTMTP_ERROR        = -1, // see entmtp_last_error()
     ENTMTP_CONTEXT_FULL = -2, // no room for another token
     ENTMTP_CANCELLED    = -3, // entmtp_decoder_cancel() was called; the decoder holds what was settled before
+    ENTMTP_SERVER_LOST  = -4, // an RPC server that holds a part of the model is gone: the model must be loaded anew
 };
 
 ENTMTP_API const char * entmtp_version(void);

@@ -51,8 +51,9 @@ static int32_t guarded(entmtp_decoder * dec, F && f) {
     const int32_t status = guarded([&] { return f(dec->impl); });
     // whatever came of it: what is read from a lost server means nothing
     if (const char * server = dec->impl.servers.lost()) {
-        return fail((std::string("the RPC server ") + server + " is lost: it ended, or the network did; start it again, "
-                     "then load the model anew").c_str());
+        last_error = std::string("the RPC server ") + server +
+                     " is lost: it ended, or the network did; start it again, then load the model anew";
+        return ENTMTP_SERVER_LOST;
     }
     if (status != ENTMTP_OK && !dec->impl.error.empty()) {
         last_error = dec->impl.error;

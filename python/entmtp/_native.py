@@ -19,7 +19,7 @@ from ctypes import (
 from typing import Any
 
 from . import _lib
-from .errors import Cancelled, EntmtpError
+from .errors import Cancelled, EntmtpError, ServerError
 
 lib = _lib.load()
 
@@ -27,6 +27,7 @@ OK = 0
 ERROR = -1
 CONTEXT_FULL = -2
 CANCELLED = -3
+SERVER_LOST = -4
 
 # enum entmtp_policy
 POLICIES = {
@@ -188,12 +189,15 @@ def check(status: int) -> int:
 
     Raises:
         Cancelled: the generation was cancelled.
+        ServerError: an RPC server is lost.
         EntmtpError: anything else that failed, with the reason.
     """
     if status >= 0:
         return status
     if status == CANCELLED:
         raise Cancelled("the generation was cancelled")
+    if status == SERVER_LOST:
+        raise ServerError(last_error())
     raise EntmtpError(last_error())
 
 

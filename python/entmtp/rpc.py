@@ -87,7 +87,8 @@ def check(address: str) -> None:
         try:
             connection.sendall(struct.pack("<BQ", HELLO, CAPS) + bytes(CAPS))
             size = struct.unpack("<Q", _read(connection, 8))[0]
-            version = tuple(_read(connection, 3)) if 3 <= size <= 1024 else None
+            # all of it: a rest would make the server see a broken connection
+            version = tuple(_read(connection, size)[:3]) if 3 <= size <= 1024 else None
         except TimeoutError as e:
             raise ServerError(
                 f"{what}: it does not answer; it may be serving another program, which it does one at a time, "

@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 from ctypes import c_char_p, c_int, c_size_t, c_void_p
 
 from . import kernels, rpc
@@ -65,6 +67,18 @@ def devices(cpu: bool) -> list[int]:
     return (not cpu and rpc.local_gpus()) or [lib.ggml_backend_dev_by_type(0)]
 
 
+def announce(host: str, port: int, what: str) -> None:
+    """Say it as soon as the server listens."""
+    for _ in range(600):
+        try:
+            socket.create_connection((host, port), 1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            print(what, flush=True)
+            return
+
+
 def serve(args: argparse.Namespace) -> None:
     """Returns only if the server cannot go on."""
     host, port = address(args.host, args.port)
@@ -81,7 +95,8 @@ def serve(args: argparse.Namespace) -> None:
             "in a network that you trust",
             file=sys.stderr,
         )
-    print(f"lending {len(lent)} device{'s'[: len(lent) > 1]} at {host}:{port}; Ctrl-C stops", flush=True)
+    what = f"lending {len(lent)} device{'s'[: len(lent) > 1]} at {host}:{port}; Ctrl-C stops"
+    threading.Thread(target=announce, args=(host, port, what), daemon=True).start()
     kernels.use()
     # a native call that never returns and knows no Python: let Ctrl-C end the process itself
     signal.signal(signal.SIGINT, signal.SIG_DFL)
