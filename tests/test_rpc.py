@@ -87,7 +87,9 @@ def test_drafting_over_rpc_changes_no_token(heads: str, load: Callable[..., Llam
 
 
 @pytest.mark.parametrize("n_gpu_layers", [1, 2])
-def test_layers_here_and_there(n_gpu_layers: int, load: Callable[..., Llama], models: dict[str, Path]) -> None:
+def test_layers_here_and_there(
+    n_gpu_layers: int, load: Callable[..., Llama], models: dict[str, Path]
+) -> None:
     llm = load("hydra", n_gpu_layers=n_gpu_layers, policy="confidence")
     with closing(Llama(models["f32"], **ONE)) as here:
         prompt = here.tokenize(CODE[0].encode(), special=True)
@@ -106,7 +108,9 @@ def test_a_server_that_dies_ends_the_generation_only(
         prompt = here.tokenize(CODE[0].encode(), special=True)
         expected = decode(here, prompt, 200, temp=0.0)
 
-        killer = threading.Thread(target=process.kill)  # wherever the other thread is: in a pass, or between two
+        killer = threading.Thread(
+            target=process.kill
+        )  # wherever the other thread is: in a pass, or between two
         tokens = []
         with pytest.raises(ServerError, match=f"RPC server {address} is lost: .*start it again"):
             for token in llm.generate(prompt, temp=0.0):
@@ -164,7 +168,7 @@ def listener(answer: bytes | None) -> Iterator[str]:
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        yield "127.0.0.1:{}".format(server.getsockname()[1])
+        yield f"127.0.0.1:{server.getsockname()[1]}"
     thread.join(10)
 
 

@@ -245,7 +245,8 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
         yield Check("memory", "note", f"{text}; this system does not tell how much is free")
     elif free < size:
         yield Check(
-            "memory", "note" if args.n_gpu_layers or args.rpc else "broken", f"{text}, but {free / GB:.1f} GB of memory are free",
+            "memory", "note" if args.n_gpu_layers or args.rpc else "broken",
+            f"{text}, but {free / GB:.1f} GB of memory are free",
             "close programs, or take a smaller quantisation: what does not fit is read from disk at every token",
         )  # fmt: skip
     else:

@@ -82,7 +82,9 @@ def announce(host: str, port: int, what: str) -> None:
 def serve(args: argparse.Namespace) -> None:
     """Returns only if the server cannot go on."""
     host, port = address(args.host, args.port)
-    start = rpc.function("ggml_backend_rpc_start_server", None, c_char_p, c_char_p, c_size_t, c_size_t, c_void_p)
+    start = rpc.function(
+        "ggml_backend_rpc_start_server", None, c_char_p, c_char_p, c_size_t, c_size_t, c_void_p
+    )
     lent = devices(args.cpu)
     cache = None
     if args.cache:

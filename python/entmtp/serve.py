@@ -29,7 +29,8 @@ example:
   curl http://127.0.0.1:8000/v1/completions -H 'Authorization: Bearer SECRET' \\
     -H 'Content-Type: application/json' -d '{"prompt": "Once upon a time", "max_tokens": 32}'
 
-Options may be written with - or _; --ctx, --threads, --policy and --rpc stand for --n_ctx, --n_threads, --draft and --rpc_servers."""
+Options may be written with - or _; --ctx, --threads, --policy and --rpc stand for --n_ctx, --n_threads, --draft and
+--rpc_servers."""
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
