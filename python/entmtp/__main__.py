@@ -37,7 +37,7 @@ COMMANDS = {
 
 def usage() -> str:
     """The text of --help."""
-    rows = "".join(f"  {name:<10}{c.does}\n  {'':<10}  {c.example}\n" for name, c in COMMANDS.items())
+    rows = "".join(f"  {name:<12}{c.does}\n  {'':<12}  {c.example}\n" for name, c in COMMANDS.items())
     return f"""usage: entmtp COMMAND [OPTION...]
 
 Local language models faster, with the same output: draft heads guess a tree of tokens, the model checks it in one pass.
