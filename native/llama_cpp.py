@@ -88,6 +88,10 @@ DEFAULT_FLAGS = {
 }
 
 
+# CUDA's libraries as NVIDIA's Python packages install them, seen from entmtp/lib: CUDA 13, then CUDA 12
+CUDA_RPATH = "$ORIGIN;$ORIGIN/../../nvidia/cu13/lib;$ORIGIN/../../nvidia/cublas/lib;$ORIGIN/../../nvidia/cuda_runtime/lib"
+
+
 class BuildError(Exception):
     """A failure whose message tells the user what to do; shown without a traceback."""
 
@@ -465,6 +469,8 @@ def build_libraries(
     cxx = find_compiler(flags, "CMAKE_CXX_COMPILER", "CXX", ("c++", "g++", "clang++"))
     identities = [compiler_identity(cc), compiler_identity(cxx)]
     if flags.get("GGML_CUDA", "OFF").upper() == "ON":
+        if sys.platform == "linux":
+            all_flags["CMAKE_INSTALL_RPATH"] = flags.get("CMAKE_INSTALL_RPATH", CUDA_RPATH)
         nvcc = flags.get("CMAKE_CUDA_COMPILER") or os.environ.get("CUDACXX") or shutil.which("nvcc") or ""
         identities.append(compiler_identity(nvcc))
     hashed = {k: v for k, v in all_flags.items() if k not in IDENTIFIED}

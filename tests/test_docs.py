@@ -26,6 +26,9 @@ from test_rpc import rpc_server
 
 from entmtp.demo import assets
 
+if sys.platform == "win32":
+    pytest.skip("the commands of the docs are for a POSIX shell", allow_module_level=True)
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
