@@ -146,12 +146,9 @@ def _teacher(
     logits: npt.NDArray[np.float32], k: int, keep: torch.Tensor | None
 ) -> dict[str, npt.NDArray[Any]]:
     """The k most probable tokens of each row, their probabilities under the whole distribution, and the rest's."""
-    z = torch.from_numpy(logits)
-    total = torch.logsumexp(z, 1, keepdim=True)
+    p = torch.softmax(torch.from_numpy(logits), 1)
     if keep is not None:
-        z = z[:, keep]
-    top, ids = torch.topk(z, k, dim=1)
-    p = torch.exp(top - total)
-    # not one minus the sum: that would lose a small rest to rounding
-    rest = torch.exp(z.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True) - total)
-    return {"ids": ids.to(torch.int32).numpy(), "p": torch.cat([p, rest], 1).numpy()}
+        p = p[:, keep]
+    top, ids = torch.topk(p, k, dim=1)
+    rest = p.scatter_(1, ids, 0.0).sum(1, keepdim=True)  # not one minus the sum: a small rest would be rounding
+    return {"ids": ids.to(torch.int32).numpy(), "p": torch.cat([top, rest], 1).numpy()}

@@ -228,6 +228,8 @@ def write(
         first: index of the first job. What is drawn depends on `seed` and a job's index, not on the others.
     """
     free = list(range(base.n_seqs))
+    for seq in free:
+        base.forget(seq)
     slots: dict[int, _Slot] = {}
     counter = first
     waiting = True
