@@ -96,7 +96,8 @@ def other_types(heads: Heads, outtype: str) -> str | None:
         return None
     n, block = sum(t != kind for t in stored.values()), GGML_QUANT_SIZES[kind][0]
     return (
-        f"rows of {n} matrices are no multiple of {block} long, so they are stored as {' and '.join(other)}"
+        f"{n} of {len(stored)} matrices have rows that are no multiple of {block} long and are stored as "
+        f"{' and '.join(other)}"
     )
 
 
