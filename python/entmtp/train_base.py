@@ -170,7 +170,9 @@ def read_matrices(path: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.f
         )
 
     def get(name: str) -> npt.NDArray[np.float32]:
-        values = quants.dequantize(tensors[name].data, tensors[name].tensor_type).astype(np.float32, copy=False)
+        values = quants.dequantize(tensors[name].data, tensors[name].tensor_type).astype(
+            np.float32, copy=False
+        )
         return values if values.flags.writeable else values.copy()  # f32 is the file itself, mapped
 
     embedding = get("token_embd.weight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from .atomic import atomic_path
 from .errors import ModelError
 from .train_eval import Acceptance, Teacher, evaluate
 from .train_heads import Shape, State, before_projection, initial, prefix_layer
-from .train_loss import projected_loss
+from .train_loss import piece_rows, projected_loss
 from .train_states import States
 from .train_text import Texts
 
@@ -74,6 +75,11 @@ class Batch:
     lengths: torch.Tensor  # [n_seqs]
     ids: torch.Tensor  # [n_seqs, n, k]
     p: torch.Tensor  # [n_seqs, n, k + 1]
+
+
+def filled(index: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Filled up with its first entries: for products of ever other sizes, oneDNN compiles and keeps ever more code."""
+    return torch.cat([index, index[:1].expand(-len(index) % multiple)])
 
 
 class Trainer:
@@ -132,11 +138,12 @@ class Trainer:
 
     def batch(self, seqs: npt.NDArray[np.int64]) -> Batch:
         starts, lengths = self.texts.starts[seqs], self.texts.lengths[seqs]
-        n = int(lengths.max())
+        n = -(-int(lengths.max()) // 128) * 128  # few different sizes, see `filled`
+        lengths = np.concatenate([lengths, np.zeros(-len(seqs) % 4, dtype=lengths.dtype)])
 
         def padded(array: npt.NDArray[np.generic], dtype: npt.DTypeLike) -> torch.Tensor:
-            out = np.zeros((len(seqs), n, *array.shape[1:]), dtype=dtype)
-            for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            out = np.zeros((len(lengths), n, *array.shape[1:]), dtype=dtype)
+            for row, (start, length) in enumerate(zip(starts, lengths, strict=False)):
                 out[row, :length] = array[start : start + length]
             return torch.from_numpy(out)
 
@@ -172,9 +179,10 @@ class Trainer:
         losses = []
         for i in range(shape.n_heads):
             at, t = torch.nonzero(place[None, :] + i + 1 < batch.lengths[:, None], as_tuple=True)
-            if not len(at):
+            if not (count := len(at)):
                 losses.append(0.0)
                 continue
+            at, t = (filled(index, piece_rows(len(self.teacher.output))) for index in (at, t))
             with torch.autocast("cpu", torch.bfloat16, enabled=s.bf16):
                 x = leaf[at, t]
                 if shape.grounded:
@@ -183,7 +191,8 @@ class Trainer:
                 x = before_projection(shape, self.state, i, x)
             weight, bias = self.teacher.projection(shape, self.state, i)
             ids, p = self.targets(batch, at, t + 1 + i)
-            loss = projected_loss(x.float(), weight, bias, ids, p, self.dtype)
+            p[count:] = 0.0
+            loss = projected_loss(x.float(), weight, bias, ids, p, self.dtype, count)
             (loss * s.head_decay**i).backward()
             losses.append(float(loss.detach()))
         if shape.prefix:
@@ -268,7 +277,10 @@ class Trainer:
                 tensors |= {f"{m}/{name}": moments[m] for m in MOMENTS}
         about = {"run": json.dumps({"step": self.step, "digest": self.digest})}
         with atomic_path(self.path) as temporary:
-            save_file(tensors, temporary, about)
+            try:
+                save_file(tensors, temporary, about)
+            except SafetensorError as e:  # how it reports a full disk
+                raise OSError(errno.EIO, str(e), str(self.path)) from e
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one.

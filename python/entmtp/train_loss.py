@@ -34,6 +34,7 @@ class _ProjectedLoss(torch.autograd.Function):
         ids: torch.Tensor,
         p: torch.Tensor,
         dtype: torch.dtype,
+        count: int,
     ) -> torch.Tensor:
         n = len(x)
         w = weight.to(dtype)
@@ -41,11 +42,15 @@ class _ProjectedLoss(torch.autograd.Function):
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         db = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         loss = x.new_zeros(())
-        for rows in torch.arange(n).split(piece_rows(len(weight))):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        # the pieces share their memory: it would be taken and given back a hundred times a step, and fray
+        n_rows = min(n, piece_rows(len(weight)))
+        logits, product = x.new_empty(n_rows, len(weight)), w.new_empty(n_rows, len(weight))
+        for begin in range(0, n, n_rows):
+            part = slice(begin, min(begin + n_rows, n))
+            size = part.stop - begin
             xs, at = x[part].to(dtype), ids[part]
             ps, r = p[part, :-1], p[part, -1:]
-            z = (xs @ w.T).float()
+            z = logits[:size].copy_(torch.mm(xs, w.T, out=product[:size]))
             if bias is not None:
                 z += bias
             zk = z.gather(1, at)
@@ -61,20 +66,20 @@ class _ProjectedLoss(torch.autograd.Function):
             # d loss / d z: q mass - p for the k tokens, q (mass - r / (1 - sum_k q_k)) for the others
             e *= mass / total - r / rest
             e.scatter_(1, at, ek * (mass / total) - ps)
-            g = (e / n).to(dtype)
+            g = product[:size].copy_(e.mul_(1 / count))
             dx[part] = (g @ w).to(dx.dtype)
             if dw is not None:
-                dw += g.T @ xs
+                dw += g.T @ xs  # summed in full precision over the pieces
             if db is not None:
-                db += g.float().sum(0)
+                db += e.sum(0)
         ctx.save_for_backward(dx, dw, db)
-        return loss / n
+        return loss / count
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         dx, dw, db = (None if d is None else d * grad for d in ctx.saved_tensors)
-        return dx, dw, db, None, None, None
+        return dx, dw, db, None, None, None, None
 
 
 def projected_loss(
@@ -84,8 +89,9 @@ def projected_loss(
     ids: torch.Tensor,
     p: torch.Tensor,
     dtype: torch.dtype = torch.float32,
+    count: int | None = None,
 ) -> torch.Tensor:
-    """Mean loss, nats per row, of the logits `x weight^T + bias`.
+    """Loss, nats per row, of the logits `x weight^T + bias`.
 
     Args:
         x: [n, n_embd]
@@ -94,5 +100,6 @@ def projected_loss(
         ids: the teacher's k tokens, as rows of `weight`, int64 [n, k].
         p: their probabilities and the rest's, [n, k + 1]; their sum may be below 1, if the vocabulary was cut.
         dtype: in which products are computed.
+        count: rows to average over, if some only fill up (with p = 0).
     """
-    return _ProjectedLoss.apply(x, weight, bias, ids, p, dtype)
+    return _ProjectedLoss.apply(x, weight, bias, ids, p, dtype, count or len(x))

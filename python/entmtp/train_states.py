@@ -150,5 +150,7 @@ def _teacher(
     if keep is not None:
         p = p[:, keep]
     top, ids = torch.topk(p, k, dim=1)
-    rest = p.scatter_(1, ids, 0.0).sum(1, keepdim=True)  # not one minus the sum: a small rest would be rounding
+    rest = p.scatter_(1, ids, 0.0).sum(
+        1, keepdim=True
+    )  # not one minus the sum: a small rest would be rounding
     return {"ids": ids.to(torch.int32).numpy(), "p": torch.cat([top, rest], 1).numpy()}
