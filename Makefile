@@ -103,6 +103,8 @@ lint: $(VENV)/.dev ## check formatting, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $$(find native -name '*.cpp' -o -name '*.h')
+	@if command -v actionlint > /dev/null; then actionlint; \
+		else echo "actionlint is not installed: .github/workflows were not checked"; fi
 
 format: $(VENV)/.dev ## format Python and C++
 	$(BIN)/ruff check --fix-only .
