@@ -89,7 +89,9 @@ DEFAULT_FLAGS = {
 
 
 # CUDA's libraries as NVIDIA's Python packages install them, seen from entmtp/lib: CUDA 13, then CUDA 12
-CUDA_RPATH = "$ORIGIN;$ORIGIN/../../nvidia/cu13/lib;$ORIGIN/../../nvidia/cublas/lib;$ORIGIN/../../nvidia/cuda_runtime/lib"
+CUDA_RPATH = ";".join(
+    ["$ORIGIN", *(f"$ORIGIN/../../nvidia/{name}/lib" for name in ("cu13", "cublas", "cuda_runtime"))]
+)
 
 
 class BuildError(Exception):

@@ -211,6 +211,27 @@ def test_doctor_survives_a_library_that_crashes(tmp_path: Path) -> None:
     )
 
 
+def test_doctor_names_the_driver_that_is_missing(tmp_path: Path) -> None:
+    """A build with CUDA on a machine without NVIDIA's driver."""
+    from entmtp import _lib
+
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("builds libraries as Linux wants them, with cc")
+    for path in _lib.library_folder().iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    driver, library, source = tmp_path / "libcuda.so.1", tmp_path / "libllama.so", tmp_path / "empty.c"
+    source.write_text("")
+    library.unlink()
+    build = [compiler, "-shared", "-fPIC", str(source), "-o"]
+    subprocess.run([*build, str(driver), "-Wl,-soname,libcuda.so.1"], check=True, timeout=60)
+    subprocess.run([*build, str(library), "-Wl,--no-as-needed", str(driver)], check=True, timeout=60)
+    driver.unlink()
+    code, checks = doctor(ENTMTP_LIB_PATH=str(tmp_path))
+    found = checks["libraries"]["found"]
+    assert code == 1 and "libcuda.so.1: cannot open" in found and "install NVIDIA's driver" in found
+
+
 def test_doctor_sees_a_second_ggml(tmp_path: Path) -> None:
     """A copy of libggml-base that another package might bring."""
     from entmtp import _lib
