@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 from conftest import F32, prompts
+from models import SPECS, model_path
+from test_architectures import BUSHY, SETTINGS, answers, heads_for
 from test_lossless import TIE, decode, gap_at
 
 from entmtp import Llama, ServerError, rpc
@@ -84,6 +86,20 @@ def test_drafting_over_rpc_changes_no_token(heads: str, load: Callable[..., Llam
             assert_same(plain, prompt, *answers)
     stats = llm.draft_stats
     assert stats.n_accepted > 20 and stats.n_drafted > stats.n_accepted, "hardly anything was drafted"
+
+
+# heads beside the output layer of a server; sliding windows, experts
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3moe"])
+def test_architectures(name: str, two: list[tuple[str, subprocess.Popen[str]]], tmp_path: Path) -> None:
+    model = model_path(name)
+    over = {"rpc_servers": [address for address, _ in two], "tensor_split": [1, 1], **SETTINGS}
+    with closing(Llama(model, **over)) as plain:
+        expected = answers(plain)
+    heads = heads_for(model, SPECS[name].n_embd, tmp_path)
+    with closing(Llama(model, draft="entmtp", heads=heads, trees=BUSHY, policy="static", **over)) as llm:
+        assert llm._heads is not None and llm._heads.info.device.decode() == f"RPC0[{two[1][0]}]"
+        assert answers(llm) == expected
+        assert llm.draft_stats.n_accepted > 20
 
 
 @pytest.mark.parametrize("n_gpu_layers", [1, 2])
