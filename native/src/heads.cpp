@@ -1,5 +1,8 @@
 #include "heads.h"
 
+#include "top_k.h"
+
+#include "ggml-cpu.h"
 #include "ggml.h"
 
 #include <algorithm>
@@ -23,24 +26,20 @@ static ggml_backend_dev_t output_device(const llama_model * model) {
     return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 
-static ggml_backend_t init_backend(ggml_backend_dev_t dev, int32_t n_threads) {
-    ggml_backend_t backend = ggml_backend_dev_init(dev, nullptr);
+void heads::use_device(ggml_backend_dev_t dev) {
+    backend.reset(ggml_backend_dev_init(dev, nullptr));
     if (!backend) {
         heads_fail(std::string("cannot use device ") + ggml_backend_dev_name(dev));
     }
-
-    ggml_backend_reg_t reg           = ggml_backend_dev_backend_reg(dev);
-    const auto         set_n_threads = reinterpret_cast<ggml_backend_set_n_threads_t>(
-        ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads"));
+    set_n_threads = reinterpret_cast<ggml_backend_set_n_threads_t>(
+        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "ggml_backend_set_n_threads"));
     if (set_n_threads) {
-        set_n_threads(backend, n_threads);
+        set_n_threads(backend.get(), n_threads);
     }
-
-    return backend;
 }
 
-heads::heads(const char * path, const llama_model * model, int32_t n_threads) {
-    backend.reset(init_backend(output_device(model), n_threads));
+heads::heads(const char * path, const llama_model * model, int32_t n_threads) : n_threads(n_threads) {
+    use_device(output_device(model));
 
     load_weights(path, model);
 
@@ -62,7 +61,7 @@ heads::heads(const char * path, const llama_model * model, int32_t n_threads) {
         }
         fprintf(stderr, "entmtp: %s cannot run %s; the heads run on the CPU\n", ggml_backend_name(backend.get()),
                 ggml_op_desc(node));
-        backend.reset(init_backend(cpu, n_threads));
+        use_device(cpu);
         load_weights(path, model);
         break;
     }
@@ -114,12 +113,23 @@ ggml_tensor * heads::build_head(ggml_context * ctx, int32_t i, ggml_tensor * x) 
     return logits;
 }
 
-// draft tokens of the k largest logits per column, best first: i32 [k, n]
+// base tokens of the k largest logits per column, best first: i32 [k, n]
+ggml_tensor * heads::build_guesses(ggml_context * ctx, ggml_tensor * logits, int32_t k) const {
+    if (ggml_backend_is_cpu(backend.get())) {
+        return build_top_k_cpu(ctx, logits, d2t, std::min(k, n_draft));
+    }
+    return build_base_tokens(ctx, build_top_k(ctx, logits, k));
+}
+
+// the same in draft tokens
 ggml_tensor * heads::build_top_k(ggml_context * ctx, ggml_tensor * logits, int32_t k) const {
     const int64_t n = logits->ne[1];
 
     k = std::min(k, n_draft);
 
+    if (ggml_backend_is_cpu(backend.get())) {
+        return build_top_k_cpu(ctx, logits, nullptr, k);
+    }
     if (k == 1) {
         return ggml_reshape_2d(ctx, ggml_argmax(ctx, logits), 1, n);
     }
@@ -167,6 +177,22 @@ std::unique_ptr<draft_graph> heads::new_graph() const {
     return g;
 }
 
+// Threads meet after every operation, which costs more than a second one brings until each has about this much to do.
+constexpr size_t BYTES_PER_THREAD = 1 << 20; // weights of a level, as one token reads them
+
+// how many threads a graph of some levels is worth
+static int32_t worthwhile_threads(ggml_cgraph * gf, int32_t n_levels, int32_t n_max) {
+    size_t work = 0;
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        const ggml_tensor * node = ggml_graph_node(gf, i);
+        if (node->op == GGML_OP_MUL_MAT) {
+            work += ggml_nbytes(node->src[0]) * (size_t) (node->ne[1] + 1) / 2; // a second token costs half a first
+        }
+    }
+    const size_t n = work / BYTES_PER_THREAD / (size_t) std::max(n_levels, 1);
+    return (int32_t) std::clamp<size_t>(n, 1, (size_t) std::max(n_max, 1));
+}
+
 void heads::finish_graph(draft_graph & g, const std::vector<ggml_tensor *> & outputs) const {
     for (ggml_tensor * t : outputs) {
         ggml_set_output(t);
@@ -176,6 +202,7 @@ void heads::finish_graph(draft_graph & g, const std::vector<ggml_tensor *> & out
     if (!ggml_gallocr_alloc_graph(g.alloc.get(), g.gf)) {
         heads_fail("no memory for a draft graph");
     }
+    g.n_threads = worthwhile_threads(g.gf, (int32_t) g.guesses.size(), n_threads);
 }
 
 std::unique_ptr<draft_graph> heads::build_graph(const tree & topology) const {
@@ -220,8 +247,7 @@ std::unique_ptr<draft_graph> heads::build_graph(const tree & topology) const {
             x = ggml_concat(ctx, x, build_embd(ctx, ids), 0); // [(l + 2)*n_embd, n_expand]
         }
 
-        ggml_tensor * ids = build_top_k(ctx, build_head(ctx, (int32_t) l, x), level.k);
-        g->guesses.push_back(build_base_tokens(ctx, ids));
+        g->guesses.push_back(build_guesses(ctx, build_head(ctx, (int32_t) l, x), level.k));
     }
 
     finish_graph(*g, g->guesses);
@@ -235,8 +261,15 @@ std::unique_ptr<draft_graph> heads::build_graph(const tree & topology) const {
     return g;
 }
 
-void heads::compute(ggml_cgraph * gf) const {
-    if (ggml_backend_graph_compute(backend.get(), gf) != GGML_STATUS_SUCCESS) {
+void heads::compute(const draft_graph & g) const {
+    if (set_n_threads) {
+        set_n_threads(backend.get(), g.n_threads);
+    }
+    const ggml_status status = ggml_backend_graph_compute(backend.get(), g.gf);
+    if (set_n_threads) {
+        set_n_threads(backend.get(), n_threads); // for the prefix layer
+    }
+    if (status != GGML_STATUS_SUCCESS) {
         heads_fail(std::string("the draft could not be computed on ") + ggml_backend_name(backend.get()));
     }
 }
@@ -252,7 +285,7 @@ void heads::draft(const tree & topology, const float * h, std::vector<int32_t> &
         ggml_backend_tensor_set(g->root, &tokens[0], 0, sizeof(int32_t));
     }
 
-    compute(g->gf);
+    compute(*g);
 
     for (size_t l = 0; l < g->guesses.size(); ++l) {
         ggml_backend_tensor_get(g->guesses[l], g->result[l].data(), 0, ggml_nbytes(g->guesses[l]));
@@ -305,7 +338,7 @@ void heads::expand(
     if (grounded) {
         ggml_backend_tensor_set(g->paths, paths, 0, ggml_nbytes(g->paths));
     }
-    compute(g->gf);
+    compute(*g);
     ggml_backend_tensor_get(g->guesses[0], tokens, 0, ggml_nbytes(g->guesses[0]));
     ggml_backend_tensor_get(g->probs, log_p, 0, ggml_nbytes(g->probs));
 
@@ -341,7 +374,7 @@ void heads::logits(int32_t i, const float * h, const int32_t * path, float * log
         }
         ggml_backend_tensor_set(ids, path, 0, ggml_nbytes(ids));
     }
-    compute(g->gf);
+    compute(*g);
     ggml_backend_tensor_get(g->logits, logits, 0, ggml_nbytes(g->logits));
 }
 
