@@ -249,6 +249,45 @@ struct entmtp_signals {
 // of the last evaluated token; `token` is the one drawn after it
 ENTMTP_API int32_t entmtp_decoder_signals(struct entmtp_decoder * dec, int32_t token, struct entmtp_signals * signals);
 
+//
+// outputs: where the logits of a pass are reduced (docs/gpu.md)
+//
+
+enum entmtp_outputs {
+    ENTMTP_OUTPUTS_AUTO = 0, // DEVICE if the output layer is on a device with memory of its own, else HOST
+    ENTMTP_OUTPUTS_HOST = 1, // every row is copied to the host; llama_get_logits() gives them
+    ENTMTP_OUTPUTS_ROWS =
+        2, // rows stay where they are, those that are visited are fetched (in host memory: read in place)
+    ENTMTP_OUTPUTS_DEVICE = 3, // the device reduces the rows; one that a sampler needs whole is fetched
+};
+
+// Until then AUTO. Tokens do not depend on it.
+ENTMTP_API int32_t entmtp_decoder_set_outputs(struct entmtp_decoder * dec, int32_t mode);
+
+struct entmtp_outputs_info {
+    int32_t mode;       // what is done
+    char    device[64]; // of the output layer
+    char    note[128];  // why it is not what was asked for; empty if it is
+};
+
+ENTMTP_API void entmtp_decoder_get_outputs(const struct entmtp_decoder * dec, struct entmtp_outputs_info * info);
+
+// What crossed between host and device since the decoder was made. llama.cpp's own inputs of a pass (tokens, positions,
+// attention mask) are not among it.
+struct entmtp_traffic {
+    int64_t n_passes;       // of the model
+    int64_t n_outputs;      // tokens with outputs in them
+    int64_t to_host;        // bytes
+    int64_t to_device;      // bytes
+    int64_t on_device;      // bytes, from one tensor to another of the same device
+    int64_t n_rows;         // rows of logits that came to the host whole
+    int64_t n_syncs;        // times that the host waited
+    int64_t n_graphs;       // graphs of the model that were built or allocated anew
+    int64_t n_draft_graphs; // graphs of the heads
+};
+
+ENTMTP_API void entmtp_decoder_get_traffic(const struct entmtp_decoder * dec, struct entmtp_traffic * traffic);
+
 // The memory of the model can hold a token tree; recurrent and hybrid memories cannot.
 ENTMTP_API bool entmtp_decoder_can_tree(const struct entmtp_decoder * dec);
 

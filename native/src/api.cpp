@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -121,7 +122,7 @@ int32_t entmtp_heads_expand(entmtp_heads *  heads,
                                          [&](int32_t t) { return t < 0 || t >= info.n_vocab; })) {
             return fail("a token of a path is not in the vocabulary");
         }
-        heads->impl.expand(head, h, paths, n, k, tokens, log_p);
+        heads->impl.expand(head, { h, nullptr, { 0 } }, paths, n, k, tokens, log_p);
         return (int32_t) ENTMTP_OK;
     });
 }
@@ -145,7 +146,10 @@ int32_t entmtp_heads_prefix(entmtp_heads * heads, const float * h, int32_t n, in
             heads->impl.reserve_prefix(std::max(pos0 + n, 4096));
         }
         prefix->truncate(pos0);
-        prefix->run(h, n, pos0, out);
+        std::vector<int32_t> rows(n);
+        std::iota(rows.begin(), rows.end(), 0);
+        prefix->run({ h, nullptr, rows }, pos0);
+        prefix->read(out);
         return (int32_t) ENTMTP_OK;
     });
 }
@@ -267,6 +271,25 @@ int32_t entmtp_decoder_signals(entmtp_decoder * dec, int32_t token, entmtp_signa
         *signals = d.signals(token);
         return (int32_t) ENTMTP_OK;
     });
+}
+
+int32_t entmtp_decoder_set_outputs(entmtp_decoder * dec, int32_t mode) {
+    return guarded(dec, [&](entmtp::decoder & d) {
+        d.set_outputs(mode);
+        return (int32_t) ENTMTP_OK;
+    });
+}
+
+void entmtp_decoder_get_outputs(const entmtp_decoder * dec, entmtp_outputs_info * info) {
+    if (info) {
+        *info = dec ? dec->impl.outputs_info() : entmtp_outputs_info{};
+    }
+}
+
+void entmtp_decoder_get_traffic(const entmtp_decoder * dec, entmtp_traffic * traffic) {
+    if (traffic) {
+        *traffic = dec ? dec->impl.traffic() : entmtp_traffic{};
+    }
 }
 
 bool entmtp_decoder_can_tree(const entmtp_decoder * dec) {
