@@ -280,7 +280,7 @@ struct entmtp_traffic {
     int64_t to_host;        // bytes
     int64_t to_device;      // bytes
     int64_t on_device;      // bytes, from one tensor to another of the same device
-    int64_t n_rows;         // rows of logits that came to the host whole
+    int64_t n_rows;         // rows of logits that the host read whole
     int64_t n_syncs;        // times that the host waited
     int64_t n_graphs;       // graphs of the model that were built or allocated anew
     int64_t n_draft_graphs; // graphs of the heads

@@ -167,15 +167,17 @@ const float * outputs::logits(int32_t i) {
     if (!t_logits || r < 0 || r >= t_logits->ne[1]) {
         return nullptr;
     }
-    const size_t offset = (size_t) r * t_logits->nb[1];
+    const size_t offset     = (size_t) r * t_logits->nb[1];
+    const auto [at, is_new] = rows.try_emplace(r);
+
+    traffic.n_rows += is_new;
     if (ggml_backend_buffer_is_host(t_logits->buffer)) {
         return (const float *) ((const char *) t_logits->data + offset);
     }
-    auto & row = rows[r];
-    if (row.empty()) {
+    auto & row = at->second;
+    if (is_new) {
         row.resize(n_vocab);
         fetch(traffic, t_logits, row.data(), offset, row.size() * sizeof(float));
-        traffic.n_rows++;
     }
     return row.data();
 }
@@ -241,8 +243,8 @@ float outputs::logit(int32_t i, int32_t token) {
             return values[(size_t) r * reduction::width(k) + (at - first)];
         }
     }
-    if (ggml_backend_buffer_is_host(t_logits->buffer) || rows.count(r)) {
-        return logits(i)[token];
+    if (const auto row = rows.find(r); row != rows.end() && !row->second.empty()) {
+        return row->second[token];
     }
     float res;
     fetch(traffic, t_logits, &res, (size_t) r * t_logits->nb[1] + (size_t) token * sizeof(float), sizeof(res));

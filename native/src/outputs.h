@@ -85,7 +85,7 @@ class outputs {
     std::vector<float>   values;                  // [n][width(k)]
     std::vector<int32_t> ids;                     // [n][k]
 
-    std::map<int32_t, std::vector<float>> rows;   // fetched logits
+    std::map<int32_t, std::vector<float>> rows;   // read whole; empty ones in place
     std::vector<float>                    state;  // fetched hidden state
     std::vector<llama_token_data>         tokens; // for the sampler
 };

@@ -49,7 +49,7 @@ class Traffic:
         n_outputs: tokens with outputs in them.
         to_host, to_device: bytes.
         on_device: bytes from one tensor to another of the same device.
-        n_rows: rows of logits that came to the host whole.
+        n_rows: rows of logits that the host read whole.
         n_syncs: times that the host waited.
         n_graphs: graphs of the model that were built or allocated anew.
         n_draft_graphs: graphs of the heads that were built.
