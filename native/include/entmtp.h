@@ -402,6 +402,10 @@ ENTMTP_API uint64_t entmtp_kernels_missed(void);
 // n_threads threads, the best of a few runs of some ms. multiply-adds are 0 where no kernel set but the portable one runs.
 ENTMTP_API int32_t entmtp_machine_peaks(int32_t n_threads, double * bytes_per_s, double * macs_per_s);
 
+// Bytes per second that the device of the model's output layer reads and writes in an op on every element of a large tensor.
+// Takes half a second and 256 MB of its memory.
+ENTMTP_API int32_t entmtp_device_bandwidth(const struct llama_model * model, double * bytes_per_s);
+
 #ifdef __cplusplus
 }
 #endif

@@ -2,6 +2,7 @@
 
 #include "entmtp.h"
 
+#include "bandwidth.h"
 #include "decoder.h"
 #include "heads.h"
 #include "hook.h"
@@ -413,6 +414,16 @@ int32_t entmtp_machine_peaks(int32_t n_threads, double * bytes_per_s, double * m
             return fail("machine_peaks: at least one thread and two results");
         }
         entmtp::machine_peaks(n_threads, bytes_per_s, macs_per_s);
+        return (int32_t) ENTMTP_OK;
+    });
+}
+
+int32_t entmtp_device_bandwidth(const llama_model * model, double * bytes_per_s) {
+    return guarded([&] {
+        if (!model || !bytes_per_s) {
+            return fail("no model, or no room for the result");
+        }
+        *bytes_per_s = entmtp::device_bandwidth(entmtp::output_device(model));
         return (int32_t) ENTMTP_OK;
     });
 }

@@ -368,3 +368,6 @@ kernels_missed = _bind("entmtp_kernels_missed", c_uint64)
 
 # int32_t entmtp_machine_peaks(int32_t n_threads, double * bytes_per_s, double * macs_per_s);
 machine_peaks = _bind("entmtp_machine_peaks", c_int32, c_int32, POINTER(c_double), POINTER(c_double))
+
+# int32_t entmtp_device_bandwidth(const struct llama_model * model, double * bytes_per_s);
+device_bandwidth = _bind("entmtp_device_bandwidth", c_int32, c_void_p, POINTER(c_double))
