@@ -60,18 +60,25 @@ void outputs::set_mode(int32_t asked) {
         note = "a context with pooling copies its outputs";
     }
     if (next == ENTMTP_OUTPUTS_DEVICE) {
+        most_k = 0;
         for (const int32_t n : { 1, n_candidates }) {
             if (const char * op = reducer::missing_op(device, n_vocab, n); op) {
-                next = ENTMTP_OUTPUTS_ROWS;
-                note = std::string(ggml_backend_dev_name(device)) + " cannot run " + op;
-                fprintf(stderr, "entmtp: %s; visited rows of logits are reduced on the host\n", note.c_str());
+                announce(std::string(ggml_backend_dev_name(device)) + " cannot run " + op);
                 break;
             }
+            most_k = n;
         }
+        wanted_k = std::clamp(wanted_k, 1, std::max(most_k, 1));
+        next     = most_k > 0 ? next : (int32_t) ENTMTP_OUTPUTS_ROWS;
     }
 
     mode = next;
     use_reductions(mode == ENTMTP_OUTPUTS_DEVICE ? wanted_k : 0);
+}
+
+void outputs::announce(const std::string & why) {
+    note = why;
+    fprintf(stderr, "entmtp: %s; rows of logits come to the host where it is needed\n", why.c_str());
 }
 
 entmtp_outputs_info outputs::info() const {
@@ -97,8 +104,7 @@ void outputs::use_reductions(int32_t n) {
         if (!llama_set_sampler(ctx, no_sequence, reductions->chain())) {
             reductions.reset();
             mode = ENTMTP_OUTPUTS_ROWS;
-            note = "llama.cpp takes no samplers into the graphs of this model";
-            fprintf(stderr, "entmtp: %s; visited rows of logits are reduced on the host\n", note.c_str());
+            announce("llama.cpp takes no samplers into the graphs of this model");
         }
     }
 }
@@ -257,12 +263,12 @@ float outputs::logit(int32_t i, int32_t token) {
 
 // fills `tokens` with what the sampler must see of the row, unless that is the whole of it
 bool outputs::from_candidates(llama_sampler * sampler, int32_t i) {
-    const int32_t needed = candidates_needed(sampler, n_candidates);
+    const int32_t needed = reductions ? candidates_needed(sampler, most_k) : 0;
 
     // a graph with more candidates costs more: go back to one only where that lasts
     n_unused = needed > 1 ? 0 : n_unused + (needed == 1);
     if (needed > 1) {
-        wanted_k = n_candidates;
+        wanted_k = most_k;
     } else if (n_unused > 256) {
         wanted_k = 1;
     }

@@ -58,6 +58,7 @@ class outputs {
 
     const reduction * reduced();                // of the pass; null: there is none, or it is of no use
     void              use_reductions(int32_t k);
+    void              announce(const std::string & why);
     bool              from_candidates(llama_sampler * sampler, int32_t i);
 
     llama_context *    ctx;
@@ -71,6 +72,7 @@ class outputs {
     std::string note; // why the mode is not the one that was asked for
 
     std::unique_ptr<reducer> reductions;
+    int32_t                  most_k   = 0; // that the device can find
     int32_t                  wanted_k = 1;
     int32_t                  n_unused = 0; // tokens in a row that would have done with less
 

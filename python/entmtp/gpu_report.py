@@ -21,7 +21,7 @@ def passes(m: dict[str, Any]) -> list[str]:
     """Cost of a pass by nodes and context, relative to one token, and the memory bandwidth of one token's pass."""
     costs, peak = from_json(m["costs"], m["model"]), m["bytes_per_second"]
     some = next(iter(costs.verify.values()))
-    sizes = [n for n in SHOWN if 1 < n <= max(some)]
+    sizes = [n for n in sorted(some) if n > 1 and (n in SHOWN or len(some) < len(SHOWN))]
     rows = []
     for context in sorted(costs.verify):
         curve = costs.curve(context)

@@ -34,6 +34,7 @@ from .verify_curve import weights_per_pass
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 DEMO = "demo"
+WARM_UP = 8  # tokens: a prompt as long as the tree is large takes the place of its graph
 GB = 1e9
 HEADS_SHARE = 0.6  # what heads and buffers may take on top of a model, at most
 
@@ -116,10 +117,10 @@ def steps_of(llm: Llama, tree: Tree, depth: int, n_tokens: int, **sampling: Any)
         llm.reset()
         begin = 0.0
         for i, _token in enumerate(llm.generate(prompt, **sampling)):
-            if i == 0:
+            if i == WARM_UP:
                 llm.reset_draft_stats()
                 begin = time.perf_counter()
-            if i == n_tokens:
+            if i == WARM_UP + n_tokens:
                 break
         wall = time.perf_counter() - begin
     stats = llm.draft_stats
@@ -162,8 +163,8 @@ def study_model(
         costs = replace(measure_rest(llm, costs, temp=0.0), key=None)
         steps = [
             steps_of(llm, tree, min(contexts), n_tokens, **sampling)
+            for sampling in ({"temp": 0.0}, {"temp": 0.8, "top_k": 40})  # greedy first: it reduces to less
             for tree in trees
-            for sampling in ({"temp": 0.0}, {"temp": 0.8, "top_k": 40})
         ]
         assert llm._decoder is not None and llm._heads is not None
         weights = weights_per_pass(model)[0]
@@ -190,8 +191,10 @@ def demo_traces(n_prompts: int, n_tokens: int, n_threads: int) -> Traces:
         n_threads_batch=n_threads, verbose=False,
     )  # fmt: skip
     lines = (files("entmtp.trees") / "generic-prompts.jsonl").read_text("utf-8").splitlines()
-    items = [json.loads(line) for line in lines]
-    chosen = [(i["task"], i["prompt"]) for i in items[:: max(1, len(items) // n_prompts)][:n_prompts]]
+    items = [(item["task"], item["prompt"]) for item in map(json.loads, lines)]
+    tasks = list(dict.fromkeys(task for task, _ in items))
+    each = max(2, -(-n_prompts // len(tasks)))  # one of every task to fit, one to test
+    chosen = [item for task in tasks for item in [i for i in items if i[0] == task][:each]]
     with closing(llm):
         return record(llm, chosen, temps=(0.0,), n_tokens=n_tokens)
 
@@ -204,6 +207,10 @@ def demo_traces(n_prompts: int, n_tokens: int, n_threads: int) -> Traces:
 def replayed(traces: Traces, costs: Costs) -> dict[str, float]:
     """Tokens/s on the held-out half of the traces; trees are fitted to the other half."""
     fitted, held_out = traces.split()
+    if not len(fitted.n_tokens) or not len(held_out.n_tokens):
+        raise ValueError(
+            "the traces hold one prompt per task; replay needs two, one to fit trees and one to test them"
+        )
     bank = fit(fitted, costs)
     published = Bank.load("mc_sim_7b_63").pruned(traces.n_heads).trees[1]
     runs = {
