@@ -12,7 +12,7 @@ from typing import Any
 from gguf import GGMLQuantizationType
 
 from .errors import ConvertError
-from .gguf_header import GGUFHeader, read_gguf_header
+from .gguf_header import GGUFHeader, TensorInfo, read_gguf_header
 
 _PLAIN = {
     GGMLQuantizationType.F32: "f32", GGMLQuantizationType.F16: "f16", GGMLQuantizationType.BF16: "bf16"
@@ -42,6 +42,9 @@ class BaseModel:
     fingerprint: str
     outtype: str
     keys: dict[str, Any]  # the scalar keys below `{architecture}.`, without that prefix
+    output: (
+        TensorInfo | None
+    )  # output projection [n_embd, n_vocab]; the token embeddings where they serve as such
 
     def get(self, key: str) -> Any:
         """Value of `{architecture}.{key}`. Raises ConvertError when the base model lacks it."""
@@ -98,6 +101,7 @@ def read_base(path: Path) -> BaseModel:
             f"{path}: 'token_embd.weight' has the shape {list(embd.shape)} in place of {[n_embd, len(tokens)]}, so the "
             "file contradicts itself; convert the base model again with a current llama.cpp"
         )
+    output = header.tensors.get("output.weight", embd)
     name = keys.get("general.name")
     return BaseModel(
         path=path,
@@ -110,4 +114,5 @@ def read_base(path: Path) -> BaseModel:
         keys={
             key.removeprefix(f"{arch}."): value for key, value in keys.items() if key.startswith(f"{arch}.")
         },
+        output=output if output is not None and output.shape == (n_embd, len(tokens)) else None,
     )

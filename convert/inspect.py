@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf import GGMLQuantizationType, GGUFValueType
 from rich.console import Console
 from rich.table import Table
 
 from .errors import ConvertError
 from .gguf_header import GGUFHeader, TensorInfo, read_gguf_header
-from .writer import FORMAT_VERSION, OUTTYPES
+from .writer import FORMAT_VERSION, OUTTYPES, matrix_type
 
 _U32, _F32, _STR, _BOOL = (
     GGUFValueType.UINT32,
@@ -81,8 +81,7 @@ class _Checker:
         elif self.matrix is None:
             return
         else:
-            fits = shape[0] % GGML_QUANT_SIZES[self.matrix][0] == 0
-            expected = self.matrix if fits else GGMLQuantizationType.F16
+            expected = matrix_type(shape[::-1], self.matrix)
         if kind != expected:
             raise self.fail(f"the tensor '{name}' is {kind.name} in place of {expected.name}")
 
@@ -112,8 +111,11 @@ class _Checker:
                 f"{n_heads} heads of {n_blocks} blocks, width {n_embd} and {n_vocab} tokens cannot be"
             )
         n_draft = self.draft_vocab(n_vocab)
+        shared = self.keys.get(f"{arch}.shared_output", False)
+        if not isinstance(shared, bool):
+            raise self.fail(f"the key '{arch}.shared_output' is neither true nor false")
         for i in range(n_heads):
-            self.head(i, n_embd, n_draft, n_blocks, grounded)
+            self.head(i, n_embd, n_draft, n_blocks, grounded, shared)
         if prefix:
             self.prefix_layer(n_embd)
         if self.left:
@@ -129,9 +131,11 @@ class _Checker:
         tokens = np.fromfile(self.path, "<i8", info.shape[0], offset=info.offset)
         if tokens.min() < 0 or tokens.max() >= n_vocab:
             raise self.fail("the draft vocabulary 'd2t' names tokens that the base model lacks")
+        if len(np.unique(tokens)) < len(tokens):
+            raise self.fail("the draft vocabulary 'd2t' names a token twice")
         return info.shape[0]
 
-    def head(self, i: int, n_embd: int, n_draft: int, n_blocks: int, grounded: bool) -> None:
+    def head(self, i: int, n_embd: int, n_draft: int, n_blocks: int, grounded: bool, shared: bool) -> None:
         stored = [j for j in range(n_blocks) if j == 0 or f"head.{i}.blk.{j}.weight" in self.left]
         for j in stored:
             wide = grounded and j == 0
@@ -142,7 +146,8 @@ class _Checker:
             raise self.fail(
                 f"the tensor 'head.{i}.blk.1.weight' is missing (block 0 of a grounded head is wider)"
             )
-        self.tensor(f"head.{i}.output.weight", n_embd, n_draft)
+        if not shared:
+            self.tensor(f"head.{i}.output.weight", n_embd, n_draft)
         self.tensor(f"head.{i}.output.bias", n_draft, optional=True)
 
     def prefix_layer(self, n_embd: int) -> None:
@@ -176,6 +181,20 @@ def inspect_heads(path: str | os.PathLike[str]) -> HeadsFile:
     return HeadsFile(path, header.keys, header.tensors, parameters)
 
 
+def projections(heads: HeadsFile) -> str:
+    """What the heads can draft, and through which projection, in a sentence."""
+    arch = heads.keys["general.architecture"]
+    n_vocab = heads.keys[f"{arch}.vocab_size"]
+    n_draft = heads.tensors["d2t"].shape[0] if "d2t" in heads.tensors else n_vocab
+    drafted = f"all {n_vocab:,} tokens" if n_draft == n_vocab else f"{n_draft:,} of {n_vocab:,} tokens"
+    owner = (
+        "the base model's projection"
+        if heads.keys.get(f"{arch}.shared_output")
+        else "projections of their own"
+    )
+    return f"drafts {drafted} with {owner}\n"
+
+
 def print_heads(heads: HeadsFile) -> None:
     """Print keys, tensors and parameter counts of a heads file to stdout."""
     console = Console()
@@ -185,6 +204,7 @@ def print_heads(heads: HeadsFile) -> None:
     for key, value in heads.keys.items():
         keys.add_row(key, str(value))
     console.print(keys)
+    console.print(projections(heads), highlight=False)
     tensors = Table(
         "tensor", "shape", "type", title="tensors (fastest dimension first)", title_justify="left"
     )

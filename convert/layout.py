@@ -20,7 +20,7 @@ import numpy as np
 
 from .base import BaseModel
 from .errors import ConvertError
-from .tensors import SourceTensor, equal
+from .tensors import Rows, SourceTensor, equal
 
 _N = r"(0|[1-9][0-9]{0,3})"
 _MEDUSA_BLOCK = re.compile(rf"{_N}\.{_N}\.(linear\.(?:weight|bias))")
@@ -71,8 +71,10 @@ class Heads:
     n_blocks: int  # residual blocks per head
     grounded: bool = False
     prefix: PrefixLayer | None = None
-    tensors: list[tuple[str, SourceTensor]] = field(default_factory=list)
+    tensors: list[tuple[str, SourceTensor | Rows]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # one sentence each, for the user
+    draft_vocab: np.ndarray | None = None  # base token of each draft token, ascending; None: all tokens
+    shared_output: bool = False  # the base model's projection is the heads'
 
 
 @dataclass
@@ -85,8 +87,16 @@ class _Head:
 class _Reader:
     """Sorts the tensors of one checkpoint into heads and checks them against config and base model."""
 
-    def __init__(self, tensors: dict[str, SourceTensor], config: dict[str, Any], base: BaseModel, label: str):
+    def __init__(
+        self,
+        tensors: dict[str, SourceTensor],
+        config: dict[str, Any],
+        base: BaseModel,
+        label: str,
+        shared: bool,
+    ):
         self.tensors, self.config, self.base, self.label = tensors, config, base, label
+        self.shared = shared  # the base model's projection will serve: the heads' own may be missing
         self.heads: dict[int, _Head] = {}
         self.notes: list[str] = []
 
@@ -153,7 +163,7 @@ class _Reader:
             )
         return n_blocks
 
-    def check_base(self, weight: SourceTensor, output: SourceTensor) -> None:
+    def check_base(self, weight: SourceTensor, output: SourceTensor | None) -> None:
         """Say plainly when the heads belong to another model: by width and vocabulary of the first head."""
         base = self.base
         told = self.config.get("base_model_name_or_path")
@@ -164,7 +174,7 @@ class _Reader:
                 f"{self.label}: the heads are {weight.shape[0]} wide and the hidden states of {base.path.name} "
                 f"{base.n_embd}; {mend}"
             )
-        if len(output.shape) == 2 and output.shape[0] != base.n_vocab:
+        if output is not None and len(output.shape) == 2 and output.shape[0] != base.n_vocab:
             raise ConvertError(
                 f"{self.label}: the heads know a vocabulary of {output.shape[0]} tokens and {base.path.name} "
                 f"{base.n_vocab}; {mend}"
@@ -202,11 +212,12 @@ class _Reader:
                     heads.tensors.append((f"head.{i}.blk.{j}.{name}", tensor))
             if differ:
                 self.notes.append(f"the residual blocks of head {i} differ, so each is stored")
-            if "weight" not in head.output:
+            if "weight" in head.output:
+                heads.tensors.append(
+                    (f"head.{i}.output.weight", self.expect(head.output["weight"], n_vocab, n_embd))
+                )
+            elif not self.shared:
                 raise self.missing(output_name.format(i=i, j=heads.n_blocks))
-            heads.tensors.append(
-                (f"head.{i}.output.weight", self.expect(head.output["weight"], n_vocab, n_embd))
-            )
             if "bias" in head.output:
                 heads.tensors.append((f"head.{i}.output.bias", self.expect(head.output["bias"], n_vocab)))
 
@@ -225,18 +236,22 @@ class _Reader:
             else:
                 raise self.unknown(name, "a Medusa head")
         n_heads = self.count_heads("medusa_num_heads", "{i}.0.linear.weight")
-        if all(head.output_index is None for head in self.heads.values()):
+        if not self.shared and all(head.output_index is None for head in self.heads.values()):
             raise ConvertError(
-                f"{self.label}: the heads have no output projections ('0.1.weight'); heads of the first Medusa "
-                "release, which share the base model's, are not supported, so get or train newer ones"
+                f"{self.label}: the heads have no output projections ('0.1.weight'), as those of the first Medusa "
+                "release, which were trained to share the base model's; convert them with --share-lm-head"
             )
         for i, head in self.heads.items():
-            if head.output_index is None:
+            if head.output_index is None and not self.shared:
                 raise self.missing(f"{i}.{max(head.blocks) + 1}.weight")
-        n_blocks = self.count_blocks("medusa_num_layers", (h.output_index or 0 for h in self.heads.values()))
+
+        def count(head: _Head) -> int:
+            return max(head.blocks, default=-1) + 1 if head.output_index is None else head.output_index
+
+        n_blocks = self.count_blocks("medusa_num_layers", map(count, self.heads.values()))
         first = self.heads[0]
-        if "weight" in first.output and "linear.weight" in first.blocks.get(0, {}):
-            self.check_base(first.blocks[0]["linear.weight"], first.output["weight"])
+        if (block := first.blocks.get(0, {}).get("linear.weight")) is not None:
+            self.check_base(block, first.output.get("weight"))
         for head in self.heads.values():
             for j in head.blocks:
                 if j >= n_blocks:
@@ -285,7 +300,7 @@ class _Reader:
         weight = first.blocks.get(0, {}).get("linear.weight")
         if weight is None:
             raise self.missing(first_name.format(i=0))
-        self.check_base(weight, first.output.get("weight", weight))
+        self.check_base(weight, first.output.get("weight"))
         heads = Heads("hydra", n_heads, n_blocks, self.grounded(weight), notes=self.notes)
         self.emit(heads, block_name, "hydra_lm_head.{i}." + ("1." if has_prefix else "") + "weight")
         if has_prefix:
@@ -391,11 +406,16 @@ def _unwrap(tensors: dict[str, SourceTensor], label: str) -> dict[str, SourceTen
 
 
 def plan_heads(
-    tensors: dict[str, SourceTensor], config: dict[str, Any], base: BaseModel, label: str
+    tensors: dict[str, SourceTensor],
+    config: dict[str, Any],
+    base: BaseModel,
+    label: str,
+    shared: bool = False,
 ) -> Heads:
     """Find the heads among a checkpoint's tensors and check every shape against the base model.
 
-    `label` names the checkpoint in messages. Raises ConvertError for anything that a heads file cannot hold.
+    `label` names the checkpoint in messages; with `shared` the heads need no projections of their own.
+    Raises ConvertError for anything that a heads file cannot hold.
     """
     heads = _unwrap(tensors, label)
     if not heads:
@@ -408,5 +428,5 @@ def plan_heads(
             "as GGUF, as --base"
         )
     is_hydra = any(name.startswith(("hydra_", _PREFIX)) for name in heads) or "hydra_head_arch" in config
-    reader = _Reader(heads, config, base, label)
+    reader = _Reader(heads, config, base, label, shared)
     return reader.hydra() if is_hydra else reader.medusa()

@@ -112,6 +112,39 @@ class SourceTensor:
             yield part.astype(np.float32, order="C", copy=False).reshape(len(part), -1)
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some rows of a tensor (of a vector: some of its elements), in ascending order; read as a SourceTensor is."""
+
+    source: SourceTensor
+    index: np.ndarray  # i8 [n], ascending
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.index), *self.source.shape[1:])
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return len(self.index) * (self.source.size // self.source.shape[0])
+
+    @property
+    def label(self) -> str:
+        return self.source.label
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Yield the rows as `SourceTensor.chunks` does."""
+        vector = len(self.shape) < 2
+        first = 0  # row that the chunk starts with
+        for chunk in self.source.chunks():
+            n = chunk.shape[1] if vector else len(chunk)
+            lo, hi = np.searchsorted(self.index, (first, first + n))
+            if hi > lo:
+                at = self.index[lo:hi] - first
+                yield np.ascontiguousarray(chunk[:, at] if vector else chunk[at])
+            first += n
+
+
 def equal(a: SourceTensor, b: SourceTensor) -> bool:
     """Whether two tensors hold the same values, compared a chunk at a time."""
     if a.shape != b.shape:

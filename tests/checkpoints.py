@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, quants
 
+from entmtp.convert.quantise import quantise
+
 N_EMBD, N_VOCAB, N_HEAD, N_HEAD_KV, N_FF = 32, 48, 4, 2, 64
 
 STORAGE_CLASS = {
@@ -296,12 +298,16 @@ def tiny_base(
     n_vocab: int = N_VOCAB,
     tokens: list[bytes] | None = None,
     type: GGMLQuantizationType = GGMLQuantizationType.F32,
+    output: GGMLQuantizationType | None = None,
     arch: str = "llama",
     name: str | None = "tiny base",
     skip: tuple[str, ...] = (),
     **more: Any,
 ) -> Path:
-    """A Llama of one layer with random weights. Keys in `skip` are left out; `more` adds keys below `{arch}.`."""
+    """A Llama of one layer with random weights, matrices of a `type`, the projection of the type `output`.
+
+    Keys in `skip` are left out; `more` adds keys below `{arch}.`.
+    """
     tokens = tokens or [b"<unk>", b"<s>", b"</s>", *(f"t{i}".encode() for i in range(n_vocab - 3))]
     writer = GGUFWriter(path, arch)
     if name:
@@ -340,7 +346,8 @@ def tiny_base(
         if array.ndim == 1:
             writer.add_tensor(key, array)
         else:
-            writer.add_tensor(key, quants.quantize(array, type), raw_dtype=type)
+            kind = output if output and key == "output.weight" else type
+            writer.add_tensor(key, quantise(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -367,6 +374,11 @@ def read_heads(path: Path) -> HeadsGGUF:
     types = {t.name: t.tensor_type.name for t in reader.tensors}
     shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
     values = {
-        t.name: quants.dequantize(t.data, t.tensor_type).reshape(shapes[t.name]) for t in reader.tensors
+        t.name: (
+            np.array(t.data)
+            if t.tensor_type == GGMLQuantizationType.I64
+            else quants.dequantize(t.data, t.tensor_type)
+        ).reshape(shapes[t.name])
+        for t in reader.tensors
     }
     return HeadsGGUF(keys, types, values)

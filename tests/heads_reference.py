@@ -64,6 +64,20 @@ def hydra_logits(
     return linear(state, f"hydra_lm_head.{head}.1" if prefix else f"hydra_lm_head.{head}", x)
 
 
+def cheap_state(state: State, projection: np.ndarray | None = None, ids: Any = None) -> State:
+    """The state dict that heads amount to which share `projection` [n_vocab, n_embd] (None: have their own), with a
+    draft vocabulary of the rows `ids` (None: all)."""
+    blocks = ("hydra_mlp.", "prefix_embeding_layer.", "input_embed_fn.")
+    out = dict(state)
+    for name, array in state.items():
+        if name.startswith(blocks) or ".linear." in name:
+            continue
+        if projection is not None and name.endswith(".weight"):
+            array = projection
+        out[name] = array if ids is None else array[np.asarray(ids)]
+    return out
+
+
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight.astype(np.float64)

@@ -114,6 +114,7 @@ def workspace(
         lines = (ROOT / "tests/prompts" / f"{task}.jsonl").read_text("utf-8").splitlines()
         (folder / f"{name}.jsonl").write_text("\n".join(lines[:2]) + "\n", "utf-8")
     (folder / "prompt.txt").write_text(prompts("humaneval")[0], "utf-8")
+    (folder / "my.txt").write_text("\n".join(prompts("gsm8k")), "utf-8")
     shutil.copytree(assets() / "hydra", folder / "hydra-vicuna-7b")
     shutil.copytree(assets() / "medusa", folder / "hub/FasterDecoding/medusa-vicuna-7b-v1.3/main")
     with serve(folder / "hub") as (url, _):

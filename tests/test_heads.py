@@ -22,10 +22,10 @@ from checkpoints import (
     tiny_base,
     write_checkpoint,
 )
-from gguf import GGUFReader
-from heads_reference import hydra_logits, medusa_logits, prefix_forward
+from gguf import GGMLQuantizationType, GGUFReader, quants
+from heads_reference import cheap_state, hydra_logits, medusa_logits, prefix_forward
 
-from entmtp import Bank, EntmtpError, Llama
+from entmtp import Bank, EntmtpError, Llama, kernels
 from entmtp.bank import PLAIN, Tree
 from entmtp.calibration import N_ACCEPT, N_AHEAD, N_BEST, Calibration
 from entmtp.convert import convert
@@ -138,6 +138,75 @@ def test_blocks_of_their_own(base: Llama, convert_f32: Callable[..., Path]) -> N
     with closing(Heads(convert_f32(state, config), base.model, 1)) as heads:
         for i, expected in enumerate(medusa_logits(state, config, h)):
             same_logits(heads.logits(i, h, [0] * (i + 1)), expected)
+
+
+IDS = [47, 3, 20, 0, 17, 5, 8, 30, 1, 2, 9, 10, 40, 41, 42, 43, 44, 11, 29]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kernel_set", ["auto", "off"])
+@pytest.mark.parametrize("kind", ["medusa", "hydra", "hydra++"])
+def test_cheap_logits(kind: str, kernel_set: str, shared: bool, tmp_path: Path, base_path: Path) -> None:
+    """With a draft vocabulary and with the base's projection, as the reference with the rows taken out."""
+    state, config = random_checkpoint(kind)
+    folder = write_checkpoint(tmp_path / "checkpoint", state, config)
+    own = {t.name: np.array(t.data, np.float32) for t in GGUFReader(base_path).tensors}["output.weight"]
+    embd, rng = embeddings(base_path), np.random.default_rng(6)
+    with closing(Llama(base_path, kernels=kernel_set, **F32)) as llm:
+        for ids in (None, IDS):
+            out = tmp_path / "heads.gguf"
+            convert(folder, base_path, out, "f32", progress=False, draft_vocab=ids, share_lm_head=shared)
+            cheap = cheap_state(state, own if shared else None, None if ids is None else sorted(ids))
+            with closing(Heads(out, llm.model, 1)) as heads:
+                assert heads.info.n_vocab_draft == len(ids or range(N_VOCAB))
+                h = rng.standard_normal(N_EMBD).astype(np.float32)
+                path = [int(t) for t in rng.integers(0, N_VOCAB, N_HEADS)]
+                for i in range(N_HEADS):
+                    expected = reference(cheap, config, i, h, embd[path[: i + 1]])
+                    same_logits(heads.logits(i, h, path[: i + 1]), expected)
+                    # guesses are tokens of the base
+                    guesses = heads.expand(i, h, [path[: i + 1]], 5)[0][0]
+                    best = np.argsort(-expected, kind="stable")[:5]
+                    assert guesses.tolist() == (best if ids is None else np.sort(ids)[best]).tolist()
+
+
+@pytest.mark.parametrize("type", ["F16", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("kernel_set", ["auto", "off"])
+def test_sharing_a_quantised_projection(type: str, kernel_set: str, tmp_path: Path) -> None:
+    """Against the base's dequantised weights; products of quantised weights round their activations, too."""
+    n_embd = 256 if type.endswith("_K") else 64
+    path = tiny_base(tmp_path / "f32.gguf", n_embd=n_embd)
+    tensors = {t.name: np.array(t.data) for t in GGUFReader(path).tensors}
+    path = tiny_base(tmp_path / "base.gguf", n_embd=n_embd, output=GGMLQuantizationType[type])
+    stored = next(t for t in GGUFReader(path).tensors if t.name == "output.weight")
+    projection = quants.dequantize(stored.data, stored.tensor_type)
+    off = np.linalg.norm(projection - tensors["output.weight"]) / np.linalg.norm(projection)
+    assert off < 0.15
+
+    state, config = medusa_state(1, n_embd=n_embd), medusa_config(1)
+    folder = write_checkpoint(tmp_path / "checkpoint", state, config)
+    h = np.random.default_rng(7).standard_normal(n_embd).astype(np.float32)
+    size = {}
+    with closing(Llama(path, kernels=kernel_set, **F32)) as llm:
+        for ids in (None, IDS):
+            out = tmp_path / "heads.gguf"
+            convert(folder, path, out, "f32", progress=False, draft_vocab=ids, share_lm_head=True)
+            cheap = cheap_state(state, projection, None if ids is None else sorted(ids))
+            with closing(Heads(out, llm.model, 1)) as heads:
+                expected = medusa_logits(cheap, config, h)[0]
+                assert np.abs(heads.logits(0, h, [0]) - expected).max() < 0.02 * np.abs(expected).max()
+                size[ids is None] = heads.info.n_bytes
+    # the base's projection is held once, by the base
+    assert size[True] < 4 * n_embd * (n_embd + 2) + 4096
+
+
+def test_models_keep_their_kernels(base: Llama, base_path: Path) -> None:
+    """A model that is loaded without them changes nothing for those that have them."""
+    expected = greedy(base, [1, 5, 9], 10)
+    with closing(Llama(base_path, kernels="off", **F32)) as other:
+        other.eval([1, 2])
+        assert greedy(base, [1, 5, 9], 10) == expected
+    kernels.use()
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 16, 63, 64, 65, 100, 200])

@@ -46,10 +46,11 @@ static void hook_pack(ggml_tensor * t, const void * data) {
     }
 }
 
+// Weights that are loaded stay ours; whether new ones (without data yet) become ours is for the switch to say.
 static bool hook_supports_op(const ggml_tensor * op) {
     const ggml_tensor * w = op->src[0];
-    return g_enabled && op->op == GGML_OP_MUL_MAT && packed_type(w->type) != W_COUNT && ggml_n_dims(w) == 2 &&
-           ggml_is_contiguous(w) && op->src[1]->type == GGML_TYPE_F32 && op->op_params[1] == 0;
+    return (g_enabled || w->data) && op->op == GGML_OP_MUL_MAT && packed_type(w->type) != W_COUNT &&
+           ggml_n_dims(w) <= 2 && ggml_is_contiguous(w) && op->src[1]->type == GGML_TYPE_F32 && op->op_params[1] == 0;
 }
 
 // Activations in the work buffer: groups of up to `group` tokens, each [n_blocks][n]

@@ -167,4 +167,39 @@ void pack_panels(weight_type type, const void * src, int64_t k, int64_t n_rows, 
     }
 }
 
+// A block of a panel holds, one after the other, items of all 16 rows side by side
+struct item_run {
+    int bytes; // of one row's item
+    int count;
+};
+
+// [W_COUNT] as LAYOUTS tells
+constexpr item_run ITEMS[W_COUNT][3] = {
+    { { 2, 1 }, { 4, 4 } },             // Q4_0: d, lines
+    { { 2, 1 }, { 4, 8 } },             // Q8_0: d, lines
+    { { 2, 2 }, { 1, 12 }, { 4, 32 } }, // Q4_K: d and dmin, scales and mins, lines
+    { { 2, 1 }, { 1, 16 }, { 4, 48 } }, // Q6_K: d, scales, lines
+    { { 2, 32 } },                      // F16
+    { { 4, 32 } },                      // F32
+};
+
+void copy_packed_rows(
+    weight_type type, int64_t k, const uint8_t * src, const int32_t * ids, int64_t n_ids, uint8_t * dst) {
+    const weight_layout & l        = LAYOUTS[type];
+    const int64_t         n_blocks = (k + l.block - 1) / l.block;
+
+    memset(dst, 0, packed_size(type, k, n_ids));
+    for (int64_t i = 0; i < n_ids; ++i) {
+        for (int64_t b = 0; b < n_blocks; ++b) {
+            const uint8_t * from = src + (size_t) (ids[i] / PANEL * n_blocks + b) * l.panel_bytes;
+            uint8_t *       to   = dst + (size_t) (i / PANEL * n_blocks + b) * l.panel_bytes;
+            for (const item_run & run : ITEMS[type]) {
+                for (int j = 0; j < run.count; ++j, from += PANEL * run.bytes, to += PANEL * run.bytes) {
+                    memcpy(to + i % PANEL * run.bytes, from + ids[i] % PANEL * run.bytes, (size_t) run.bytes);
+                }
+            }
+        }
+    }
+}
+
 } // namespace entmtp

@@ -18,4 +18,9 @@ size_t packed_size(weight_type type, int64_t k, int64_t n_rows);
 //   src [n_rows] rows of k weights in ggml's layout. Rows past the last become zeros
 void pack_panels(weight_type type, const void * src, int64_t k, int64_t n_rows, int64_t p0, int64_t p1, uint8_t * dst);
 
+// The rows `ids` of a packed matrix as a packed matrix of their own
+//   src, dst: packed_size(type, k, n) bytes, of as many rows as the largest id wants, and of n_ids rows
+void copy_packed_rows(
+    weight_type type, int64_t k, const uint8_t * src, const int32_t * ids, int64_t n_ids, uint8_t * dst);
+
 } // namespace entmtp

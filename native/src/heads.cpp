@@ -90,6 +90,12 @@ ggml_tensor * heads::build_head(ggml_context * ctx, int32_t i, ggml_tensor * x) 
     }
 
     ggml_tensor * logits = ggml_mul_mat(ctx, layers[i].output, x);
+    if (select) {
+        const int64_t n   = x->ne[1];
+        ggml_tensor * ids = ggml_repeat_4d(ctx, ggml_reshape_1d(ctx, d2t, n_draft), n_draft, n, 1, 1);
+        logits            = ggml_get_rows(ctx, ggml_reshape_3d(ctx, logits, 1, n_vocab, n), ids); // [1, n_draft, n]
+        logits            = ggml_reshape_2d(ctx, logits, n_draft, n);
+    }
     if (layers[i].output_bias) {
         logits = ggml_add(ctx, logits, layers[i].output_bias);
     }
@@ -134,8 +140,8 @@ ggml_tensor * heads::build_embd(ggml_context * ctx, ggml_tensor * tokens) const 
 std::unique_ptr<draft_graph> heads::new_graph() const {
     auto g = std::make_unique<draft_graph>();
 
-    // per head: 6 nodes a block, 6 for the top-k, 6 for the next level's inputs, and as many views
-    const size_t n_max = 64 + n_heads() * (16 * layers[0].blocks.size() + 32);
+    // per head: 6 nodes a block, 6 for the output, 6 for the top-k, 6 for the next level's inputs, and as many views
+    const size_t n_max = 64 + n_heads() * (16 * layers[0].blocks.size() + 48);
 
     g->ctx.reset(
         ggml_init({ n_max * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_max, false), nullptr, true }));

@@ -29,7 +29,7 @@ struct res_block {
 
 struct head {
     std::vector<res_block> blocks;
-    ggml_tensor *          output      = nullptr; // [n_embd, n_vocab_draft]
+    ggml_tensor *          output      = nullptr; // [n_embd, n_vocab_draft], or the base model's (see select)
     ggml_tensor *          output_bias = nullptr; // [n_vocab_draft]
 };
 
@@ -116,6 +116,7 @@ class heads {
 
     std::vector<head> layers;
     ggml_tensor *     d2t      = nullptr; // i32 [1, n_vocab_draft] base token of a draft token
+    bool              select   = false;   // outputs are the base model's whole: the draft tokens' logits are taken out
     ggml_tensor *     tok_embd = nullptr; // [n_embd, n_vocab] of the base model, grounded heads only
 
     std::unique_ptr<prefix_layer> prefix_impl;

@@ -3,6 +3,7 @@
 #include "heads.h"
 #include "hook.h"
 #include "pack.h"
+#include "projection.h"
 
 #include "ggml-cpu.h"
 #include "ggml.h"
@@ -145,8 +146,8 @@ void heads::load_weights(const char * path, const llama_model * model) {
     std::vector<std::pair<ggml_tensor *, size_t>> to_read; // tensor, offset in the file
 
     const size_t n_tensors = (size_t) gguf_get_n_tensors(gguf.get());
-    ctx_weights.reset(ggml_init({ (n_tensors + 2) * ggml_tensor_overhead(), nullptr, true }));
-    ctx_packed.reset(ggml_init({ (n_tensors + 2) * ggml_tensor_overhead(), nullptr, true }));
+    ctx_weights.reset(ggml_init({ (n_tensors + 3) * ggml_tensor_overhead(), nullptr, true }));
+    ctx_packed.reset(ggml_init({ (n_tensors + 3) * ggml_tensor_overhead(), nullptr, true }));
     const bool on_cpu = ggml_backend_is_cpu(backend.get());
 
     const auto get = [&](const std::string & name, int64_t ne0, int64_t ne1, bool optional = false) -> ggml_tensor * {
@@ -203,14 +204,36 @@ void heads::load_weights(const char * path, const llama_model * model) {
         if (!file) {
             heads_fail(std::string(path) + " is truncated: tensor d2t could not be read");
         }
+        std::vector<bool> seen(n_vocab);
         for (const int64_t t : ids) {
             if (t < 0 || t >= n_vocab) {
                 heads_fail(std::string(path) + ": d2t names token " + std::to_string(t) + " of a vocabulary of " +
                            std::to_string(n_vocab));
             }
+            if (seen[t]) {
+                heads_fail(std::string(path) + ": d2t names token " + std::to_string(t) + " twice");
+            }
+            seen[t] = true;
             d2t_data.push_back((int32_t) t);
         }
         d2t = ggml_new_tensor_2d(ctx_weights.get(), GGML_TYPE_I32, 1, n_draft);
+    }
+
+    // the projection, where it is the base model's
+    const ggml_tensor * base_output = nullptr;
+    ggml_tensor *       output      = nullptr;
+    bool                copy_output = false;
+    select                          = false;
+    if (key.flag(key.arch + ".shared_output")) {
+        base_output    = base_projection(model, n_embd, n_vocab);
+        const auto how = choose_sharing(base_output, backend.get(), d2t_data);
+        select         = how == sharing::select;
+        copy_output    = how == sharing::rows || how == sharing::copy;
+        output         = const_cast<ggml_tensor *>(base_output);
+        if (copy_output) {
+            ggml_context * ctx = on_cpu && rows_are_packed(base_output) ? ctx_packed.get() : ctx_weights.get();
+            output             = ggml_new_tensor_2d(ctx, base_output->type, n_embd, n_draft);
+        }
     }
 
     for (int32_t i = 0; i < n_heads; ++i) {
@@ -239,7 +262,11 @@ void heads::load_weights(const char * path, const llama_model * model) {
             }
             layer.blocks.push_back(block);
         }
-        layer.output      = get(p + "output.weight", n_embd, n_draft);
+        if (output && gguf_find_tensor(gguf.get(), (p + "output.weight").c_str()) >= 0) {
+            heads_fail(std::string(path) + " says that the base model's projection is shared, and has a tensor " + p +
+                       "output.weight");
+        }
+        layer.output      = output ? output : get(p + "output.weight", n_embd, n_draft);
         layer.output_bias = get(p + "output.bias", n_draft, 1, true);
         layers.push_back(std::move(layer));
     }
@@ -320,6 +347,9 @@ void heads::load_weights(const char * path, const llama_model * model) {
     }
     if (d2t) {
         ggml_backend_tensor_set(d2t, d2t_data.data(), 0, ggml_nbytes(d2t));
+    }
+    if (copy_output) {
+        copy_rows(base_output, d2t_data, output);
     }
     if (base_embd) {
         ggml_backend_tensor_copy(const_cast<ggml_tensor *>(base_embd), tok_embd);

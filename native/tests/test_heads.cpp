@@ -192,6 +192,85 @@ static void test_draft_vocabulary() {
     }
 }
 
+// the values of a matrix as its type holds them
+static std::vector<float> as_stored(const std::vector<float> & values, ggml_type type) {
+    if (type == GGML_TYPE_F32) {
+        return values;
+    }
+    const int64_t        n_rows = (int64_t) values.size() / tiny::n_embd;
+    std::vector<uint8_t> bytes(ggml_row_size(type, tiny::n_embd) * (size_t) n_rows);
+    std::vector<float>   res(values.size());
+    ggml_quantize_chunk(type, values.data(), bytes.data(), 0, n_rows, tiny::n_embd, nullptr);
+    ggml_get_type_traits(type)->to_float(bytes.data(), res.data(), (int64_t) res.size());
+    return res;
+}
+
+// heads that share the base model's projection: as ggml's kernels and ours hold it, tied to the embeddings or not
+static void test_shared_projection() {
+    const auto hidden = random_vector(tiny::n_embd, 17);
+
+    for (const bool kernels : { false, true }) {
+        if (!kernels) {
+            entmtp_kernels_disable();
+        } else if (entmtp_kernels_enable(nullptr) != ENTMTP_OK) {
+            continue; // built without
+        }
+        for (const ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q5_0 }) {
+            for (const bool tied : { false, true }) {
+                const tiny::file model = tiny::make_base(1, "llama", tied, type);
+                base                   = tiny::load_base(model.write(dir / "shared-base.gguf"));
+                CHECK(base);
+                const auto projection = as_stored(model.values.at(tied ? "token_embd.weight" : "output.weight"), type);
+
+                for (const std::vector<int64_t> & d2t :
+                     { std::vector<int64_t>{}, { 39, 3, 20, 0, 17, 5, 8, 30, 1, 2, 4, 6, 7, 9, 10, 11, 38 }, { 12 } }) {
+                    head_options o;
+                    o.shared = true;
+                    o.bias   = d2t.size() != 1;
+                    o.d2t    = d2t;
+
+                    tiny::file      f = tiny::make_heads(o);
+                    const heads_ptr h = load(f.write(dir / "heads.gguf"));
+                    if (!CHECK(h)) {
+                        fprintf(stderr, "  %s %s: %s\n", ggml_type_name(type), tied ? "tied" : "", entmtp_last_error());
+                        continue;
+                    }
+
+                    // nothing is held twice
+                    entmtp_heads_info info;
+                    entmtp_heads_get_info(h.get(), &info);
+                    const auto blocks = (int64_t) sizeof(float) * 3 * tiny::n_embd * (tiny::n_embd + 1);
+                    const auto rows   = (int64_t) sizeof(float) * tiny::n_embd * ((int64_t) d2t.size() + 16);
+                    CHECK(info.n_bytes < blocks + 4096 + (d2t.empty() ? 0 : rows));
+
+                    std::vector<float> own;
+                    for (int64_t i = 0; i < (d2t.empty() ? tiny::n_vocab : (int64_t) d2t.size()); ++i) {
+                        const auto row = projection.begin() + (d2t.empty() ? i : d2t[i]) * tiny::n_embd;
+                        own.insert(own.end(), row, row + tiny::n_embd);
+                    }
+                    for (int32_t i = 0; i < 3; ++i) {
+                        f.values["head." + std::to_string(i) + ".output.weight"] = own;
+
+                        const auto   expected = reference(f, i, 1, hidden);
+                        const auto   got      = logits(h.get(), i, hidden);
+                        const double size =
+                            std::sqrt(std::inner_product(expected.begin(), expected.end(), expected.begin(), 0.0) /
+                                      (double) expected.size());
+                        // quantised products round their activations, too
+                        const double tol = type == GGML_TYPE_F32   ? 1e-4
+                                           : type == GGML_TYPE_F16 ? 5e-3
+                                                                   : 0.04 * (size + 1);
+                        CHECK_NEAR(max_diff(got, expected), 0.0, tol);
+                    }
+                }
+                base.reset();
+            }
+        }
+    }
+    entmtp_kernels_disable();
+    base = tiny::load_base(dir / "base.gguf");
+}
+
 static void test_prefix_chunks() {
     head_options o;
     o.arch       = "hydra";
@@ -249,6 +328,7 @@ int main() {
         test_shared_blocks();
         test_types();
         test_draft_vocabulary();
+        test_shared_projection();
         test_prefix_chunks();
     }
     return tear_down("test_heads");

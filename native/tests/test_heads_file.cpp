@@ -191,6 +191,7 @@ static void test_wrong_tensors() {
     refused("a token below the vocabulary", d2t({ 1, 2, -1 }), { "d2t names token -1" });
     refused("a token beyond it", d2t({ 1, 40, 3 }), { "d2t names token 40" });
     refused("a token far beyond it", d2t({ 1ll << 32 | 5, 3 }), { "d2t names token" });
+    refused("a token that comes twice", d2t({ 1, 7, 3, 7 }), { "d2t names token 7 twice" });
     refused("a larger draft vocabulary", d2t(std::vector<int64_t>(41, 1)), { "d2t is not a list of at most 40" });
 
     o        = {};
@@ -203,9 +204,37 @@ static void test_wrong_tensors() {
     };
     refused("a d2t of two dimensions", o, { "d2t is not a list" });
     o.change = [](tiny::file & f) {
-        f.add_raw<int64_t>("d2t", GGML_TYPE_I64, { 8 }, std::vector<int64_t>(8, 1));
+        f.add_raw<int64_t>("d2t", GGML_TYPE_I64, { 8 }, { 1, 2, 3, 4, 5, 6, 7, 8 });
     };
     refused("a d2t that does not fit the heads", o, { "head.0.output.weight" });
+}
+
+static void test_wrong_sharing() {
+    head_options o;
+    o.change = [](tiny::file & f) {
+        f.set("medusa.shared_output", true);
+    };
+    refused("shared and not", o, { "shared", "head.0.output.weight" });
+
+    o.shared = true;
+    o.change = [](tiny::file & f) {
+        f.set("medusa.shared_output", (uint32_t) 1);
+    };
+    refused("a flag of a wrong type", o, { "medusa.shared_output", "u32", "bool" });
+    o.change = [](tiny::file & f) {
+        f.set("medusa.shared_output", false);
+    };
+    refused("neither shared nor its own", o, { "has no tensor head.0.output.weight" });
+
+    o.change = nullptr;
+    o.bias   = true;
+    o.d2t    = { 1, 2, 3 };
+    CHECK(load(o));
+    o.skip   = { "head.1.output.bias" };
+    o.change = [](tiny::file & f) {
+        f.add("head.1.output.bias", GGML_TYPE_F32, tiny::n_vocab, 1, 1.0f);
+    };
+    refused("a bias of another vocabulary", o, { "head.1.output.bias" });
 }
 
 static void test_damaged_files() {
@@ -301,6 +330,7 @@ int main() {
         test_info();
         test_wrong_keys();
         test_wrong_tensors();
+        test_wrong_sharing();
         test_damaged_files();
         test_arguments();
     }

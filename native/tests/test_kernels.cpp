@@ -482,6 +482,33 @@ static void test_attention_holes() {
     }
 }
 
+// rows taken out of panels are the panels of these rows
+static void test_copied_rows() {
+    std::mt19937 rng(9);
+    for (const ggml_type type :
+         { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, GGML_TYPE_Q4_K, GGML_TYPE_Q6_K, GGML_TYPE_F16, GGML_TYPE_F32 }) {
+        const bool    plain = type == GGML_TYPE_F16 || type == GGML_TYPE_F32;
+        const int64_t k     = plain ? 72 : 512;
+        const matrix  m     = make_matrix(type, k, 53, rng, 1.0f);
+        const size_t  size  = ggml_row_size(type, k);
+
+        for (const std::vector<int32_t> & ids :
+             { std::vector<int32_t>{ 52 },
+               { 0, 1, 15, 16, 17, 31, 32, 40, 41, 42, 43, 44, 45, 46, 47, 48, 50, 51, 52 } }) {
+            std::vector<uint8_t> rows;
+            for (const int32_t id : ids) {
+                rows.insert(rows.end(), m.data.begin() + id * size, m.data.begin() + (id + 1) * size);
+            }
+            const int64_t        n = (int64_t) ids.size();
+            std::vector<uint8_t> expected(packed_size(m.packed_as, k, n));
+            std::vector<uint8_t> got(expected.size(), 0xaa);
+            pack_panels(m.packed_as, rows.data(), k, n, 0, (n + PANEL - 1) / PANEL, expected.data());
+            copy_packed_rows(m.packed_as, k, m.packed.data(), ids.data(), n, got.data());
+            CHECK(expected == got);
+        }
+    }
+}
+
 // the sets of this processor are those named; the portable one is in every list
 static void test_dispatch(int n, char ** names) {
     int i = 0;
@@ -504,6 +531,7 @@ int main(int argc, char ** argv) {
     test_products();
     test_extremes();
     test_attention();
+    test_copied_rows();
     test_attention_holes();
     return check_result("kernels");
 }

@@ -132,7 +132,10 @@ inline std::string fingerprint(const std::vector<std::string> & vocab) {
 }
 
 // a Llama of two layers
-inline std::string write_base(const std::string & path, uint32_t seed = 1, const std::string & tokenizer = "llama") {
+inline file make_base(uint32_t            seed      = 1,
+                      const std::string & tokenizer = "llama",
+                      bool                tied      = false, // the embeddings are the output projection
+                      ggml_type           output    = GGML_TYPE_F32) {
     file f(seed);
 
     f.set("general.architecture", "llama");
@@ -166,9 +169,11 @@ inline std::string write_base(const std::string & path, uint32_t seed = 1, const
 
     const float s = 1.0f / std::sqrt((float) n_embd);
 
-    f.add("token_embd.weight", GGML_TYPE_F32, n_embd, n_vocab, 1.0f);
+    f.add("token_embd.weight", tied ? output : GGML_TYPE_F32, n_embd, n_vocab, 1.0f);
     f.add("output_norm.weight", GGML_TYPE_F32, n_embd, 1, 0.1f, 1.0f);
-    f.add("output.weight", GGML_TYPE_F32, n_embd, n_vocab, 2.0f * s);
+    if (!tied) {
+        f.add("output.weight", output, n_embd, n_vocab, 2.0f * s);
+    }
     for (int32_t i = 0; i < n_layer; ++i) {
         const std::string b = "blk." + std::to_string(i) + ".";
         f.add(b + "attn_norm.weight", GGML_TYPE_F32, n_embd, 1, 0.1f, 1.0f);
@@ -181,7 +186,11 @@ inline std::string write_base(const std::string & path, uint32_t seed = 1, const
         f.add(b + "ffn_up.weight", GGML_TYPE_F32, n_embd, n_ff, s);
         f.add(b + "ffn_down.weight", GGML_TYPE_F32, n_ff, n_embd, 0.7f * s);
     }
-    return f.write(path);
+    return f;
+}
+
+inline std::string write_base(const std::string & path, uint32_t seed = 1, const std::string & tokenizer = "llama") {
+    return make_base(seed, tokenizer).write(path);
 }
 
 struct head_options {
@@ -194,6 +203,7 @@ struct head_options {
     int32_t   n_stored = 0;             // blocks in the file, 0: all
     bool      equal    = false;         // all blocks of a head are equal
     bool      bias     = false;         // of the output
+    bool      shared   = false;         // no projections: the base model's
     ggml_type type     = GGML_TYPE_F32; // of the matrices
 
     std::vector<int64_t> d2t;           // empty: the whole vocabulary
@@ -216,6 +226,9 @@ inline file make_heads(const head_options & o, uint32_t seed = 2) {
     f.set(o.arch + ".vocab_size", (uint32_t) n_vocab);
     f.set(o.arch + ".predict_heads", (uint32_t) o.n_heads);
     f.set(o.arch + ".block_count", (uint32_t) o.n_blocks);
+    if (o.shared) {
+        f.set(o.arch + ".shared_output", true);
+    }
     if (o.arch == "hydra") {
         f.set("hydra.grounded", o.grounded);
         f.set("hydra.prefix_layer", o.prefix);
@@ -249,7 +262,9 @@ inline file make_heads(const head_options & o, uint32_t seed = 2) {
                 add(b + "res.bias", GGML_TYPE_F32, n_embd, 1, s);
             }
         }
-        add(p + "output.weight", o.type, n_embd, n_draft, 2.0f * s);
+        if (!o.shared) {
+            add(p + "output.weight", o.type, n_embd, n_draft, 2.0f * s);
+        }
         if (o.bias) {
             add(p + "output.bias", GGML_TYPE_F32, n_draft, 1, s);
         }

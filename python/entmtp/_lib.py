@@ -81,3 +81,10 @@ def load() -> ctypes.CDLL:
     path = library_path("entmtp", folder)
     assert path is not None
     return ctypes.CDLL(str(path))
+
+
+def load_llama() -> ctypes.CDLL:
+    """libllama itself, the one that llama_cpp uses: for what our patches add to it."""
+    path = library_path("llama", library_folder())
+    assert path is not None
+    return ctypes.CDLL(str(path))

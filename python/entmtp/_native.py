@@ -22,6 +22,7 @@ from . import _lib
 from .errors import Cancelled, EntmtpError
 
 lib = _lib.load()
+llama = _lib.load_llama()
 
 OK = 0
 ERROR = -1
@@ -190,8 +191,8 @@ class StepSums(ctypes.Structure):
     ]
 
 
-def _bind(name: str, restype: Any, *argtypes: Any) -> Any:
-    function = getattr(lib, name)
+def _bind(name: str, restype: Any, *argtypes: Any, library: ctypes.CDLL | None = None) -> Any:
+    function = getattr(library or lib, name)
     function.restype = restype
     function.argtypes = list(argtypes)
     return function
@@ -371,3 +372,6 @@ machine_peaks = _bind("entmtp_machine_peaks", c_int32, c_int32, POINTER(c_double
 
 # int32_t entmtp_device_bandwidth(const struct llama_model * model, double * bytes_per_s);
 device_bandwidth = _bind("entmtp_device_bandwidth", c_int32, c_void_p, POINTER(c_double))
+
+# void llama_set_embeddings_out(struct llama_context * ctx, bool value);  (of libllama, native/patches/0004)
+llama_set_embeddings_out = _bind("llama_set_embeddings_out", None, c_void_p, c_bool, library=llama)

@@ -267,3 +267,44 @@ def plot_curves(report: dict[str, Any], path: Path) -> Path:
     axes[0][0].legend(frameon=False, fontsize=7, title="kernels, context", title_fontsize=7)
     figure.suptitle(f"{report.get('machine', '')}, {report.get('threads', '?')} threads", fontsize=9)
     return save(figure, path)
+
+
+def plot_heads(report: dict[str, Any], path: Path) -> Path:
+    """A study of heads (`python -m entmtp.heads_study`): what a draft costs and brings, and the speed it gives.
+
+    Raises:
+        ValueError: the file holds no such study.
+    """
+    plt = pyplot()
+    rows = report.get("heads")
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path.stem} holds no study: python -m entmtp.heads_study -o FILE makes one")
+    kinds = list(dict.fromkeys((r["checkpoint"], r["form"]) for r in rows))
+    types = list(dict.fromkeys(r["type"] for r in rows))
+    colors = {kind: f"C{i % 10}" for i, kind in enumerate(kinds)}
+    markers = {kind: "osD^vP*X"[i % 8] for i, kind in enumerate(types)}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    for r in rows:
+        kind = (r["checkpoint"], r["form"])
+        look = {"color": colors[kind], "marker": markers[r["type"]], "ls": "none", "ms": 6, "alpha": 0.85}
+        left.plot(r["draft_us"][-1], r["chain"], **look)
+        error = [[r["speedup"] - r["speedup_low"]], [r["speedup_high"] - r["speedup"]]]
+        right.errorbar(r["bytes"] / 1e6, r["speedup"], yerr=error, elinewidth=0.6, **look)
+    depth = max(len(r["draft_us"]) for r in rows)
+    left.set(
+        xlabel=f"draft of {depth} levels, µs",
+        ylabel=f"tokens per step, chain of {depth}",
+        title="What a draft costs and brings",
+        xlim=(0, None),
+        ylim=(1, None),
+    )
+    right.axhline(1.0, ls="--", color="gray", lw=1)
+    right.set(xlabel="heads file, MB", ylabel="speed against plain decoding", title="EntMTP", xlim=(0, None))
+    several = len({name for name, _ in kinds}) > 1
+    for (name, form), color in colors.items():
+        left.plot([], [], "s", color=color, label=f"{name}, {form}" if several else form)
+    for kind, marker in markers.items():
+        left.plot([], [], marker, color="gray", label=kind)
+    left.legend(frameon=False, fontsize=7)
+    figure.suptitle(f"{report.get('model', '')}; {report.get('device', '')}", fontsize=9)
+    return save(figure, path)
