@@ -91,10 +91,13 @@ ggml_tensor * heads::build_head(ggml_context * ctx, int32_t i, ggml_tensor * x) 
 
     ggml_tensor * logits = ggml_mul_mat(ctx, layers[i].output, x);
     if (select) {
-        const int64_t n   = x->ne[1];
-        ggml_tensor * ids = ggml_repeat_4d(ctx, ggml_reshape_1d(ctx, d2t, n_draft), n_draft, n, 1, 1);
-        logits            = ggml_get_rows(ctx, ggml_reshape_3d(ctx, logits, 1, n_vocab, n), ids); // [1, n_draft, n]
-        logits            = ggml_reshape_2d(ctx, logits, n_draft, n);
+        const int64_t n        = x->ne[1];
+        // tokens as rows: not every backend can repeat d2t for each column
+        ggml_tensor * by_token = n == 1 ? logits : ggml_cont(ctx, ggml_transpose(ctx, logits));
+        by_token               = ggml_reshape_2d(ctx, by_token, n, n_vocab);
+        logits                 = ggml_get_rows(ctx, by_token, ggml_reshape_1d(ctx, d2t, n_draft)); // [n, n_draft]
+        logits                 = n == 1 ? logits : ggml_cont(ctx, ggml_transpose(ctx, logits));
+        logits                 = ggml_reshape_2d(ctx, logits, n_draft, n);
     }
     if (layers[i].output_bias) {
         logits = ggml_add(ctx, logits, layers[i].output_bias);

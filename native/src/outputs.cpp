@@ -60,13 +60,15 @@ void outputs::set_mode(int32_t asked) {
         note = "a context with pooling copies its outputs";
     }
     if (next == ENTMTP_OUTPUTS_DEVICE) {
-        most_k = 0;
-        for (const int32_t n : { 1, n_candidates }) {
-            if (const char * op = reducer::missing_op(device, n_vocab, n); op) {
-                announce(std::string(ggml_backend_dev_name(device)) + " cannot run " + op);
-                break;
-            }
-            most_k = n;
+        std::string missing;
+
+        const auto supports = [&](const ggml_tensor * op) {
+            return ggml_backend_dev_supports_op(device, op);
+        };
+
+        most_k = reducer::most_candidates(supports, n_vocab, n_candidates, missing);
+        if (!missing.empty()) {
+            announce(std::string(ggml_backend_dev_name(device)) + " cannot run " + missing);
         }
         wanted_k = std::clamp(wanted_k, 1, std::max(most_k, 1));
         next     = most_k > 0 ? next : (int32_t) ENTMTP_OUTPUTS_ROWS;
@@ -283,10 +285,13 @@ bool outputs::from_candidates(llama_sampler * sampler, int32_t i) {
     tokens.resize(k);
     for (int32_t c = 0; c < k; ++c) {
         tokens[c] = { id[c], v[c], 0.0f };
+        if (id[c] < 0 || id[c] >= n_vocab) {
+            return false; // a row of nothing but nan has no largest logit
+        }
     }
     if (k == 1) {
         // the others are all less probable
-        return needed == 1 && id[0] >= 0 && id[0] < n_vocab && v[3] == (float) (1 - n_vocab);
+        return needed == 1 && v[3] == (float) (1 - n_vocab);
     }
     return candidates_suffice(tokens, needed, n_vocab);
 }

@@ -102,22 +102,31 @@ const reduction * reducer::find(const ggml_tensor * logits) const {
     return it == built.end() ? nullptr : &it->second;
 }
 
-const char * reducer::missing_op(ggml_backend_dev_t dev, int64_t n_vocab, int32_t k) {
-    ggml_context_ptr ctx(ggml_init({ 64 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
-    ggml_cgraph *    gf = ggml_new_graph(ctx.get());
+int32_t reducer::most_candidates(const std::function<bool(const ggml_tensor * op)> & supports,
+                                 int64_t                                             n_vocab,
+                                 int32_t                                             k,
+                                 std::string &                                       missing) {
+    missing.clear();
 
-    ggml_tensor *   logits = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_vocab, max_rows);
-    const reduction r      = build_reduction(ctx.get(), logits, (int32_t) std::min<int64_t>(k, n_vocab));
-    ggml_build_forward_expand(gf, r.ids);
-    ggml_build_forward_expand(gf, r.values);
+    int32_t most = 0;
+    for (const int32_t n : { 1, k }) {
+        ggml_context_ptr ctx(ggml_init({ 64 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
+        ggml_cgraph *    gf     = ggml_new_graph(ctx.get());
+        ggml_tensor *    logits = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_vocab, max_rows);
 
-    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
-        const ggml_tensor * node = ggml_graph_node(gf, i);
-        if (!ggml_backend_dev_supports_op(dev, node)) {
-            return ggml_op_desc(node);
+        const reduction r = build_reduction(ctx.get(), logits, (int32_t) std::min<int64_t>(n, n_vocab));
+        ggml_build_forward_expand(gf, r.ids);
+        ggml_build_forward_expand(gf, r.values);
+
+        for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+            if (!supports(ggml_graph_node(gf, i))) {
+                missing = ggml_op_desc(ggml_graph_node(gf, i));
+                return most;
+            }
         }
+        most = n;
     }
-    return nullptr;
+    return most;
 }
 
 } // namespace entmtp

@@ -2,12 +2,13 @@
 
 #pragma once
 
-#include "ggml-backend.h"
 #include "ggml.h"
 #include "llama.h"
 
 #include <cstdint>
+#include <functional>
 #include <map>
+#include <string>
 
 namespace entmtp {
 
@@ -38,8 +39,12 @@ class reducer {
     // of the graph whose logits these are; null: that graph has none
     const reduction * find(const ggml_tensor * logits) const;
 
-    // the first op that the device lacks, null if it has all
-    static const char * missing_op(ggml_backend_dev_t dev, int64_t n_vocab, int32_t k);
+    // The number of candidates that a device can find, by the ops that it supports: k, 1, or 0 if it cannot even do that.
+    //   missing  names the op that was in the way; empty for k
+    static int32_t most_candidates(const std::function<bool(const ggml_tensor * op)> & supports,
+                                   int64_t                                             n_vocab,
+                                   int32_t                                             k,
+                                   std::string &                                       missing);
 
     const int32_t k;
 

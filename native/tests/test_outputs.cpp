@@ -223,8 +223,6 @@ static void test_reductions() {
                 CHECK(v[3] == (float) (n_best - n_vocab));
             }
         }
-        const auto largest = entmtp::reducer::missing_op(ggml_backend_get_device(cpu.get()), n_vocab, k);
-        CHECK(!largest);
     }
 
     // a prompt's rows are left alone
@@ -235,6 +233,25 @@ static void test_reductions() {
     r.build(ctx.get(), gf, ggml_view_1d(ctx.get(), ggml_pad(ctx.get(), logits, 0, 1, 0, 0), n_vocab, 0));
     CHECK(!r.find(logits));
     CHECK_EQ(ggml_graph_n_nodes(gf), 0);
+}
+
+// what a device can find, by the ops that it has
+static void test_ops() {
+    ggml_backend_dev_t cpu  = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    const auto         most = [&](ggml_op lacks, const char * missing) {
+        std::string   found;
+        const int32_t k = entmtp::reducer::most_candidates(
+            [&](const ggml_tensor * op) { return op->op != lacks && ggml_backend_dev_supports_op(cpu, op); }, 128000,
+            65, found);
+        CHECK_EQ(k == 65, found.empty());
+        CHECK_HAS(found, missing);
+        return k;
+    };
+    CHECK_EQ(most(GGML_OP_NONE, ""), 65);
+    CHECK_EQ(most(GGML_OP_CONV_2D, ""), 65);
+    CHECK_EQ(most(GGML_OP_TOP_K, "TOP_K"), 1);
+    CHECK_EQ(most(GGML_OP_ARGMAX, "ARGMAX"), 0);
+    CHECK_EQ(most(GGML_OP_SOFT_MAX, "SOFT_MAX"), 0);
 }
 
 // the same signals, however they were computed
@@ -366,6 +383,7 @@ int main() {
         test_needed();
         test_candidates();
         test_reductions();
+        test_ops();
         test_signals();
         test_traffic();
         test_changes();
