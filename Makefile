@@ -59,7 +59,7 @@ test-python: install
 	$(PY) -m pytest -n auto --dist worksteal -m "not torch" $(PYTEST_ARGS)
 
 test-torch: $(VENV)/.torch ## run the tests that need PyTorch (fetches it)
-	$(PY) -m pytest -m torch $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto --dist worksteal -m torch $(PYTEST_ARGS)
 
 test-asan: $(VENV)/.tools ## run the native tests with AddressSanitizer and UBSan
 	cmake -S . -B build/asan -G Ninja -DENTMTP_TESTS=ON -DENTMTP_SANITIZE=address,undefined \

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (the train extra)")
+torch.set_num_threads(1)  # xdist workers share the cores
 
 import gguf  # noqa: E402
 from models import model_path  # noqa: E402

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (the train extra)")
+torch.set_num_threads(1)  # xdist workers share the cores
 
 from heads_reference import hydra_logits, medusa_logits, prefix_forward  # noqa: E402
 from models import model_path  # noqa: E402

@@ -1,7 +1,9 @@
 #include "heads.h"
 
 #include "outputs.h"
+#include "top_k.h"
 
+#include "ggml-cpu.h"
 #include "ggml.h"
 
 #include <algorithm>
@@ -11,24 +13,20 @@
 
 namespace entmtp {
 
-static ggml_backend_t init_backend(ggml_backend_dev_t dev, int32_t n_threads) {
-    ggml_backend_t backend = ggml_backend_dev_init(dev, nullptr);
+void heads::use_device(ggml_backend_dev_t dev) {
+    backend.reset(ggml_backend_dev_init(dev, nullptr));
     if (!backend) {
         heads_fail(std::string("cannot use device ") + ggml_backend_dev_name(dev));
     }
-
-    ggml_backend_reg_t reg           = ggml_backend_dev_backend_reg(dev);
-    const auto         set_n_threads = reinterpret_cast<ggml_backend_set_n_threads_t>(
-        ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads"));
+    set_n_threads = reinterpret_cast<ggml_backend_set_n_threads_t>(
+        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "ggml_backend_set_n_threads"));
     if (set_n_threads) {
-        set_n_threads(backend, n_threads);
+        set_n_threads(backend.get(), n_threads);
     }
-
-    return backend;
 }
 
-heads::heads(const char * path, const llama_model * model, int32_t n_threads) {
-    backend.reset(init_backend(output_device(model), n_threads));
+heads::heads(const char * path, const llama_model * model, int32_t n_threads) : n_threads(n_threads) {
+    use_device(output_device(model));
 
     load_weights(path, model);
 
@@ -50,7 +48,7 @@ heads::heads(const char * path, const llama_model * model, int32_t n_threads) {
         }
         fprintf(stderr, "entmtp: %s cannot run %s; the heads run on the CPU\n", ggml_backend_name(backend.get()),
                 ggml_op_desc(node));
-        backend.reset(init_backend(cpu, n_threads));
+        use_device(cpu);
         load_weights(path, model);
         break;
     }
@@ -105,12 +103,23 @@ ggml_tensor * heads::build_head(ggml_context * ctx, int32_t i, ggml_tensor * x) 
     return logits;
 }
 
-// draft tokens of the k largest logits per column, best first: i32 [k, n]
+// base tokens of the k largest logits per column, best first: i32 [k, n]
+ggml_tensor * heads::build_guesses(ggml_context * ctx, ggml_tensor * logits, int32_t k) const {
+    if (ggml_backend_is_cpu(backend.get())) {
+        return build_top_k_cpu(ctx, logits, d2t, std::min(k, n_draft));
+    }
+    return build_base_tokens(ctx, build_top_k(ctx, logits, k));
+}
+
+// the same in draft tokens
 ggml_tensor * heads::build_top_k(ggml_context * ctx, ggml_tensor * logits, int32_t k) const {
     const int64_t n = logits->ne[1];
 
     k = std::min(k, n_draft);
 
+    if (ggml_backend_is_cpu(backend.get())) {
+        return build_top_k_cpu(ctx, logits, nullptr, k);
+    }
     if (k == 1) {
         return ggml_reshape_2d(ctx, ggml_argmax(ctx, logits), 1, n);
     }
@@ -158,6 +167,22 @@ std::unique_ptr<draft_graph> heads::new_graph() const {
     return g;
 }
 
+// Threads meet after every operation, which costs more than a second one brings until each has about this much to do.
+constexpr size_t BYTES_PER_THREAD = 1 << 20; // weights of a level, as one token reads them
+
+// how many threads a graph of some levels is worth
+static int32_t worthwhile_threads(ggml_cgraph * gf, int32_t n_levels, int32_t n_max) {
+    size_t work = 0;
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        const ggml_tensor * node = ggml_graph_node(gf, i);
+        if (node->op == GGML_OP_MUL_MAT) {
+            work += ggml_nbytes(node->src[0]) * (size_t) (node->ne[1] + 1) / 2; // a second token costs half a first
+        }
+    }
+    const size_t n = work / BYTES_PER_THREAD / (size_t) std::max(n_levels, 1);
+    return (int32_t) std::clamp<size_t>(n, 1, (size_t) std::max(n_max, 1));
+}
+
 void heads::finish_graph(draft_graph & g, const std::vector<ggml_tensor *> & outputs) const {
     for (ggml_tensor * t : outputs) {
         ggml_set_output(t);
@@ -168,6 +193,7 @@ void heads::finish_graph(draft_graph & g, const std::vector<ggml_tensor *> & out
         heads_fail("no memory for a draft graph");
     }
     moved.n_draft_graphs++;
+    g.n_threads = worthwhile_threads(g.gf, (int32_t) g.guesses.size(), n_threads);
 }
 
 std::unique_ptr<draft_graph> heads::build_graph(const tree & topology) const {
@@ -212,8 +238,7 @@ std::unique_ptr<draft_graph> heads::build_graph(const tree & topology) const {
             x = ggml_concat(ctx, x, build_embd(ctx, ids), 0); // [(l + 2)*n_embd, n_expand]
         }
 
-        ggml_tensor * ids = build_top_k(ctx, build_head(ctx, (int32_t) l, x), level.k);
-        g->guesses.push_back(build_base_tokens(ctx, ids));
+        g->guesses.push_back(build_guesses(ctx, build_head(ctx, (int32_t) l, x), level.k));
     }
 
     finish_graph(*g, g->guesses);
@@ -227,8 +252,18 @@ std::unique_ptr<draft_graph> heads::build_graph(const tree & topology) const {
     return g;
 }
 
-void heads::compute(ggml_cgraph * gf) const {
-    if (ggml_backend_graph_compute(backend.get(), gf) != GGML_STATUS_SUCCESS) {
+void heads::compute(const draft_graph & g, bool wait) const {
+    if (set_n_threads) {
+        set_n_threads(backend.get(), g.n_threads);
+    }
+    const ggml_status status = ggml_backend_graph_compute_async(backend.get(), g.gf);
+    if (wait) {
+        ggml_backend_synchronize(backend.get());
+    }
+    if (set_n_threads) {
+        set_n_threads(backend.get(), n_threads); // for the prefix layer
+    }
+    if (status != GGML_STATUS_SUCCESS) {
         heads_fail(std::string("the draft could not be computed on ") + ggml_backend_name(backend.get()));
     }
 }
@@ -253,9 +288,7 @@ void heads::draft(const tree & topology, const states & h, std::vector<int32_t> 
     }
 
     // the host waits once, for the tokens of all levels
-    if (ggml_backend_graph_compute_async(backend.get(), g->gf) != GGML_STATUS_SUCCESS) {
-        heads_fail(std::string("the draft could not be computed on ") + ggml_backend_name(backend.get()));
-    }
+    compute(*g, false);
     for (size_t l = 0; l < g->guesses.size(); ++l) {
         const size_t size = ggml_nbytes(g->guesses[l]);
         ggml_backend_tensor_get_async(backend.get(), g->guesses[l], g->result[l].data(), 0, size);
@@ -311,7 +344,7 @@ void heads::expand(
     if (grounded) {
         send(moved, g->paths, paths);
     }
-    compute(g->gf);
+    compute(*g);
     fetch(moved, g->guesses[0], tokens, 0, ggml_nbytes(g->guesses[0]));
     fetch(moved, g->probs, log_p, 0, ggml_nbytes(g->probs));
 
@@ -347,7 +380,7 @@ void heads::logits(int32_t i, const float * h, const int32_t * path, float * log
         }
         ggml_backend_tensor_set(ids, path, 0, ggml_nbytes(ids));
     }
-    compute(g->gf);
+    compute(*g);
     ggml_backend_tensor_get(g->logits, logits, 0, ggml_nbytes(g->logits));
 }
 

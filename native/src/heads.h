@@ -38,6 +38,8 @@ struct draft_graph {
     ggml_context_ptr ctx;
     ggml_gallocr_ptr alloc;
 
+    int32_t n_threads = 1; // on the CPU
+
     ggml_cgraph * gf     = nullptr;
     ggml_tensor * h      = nullptr; // [n_embd, 1]
     ggml_tensor * root   = nullptr; // i32 [1], grounded heads only
@@ -87,8 +89,9 @@ class heads {
     void forget_graphs() { graphs.clear(); }
 
   private:
+    void use_device(ggml_backend_dev_t dev);
     void load_weights(const char * path, const llama_model * model);
-    void compute(ggml_cgraph * gf) const;
+    void compute(const draft_graph & g, bool wait = true) const;
 
     std::unique_ptr<draft_graph> new_graph() const;
     void                         finish_graph(draft_graph & g, const std::vector<ggml_tensor *> & outputs) const;
@@ -96,6 +99,7 @@ class heads {
     std::unique_ptr<draft_graph> build_graph(const tree & topology) const;
 
     ggml_tensor * build_head(ggml_context * ctx, int32_t i, ggml_tensor * x) const;
+    ggml_tensor * build_guesses(ggml_context * ctx, ggml_tensor * logits, int32_t k) const;
     ggml_tensor * build_top_k(ggml_context * ctx, ggml_tensor * logits, int32_t k) const;
     ggml_tensor * build_base_tokens(ggml_context * ctx, ggml_tensor * ids) const;
 
@@ -107,6 +111,9 @@ class heads {
     int32_t n_draft  = 0; // draft vocabulary
     bool    is_hydra = false;
     bool    grounded = false;
+
+    int32_t                      n_threads     = 1;       // at most
+    ggml_backend_set_n_threads_t set_n_threads = nullptr; // the backend's, if it has threads
 
     ggml_backend_ptr        backend;
     ggml_context_ptr        ctx_weights;

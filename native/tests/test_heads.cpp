@@ -2,6 +2,7 @@
 
 #include "heads.h"
 #include "heads_files.h"
+#include "top_k.h"
 #include "tree.h"
 
 #include <numeric>
@@ -271,6 +272,35 @@ static void test_shared_projection() {
     base = tiny::load_base(dir / "base.gguf");
 }
 
+static void test_top_k() {
+    std::mt19937 rng(18);
+    for (const int32_t n : { 1, 2, 15, 63, 64, 65, 1000, 4096 }) {
+        for (const int32_t k : { 1, 2, 8, 64 }) {
+            // few different values: ties are common, and the first comes first
+            std::vector<float> x(n);
+            for (float & v : x) {
+                v = n % 2 ? (float) (rng() % 50) - 25.0f : (float) rng() - 2e9f;
+            }
+            std::vector<int32_t> order(n);
+            std::iota(order.begin(), order.end(), 0);
+            std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return x[a] > x[b]; });
+
+            std::vector<int32_t> best(std::min(n, k), -1);
+            entmtp::top_k(x.data(), n, (int32_t) best.size(), best.data());
+            CHECK(std::equal(best.begin(), best.end(), order.begin()));
+
+            // values that are not numbers: indices all the same
+            for (int32_t i = 0; i < n; i += 1 + (int32_t) (rng() % 3)) {
+                x[i] = i % 2 ? NAN : INFINITY;
+            }
+            entmtp::top_k(x.data(), n, (int32_t) best.size(), best.data());
+            for (const int32_t i : best) {
+                CHECK(i >= 0 && i < n);
+            }
+        }
+    }
+}
+
 static void test_prefix_chunks() {
     head_options o;
     o.arch       = "hydra";
@@ -329,6 +359,7 @@ int main() {
         test_types();
         test_draft_vocabulary();
         test_shared_projection();
+        test_top_k();
         test_prefix_chunks();
     }
     return tear_down("test_heads");

@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from .convert.draft_vocab import OPENINGS
 from .errors import ModelError
 from .train_base import Base
 
-MAKE_UP = 24  # tokens of a beginning that the model makes up, drawn at temperature 1
+MAKE_UP = 24  # tokens: so much of a text that begins with a word or two is drawn at temperature 1
+MADE_UP = 8  # tokens: a beginning shorter than this says little
 LOOP = 48  # tokens; text that only repeats itself for so long is cut there
 LONGEST_PERIOD = 16
 
@@ -151,19 +153,20 @@ def plan_jobs(
     """Sequences to train on, without end: held-out ones first, then as the data lasts, over and over.
 
     Documents are cut into pieces of the sequence length. Of `own` of them only the beginning is kept, and the model
-    writes the rest, as it does with every prompt. Held-out sequences are the model's own continuations, since that is
-    what heads must foresee, of data that is not trained on.
+    writes the rest, as it does with every prompt. Without data, its texts go on from a word or two, or from nothing.
+    Held-out sequences are the model's own continuations, since that is what heads must foresee, of data that is not
+    trained on.
     """
     rng = np.random.default_rng([seed, 1])
     length = base.seq_len
-    pieces: list[list[int]] = []
-    for text in data.documents:
-        tokens = base.tokenize(text)
+    pieces: list[npt.NDArray[np.int32]] = []
+    for text in rng.permutation(np.array(data.documents, dtype=object)):
+        tokens = np.array(base.tokenize(text), dtype=np.int32)
         room = length - len(base.bos)
         pieces += [tokens[i : i + room] for i in range(0, len(tokens), room) if len(tokens) - i >= 16]
         if len(pieces) * length > 4 * n_tokens:  # more than enough
             break
-    beginnings = [base.tokenize(text)[: length // 2] for text in data.prompts]
+    beginnings = [np.array(base.tokenize(text)[: length // 2], dtype=np.int32) for text in data.prompts]
     order = [*((p, True) for p in pieces), *((p, False) for p in beginnings)]
     rng.shuffle(order)
     if 0 < len(order) < 4:
@@ -174,13 +177,16 @@ def plan_jobs(
     kept = order[: min(n_held_out, len(order) // 4)]
     rest = order[len(kept) :]
 
-    def begin(piece: list[int], document: bool) -> tuple[int, ...]:
+    def begin(piece: npt.NDArray[np.int32], document: bool) -> tuple[int, ...]:
         if document:
             piece = piece[: int(rng.integers(16, max(17, min(128, len(piece) // 2 + 1))))]
-        return (*base.bos, *piece)
+        return (*base.bos, *piece.tolist())
+
+    openings = [base.tokenize(text) for text in OPENINGS]
 
     def made_up() -> tuple[int, ...]:
-        return tuple(base.bos) or (int(rng.integers(base.n_vocab)),)
+        opening = openings[int(rng.integers(len(openings)))]
+        return (*base.bos, *opening) or (int(rng.integers(base.n_vocab)),)
 
     for i in range(n_held_out):
         given = begin(*kept[i % len(kept)]) if kept else made_up()
@@ -193,7 +199,7 @@ def plan_jobs(
         else:
             piece, document = rest[i % len(rest)]
             if document and rng.random() >= own:
-                yield Job((*base.bos, *piece), None, False)
+                yield Job((*base.bos, *piece.tolist()), None, False)
             else:
                 yield Job(begin(piece, document), temp, False)
         i += 1
@@ -269,7 +275,7 @@ def write(
 def _draw(logits: npt.NDArray[np.float32], slots: Sequence[_Slot], seed: int) -> npt.NDArray[np.int64]:
     """One token per row: the most probable at temperature 0, else a draw. Beginnings are made up at 1."""
     temps = np.array(
-        [1.0 if len(s.job.tokens) < 2 and len(s.tokens) < MAKE_UP else s.job.temp for s in slots],
+        [1.0 if len(s.job.tokens) < MADE_UP and len(s.tokens) < MAKE_UP else s.job.temp for s in slots],
         dtype=np.float32,
     )
     out = logits.argmax(axis=1)
