@@ -269,6 +269,8 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
     yield ok(
         "model", f"{found['name']}, {found['architecture']}, loads with a context of {found['n_ctx']} tokens"
     )
+    if "outputs" in found:
+        yield Check("logits", "note" if found["outputs_note"] else "ok", found["outputs"])
     if heads is None:
         yield Check(
             "heads", "note", "none named, and none that fit beside the model: plain decoding",

@@ -280,6 +280,9 @@ def machine_key(llm: Llama) -> str:
     ]  # fmt: skip
     if llm.rpc_servers:
         facts += [llm.rpc_servers, llm.tensor_split]
+    outputs = llm._decoder.outputs.mode if llm._decoder else "host"
+    if outputs != "host":
+        facts.append(outputs)
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:20]
 
 

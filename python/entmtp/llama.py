@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ from .stats import DraftStats
 from .tokenizer import Tokenizer
 
 ACCEPT = ("lossless", "typical")
+OUTPUTS = ("auto", "host", "rows", "device")
 
 
 class Llama(llama_cpp.Llama):
@@ -64,6 +66,10 @@ class Llama(llama_cpp.Llama):
         kernels: CPU kernels for the weights of this model, and from now on for attention in the whole process:
             `"auto"`, `"off"` (ggml's own), or one of `entmtp.kernels.available()`. None: the environment variable
             ENTMTP_KERNELS, else `"auto"`.
+        outputs: where the logits of a pass are reduced: `"device"` (on a GPU they stay there), `"host"` (all are copied
+            to the host, where `llama_get_logits` finds them), `"rows"` (those that are visited are), or `"auto"`.
+            Tokens do not depend on it. None: the environment variable ENTMTP_OUTPUTS, else `"auto"`. With `logits_all`
+            it is `"host"`.
         **kwargs: everything `llama_cpp.Llama` takes.
 
     Raises:
@@ -90,6 +96,7 @@ class Llama(llama_cpp.Llama):
         stats: bool = True,
         rpc_servers: str | Sequence[str] | None = None,
         kernels: str | None = None,
+        outputs: str | None = None,
         **kwargs: Any,
     ):
         # first: close() needs these, even after an argument that cannot work
@@ -106,6 +113,9 @@ class Llama(llama_cpp.Llama):
         _check_arguments(draft, heads, policy, accept, kwargs)
         if score not in SCORES:
             raise ValueError(f"score is {score!r}, must be one of {', '.join(SCORES)}")
+        outputs = outputs or os.environ.get("ENTMTP_OUTPUTS") or "auto"
+        if outputs not in OUTPUTS:
+            raise ValueError(f"outputs is {outputs!r}, must be one of {', '.join(OUTPUTS)}")
         if str(model_path).startswith(HUB):
             model_path = resolve(model_path)
         if draft is not None:
@@ -147,6 +157,7 @@ class Llama(llama_cpp.Llama):
             )
         self._decoder = self._stack.enter_context(contextlib.closing(Decoder(self.ctx, self._heads)))
         self._decoder.set_stats(stats)
+        self._decoder.set_outputs("host" if self._logits_all else outputs)
 
         if self._heads is not None:
             self._settings = {"score": score, "adapt": adapt}
