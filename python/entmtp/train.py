@@ -395,6 +395,7 @@ def train(options: Options, progress: bool = True) -> Acceptance:
 
     matrices = read_matrices(o.model)
     embedding, output = (torch.from_numpy(m) for m in matrices)
+    without_base = plan.resident()
     base = Base(o.model, o.seq_len, o.n_threads, o.n_gpu_layers)
     try:
         screen.say(
@@ -403,7 +404,7 @@ def train(options: Options, progress: bool = True) -> Acceptance:
             f"text: {n_tokens / 1e6:.2f}M tokens, "
             + (f"from {data}" if o.data else "written by the model itself")
             + f"\ndisk: {size.disk / 1e6:.0f} MB in {work}, of which {size.cache / 1e6:.0f} MB hidden states"
-            f"\nmemory: {(plan.resident() + size.memory) / 1e6:.0f} MB"
+            f"\nmemory: {(size.text + max(plan.resident(), without_base + size.training)) / 1e6:.0f} MB"
         )
         if n_tokens < o.n_tokens:
             screen.say(

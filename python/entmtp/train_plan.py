@@ -16,6 +16,8 @@ from .train_loss import PIECE_BYTES
 from .train_states import Layout
 
 MARGIN = 64 << 20  # bytes of disk to leave free
+TEXT = 24  # bytes of memory per token of text
+LIBRARIES = 80 << 20  # bytes that PyTorch and oneDNN take as they go
 
 
 def n_parameters(shape: Shape, n_draft: int) -> int:
@@ -39,7 +41,8 @@ class Needs:
 
     cache: int  # hidden states and distributions
     other: int  # text, checkpoints, results
-    memory: int  # while training, above what the process has before
+    text: int  # memory for the text
+    training: int  # memory, above what the process has without the base model
 
     @property
     def disk(self) -> int:
@@ -53,18 +56,18 @@ def needs(shape: Shape, settings: Settings, layout: Layout, n_vocab: int, n_draf
     # a checkpoint holds parameters and two moments, and a new one is written before the old one goes
     checkpoints = 2 * 12 * n
     results = 2 * n + 2 * (2 * n + 2 * n_vocab * d)
-    # parameters, gradients and moments; the base model's embeddings and projection
-    fixed = 16 * n + 4 * (n_vocab + n_draft) * d
-    # a batch and what the last, widest head keeps of it for its gradient
-    wide = d * (shape.n_heads + 1) if shape.grounded else d
-    rows = settings.batch_tokens * (4 * d * 2 + 12 * layout.k * 2 + 4 * (2 * wide + 6 * d))
+    # parameters, gradients and moments; a projection in bf16, and its gradient from one head
+    fixed = 16 * n + 8 * n_draft * d + 4 * PIECE_BYTES + LIBRARIES
+    # per token of a batch, as measured: the widest head's input in both types with what its gradient needs, and the
+    # decoder layer's
+    numbers = 5 * d + (5 * shape.n_heads * d if shape.grounded else 0)
     if shape.prefix:
-        rows += settings.batch_tokens * 4 * (12 * d + 4 * shape.n_ff)
-    projection = 4 * n_draft * d * 2
+        numbers += 2 * (12 * d + 4 * shape.n_ff)
     return Needs(
         layout.n_bytes,
         checkpoints + results + 8 * layout.n_tokens,
-        fixed + rows + projection + 4 * PIECE_BYTES,
+        TEXT * layout.n_tokens,
+        fixed + 4 * numbers * settings.batch_tokens,
     )
 
 
