@@ -94,7 +94,7 @@ def ranks_of(
 
 
 def evaluate(shape: Shape, state: State, teacher: Teacher, texts: Texts, states: States) -> Acceptance:
-    """Tokens per step on the held-out texts; the tree is grown from every other one and judged on the rest."""
+    """Tokens per step on the held-out texts; the tree is grown from half of them and judged on the others."""
     starts = texts.starts
     found: list[npt.NDArray[np.int32]] = []
     for i in map(int, np.flatnonzero(texts.held_out)):
@@ -113,9 +113,12 @@ def acceptance(ranks: list[npt.NDArray[np.int32]]) -> Acceptance:
         return Acceptance(float("nan"), float("nan"), ())
     whole = [r[(r >= 0).all(axis=1)] for r in ranks]
     hits = np.logical_and.accumulate(np.concatenate(whole) == 0, axis=1).mean(axis=0)
-    seen = search.node_probabilities(np.concatenate(whole[::2]))
+    order = np.random.default_rng(0).permutation(len(whole))  # texts of several temperatures stand in turn
+    half = len(whole) // 2
+    fitted, rest = ([whole[i] for i in part] for part in (order[:half], order[half:]))
+    seen = search.node_probabilities(np.concatenate(fitted))
     tree = search.grow(seen, TREE_NODES)
-    judged = search.node_probabilities(np.concatenate(whole[1::2]), max_rank=TREE_NODES)
+    judged = search.node_probabilities(np.concatenate(rest), max_rank=TREE_NODES)
     return Acceptance(
         1.0 + float(hits.sum()),
         1.0 + search.expected(tree, judged),
