@@ -236,7 +236,7 @@ def test_states_go_on_where_they_stopped(base: Base, tmp_path: Path) -> None:
 def test_written_text_is_the_models_own(base: Base) -> None:
     """Side by side and at temperature 0: what plain greedy decoding writes."""
     rng = np.random.default_rng(2)
-    jobs = [train_text.Job(tuple(map(int, rng.integers(0, 256, 2 + i))), 0.0, False) for i in range(6)]
+    jobs = [train_text.Job(tuple(map(int, rng.integers(0, 256, 8 + i))), 0.0, False) for i in range(6)]
     with opened(base.llm.model_path, n_ctx=128, n_threads=1, n_threads_batch=1, verbose=False) as llm:
         seen = 0
         for index, job, tokens in train_text.write(base, iter(jobs), 0, 0):
