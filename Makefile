@@ -53,19 +53,19 @@ demo: install ## build, then show the speed-up on a small model
 test: test-native test-python $(if $(filter 1,$(TRAIN)),test-torch) ## build, then run all tests that need no PyTorch
 
 test-native: build
-	ctest --test-dir $(BUILD) --output-on-failure
+	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 
 test-python: install
 	$(PY) -m pytest -n auto --dist worksteal -m "not torch" $(PYTEST_ARGS)
 
 test-torch: $(VENV)/.torch ## run the tests that need PyTorch (fetches it)
-	$(PY) -m pytest -m torch $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto --dist worksteal -m torch $(PYTEST_ARGS)
 
 test-asan: $(VENV)/.tools ## run the native tests with AddressSanitizer and UBSan
-	cmake -S . -B build/asan -G Ninja -DENTMTP_TESTS=ON -DENTMTP_SANITIZE=address,undefined \
+	$(BIN)/cmake -S . -B build/asan -G Ninja -DENTMTP_TESTS=ON -DENTMTP_SANITIZE=address,undefined \
 		-DCMAKE_BUILD_TYPE=RelWithDebInfo $(FLAGS)
-	cmake --build build/asan
-	UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir build/asan --output-on-failure
+	$(BIN)/cmake --build build/asan
+	UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/ctest --test-dir build/asan --output-on-failure
 
 # The CPU kernels on processors with all they know, without i8mm, and with neither: each must find the sets it can run.
 ARM  := aarch64-linux-gnu
@@ -74,16 +74,16 @@ QEMU := qemu-aarch64 -L /usr/$(ARM)
 test-arm: $(VENV)/.tools ## cross-compile for 64-bit Arm and test the CPU kernels with qemu
 	@for tool in $(ARM)-gcc $(ARM)-g++ qemu-aarch64; do command -v $$tool > /dev/null \
 		|| { echo "$$tool was not found; on Debian and Ubuntu: apt install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
-	cmake -S . -B build/arm -G Ninja -DENTMTP_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	$(BIN)/cmake -S . -B build/arm -G Ninja -DENTMTP_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 		-DCMAKE_C_COMPILER=$(ARM)-gcc -DCMAKE_CXX_COMPILER=$(ARM)-g++ -DGGML_NATIVE=OFF $(filter -DENTMTP_%,$(FLAGS))
-	cmake --build build/arm --target test_kernels
+	$(BIN)/cmake --build build/arm --target test_kernels
 	$(QEMU) -cpu max build/arm/native/test_kernels i8mm dotprod portable
 	$(QEMU) -cpu neoverse-n1 build/arm/native/test_kernels dotprod portable
 	$(QEMU) -cpu cortex-a53 build/arm/native/test_kernels portable
 
 build: $(BUILD)/.flags ## build llama.cpp (once, cached) and libentmtp
-	@$(if $(LLAMA_CPP_DIR),cmake $(BUILD)) # looks for changes in that directory
-	@cmake --build $(BUILD)
+	@$(if $(LLAMA_CPP_DIR),$(BIN)/cmake $(BUILD)) # looks for changes in that directory
+	@$(BIN)/cmake --build $(BUILD)
 
 install: build $(VENV)/.deps ## install entmtp into .venv, editable
 	@if [ ! -f $(VENV)/.installed ] || [ $(VENV)/.deps -nt $(VENV)/.installed ] \
@@ -103,6 +103,8 @@ lint: $(VENV)/.dev ## check formatting, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $$(find native -name '*.cpp' -o -name '*.h')
+	@if command -v actionlint > /dev/null; then actionlint; \
+		else echo "actionlint is not installed: .github/workflows were not checked"; fi
 
 format: $(VENV)/.dev ## format Python and C++
 	$(BIN)/ruff check --fix-only .
@@ -143,7 +145,7 @@ $(VENV)/.torch: install
 $(BUILD)/.flags: FORCE | $(VENV)/.tools
 	@if [ ! -f $@ ] || [ "$$(cat $@)" != '$(FLAGS)' ] || [ ! -f $(BUILD)/CMakeCache.txt ]; then \
 		rm -rf $(BUILD) && mkdir -p $(BUILD) \
-		&& cmake -S . -B $(BUILD) -G Ninja -DENTMTP_TESTS=ON $(FLAGS) \
+		&& $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DENTMTP_TESTS=ON $(FLAGS) \
 		&& echo '$(FLAGS)' > $@; fi
 
 .PHONY: FORCE

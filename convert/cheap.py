@@ -52,7 +52,12 @@ def cheapen(
                 f"these heads have projections of their own, which differ from the base model's by {max(known):.0%}: "
                 "they were not trained to share it, so expect few of their guesses to be right"
             )
-        tensors = [(name, t) for name, t in tensors if not name.endswith(".output.weight")]
+        # heads trained to share have a bias of zeros, for the published Hydra code wants one
+        tensors = [
+            (name, t)
+            for name, t in tensors
+            if not name.endswith(".output.weight") and not (name.endswith(".output.bias") and _is_zero(t))
+        ]
     ids = None
     if draft_vocab is not None:
         ids = check_vocab(draft_vocab, base)
@@ -61,6 +66,10 @@ def cheapen(
             for name, t in tensors
         ]
     return replace(heads, tensors=tensors, notes=notes, draft_vocab=ids, shared_output=share_lm_head)
+
+
+def _is_zero(tensor: SourceTensor | Rows) -> bool:
+    return not any(chunk.any() for chunk in tensor.chunks())
 
 
 def check_vocab(tokens: Sequence[int], base: BaseModel) -> np.ndarray:

@@ -28,7 +28,7 @@ PIECE = 256  # tokens in a row that count as seen, or as not seen, together
 N_SAMPLE = 8192  # tokens the base model writes where no text is given
 
 # first words of what the base model is to write; it goes on by itself
-_OPENINGS = (
+OPENINGS = (
     "", "The", "In the", "It was", "I", "When", "\n\n", "Question:", "Q: How many", "Answer:", "def", "import",
     "class", "# ", "Once upon a time", "“",
 )  # fmt: skip
@@ -160,8 +160,8 @@ def write_sample(base: BaseModel, progress: Progress | None = None, n_tokens: in
         for i in range(-(-n_tokens // PIECE)):
             llm.reset()
             llm.set_seed(i)
-            prompt = llm.tokenize(_OPENINGS[i % len(_OPENINGS)].encode(), add_bos=True, special=False)
-            temp = (0.7, 1.0)[i // len(_OPENINGS) % 2]
+            prompt = llm.tokenize(OPENINGS[i % len(OPENINGS)].encode(), add_bos=True, special=False)
+            temp = (0.7, 1.0)[i // len(OPENINGS) % 2]
             for n, token in enumerate(
                 llm.generate(prompt or [0], temp=temp, top_k=0, top_p=1.0, min_p=0.0), 1
             ):

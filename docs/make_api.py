@@ -25,7 +25,17 @@ Import `entmtp` before `llama_cpp`: a process can hold one llama.cpp only, and t
 
 # module: names in the order of the page
 PUBLIC = {
-    "entmtp": ("Llama", "DraftStats", "Bank", "Tree", "EntmtpError", "ModelError", "BankError", "Cancelled"),
+    "entmtp": (
+        "Llama",
+        "DraftStats",
+        "Bank",
+        "Tree",
+        "EntmtpError",
+        "ModelError",
+        "BankError",
+        "Cancelled",
+        "ServerError",
+    ),
     "entmtp.models": ("resolve", "find_heads", "demo_files"),
     "entmtp.kernels": ("available", "current", "use", "using"),
     "entmtp.convert": ("convert", "inspect_heads", "ConvertError"),

@@ -74,6 +74,9 @@ DEFAULT_FLAGS = {
     "LLAMA_BUILD_SERVER": "OFF",
     "LLAMA_BUILD_APP": "OFF",
     "LLAMA_OPENSSL": "OFF",
+    # Layers on other machines (docs/rpc.md): half a megabyte. RDMA would tie the libraries to libibverbs.
+    "GGML_RPC": "ON",
+    "GGML_RPC_RDMA": "OFF",
     # One name per library: no libllama.so -> libllama.so.0 links, which a wheel cannot hold. Were a link stored as
     # a copy, llama_cpp (libllama.so) and libentmtp (libllama.so.0) would each load their own llama.cpp.
     "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",
@@ -83,6 +86,12 @@ DEFAULT_FLAGS = {
     "CMAKE_INSTALL_LIBDIR": "lib",
     "CMAKE_INSTALL_BINDIR": "lib",
 }
+
+
+# CUDA's libraries as NVIDIA's Python packages install them, seen from entmtp/lib: CUDA 13, then CUDA 12
+CUDA_RPATH = ";".join(
+    ["$ORIGIN", *(f"$ORIGIN/../../nvidia/{name}/lib" for name in ("cu13", "cublas", "cuda_runtime"))]
+)
 
 
 class BuildError(Exception):
@@ -462,6 +471,8 @@ def build_libraries(
     cxx = find_compiler(flags, "CMAKE_CXX_COMPILER", "CXX", ("c++", "g++", "clang++"))
     identities = [compiler_identity(cc), compiler_identity(cxx)]
     if flags.get("GGML_CUDA", "OFF").upper() == "ON":
+        if sys.platform == "linux":
+            all_flags["CMAKE_INSTALL_RPATH"] = flags.get("CMAKE_INSTALL_RPATH", CUDA_RPATH)
         nvcc = flags.get("CMAKE_CUDA_COMPILER") or os.environ.get("CUDACXX") or shutil.which("nvcc") or ""
         identities.append(compiler_identity(nvcc))
     hashed = {k: v for k, v in all_flags.items() if k not in IDENTIFIED}

@@ -343,6 +343,7 @@ def test_help_teaches(capsys):
     assert "examples:" in out and "hf:" in out and "--inspect" in out
 
 
+@pytest.mark.skipif(os.name == "nt", reason="limits a process as POSIX does")
 def test_full_disk(tmp_path, medusa, base):
     """A write that fails leaves nothing behind. The limit on file size stands in for a full disk."""
     code = (

@@ -9,6 +9,9 @@ import sys
 import pytest
 from checkpoints import medusa_config, medusa_state, save_safetensors, save_torch, tiny_base, write_checkpoint
 
+if sys.platform != "linux":
+    pytest.skip("reads the memory of a process from /proc", allow_module_level=True)
+
 MEASURE = """
 import json, resource, sys, tracemalloc
 from entmtp.convert import convert

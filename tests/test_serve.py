@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -343,6 +344,7 @@ def test_several_clients_at_once(server: Server, plain: llama_cpp.Llama) -> None
         assert list(answers) == expected
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows ends a process without asking it")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_signals_end_it(number: int, code: int, models: dict[str, Path]) -> None:
     with Server(

@@ -25,7 +25,7 @@ foreach(name IN LISTS ENTMTP_CACHE_VARIABLES)
     if (name STREQUAL "LLAMA_BUILD")
         continue()  # llama-cpp-python's own option; CMAKE_ARGS may hold it for that package
     endif()
-    if (name MATCHES "^(GGML_|LLAMA_|CMAKE_CUDA_|CMAKE_HIP_|CUDAToolkit_|Vulkan_|BLAS_|OpenMP_)"
+    if (name MATCHES "^(GGML_|LLAMA_|CMAKE_CUDA_|CMAKE_HIP_|CUDAToolkit_|CUDA_|Vulkan_|BLAS_|OpenMP_)"
         OR name MATCHES "^CMAKE_(C|CXX)_(COMPILER|FLAGS|COMPILER_LAUNCHER)$"
         OR name MATCHES "^CMAKE_(TOOLCHAIN_FILE|SYSTEM_NAME|SYSTEM_PROCESSOR|OSX_ARCHITECTURES|OSX_DEPLOYMENT_TARGET|OSX_SYSROOT)$")
         # CMAKE_PREFIX_PATH is not among them: pip's build sets it to a temporary directory, and every build would be a

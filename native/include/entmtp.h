@@ -45,6 +45,7 @@ enum entmtp_status {
     ENTMTP_ERROR        = -1, // see entmtp_last_error()
     ENTMTP_CONTEXT_FULL = -2, // no room for another token
     ENTMTP_CANCELLED    = -3, // entmtp_decoder_cancel() was called; the decoder holds what was settled before
+    ENTMTP_SERVER_LOST  = -4, // an RPC server that holds a part of the model is gone: the model must be loaded anew
 };
 
 ENTMTP_API const char * entmtp_version(void);
@@ -249,6 +250,45 @@ struct entmtp_signals {
 // of the last evaluated token; `token` is the one drawn after it
 ENTMTP_API int32_t entmtp_decoder_signals(struct entmtp_decoder * dec, int32_t token, struct entmtp_signals * signals);
 
+//
+// outputs: where the logits of a pass are reduced (docs/gpu.md)
+//
+
+enum entmtp_outputs {
+    ENTMTP_OUTPUTS_AUTO = 0, // DEVICE if the output layer is on a device with memory of its own, else HOST
+    ENTMTP_OUTPUTS_HOST = 1, // every row is copied to the host; llama_get_logits() gives them
+    ENTMTP_OUTPUTS_ROWS =
+        2, // rows stay where they are, those that are visited are fetched (in host memory: read in place)
+    ENTMTP_OUTPUTS_DEVICE = 3, // the device reduces the rows; one that a sampler needs whole is fetched
+};
+
+// Until then AUTO. Tokens do not depend on it.
+ENTMTP_API int32_t entmtp_decoder_set_outputs(struct entmtp_decoder * dec, int32_t mode);
+
+struct entmtp_outputs_info {
+    int32_t mode;       // what is done
+    char    device[64]; // of the output layer
+    char    note[128];  // why it is not what was asked for; empty if it is
+};
+
+ENTMTP_API void entmtp_decoder_get_outputs(const struct entmtp_decoder * dec, struct entmtp_outputs_info * info);
+
+// What crossed between host and device since the decoder was made. llama.cpp's own inputs of a pass (tokens, positions,
+// attention mask) are not among it.
+struct entmtp_traffic {
+    int64_t n_passes;       // of the model
+    int64_t n_outputs;      // tokens with outputs in them
+    int64_t to_host;        // bytes
+    int64_t to_device;      // bytes
+    int64_t on_device;      // bytes, from one tensor to another of the same device
+    int64_t n_rows;         // rows of logits that the host read whole
+    int64_t n_syncs;        // times that the host waited
+    int64_t n_graphs;       // graphs of the model that were built or allocated anew
+    int64_t n_draft_graphs; // graphs of the heads
+};
+
+ENTMTP_API void entmtp_decoder_get_traffic(const struct entmtp_decoder * dec, struct entmtp_traffic * traffic);
+
 // The memory of the model can hold a token tree; recurrent and hybrid memories cannot.
 ENTMTP_API bool entmtp_decoder_can_tree(const struct entmtp_decoder * dec);
 
@@ -362,6 +402,10 @@ ENTMTP_API uint64_t entmtp_kernels_missed(void);
 // What the machine can do, for judging kernels: bytes per second read from memory and int8 multiply-adds per second, by
 // n_threads threads, the best of a few runs of some ms. multiply-adds are 0 where no kernel set but the portable one runs.
 ENTMTP_API int32_t entmtp_machine_peaks(int32_t n_threads, double * bytes_per_s, double * macs_per_s);
+
+// Bytes per second that the device of the model's output layer reads and writes in an op on every element of a large tensor.
+// Takes half a second and 256 MB of its memory.
+ENTMTP_API int32_t entmtp_device_bandwidth(const struct llama_model * model, double * bytes_per_s);
 
 #ifdef __cplusplus
 }

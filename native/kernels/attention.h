@@ -28,7 +28,7 @@ static inline float exp_neg1(float x) {
     return t[0];
 }
 
-static constexpr float NEG_INF = -__builtin_huge_valf();
+static constexpr float NEG_INF = -HUGE_VALF;
 
 // s <- probabilities, not yet divided by their sum, which is returned. s has room for whole vectors
 //   NaN among the scores makes the sum NaN

@@ -2,6 +2,7 @@
 
 #include "entmtp.h"
 
+#include "bandwidth.h"
 #include "decoder.h"
 #include "heads.h"
 #include "hook.h"
@@ -10,6 +11,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -49,6 +51,12 @@ static int32_t guarded(entmtp_decoder * dec, F && f) {
     }
     dec->impl.error.clear();
     const int32_t status = guarded([&] { return f(dec->impl); });
+    // whatever came of it: what is read from a lost server means nothing
+    if (const char * server = dec->impl.servers.lost()) {
+        last_error = std::string("the RPC server ") + server +
+                     " is lost: it ended, or the network did; start it again, then load the model anew";
+        return ENTMTP_SERVER_LOST;
+    }
     if (status != ENTMTP_OK && !dec->impl.error.empty()) {
         last_error = dec->impl.error;
         dec->impl.error.clear();
@@ -121,7 +129,7 @@ int32_t entmtp_heads_expand(entmtp_heads *  heads,
                                          [&](int32_t t) { return t < 0 || t >= info.n_vocab; })) {
             return fail("a token of a path is not in the vocabulary");
         }
-        heads->impl.expand(head, h, paths, n, k, tokens, log_p);
+        heads->impl.expand(head, { h, nullptr, { 0 } }, paths, n, k, tokens, log_p);
         return (int32_t) ENTMTP_OK;
     });
 }
@@ -145,7 +153,10 @@ int32_t entmtp_heads_prefix(entmtp_heads * heads, const float * h, int32_t n, in
             heads->impl.reserve_prefix(std::max(pos0 + n, 4096));
         }
         prefix->truncate(pos0);
-        prefix->run(h, n, pos0, out);
+        std::vector<int32_t> rows(n);
+        std::iota(rows.begin(), rows.end(), 0);
+        prefix->run({ h, nullptr, rows }, pos0);
+        prefix->read(out);
         return (int32_t) ENTMTP_OK;
     });
 }
@@ -247,7 +258,8 @@ void entmtp_decoder_invalidate(entmtp_decoder * dec, int32_t n_past) {
 }
 
 const float * entmtp_decoder_logits(entmtp_decoder * dec) {
-    return dec ? dec->impl.logits() : nullptr;
+    const float * res = dec ? dec->impl.logits() : nullptr;
+    return res && !dec->impl.servers.lost() ? res : nullptr;
 }
 
 const float * entmtp_decoder_hidden(entmtp_decoder * dec) {
@@ -256,7 +268,7 @@ const float * entmtp_decoder_hidden(entmtp_decoder * dec) {
         res = d.hidden();
         return (int32_t) ENTMTP_OK;
     });
-    return res;
+    return res && !dec->impl.servers.lost() ? res : nullptr;
 }
 
 int32_t entmtp_decoder_signals(entmtp_decoder * dec, int32_t token, entmtp_signals * signals) {
@@ -267,6 +279,25 @@ int32_t entmtp_decoder_signals(entmtp_decoder * dec, int32_t token, entmtp_signa
         *signals = d.signals(token);
         return (int32_t) ENTMTP_OK;
     });
+}
+
+int32_t entmtp_decoder_set_outputs(entmtp_decoder * dec, int32_t mode) {
+    return guarded(dec, [&](entmtp::decoder & d) {
+        d.set_outputs(mode);
+        return (int32_t) ENTMTP_OK;
+    });
+}
+
+void entmtp_decoder_get_outputs(const entmtp_decoder * dec, entmtp_outputs_info * info) {
+    if (info) {
+        *info = dec ? dec->impl.outputs_info() : entmtp_outputs_info{};
+    }
+}
+
+void entmtp_decoder_get_traffic(const entmtp_decoder * dec, entmtp_traffic * traffic) {
+    if (traffic) {
+        *traffic = dec ? dec->impl.traffic() : entmtp_traffic{};
+    }
 }
 
 bool entmtp_decoder_can_tree(const entmtp_decoder * dec) {
@@ -390,6 +421,16 @@ int32_t entmtp_machine_peaks(int32_t n_threads, double * bytes_per_s, double * m
             return fail("machine_peaks: at least one thread and two results");
         }
         entmtp::machine_peaks(n_threads, bytes_per_s, macs_per_s);
+        return (int32_t) ENTMTP_OK;
+    });
+}
+
+int32_t entmtp_device_bandwidth(const llama_model * model, double * bytes_per_s) {
+    return guarded([&] {
+        if (!model || !bytes_per_s) {
+            return fail("no model, or no room for the result");
+        }
+        *bytes_per_s = entmtp::device_bandwidth(entmtp::output_device(model));
         return (int32_t) ENTMTP_OK;
     });
 }

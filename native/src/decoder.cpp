@@ -20,8 +20,8 @@ static bool is_cancelled(void * data) {
 }
 
 decoder::decoder(llama_context * ctx, heads * h) :
-    n_vocab(llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)))), ctx(ctx), draft_heads(h), verify(ctx),
-    n_embd(llama_model_n_embd(llama_get_model(ctx))) {
+    n_vocab(llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)))), servers(llama_get_model(ctx)), ctx(ctx),
+    draft_heads(h), verify(ctx), out(ctx, h != nullptr) {
     const int32_t root_parent = -1;
     const int32_t root_rank   = 0;
     set_trees({ make_tree(&root_parent, &root_rank, 1) });
@@ -33,9 +33,7 @@ decoder::decoder(llama_context * ctx, heads * h) :
         }
         if (draft_heads->prefix()) {
             draft_heads->reserve_prefix((int32_t) llama_n_ctx_seq(ctx));
-            prefix_out.resize(n_embd);
         }
-        llama_set_embeddings_out(ctx, true);
     }
 
     llama_set_graph_slots(ctx, draft_heads ? n_graph_slots : 0);
@@ -45,9 +43,16 @@ decoder::decoder(llama_context * ctx, heads * h) :
 decoder::~decoder() {
     llama_set_abort_callback(ctx, nullptr, nullptr);
     if (draft_heads) {
-        llama_set_embeddings_out(ctx, false);
         llama_set_graph_slots(ctx, 0);
     }
+}
+
+entmtp_traffic decoder::traffic() const {
+    entmtp_traffic res = out.traffic;
+    if (draft_heads) {
+        add(res, draft_heads->traffic());
+    }
+    return res;
 }
 
 void decoder::set_trees(std::vector<tree> trees) {
@@ -200,12 +205,15 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
 
     // the prefix layer wants every hidden state, and hidden states come with output rows: in small batches, so that the
     // vocabulary-sized rows that come along stay few
-    const int32_t n_chunk = prefix && !all_outputs ? std::min(n, 64) : n;
+    const int32_t n_chunk = prefix && !all_outputs ? std::min({ n, 64, (int32_t) llama_n_ubatch(ctx) }) : n;
 
     for (int32_t i = 0; i < n; i += n_chunk) {
         const int32_t m = std::min(n_chunk, n - i);
 
-        const int32_t status = decode_status(verify.decode(toks + i, m, past + i, all_outputs || prefix));
+        const bool all = all_outputs || prefix;
+
+        out.begin(all_outputs);
+        const int32_t status = decode_status(verify.decode(toks + i, m, past + i, all));
         if (status != ENTMTP_OK) {
             // what was evaluated before the failure stays in llama.cpp's memory: cut it back
             verify.truncate(past);
@@ -215,6 +223,8 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
             }
             return status;
         }
+
+        out.end(m, all ? 0 : m - 1);
 
         if (prefix) {
             std::vector<int32_t> rows(m);
@@ -251,6 +261,15 @@ int32_t decoder::room() const {
     return std::min({ free, (int32_t) llama_n_ubatch(ctx), (int32_t) llama_n_batch(ctx) });
 }
 
+int32_t decoder::verify_tree(int32_t id) {
+    out.begin(false);
+    const int32_t status = verify.decode(topology(id), tokens, n_past);
+    if (status == 0) {
+        out.end((int32_t) tokens.size(), 0);
+    }
+    return status;
+}
+
 int32_t decoder::step(int32_t token) {
     const bool    timed   = stats || policy.needs_timing();
     const int64_t t_start = timed ? ggml_time_us() : 0;
@@ -265,12 +284,12 @@ int32_t decoder::step(int32_t token) {
 
     const int64_t t1 = timed ? ggml_time_us() : 0;
 
-    int32_t status = verify.decode(topology(id), tokens, n_past);
+    int32_t status = verify_tree(id);
     if (status == 1 && tokens.size() > 1) {
         // no room for the tree in this memory: the token alone may still fit
         id = 0;
         tokens.resize(1);
-        status = verify.decode(bank[id], tokens, n_past);
+        status = verify_tree(id);
     }
     if (timed) {
         llama_synchronize(ctx);
@@ -346,11 +365,7 @@ int32_t decoder::settle(int32_t next) {
 }
 
 void decoder::run_prefix(const std::vector<int32_t> & rows, int32_t pos0) {
-    rows_hidden.resize(rows.size() * n_embd);
-    for (size_t i = 0; i < rows.size(); ++i) {
-        std::copy_n(hidden_row(rows[i]), n_embd, rows_hidden.data() + i * n_embd);
-    }
-    draft_heads->prefix()->run(rows_hidden.data(), (int32_t) rows.size(), pos0, prefix_out.data());
+    draft_heads->prefix()->run(out.hidden_states(rows), pos0);
 }
 
 void decoder::invalidate(int32_t past) {
@@ -374,29 +389,19 @@ void decoder::invalidate(int32_t past) {
 //
 
 const float * decoder::logits() {
-    return live ? llama_get_logits_ith(ctx, row) : nullptr;
+    return live ? out.logits(row) : nullptr;
 }
 
 const float * decoder::hidden() {
-    return live && draft_heads ? hidden_row(row) : nullptr;
-}
-
-const float * decoder::hidden_row(int32_t i) {
-    const float * h = llama_get_embeddings_ith(ctx, i);
-    if (!h) {
-        throw std::runtime_error("decoder: the context gives no hidden states; is there another decoder on it?");
-    }
-    return h;
+    return live && draft_heads ? out.hidden(row) : nullptr;
 }
 
 // the entropy of the distribution that the next token is drawn from
 void decoder::begin_token() {
-    if ((policy.needs_signals() || stats) && !is_seen) {
-        if (const float * l = logits()) {
-            seen    = describe(l, n_vocab);
-            is_seen = true;
-            running.add(seen.entropy);
-        }
+    if ((policy.needs_signals() || stats) && !is_seen && live) {
+        seen    = out.describe(row);
+        is_seen = true;
+        running.add(seen.entropy);
     }
 }
 
@@ -404,14 +409,13 @@ entmtp_signals decoder::signals(int32_t token) {
     if (!live) {
         throw std::runtime_error("there is no evaluated token");
     }
-    const float * l = logits();
     if (!is_seen) {
         // the caller did not sample here: the token is his own
-        seen    = describe(l, n_vocab);
+        seen    = out.describe(row);
         is_seen = true;
         running.add(seen.entropy);
     }
-    return { seen.entropy, std::exp(seen.log_max), l[token] - seen.log_sum };
+    return { seen.entropy, std::exp(seen.log_max), out.logit(row, token) - seen.log_sum };
 }
 
 int32_t decoder::sample(llama_sampler * sampler, int32_t * token) {
@@ -426,7 +430,7 @@ int32_t decoder::sample(llama_sampler * sampler, int32_t * token) {
 
     const int64_t t1 = in_list ? ggml_time_us() : 0;
 
-    *token = llama_sampler_sample(sampler, ctx, row);
+    *token = out.sample(sampler, row);
 
     if (in_list) {
         const int64_t t2 = ggml_time_us();
@@ -445,8 +449,7 @@ int32_t decoder::sample_typical(const typical_params & p, int32_t * token) {
     begin_token();
 
     if (tree_id >= 0 && typical.empty()) {
-        typical = typical_path(topology(tree_id), tokens, n_vocab, p,
-                               [&](int32_t node) { return llama_get_logits_ith(ctx, node); });
+        typical = typical_path(topology(tree_id), tokens, n_vocab, p, [&](int32_t node) { return out.logits(node); });
     }
 
     // the caller may have gone another way than the typical one

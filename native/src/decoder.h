@@ -5,6 +5,8 @@
 #include "accept.h"
 #include "entropy.h"
 #include "heads.h"
+#include "outputs.h"
+#include "remote.h"
 #include "scheduler.h"
 #include "steps.h"
 #include "tree.h"
@@ -48,6 +50,10 @@ class decoder {
         return live && tree_id >= 0 && topology(tree_id).find_child(path.back(), tokens, token) >= 0;
     }
 
+    void                set_outputs(int32_t mode) { out.set_mode(mode); }
+    entmtp_outputs_info outputs_info() const { return out.info(); }
+    entmtp_traffic      traffic() const;
+
     bool can_tree() const { return verify.can_tree(); }
 
     void invalidate(int32_t n_past);
@@ -61,6 +67,8 @@ class decoder {
 
     const int32_t n_vocab;
 
+    const remote_servers servers;
+
     step_log    steps;
     std::string error;
 
@@ -70,15 +78,17 @@ class decoder {
     int32_t step(int32_t token);
     int32_t decode_status(int32_t status);
 
-    const float * hidden_row(int32_t i);
-
+    int32_t verify_tree(int32_t id);
     void    run_prefix(const std::vector<int32_t> & rows, int32_t pos0);
     void    begin_token();
     int32_t room() const;
 
     const tree & topology(int32_t id) const { return id < (int32_t) bank.size() ? bank[id] : grown; }
 
-    const float * draft_input() { return draft_heads->prefix() ? prefix_out.data() : hidden(); }
+    states draft_input() {
+        return draft_heads->prefix() ? draft_heads->prefix()->output() : out.hidden_states({ row });
+    }
+
     const float * expand(int32_t l, int32_t n);
     float         greedy_path();
     int32_t       draft(int32_t token);
@@ -86,8 +96,7 @@ class decoder {
     llama_context * ctx;
     heads *         draft_heads;
     verifier        verify;
-
-    const int32_t n_embd;
+    outputs         out;
 
     std::vector<tree>    bank;    // bank[0] is a lone root
     std::vector<int32_t> n_nodes; // [n_trees]
@@ -109,11 +118,8 @@ class decoder {
     std::vector<int32_t> typical;      // path chosen by typical acceptance, empty if none was
 
     // guesses of the heads, level by level, while a tree is grown
-    std::vector<int32_t> guess;     // [n_heads][max_width][n_guess]
-    std::vector<float>   log_p;     // the same
-
-    std::vector<float> rows_hidden; // [n][n_embd] input of the prefix layer
-    std::vector<float> prefix_out;  // [n_embd]    its output for the last evaluated token
+    std::vector<int32_t> guess; // [n_heads][max_width][n_guess]
+    std::vector<float>   log_p; // the same
 
     bool   stats    = false;
     bool   in_step  = false; // a step was verified and is being walked

@@ -1,5 +1,6 @@
 #include "heads.h"
 
+#include "outputs.h"
 #include "top_k.h"
 
 #include "ggml-cpu.h"
@@ -11,20 +12,6 @@
 #include <functional>
 
 namespace entmtp {
-
-// the device of the model's output layer: hidden states come from there
-static ggml_backend_dev_t output_device(const llama_model * model) {
-    for (const char * name : { "output.weight", "token_embd.weight" }) {
-        const ggml_tensor * t = llama_model_get_tensor(model, name);
-        if (t && t->buffer && !ggml_backend_buffer_is_host(t->buffer)) {
-            ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
-            if (dev) {
-                return dev;
-            }
-        }
-    }
-    return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-}
 
 void heads::use_device(ggml_backend_dev_t dev) {
     backend.reset(ggml_backend_dev_init(dev, nullptr));
@@ -102,10 +89,13 @@ ggml_tensor * heads::build_head(ggml_context * ctx, int32_t i, ggml_tensor * x) 
 
     ggml_tensor * logits = ggml_mul_mat(ctx, layers[i].output, x);
     if (select) {
-        const int64_t n   = x->ne[1];
-        ggml_tensor * ids = ggml_repeat_4d(ctx, ggml_reshape_1d(ctx, d2t, n_draft), n_draft, n, 1, 1);
-        logits            = ggml_get_rows(ctx, ggml_reshape_3d(ctx, logits, 1, n_vocab, n), ids); // [1, n_draft, n]
-        logits            = ggml_reshape_2d(ctx, logits, n_draft, n);
+        const int64_t n        = x->ne[1];
+        // tokens as rows: not every backend can repeat d2t for each column
+        ggml_tensor * by_token = n == 1 ? logits : ggml_cont(ctx, ggml_transpose(ctx, logits));
+        by_token               = ggml_reshape_2d(ctx, by_token, n, n_vocab);
+        logits                 = ggml_get_rows(ctx, by_token, ggml_reshape_1d(ctx, d2t, n_draft)); // [n, n_draft]
+        logits                 = n == 1 ? logits : ggml_cont(ctx, ggml_transpose(ctx, logits));
+        logits                 = ggml_reshape_2d(ctx, logits, n_draft, n);
     }
     if (layers[i].output_bias) {
         logits = ggml_add(ctx, logits, layers[i].output_bias);
@@ -202,6 +192,7 @@ void heads::finish_graph(draft_graph & g, const std::vector<ggml_tensor *> & out
     if (!ggml_gallocr_alloc_graph(g.alloc.get(), g.gf)) {
         heads_fail("no memory for a draft graph");
     }
+    moved.n_draft_graphs++;
     g.n_threads = worthwhile_threads(g.gf, (int32_t) g.guesses.size(), n_threads);
 }
 
@@ -261,11 +252,14 @@ std::unique_ptr<draft_graph> heads::build_graph(const tree & topology) const {
     return g;
 }
 
-void heads::compute(const draft_graph & g) const {
+void heads::compute(const draft_graph & g, bool wait) const {
     if (set_n_threads) {
         set_n_threads(backend.get(), g.n_threads);
     }
-    const ggml_status status = ggml_backend_graph_compute(backend.get(), g.gf);
+    const ggml_status status = ggml_backend_graph_compute_async(backend.get(), g.gf);
+    if (wait) {
+        ggml_backend_synchronize(backend.get());
+    }
     if (set_n_threads) {
         set_n_threads(backend.get(), n_threads); // for the prefix layer
     }
@@ -274,22 +268,34 @@ void heads::compute(const draft_graph & g) const {
     }
 }
 
-void heads::draft(const tree & topology, const float * h, std::vector<int32_t> & tokens) {
+entmtp_traffic heads::traffic() const {
+    entmtp_traffic res = moved;
+    if (prefix_impl) {
+        add(res, prefix_impl->traffic);
+    }
+    return res;
+}
+
+void heads::draft(const tree & topology, const states & h, std::vector<int32_t> & tokens) {
     auto & g = graphs[&topology];
     if (!g) {
         g = build_graph(topology);
     }
 
-    ggml_backend_tensor_set(g->h, h, 0, n_embd * sizeof(float));
+    send(moved, g->h, h);
     if (grounded) {
-        ggml_backend_tensor_set(g->root, &tokens[0], 0, sizeof(int32_t));
+        send(moved, g->root, &tokens[0]);
     }
 
-    compute(*g);
-
+    // the host waits once, for the tokens of all levels
+    compute(*g, false);
     for (size_t l = 0; l < g->guesses.size(); ++l) {
-        ggml_backend_tensor_get(g->guesses[l], g->result[l].data(), 0, ggml_nbytes(g->guesses[l]));
+        const size_t size = ggml_nbytes(g->guesses[l]);
+        ggml_backend_tensor_get_async(backend.get(), g->guesses[l], g->result[l].data(), 0, size);
+        moved.to_host += (int64_t) size;
     }
+    ggml_backend_synchronize(backend.get());
+    moved.n_syncs++;
 
     for (int32_t i = 1; i < topology.n_nodes(); ++i) {
         const size_t  l = topology.depth[i] - 1;
@@ -328,19 +334,19 @@ std::unique_ptr<draft_graph> heads::build_level(int32_t l, int32_t n, int32_t k)
 }
 
 void heads::expand(
-    int32_t l, const float * h, const int32_t * paths, int32_t n, int32_t k, int32_t * tokens, float * log_p) {
+    int32_t l, const states & h, const int32_t * paths, int32_t n, int32_t k, int32_t * tokens, float * log_p) {
     auto & g = levels[{ l, n, k }];
     if (!g) {
         g = build_level(l, n, k);
     }
 
-    ggml_backend_tensor_set(g->h, h, 0, n_embd * sizeof(float));
+    send(moved, g->h, h);
     if (grounded) {
-        ggml_backend_tensor_set(g->paths, paths, 0, ggml_nbytes(g->paths));
+        send(moved, g->paths, paths);
     }
     compute(*g);
-    ggml_backend_tensor_get(g->guesses[0], tokens, 0, ggml_nbytes(g->guesses[0]));
-    ggml_backend_tensor_get(g->probs, log_p, 0, ggml_nbytes(g->probs));
+    fetch(moved, g->guesses[0], tokens, 0, ggml_nbytes(g->guesses[0]));
+    fetch(moved, g->probs, log_p, 0, ggml_nbytes(g->probs));
 
     for (int32_t i = 0; i < n * k; ++i) {
         log_p[i] = std::log(std::max(log_p[i], 1e-30f));

@@ -4,6 +4,7 @@
 
 #include "entmtp.h"
 #include "prefix.h"
+#include "transfer.h"
 #include "tree.h"
 
 #include "ggml-backend.h"
@@ -59,16 +60,16 @@ class heads {
     entmtp_heads_info info() const;
 
     // guesses for a topology
-    //   h      [n_embd]  hidden state (with a prefix layer: its output)
+    //   h                one hidden state (with a prefix layer: its output)
     //   tokens [n_nodes] result; tokens[0] is the root and given
-    void draft(const tree & topology, const float * h, std::vector<int32_t> & tokens);
+    void draft(const tree & topology, const states & h, std::vector<int32_t> & tokens);
 
     // the k best guesses of head l after each of n paths, best first
     //   paths  [n][l + 1]  tokens after the hidden state's, the root first; heads that do not see the path want n = 1
     //   tokens [n][k], log_p [n][k]  results; k is at most n_draft()
     // Graphs are kept per (l, n, k).
     void
-    expand(int32_t l, const float * h, const int32_t * paths, int32_t n, int32_t k, int32_t * tokens, float * log_p);
+    expand(int32_t l, const states & h, const int32_t * paths, int32_t n, int32_t k, int32_t * tokens, float * log_p);
 
     bool    sees_path() const { return grounded; }
     int32_t n_vocab_draft() const { return n_draft; }
@@ -80,6 +81,8 @@ class heads {
     prefix_layer * prefix() { return prefix_impl.get(); } // null without a prefix layer
     void           reserve_prefix(int32_t n_ctx) { prefix_impl->reserve(backend.get(), n_ctx); }
 
+    entmtp_traffic traffic() const;
+
     int32_t n_heads() const { return (int32_t) layers.size(); }
 
     // graphs are kept per topology: drop them when the bank changes
@@ -88,7 +91,7 @@ class heads {
   private:
     void use_device(ggml_backend_dev_t dev);
     void load_weights(const char * path, const llama_model * model);
-    void compute(const draft_graph & g) const;
+    void compute(const draft_graph & g, bool wait = true) const;
 
     std::unique_ptr<draft_graph> new_graph() const;
     void                         finish_graph(draft_graph & g, const std::vector<ggml_tensor *> & outputs) const;
@@ -124,6 +127,8 @@ class heads {
     ggml_tensor *     tok_embd = nullptr; // [n_embd, n_vocab] of the base model, grounded heads only
 
     std::unique_ptr<prefix_layer> prefix_impl;
+
+    mutable entmtp_traffic moved = {};
 
     std::map<const tree *, std::unique_ptr<draft_graph>>                          graphs;
     std::map<std::tuple<int32_t, int32_t, int32_t>, std::unique_ptr<draft_graph>> levels; // by (l, n, k)

@@ -6,7 +6,8 @@
 
 namespace entmtp {
 
-static constexpr int32_t n_pad = 64; // cache rows per attention are rounded up, so that shapes repeat
+static constexpr int32_t n_pad    = 64; // cache rows per attention are rounded up, so that graphs are used again
+static constexpr size_t  n_graphs = 32; // that are kept: lengths of accepted paths, at one or two cache sizes
 
 void prefix_layer::reserve(ggml_backend_t b, int32_t n_ctx) {
     const int32_t head_dim  = params.n_embd / params.n_head;
@@ -17,13 +18,15 @@ void prefix_layer::reserve(ggml_backend_t b, int32_t n_ctx) {
     backend = b;
     n_ctx   = GGML_PAD(n_ctx, n_pad);
 
-    ctx_kv.reset(ggml_init({ 2 * ggml_tensor_overhead(), nullptr, true }));
+    graphs.clear();
+    ctx_kv.reset(ggml_init({ 3 * ggml_tensor_overhead(), nullptr, true }));
 
     // as exact as the weights are
     const ggml_type type = attn_k->type == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_F16;
 
     k_cache = ggml_new_tensor_2d(ctx_kv.get(), type, n_embd_kv, n_ctx);
     v_cache = ggml_new_tensor_2d(ctx_kv.get(), type, n_embd_kv, n_ctx);
+    out     = ggml_new_tensor_2d(ctx_kv.get(), GGML_TYPE_F32, params.n_embd, 1);
 
     buf_kv.reset(ggml_backend_alloc_ctx_tensors(ctx_kv.get(), backend));
     if (!buf_kv) {
@@ -31,8 +34,6 @@ void prefix_layer::reserve(ggml_backend_t b, int32_t n_ctx) {
                                  " positions)");
     }
     ggml_backend_buffer_clear(buf_kv.get(), 0);
-
-    alloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)));
 
     valid.assign(n_ctx, false);
 }
@@ -43,32 +44,26 @@ void prefix_layer::truncate(int32_t pos) {
     }
 }
 
-void prefix_layer::run(const float * h, int32_t n, int32_t pos0, float * out) {
-    if (pos0 < 0 || n < 1 || n > size() || pos0 > size() - n) {
-        throw std::runtime_error("heads: " + std::to_string(n) + " positions from " + std::to_string(pos0) + " on" +
-                                 " are outside the cache of the prefix layer");
-    }
+prefix_layer::graph prefix_layer::build(int32_t n, int32_t n_kv) const {
+    graph g;
 
     const int32_t n_embd    = params.n_embd;
     const int32_t n_head    = params.n_head;
     const int32_t n_head_kv = params.n_head_kv;
     const int32_t head_dim  = n_embd / n_head;
-    const int32_t n_kv      = std::min<int32_t>(size(), GGML_PAD(pos0 + n, n_pad));
 
-    ggml_context_ptr ctx_ptr(ggml_init({ 64 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
-    ggml_context *   ctx = ctx_ptr.get();
-    ggml_cgraph *    gf  = ggml_new_graph(ctx);
+    g.ctx.reset(ggml_init({ 64 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
+    ggml_context * ctx = g.ctx.get();
 
-    const auto input = [&](ggml_tensor * t) {
+    g.gf   = ggml_new_graph(ctx);
+    g.inp  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd, n);
+    g.pos  = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
+    g.last = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1);
+    g.rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n);
+    g.mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_kv, 1);
+    for (ggml_tensor * t : { g.inp, g.pos, g.last, g.rows, g.mask }) {
         ggml_set_input(t);
-        return t;
-    };
-
-    ggml_tensor * inp     = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd, n));
-    ggml_tensor * pos     = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n));
-    ggml_tensor * last    = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1)); // position of the only query
-    ggml_tensor * rows    = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n));
-    ggml_tensor * kq_mask = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_kv, 1));
+    }
 
     const auto norm = [&](ggml_tensor * x, ggml_tensor * w) {
         return ggml_mul(ctx, ggml_rms_norm(ctx, x, params.rms_eps), w);
@@ -78,26 +73,26 @@ void prefix_layer::run(const float * h, int32_t n, int32_t pos0, float * out) {
                              0.0f, 0.0f);
     };
 
-    ggml_tensor * x = norm(inp, attn_norm); // [n_embd, n]
+    ggml_tensor * x = norm(g.inp, attn_norm); // [n_embd, n]
 
     // keys and values of all new positions
     {
         ggml_tensor * k = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, attn_k, x), head_dim, n_head_kv, n);
-        k               = ggml_reshape_2d(ctx, rope(k, pos), head_dim * n_head_kv, n);
+        k               = ggml_reshape_2d(ctx, rope(k, g.pos), head_dim * n_head_kv, n);
 
         ggml_tensor * v = ggml_mul_mat(ctx, attn_v, x);
 
-        ggml_build_forward_expand(gf, ggml_set_rows(ctx, k_cache, k, rows));
-        ggml_build_forward_expand(gf, ggml_set_rows(ctx, v_cache, v, rows));
+        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, k_cache, k, g.rows));
+        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx, v_cache, v, g.rows));
     }
 
     // only the last position is asked for its output
     const size_t  offset   = (size_t) (n - 1) * n_embd * sizeof(float);
     ggml_tensor * x_last   = ggml_view_2d(ctx, x, n_embd, 1, x->nb[1], offset);
-    ggml_tensor * inp_last = ggml_view_2d(ctx, inp, n_embd, 1, inp->nb[1], offset);
+    ggml_tensor * inp_last = ggml_view_2d(ctx, g.inp, n_embd, 1, g.inp->nb[1], offset);
 
     ggml_tensor * q = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, attn_q, x_last), head_dim, n_head, 1);
-    q               = ggml_permute(ctx, rope(q, last), 0, 2, 1, 3); // [head_dim, 1, n_head]
+    q               = ggml_permute(ctx, rope(q, g.last), 0, 2, 1, 3); // [head_dim, 1, n_head]
 
     const size_t ts = ggml_type_size(k_cache->type);
 
@@ -105,7 +100,7 @@ void prefix_layer::run(const float * h, int32_t n, int32_t pos0, float * out) {
     ggml_tensor * v = ggml_view_3d(ctx, v_cache, head_dim, n_kv, n_head_kv, v_cache->nb[1], head_dim * ts, 0);
 
     ggml_tensor * kq =
-        ggml_soft_max_ext(ctx, ggml_mul_mat(ctx, k, q), kq_mask, 1.0f / std::sqrt((float) head_dim), 0.0f);
+        ggml_soft_max_ext(ctx, ggml_mul_mat(ctx, k, q), g.mask, 1.0f / std::sqrt((float) head_dim), 0.0f);
 
     v = ggml_cont(ctx, ggml_permute(ctx, v, 1, 0, 2, 3)); // [n_kv, head_dim, n_head_kv]
 
@@ -119,12 +114,33 @@ void prefix_layer::run(const float * h, int32_t n, int32_t pos0, float * out) {
     cur = ggml_add(ctx, ggml_mul_mat(ctx, ffn_down, x), cur);
     cur = norm(cur, output_norm);
 
-    ggml_set_output(cur);
-    ggml_build_forward_expand(gf, cur);
+    ggml_build_forward_expand(g.gf, ggml_cpy(ctx, cur, out)); // where it stays when other graphs run
 
-    if (!ggml_gallocr_alloc_graph(alloc.get(), gf)) {
+    g.alloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)));
+    if (!ggml_gallocr_alloc_graph(g.alloc.get(), g.gf)) {
         throw std::runtime_error("heads: no memory for the graph of the prefix layer");
     }
+    return g;
+}
+
+void prefix_layer::run(const states & h, int32_t pos0) {
+    const int32_t n = (int32_t) h.rows.size();
+    if (pos0 < 0 || n < 1 || n > size() || pos0 > size() - n) {
+        throw std::runtime_error("heads: " + std::to_string(n) + " positions from " + std::to_string(pos0) + " on" +
+                                 " are outside the cache of the prefix layer");
+    }
+
+    const int32_t n_kv = std::min<int32_t>(size(), GGML_PAD(pos0 + n, n_pad));
+
+    auto it = graphs.find({ n, n_kv });
+    if (it == graphs.end()) {
+        if (graphs.size() >= n_graphs) {
+            graphs.clear(); // most are of sizes that the cache has outgrown
+        }
+        it = graphs.emplace(std::pair(n, n_kv), build(n, n_kv)).first;
+        traffic.n_draft_graphs++;
+    }
+    const graph & g = it->second;
 
     std::vector<int32_t> pos_data(n);
     std::vector<int64_t> row_data(n);
@@ -141,17 +157,20 @@ void prefix_layer::run(const float * h, int32_t n, int32_t pos0, float * out) {
         }
     }
 
-    ggml_backend_tensor_set(inp, h, 0, ggml_nbytes(inp));
-    ggml_backend_tensor_set(pos, pos_data.data(), 0, ggml_nbytes(pos));
-    ggml_backend_tensor_set(last, &pos_data[n - 1], 0, ggml_nbytes(last));
-    ggml_backend_tensor_set(rows, row_data.data(), 0, ggml_nbytes(rows));
-    ggml_backend_tensor_set(kq_mask, mask.data(), 0, ggml_nbytes(kq_mask));
+    send(traffic, g.inp, h);
+    send(traffic, g.pos, pos_data.data());
+    send(traffic, g.last, &pos_data[n - 1]);
+    send(traffic, g.rows, row_data.data());
+    send(traffic, g.mask, mask.data());
 
-    if (ggml_backend_graph_compute(backend, gf) != GGML_STATUS_SUCCESS) {
+    if (ggml_backend_graph_compute(backend, g.gf) != GGML_STATUS_SUCCESS) {
         throw std::runtime_error("heads: the prefix layer could not be computed");
     }
+    traffic.n_syncs++;
+}
 
-    ggml_backend_tensor_get(cur, out, 0, n_embd * sizeof(float));
+void prefix_layer::read(float * res) {
+    fetch(traffic, out, res, 0, ggml_nbytes(out));
 }
 
 } // namespace entmtp

@@ -2,11 +2,15 @@
 
 #pragma once
 
+#include "transfer.h"
+
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 #include "ggml.h"
 
 #include <cstdint>
+#include <map>
+#include <utility>
 #include <vector>
 
 namespace entmtp {
@@ -41,23 +45,44 @@ class prefix_layer {
     // forget the positions from pos on
     void truncate(int32_t pos);
 
-    // run over n hidden states at positions pos0 ..; a position that was never run is not attended to
-    //   h   [n][n_embd]
-    //   out [n_embd]    result for the last one
-    void run(const float * h, int32_t n, int32_t pos0, float * out);
+    // run over hidden states at positions pos0 ..; a position that was never run is not attended to
+    void run(const states & h, int32_t pos0);
+
+    // the result for the last one, valid until the next run
+    states output() const { return { nullptr, out, { 0 } }; }
+    void   read(float * res); // [n_embd]
 
     int32_t size() const { return (int32_t) valid.size(); }
 
+    entmtp_traffic traffic = {};
+
   private:
+    // for n hidden states and a cache of n_kv rows
+    struct graph {
+        ggml_context_ptr ctx;
+        ggml_gallocr_ptr alloc;
+
+        ggml_cgraph * gf   = nullptr;
+        ggml_tensor * inp  = nullptr; // [n_embd, n]
+        ggml_tensor * pos  = nullptr; // i32 [n]
+        ggml_tensor * last = nullptr; // i32 [1] position of the only query
+        ggml_tensor * rows = nullptr; // i64 [n] of the cache
+        ggml_tensor * mask = nullptr; // [n_kv, 1]
+    };
+
+    graph build(int32_t n, int32_t n_kv) const;
+
     ggml_backend_t          backend = nullptr; // not owned
     ggml_context_ptr        ctx_kv;
     ggml_backend_buffer_ptr buf_kv;
-    ggml_gallocr_ptr        alloc;
 
-    ggml_tensor * k_cache = nullptr; // [n_embd_kv, n_ctx]
-    ggml_tensor * v_cache = nullptr; // [n_embd_kv, n_ctx]
+    ggml_tensor * k_cache = nullptr;                     // [n_embd_kv, n_ctx]
+    ggml_tensor * v_cache = nullptr;                     // [n_embd_kv, n_ctx]
+    ggml_tensor * out     = nullptr;                     // [n_embd, 1]
 
-    std::vector<bool>  valid;        // [n_ctx] positions that hold a key and a value
+    std::map<std::pair<int32_t, int32_t>, graph> graphs; // by (n, n_kv)
+
+    std::vector<bool>  valid;                            // [n_ctx] positions that hold a key and a value
     std::vector<float> mask;
 };
 

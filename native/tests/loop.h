@@ -24,6 +24,8 @@ using heads_ptr   = std::unique_ptr<entmtp_heads, heads_deleter>;
 using decoder_ptr = std::unique_ptr<entmtp_decoder, decoder_deleter>;
 using tokens      = std::vector<int32_t>;
 
+inline int32_t outputs_mode = ENTMTP_OUTPUTS_AUTO; // of the loops made from now on
+
 inline tiny::folder    dir;
 inline tiny::model_ptr base;
 
@@ -76,6 +78,7 @@ struct loop {
         dec.reset(entmtp_decoder_init(ctx.get(), heads.get()));
         CHECK(dec);
         entmtp_decoder_set_stats(dec.get(), true);
+        CHECK_EQ(entmtp_decoder_set_outputs(dec.get(), outputs_mode), ENTMTP_OK);
         if (heads) {
             const bank b = make_bank();
             CHECK_EQ(entmtp_decoder_set_trees(dec.get(), (int32_t) b.n_nodes.size(), b.n_nodes.data(), b.parent.data(),
@@ -152,6 +155,12 @@ struct loop {
         std::vector<entmtp_step> res(entmtp_decoder_n_steps(dec.get()));
         CHECK_EQ(entmtp_decoder_get_steps(dec.get(), res.data(), 0, res.size()), res.size());
         return res;
+    }
+
+    entmtp_traffic traffic() const {
+        entmtp_traffic t = {};
+        entmtp_decoder_get_traffic(dec.get(), &t);
+        return t;
     }
 
     int32_t n_accepted() const {

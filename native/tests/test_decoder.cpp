@@ -213,9 +213,13 @@ int main() {
     if (set_up()) {
         test_same_tokens();
         test_settle();
-        test_logits();
-        test_rewind();
-        test_typical();
+        for (const int32_t mode : { ENTMTP_OUTPUTS_HOST, ENTMTP_OUTPUTS_ROWS, ENTMTP_OUTPUTS_DEVICE }) {
+            outputs_mode = mode;
+            test_logits();
+            test_rewind();
+            test_typical();
+        }
+        test_same_tokens();
     }
     return tear_down("test_decoder");
 }

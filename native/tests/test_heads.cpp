@@ -168,7 +168,7 @@ static void test_draft_vocabulary() {
             entmtp::heads        h(path.c_str(), base.get(), 1);
             std::vector<int32_t> tokens(tree.n_nodes(), 0);
             tokens[0] = 21;
-            h.draft(tree, hidden.data(), tokens);
+            h.draft(tree, { hidden.data(), nullptr, { 0 } }, tokens);
 
             for (int32_t i = 1; i < tree.n_nodes(); ++i) {
                 const int32_t head = tree.depth[i] - 1;
@@ -187,7 +187,7 @@ static void test_draft_vocabulary() {
             // the graph is used again
             std::vector<int32_t> again(tree.n_nodes(), 0);
             again[0] = 21;
-            h.draft(tree, hidden.data(), again);
+            h.draft(tree, { hidden.data(), nullptr, { 0 } }, again);
             CHECK(tokens == again);
         }
     }

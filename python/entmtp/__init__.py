@@ -16,7 +16,7 @@ from . import _lib
 
 if TYPE_CHECKING:
     from .bank import Bank, Tree
-    from .errors import BankError, Cancelled, EntmtpError, ModelError
+    from .errors import BankError, Cancelled, EntmtpError, ModelError, ServerError
     from .llama import Llama
     from .stats import DraftStats
 
@@ -34,6 +34,7 @@ _WHERE = {
     "Cancelled": "errors",
     "EntmtpError": "errors",
     "ModelError": "errors",
+    "ServerError": "errors",
 }
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "EntmtpError",
     "Llama",
     "ModelError",
+    "ServerError",
     "Tree",
     "__version__",
 ]

@@ -21,8 +21,12 @@ COMMANDS = {
     "generate": Command("generate", "answer prompts from the command line, stdin or a JSONL file",
                         'entmtp generate -m model.gguf "def fibonacci(n):"'),
     "serve": Command("serve", "an OpenAI-compatible server", "entmtp serve -m model.gguf --port 8000"),
+    "rpc-server": Command("rpc_server", "compute layers of a model that another machine runs",
+                          "entmtp rpc-server --host 192.168.1.7"),
     "convert": Command("convert", "turn published Medusa or Hydra heads into a heads file",
                        "entmtp convert hf:owner/heads --base model.gguf"),
+    "train": Command("train", "train heads for your own model",
+                     "entmtp train --model model.gguf --arch hydra -o heads.gguf"),
     "tune": Command("tune", "find trees for your task, model and machine",
                     "entmtp tune --model model.gguf --heads heads.gguf --prompts my.jsonl"),
     "bench": Command("bench", "measure plain decoding, static trees and EntMTP side by side",
@@ -35,7 +39,7 @@ COMMANDS = {
 
 def usage() -> str:
     """The text of --help."""
-    rows = "".join(f"  {name:<10}{c.does}\n  {'':<10}  {c.example}\n" for name, c in COMMANDS.items())
+    rows = "".join(f"  {name:<12}{c.does}\n  {'':<12}  {c.example}\n" for name, c in COMMANDS.items())
     return f"""usage: entmtp COMMAND [OPTION...]
 
 Local language models faster, with the same output: draft heads guess a tree of tokens, the model checks it in one pass.
@@ -48,6 +52,10 @@ options:
 
 A model is a GGUF file or hf:owner/repo[/file][@revision]. Try it without one: entmtp chat
 """
+
+
+def no_device(backend: str) -> str:
+    return "its devices are on other machines (--rpc)" if backend == "RPC" else "no device found"
 
 
 def version() -> str:
@@ -63,7 +71,7 @@ def version() -> str:
         kernels.use()
         for backend, devices in backends().items():
             names = ", ".join(f"{d.name} ({d.description})" for d in devices)
-            lines.append(f"backend {backend}: {names or 'no device found'}")
+            lines.append(f"backend {backend}: {names or no_device(backend)}")
         lines.append(f"CPU kernels: {kernels.current()} (of {', '.join(kernels.available())})")
     except (ImportError, OSError, ValueError) as e:
         lines.append(str(e))

@@ -12,6 +12,14 @@ class LibrariesMissing(ImportError):
     """The native libraries were not built."""
 
 
+# what builds for a GPU need at run time, and what to do where it is missing
+_NEEDED = {
+    "libcuda.so": "install NVIDIA's driver, or, to run without one, build with -DGGML_CUDA_NO_VMM=ON",
+    "libcublas": "install CUDA, or `pip install nvidia-cublas` of the version that it was built with",
+    "libcudart": "install CUDA, or `pip install nvidia-cuda-runtime` of the version that it was built with",
+    "libvulkan": "install the Vulkan loader (on Debian and Ubuntu: apt install libvulkan1)",
+}
+
 _NAMES = {"darwin": ("lib{}.dylib", "lib{}.so"), "win32": ("{}.dll", "lib{}.dll")}
 
 
@@ -69,15 +77,26 @@ def load() -> ctypes.CDLL:
     """Load libentmtp, and through llama_cpp the libllama beside it.
 
     Raises:
-        ImportError: see `prepare`.
+        ImportError: see `prepare`; or a library of the system that ours need is missing.
     """
     folder = prepare()
 
     if sys.platform == "win32":
         os.add_dll_directory(str(folder))
 
-    import llama_cpp  # noqa: F401  (loads libllama, which libentmtp then shares)
+    try:
+        import llama_cpp  # noqa: F401  (loads libllama, which libentmtp then shares)
+    except RuntimeError as e:  # of its loader: a library that ours need is not there
+        mend = next((mend for name, mend in _NEEDED.items() if name in str(e)), "see docs/build.md")
+        raise ImportError(f"entmtp: {e}; {mend}") from e
 
     path = library_path("entmtp", folder)
+    assert path is not None
+    return ctypes.CDLL(str(path))
+
+
+def load_llama() -> ctypes.CDLL:
+    """libllama itself, the one that llama_cpp uses: for what our patches add to it."""
+    path = library_path("llama", library_folder())
     assert path is not None
     return ctypes.CDLL(str(path))

@@ -19,14 +19,16 @@ from ctypes import (
 from typing import Any
 
 from . import _lib
-from .errors import Cancelled, EntmtpError
+from .errors import Cancelled, EntmtpError, ServerError
 
 lib = _lib.load()
+llama = _lib.load_llama()
 
 OK = 0
 ERROR = -1
 CONTEXT_FULL = -2
 CANCELLED = -3
+SERVER_LOST = -4
 
 # enum entmtp_policy
 POLICIES = {
@@ -119,6 +121,32 @@ class Signals(ctypes.Structure):
     _fields_ = [("entropy", c_float), ("top1", c_float), ("log_root", c_float)]
 
 
+# enum entmtp_outputs
+OUTPUTS = {"auto": 0, "host": 1, "rows": 2, "device": 3}
+
+
+class OutputsInfo(ctypes.Structure):
+    """struct entmtp_outputs_info"""
+
+    _fields_ = [("mode", c_int32), ("device", c_char * 64), ("note", c_char * 128)]
+
+
+class Traffic(ctypes.Structure):
+    """struct entmtp_traffic"""
+
+    _fields_ = [
+        ("n_passes", c_int64),
+        ("n_outputs", c_int64),
+        ("to_host", c_int64),
+        ("to_device", c_int64),
+        ("on_device", c_int64),
+        ("n_rows", c_int64),
+        ("n_syncs", c_int64),
+        ("n_graphs", c_int64),
+        ("n_draft_graphs", c_int64),
+    ]
+
+
 class Trace(ctypes.Structure):
     """struct entmtp_trace"""
 
@@ -164,8 +192,8 @@ class StepSums(ctypes.Structure):
     ]
 
 
-def _bind(name: str, restype: Any, *argtypes: Any) -> Any:
-    function = getattr(lib, name)
+def _bind(name: str, restype: Any, *argtypes: Any, library: ctypes.CDLL | None = None) -> Any:
+    function = getattr(library or lib, name)
     function.restype = restype
     function.argtypes = list(argtypes)
     return function
@@ -188,12 +216,15 @@ def check(status: int) -> int:
 
     Raises:
         Cancelled: the generation was cancelled.
+        ServerError: an RPC server is lost.
         EntmtpError: anything else that failed, with the reason.
     """
     if status >= 0:
         return status
     if status == CANCELLED:
         raise Cancelled("the generation was cancelled")
+    if status == SERVER_LOST:
+        raise ServerError(last_error())
     raise EntmtpError(last_error())
 
 
@@ -288,6 +319,15 @@ decoder_resume = _bind("entmtp_decoder_resume", None, c_void_p)
 # bool entmtp_decoder_can_tree(const struct entmtp_decoder * dec);
 decoder_can_tree = _bind("entmtp_decoder_can_tree", c_bool, c_void_p)
 
+# int32_t entmtp_decoder_set_outputs(struct entmtp_decoder * dec, int32_t mode);
+decoder_set_outputs = _bind("entmtp_decoder_set_outputs", c_int32, c_void_p, c_int32)
+
+# void entmtp_decoder_get_outputs(const struct entmtp_decoder * dec, struct entmtp_outputs_info * info);
+decoder_get_outputs = _bind("entmtp_decoder_get_outputs", None, c_void_p, POINTER(OutputsInfo))
+
+# void entmtp_decoder_get_traffic(const struct entmtp_decoder * dec, struct entmtp_traffic * traffic);
+decoder_get_traffic = _bind("entmtp_decoder_get_traffic", None, c_void_p, POINTER(Traffic))
+
 # void entmtp_decoder_set_stats(struct entmtp_decoder * dec, bool enabled);
 decoder_set_stats = _bind("entmtp_decoder_set_stats", None, c_void_p, c_bool)
 
@@ -333,3 +373,9 @@ kernels_missed = _bind("entmtp_kernels_missed", c_uint64)
 
 # int32_t entmtp_machine_peaks(int32_t n_threads, double * bytes_per_s, double * macs_per_s);
 machine_peaks = _bind("entmtp_machine_peaks", c_int32, c_int32, POINTER(c_double), POINTER(c_double))
+
+# int32_t entmtp_device_bandwidth(const struct llama_model * model, double * bytes_per_s);
+device_bandwidth = _bind("entmtp_device_bandwidth", c_int32, c_void_p, POINTER(c_double))
+
+# void llama_set_embeddings_out(struct llama_context * ctx, bool value);  (of libllama, native/patches/0004)
+llama_set_embeddings_out = _bind("llama_set_embeddings_out", None, c_void_p, c_bool, library=llama)

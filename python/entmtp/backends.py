@@ -39,7 +39,7 @@ def llama_commit() -> str:
     return str(build_info().get("commit") or "unknown")
 
 
-def _ggml() -> ctypes.CDLL:
+def ggml() -> ctypes.CDLL:
     _lib.load()
     path = _lib.library_path("ggml", _lib.library_folder())
     if path is None:
@@ -55,7 +55,7 @@ def backends() -> dict[str, list[Device]]:
     Raises:
         ImportError: the libraries cannot be loaded.
     """
-    lib = _ggml()
+    lib = ggml()
 
     def call(name: str, restype: Any, *args: Any) -> Any:
         function = getattr(lib, name)

@@ -22,7 +22,7 @@ import llama_cpp
 import numpy as np
 from rich.progress import Progress
 
-from . import kernels
+from . import gpu_command, kernels
 from .atomic import atomic_path
 from .errors import EntmtpError
 from .llama import Llama
@@ -266,10 +266,14 @@ def what_if(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def draw(path: Path) -> int:
     """A picture of a report, beside it."""
+    from . import gpu_report
     from .plots import plot_curves, plot_study
 
     try:
         report = json.loads(path.read_text("utf-8"))
+        if isinstance(report, dict) and "gpu_study" in report:
+            print(f"wrote {gpu_report.plot(report, path.with_suffix('.png'))}")
+            return 0
         plot = plot_curves if isinstance(report, dict) and "curves" in report else plot_study
         print(f"wrote {plot(report, path.with_suffix('.png'))}")
     except (ValueError, KeyError, TypeError, OSError) as e:
@@ -309,12 +313,16 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "may also be random weights by shape and quantisation, like 1b:q4_k",
     )  # fmt: skip
     parser.add_argument(
-        "--contexts", type=int, nargs="+", default=[64], help="context depths of --verify-curve (default: 64)"
+        "--contexts",
+        type=gpu_command.context_lengths,
+        nargs="+",
+        help="context depths, like 512 4k (default: 64 for --verify-curve, 512,4k,32k for --gpu-study)",
     )
     parser.add_argument("--sizes", type=int, nargs="+", help="numbers of tokens of --verify-curve")
     parser.add_argument(
         "--kernels", nargs="+", metavar="NAME", help="CPU kernels of --verify-curve (default: off auto)"
     )
+    gpu_command.add_options(parser)
     parser.add_argument(
         "--study", action="store_true",
         help="tune on half of the prompts, then measure plain decoding, the published tree, the best single tree and "
@@ -353,15 +361,25 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.plot:
         return draw(Path(args.plot))
-    if args.what_if or args.ablate:
+    default = gpu_command.CONTEXTS if args.gpu_study else [64]
+    args.contexts = sorted({c for some in args.contexts for c in some}) if args.contexts else default
+    if args.gpu_study:
+        if args.model or args.heads:
+            parser.error(
+                "--gpu-study brings its own models: choose them with --shapes, without --model and --heads"
+            )
+    elif args.what_if or args.ablate:
         if not args.traces:
             parser.error("--what-if and --ablate need --traces, a folder of trace files from --study")
     elif not args.model or not (args.verify_curve or (args.heads and args.prompts)):
         parser.error("--model is needed, and --heads and --prompts or --verify-curve")
-    model = Path(args.model).name if args.model else "replay"
+    model = Path(args.model).name if args.model else "random weights" if args.gpu_study else "replay"
     print(f"{cpu_name()}, {args.threads} threads, {platform.system()}; {model}; entmtp, llama.cpp "
           f"{llama_cpp.__version__}\n")  # fmt: skip
     try:
+        if args.gpu_study:
+            gpu_command.run(args)
+            return 0
         if args.ablate:
             from .whatif import ablation
 

@@ -150,6 +150,8 @@ def check_libraries(found: dict[str, Any]) -> Iterator[Check]:
         ]
         if names:
             yield ok(f"backend {backend}", "; ".join(names))
+        elif backend == "RPC":
+            yield ok("backend RPC", "for layers on other machines (--rpc)")
         else:
             yield Check(
                 f"backend {backend}", "note", "built in, but it found no device",
@@ -243,7 +245,8 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
         yield Check("memory", "note", f"{text}; this system does not tell how much is free")
     elif free < size:
         yield Check(
-            "memory", "note" if args.n_gpu_layers else "broken", f"{text}, but {free / GB:.1f} GB of memory are free",
+            "memory", "note" if args.n_gpu_layers or args.rpc else "broken",
+            f"{text}, but {free / GB:.1f} GB of memory are free",
             "close programs, or take a smaller quantisation: what does not fit is read from disk at every token",
         )  # fmt: skip
     else:
@@ -266,6 +269,8 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
     yield ok(
         "model", f"{found['name']}, {found['architecture']}, loads with a context of {found['n_ctx']} tokens"
     )
+    if "outputs" in found:
+        yield Check("logits", "note" if found["outputs_note"] else "ok", found["outputs"])
     if heads is None:
         yield Check(
             "heads", "note", "none named, and none that fit beside the model: plain decoding",
@@ -284,16 +289,17 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
 
 def model_options(args: argparse.Namespace, model: Path, heads: Path | None) -> list[str]:
     """The options again, with files in place of names."""
-    options = ["--model", str(model), "--n-gpu-layers", str(args.n_gpu_layers)]
+    options = ["--model", str(model)]
     if heads is None:
         options += ["--draft", "off"]
     else:
         options += ["--heads", str(heads)]
         options += ["--draft", args.draft] if args.draft else []
         options += ["--trees", args.trees] if args.trees else []
-    for name in ("ctx", "threads", "kernels"):
-        if getattr(args, name) is not None:
-            options += [f"--{name}", str(getattr(args, name))]
+    for name in ("n_gpu_layers", "rpc", "tensor_split", "ctx", "threads", "kernels"):
+        if (value := getattr(args, name)) is not None:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            options += [f"--{name.replace('_', '-')}", text]
     return options + (["--flash-attn"] if args.flash_attn else [])
 
 

@@ -278,6 +278,11 @@ def machine_key(llm: Llama) -> str:
         llm.model_params.n_gpu_layers, p.flash_attn_type, p.type_k, p.type_v, p.n_ubatch, p.offload_kqv,
         kernels.current(),
     ]  # fmt: skip
+    if llm.rpc_servers:
+        facts += [llm.rpc_servers, llm.tensor_split]
+    outputs = llm._decoder.outputs.mode if llm._decoder else "host"
+    if outputs != "host":
+        facts.append(outputs)
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:20]
 
 

@@ -14,7 +14,7 @@ from . import _native as n
 from .bank import Bank
 from .errors import EntmtpError
 from .policy import Arrays
-from .stats import STEP_DTYPE, DraftStats, OlderSteps
+from .stats import STEP_DTYPE, DraftStats, OlderSteps, Outputs, Traffic
 
 
 class Heads:
@@ -126,6 +126,26 @@ class Decoder:
         self._heads = heads
         self.bank: Bank | None = None
         self.stats_enabled = False
+        self._before = Traffic()  # of before the last reset_stats
+
+    def set_outputs(self, mode: str) -> None:
+        """Where the logits of a pass are reduced: `"auto"`, `"host"`, `"rows"` or `"device"` (docs/gpu.md)."""
+        n.check(n.decoder_set_outputs(self._ptr, n.OUTPUTS[mode]))
+
+    @property
+    def outputs(self) -> Outputs:
+        """What is done with the logits of a pass, and why."""
+        info = n.OutputsInfo()
+        n.decoder_get_outputs(self._ptr, ctypes.byref(info))
+        names = {number: name for name, number in n.OUTPUTS.items()}
+        return Outputs(names[info.mode], info.device.decode(), info.note.decode())
+
+    @property
+    def traffic(self) -> Traffic:
+        """What crossed between host and device since the decoder was made."""
+        sums = n.Traffic()
+        n.decoder_get_traffic(self._ptr, ctypes.byref(sums))
+        return Traffic(**{f[0]: getattr(sums, f[0]) for f in sums._fields_})
 
     def set_trees(self, bank: Bank) -> None:
         """Hand over the topologies of `bank`; decoding is plain until `set_policy`."""
@@ -209,6 +229,7 @@ class Decoder:
 
     def reset_stats(self) -> None:
         n.decoder_reset_stats(self._ptr)
+        self._before = self.traffic
 
     def stats(self) -> DraftStats:
         """What the steps since the last `reset_stats` did."""
@@ -219,7 +240,7 @@ class Decoder:
         by_tree = np.zeros(len(names), dtype=np.int64)
         n.decoder_get_older_steps(self._ptr, ctypes.byref(sums), by_tree.ctypes.data, len(names))
         older = OlderSteps(by_tree=by_tree, **{f[0]: getattr(sums, f[0]) for f in sums._fields_})
-        return DraftStats(steps, names, older)
+        return DraftStats(steps, names, older, self.traffic - self._before, self.outputs)
 
     def close(self) -> None:
         if self._ptr:

@@ -13,5 +13,9 @@ class BankError(ValueError):
     """A tree bank is not what the schema asks for."""
 
 
+class ServerError(EntmtpError):
+    """An RPC server that cannot be reached or used, or was lost."""
+
+
 class ModelError(EntmtpError):
     """A model or heads file that cannot be found, fetched or used."""

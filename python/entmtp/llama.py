@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
@@ -20,10 +22,12 @@ from .errors import Cancelled, EntmtpError
 from .hub import PREFIX as HUB
 from .models import find_heads, resolve
 from .policy import POLICIES, SCORES
+from .rpc import Servers
 from .stats import DraftStats
 from .tokenizer import Tokenizer
 
 ACCEPT = ("lossless", "typical")
+OUTPUTS = ("auto", "host", "rows", "device")
 
 
 class Llama(llama_cpp.Llama):
@@ -56,14 +60,23 @@ class Llama(llama_cpp.Llama):
         accept: `"lossless"`, or `"typical"` (Medusa's posterior threshold: faster at high temperature, and lossy).
         typical_epsilon, typical_alpha: the threshold, min(epsilon, alpha * exp(-H)).
         stats: keep a record of every step for `draft_stats`.
+        rpc_servers: `host:port` of machines that run `entmtp rpc-server`, as a list or with commas between them. They
+            come before the GPUs of this machine: `n_gpu_layers` (here -1, all, by default) and `tensor_split` say how
+            many layers each gets.
         kernels: CPU kernels for the weights of this model, and from now on for attention in the whole process:
             `"auto"`, `"off"` (ggml's own), or one of `entmtp.kernels.available()`. None: the environment variable
             ENTMTP_KERNELS, else `"auto"`.
+        outputs: where the logits of a pass are reduced: `"device"` (on a GPU they stay there), `"host"` (all are copied
+            to the host, where `llama_get_logits` finds them), `"rows"` (those that are visited are), or `"auto"`.
+            Tokens do not depend on it. None: the environment variable ENTMTP_OUTPUTS, else `"auto"`. With `logits_all`
+            it is `"host"`.
         **kwargs: everything `llama_cpp.Llama` takes.
 
     Raises:
         ValueError: an argument that cannot work, or a broken tree bank.
         EntmtpError: the heads file is damaged or belongs to another base model, or an `hf:` name cannot be had.
+        ServerError: an RPC server cannot be used, or is lost. After that the model only raises it again, and the
+            process can go on with others.
     """
 
     def __init__(
@@ -81,7 +94,9 @@ class Llama(llama_cpp.Llama):
         typical_epsilon: float = 0.09,
         typical_alpha: float = 0.3,
         stats: bool = True,
+        rpc_servers: str | Sequence[str] | None = None,
         kernels: str | None = None,
+        outputs: str | None = None,
         **kwargs: Any,
     ):
         # first: close() needs these, even after an argument that cannot work
@@ -92,11 +107,15 @@ class Llama(llama_cpp.Llama):
         self.bank: Bank | None = None  # what is drafted from, None without heads
         self.policy = "off"
         self.tree: str | None = None  # the one of policy "static"
+        self._servers: Servers | None = None
         # called with each sampled token, and whether it was in an accepted draft
         self.on_token: Callable[[int, bool], None] | None = None
         _check_arguments(draft, heads, policy, accept, kwargs)
         if score not in SCORES:
             raise ValueError(f"score is {score!r}, must be one of {', '.join(SCORES)}")
+        outputs = outputs or os.environ.get("ENTMTP_OUTPUTS") or "auto"
+        if outputs not in OUTPUTS:
+            raise ValueError(f"outputs is {outputs!r}, must be one of {', '.join(OUTPUTS)}")
         if str(model_path).startswith(HUB):
             model_path = resolve(model_path)
         if draft is not None:
@@ -107,7 +126,15 @@ class Llama(llama_cpp.Llama):
         bank, tree = (None, None) if draft is None or trees is None else _load_bank(trees)
 
         cpu_kernels.use(kernels)
-        super().__init__(str(model_path), **kwargs)
+        if rpc_servers:
+            self._servers = Servers(rpc_servers)
+            kwargs.setdefault("n_gpu_layers", -1)
+        try:
+            super().__init__(str(model_path), **kwargs)
+        except ValueError:
+            self._check_servers()
+            raise
+        self._check_servers()  # a model that was loaded to a lost server looks like one
         if kwargs.get("tokenizer") is None:
             self.tokenizer_ = Tokenizer(self)
 
@@ -130,6 +157,7 @@ class Llama(llama_cpp.Llama):
             )
         self._decoder = self._stack.enter_context(contextlib.closing(Decoder(self.ctx, self._heads)))
         self._decoder.set_stats(stats)
+        self._decoder.set_outputs("host" if self._logits_all else outputs)
 
         if self._heads is not None:
             self._settings = {"score": score, "adapt": adapt}
@@ -137,6 +165,26 @@ class Llama(llama_cpp.Llama):
             if bank is None:
                 bank = self._default_bank()
             self._set_bank(bank, tree, policy)
+
+    # where llama_cpp.Llama sets the model's parameters, which name its devices
+    @property
+    def model_params(self) -> Any:
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        if self._servers is not None:
+            params.devices = ctypes.cast(self._servers.devices, ctypes.c_void_p)
+        self._model_params = params
+
+    @property
+    def rpc_servers(self) -> list[str]:
+        """Addresses of the machines that hold layers of this model."""
+        return list(self._servers.addresses) if self._servers else []
+
+    def _check_servers(self) -> None:
+        if self._servers is not None:
+            self._servers.check()
 
     def _default_bank(self) -> Bank:
         assert self._heads is not None
@@ -229,6 +277,7 @@ class Llama(llama_cpp.Llama):
         """Evaluate tokens after those evaluated before."""
         if self._decoder is None:
             super().eval(tokens)
+            self._check_servers()
             return
         for i in range(0, len(tokens), self.n_batch):
             batch = tokens[i : i + self.n_batch]
@@ -326,6 +375,12 @@ class Llama(llama_cpp.Llama):
             return
         finally:
             self._settle()
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        """Embeddings of texts; arguments and result as in `llama_cpp.Llama.embed`."""
+        result = super().embed(*args, **kwargs)
+        self._check_servers()
+        return result
 
     # Whatever looks at the memory, or changes it, finds what plain decoding would have left there.
 

@@ -41,8 +41,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: as llama.cpp)")
     group.add_argument(
-        "--n-gpu-layers", type=int, default=0, metavar="N",
-        help="layers on the GPU, -1 for all (default: 0)",
+        "--n-gpu-layers", type=int, metavar="N",
+        help="layers on the GPU or on --rpc servers, -1 for all (default: 0, with --rpc all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--rpc", type=_servers, metavar="HOST:PORT[,…]",
+        help="put layers on other machines that run entmtp rpc-server",
+    )  # fmt: skip
+    group.add_argument(
+        "--tensor-split", type=_shares, metavar="N[,N…]",
+        help="shares of the layers: of each --rpc server, then of each GPU (default: by free memory)",
     )  # fmt: skip
     group.add_argument("--flash-attn", action="store_true", help="use flash attention")
     group.add_argument("--kernels", help="CPU kernels: auto, off, or a name (default: auto)")
@@ -62,6 +70,25 @@ def _not_negative(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens or threads")
     return value
+
+
+def _servers(text: str) -> list[str]:
+    from .rpc import parse
+
+    try:
+        return parse(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of shares, such as 3,1")
+    return shares
 
 
 def note(sentence: str) -> None:
@@ -118,11 +145,17 @@ def load(args: argparse.Namespace, **more: Any) -> Llama:
             "choose a smaller one"
         )
     settings: dict[str, Any] = {
-        "n_ctx": n_ctx, "n_gpu_layers": args.n_gpu_layers, "flash_attn": args.flash_attn, "kernels": args.kernels,
+        "n_ctx": n_ctx, "n_gpu_layers": args.n_gpu_layers or 0, "flash_attn": args.flash_attn, "kernels": args.kernels,
         "verbose": False,
     }  # fmt: skip
     if args.threads:
         settings |= {"n_threads": args.threads, "n_threads_batch": args.threads}
+    if args.rpc:
+        settings["rpc_servers"] = args.rpc
+        if args.n_gpu_layers is None:
+            settings["n_gpu_layers"] = -1
+    if args.tensor_split:
+        settings["tensor_split"] = args.tensor_split
     if heads is not None:
         settings |= {
             "draft": "entmtp", "heads": heads, "trees": args.trees, "policy": args.draft or "entropy",

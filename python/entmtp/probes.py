@@ -91,6 +91,9 @@ def model(arguments: list[str]) -> dict[str, Any]:
         "architecture": llm.metadata.get("general.architecture", "?"),
         "n_ctx": llm.n_ctx(),
     }
+    if llm._decoder is not None:
+        outputs = llm._decoder.outputs
+        result |= {"outputs": str(outputs), "outputs_note": outputs.note}
     if llm._heads is not None:
         tuned = tuned_path(machine_key(llm))
         info = llm._heads.info

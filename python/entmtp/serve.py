@@ -19,7 +19,8 @@ NEEDED = (
     "pydantic_settings",
     "prometheus_client",
 )
-SHORT = {"-m": "--model", "--ctx": "--n_ctx", "--threads": "--n_threads", "--policy": "--draft"}
+SHORT = {"-m": "--model", "--ctx": "--n_ctx", "--threads": "--n_threads", "--policy": "--draft",
+         "--rpc": "--rpc_servers"}  # fmt: skip
 STOP_WITHIN = 10.0  # seconds; only a pass of the model that takes longer is not waited for
 
 EXAMPLE = """\
@@ -28,7 +29,8 @@ example:
   curl http://127.0.0.1:8000/v1/completions -H 'Authorization: Bearer SECRET' \\
     -H 'Content-Type: application/json' -d '{"prompt": "Once upon a time", "max_tokens": 32}'
 
-Options may be written with - or _; --ctx, --threads and --policy stand for --n_ctx, --n_threads and --draft."""
+Options may be written with - or _; --ctx, --threads, --policy and --rpc stand for --n_ctx, --n_threads, --draft and
+--rpc_servers."""
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:

@@ -91,6 +91,8 @@ class Models(LlamaProxy):
             known: dict[str, Any] = {"model": str(model)}
             if "n_ctx" not in settings.model_fields_set and (trained := context_length(model)):
                 known["n_ctx"] = min(settings.n_ctx, trained)
+            if settings.rpc_servers and "n_gpu_layers" not in settings.model_fields_set:
+                known["n_gpu_layers"] = -1
             settings = settings.model_copy(update=known)
         else:  # llama-cpp-python fetches the model
             heads = resolve(settings.heads, "heads") if settings.heads else None

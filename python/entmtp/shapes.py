@@ -33,6 +33,7 @@ SHAPES = {
     "demo": Shape(6, 256, 768, 4, 2, 4096),  # the bundled model
     "1b": Shape(16, 2048, 8192, 32, 8, 32000),  # Llama 3.2 1B, with the vocabulary of Llama 2
     "7b": Shape(32, 4096, 11008, 32, 32, 32000),  # Llama 2 7B
+    "32b": Shape(64, 5120, 27648, 40, 8, 152064),  # Qwen2.5 32B
 }
 
 
@@ -52,6 +53,24 @@ QUANTS = {
     "q6_k": Quant(gguf.LlamaFileType.MOSTLY_Q6_K, (208,), 1370.0),  # 8-bit scales
     "f16": Quant(gguf.LlamaFileType.MOSTLY_F16, (), 1.0),
 }
+
+
+def n_weights(s: Shape) -> int:
+    """Weights of a model of a shape, without vectors."""
+    n_kv = s.n_embd // s.n_head * s.n_head_kv
+    layer = 2 * s.n_embd * s.n_embd + 2 * n_kv * s.n_embd + 3 * s.n_ff * s.n_embd
+    return s.n_layer * layer + 2 * s.n_vocab * s.n_embd
+
+
+def model_bytes(s: Shape, quant: str) -> int:
+    """Size of a file of `write_model`, roughly."""
+    n_block, n_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[quant.upper()]]
+    return n_weights(s) * n_bytes // n_block
+
+
+def cache_bytes(s: Shape, n_ctx: int) -> int:
+    """Size of the KV cache in f16."""
+    return 4 * s.n_layer * (s.n_embd // s.n_head) * s.n_head_kv * n_ctx
 
 
 class _Writer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,53 @@ class OlderSteps:
     )  # [n_trees + 1] steps
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """What crossed between host and device, struct entmtp_traffic. llama.cpp's own inputs of a pass (tokens, positions,
+    attention mask) are not among it.
+
+    Attributes:
+        n_passes: passes of the model, prompts among them.
+        n_outputs: tokens with outputs in them.
+        to_host, to_device: bytes.
+        on_device: bytes from one tensor to another of the same device.
+        n_rows: rows of logits that the host read whole.
+        n_syncs: times that the host waited.
+        n_graphs: graphs of the model that were built or allocated anew.
+        n_draft_graphs: graphs of the heads that were built.
+    """
+
+    n_passes: int = 0
+    n_outputs: int = 0
+    to_host: int = 0
+    to_device: int = 0
+    on_device: int = 0
+    n_rows: int = 0
+    n_syncs: int = 0
+    n_graphs: int = 0
+    n_draft_graphs: int = 0
+
+    def __sub__(self, other: Traffic) -> Traffic:
+        return Traffic(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is done with the logits of a pass: `mode` on `device`, and in `note` why it is not what was asked for."""
+
+    mode: str = "host"
+    device: str = ""
+    note: str = ""
+
+    def __str__(self) -> str:
+        done = {
+            "host": "every row of logits is copied to the host",
+            "rows": "rows of logits stay where they are, visited ones are read",
+            "device": "logits are reduced on the device",
+        }
+        return f"{self.device or 'CPU'}: {done[self.mode]}" + (f" ({self.note})" if self.note else "")
+
+
 @dataclass
 class DraftStats:
     """Statistics of the steps of a generation. The figures count all steps since the last reset.
@@ -47,11 +94,15 @@ class DraftStats:
         steps: one record per step, see `STEP_DTYPE`, of the latest 65,536 steps.
         tree_names: names of the bank's trees, by index.
         older: sums over the steps before.
+        traffic: what crossed between host and device.
+        outputs: where logits are reduced.
     """
 
     steps: npt.NDArray[np.void] = field(default_factory=lambda: np.zeros(0, STEP_DTYPE))
     tree_names: list[str] = field(default_factory=list)
     older: OlderSteps = field(default_factory=OlderSteps)
+    traffic: Traffic = field(default_factory=Traffic)
+    outputs: Outputs = field(default_factory=Outputs)
 
     @property
     def n_steps(self) -> int:

@@ -1,0 +1,95 @@
+// The results of a pass - logits and hidden states of its nodes - and how the host reads them: as little as it needs.
+
+#pragma once
+
+#include "entropy.h"
+#include "reduce.h"
+#include "transfer.h"
+
+#include "entmtp.h"
+#include "llama.h"
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace entmtp {
+
+// the device of the model's output layer: logits and hidden states lie there
+ggml_backend_dev_t output_device(const llama_model * model);
+
+// Three ways, enum entmtp_outputs. HOST: llama.cpp copies every row. ROWS: all stays where it was computed, and rows that
+// are asked for are fetched (in host memory: read in place). DEVICE: as ROWS, and reductions in the graph tell of every row
+// what most callers want to know, so that hardly a row is fetched.
+class outputs {
+  public:
+    outputs(llama_context * ctx, bool want_hidden);
+    ~outputs();
+
+    outputs(const outputs &)             = delete;
+    outputs & operator=(const outputs &) = delete;
+
+    // one of enum entmtp_outputs; not while results are still to be read
+    void set_mode(int32_t mode);
+
+    entmtp_outputs_info info() const;
+
+    // around llama_process(): n tokens, of which those from first_output on have outputs
+    //   to_host  llama_get_logits() shall give the rows of this pass
+    void begin(bool to_host);
+    void end(int32_t n, int32_t first_output);
+
+    // of a token of the pass, by its index there. Pointers are valid until the next pass; null: no such row
+    const float * logits(int32_t i); // [n_vocab]
+    const float * hidden(int32_t i); // [n_embd]
+    states        hidden_states(std::vector<int32_t> tokens);
+    distribution  describe(int32_t i);
+    float         logit(int32_t i, int32_t token);
+
+    // the sampler's choice at a token of the pass, accepted by it
+    int32_t sample(llama_sampler * sampler, int32_t i);
+
+    entmtp_traffic traffic = {};
+
+  private:
+    static constexpr int32_t n_candidates = 65; // top-k samplers keep up to 64: with one more, ties show
+
+    const reduction * reduced();                // of the pass; null: there is none, or it is of no use
+    void              use_reductions(int32_t k);
+    void              announce(const std::string & why);
+    bool              from_candidates(llama_sampler * sampler, int32_t i);
+
+    llama_context *    ctx;
+    ggml_backend_dev_t device;
+
+    const int32_t n_vocab;
+    const int32_t n_embd;
+    const bool    want_hidden;
+
+    int32_t     mode = ENTMTP_OUTPUTS_HOST;
+    std::string note; // why the mode is not the one that was asked for
+
+    std::unique_ptr<reducer> reductions;
+    int32_t                  most_k   = 0; // that the device can find
+    int32_t                  wanted_k = 1;
+    int32_t                  n_unused = 0; // tokens in a row that would have done with less
+
+    // of the pass
+    bool                 at_host      = true;
+    int32_t              first_output = 0;
+    int64_t              n_reused     = 0; // graphs, when it began
+    const ggml_tensor *  t_logits     = nullptr;
+    const ggml_tensor *  t_hidden     = nullptr;
+    bool                 is_read      = false;    // the reductions are in the vectors below
+    int32_t              k            = 0;
+    std::vector<float>   values;                  // [n][width(k)]
+    std::vector<int32_t> ids;                     // [n][k]
+
+    std::map<int32_t, std::vector<float>> rows;   // read whole; empty ones in place
+    std::vector<float>                    state;  // fetched hidden state
+    std::vector<llama_token_data>         tokens; // for the sampler
+};
+
+} // namespace entmtp

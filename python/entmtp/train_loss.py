@@ -1,0 +1,105 @@
+"""Cross-entropy of a head against the base model's distribution, without the logits ever standing in memory.
+
+The teacher gives k tokens with their probabilities p and the mass r of all others. The head's distribution q falls into
+the same k + 1 parts:
+
+    loss = - sum_k p_k ln q_k - r ln(1 - sum_k q_k)
+
+Projection to the vocabulary, loss and gradient go over the rows in pieces, so a head of any vocabulary costs
+`PIECE_BYTES`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+PIECE_BYTES = 1 << 23
+TINY = 1e-30
+
+
+def piece_rows(n_vocab: int) -> int:
+    """Rows that are projected at a time."""
+    return max(32, PIECE_BYTES // (4 * n_vocab))
+
+
+class _ProjectedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        ids: torch.Tensor,
+        p: torch.Tensor,
+        dtype: torch.dtype,
+        count: int,
+    ) -> torch.Tensor:
+        n = len(x)
+        w = weight.to(dtype)
+        dx = torch.empty_like(x)
+        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        db = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        loss = x.new_zeros(())
+        # the pieces share their memory: it would be taken and given back a hundred times a step, and fray
+        n_rows = min(n, piece_rows(len(weight)))
+        logits, product = x.new_empty(n_rows, len(weight)), w.new_empty(n_rows, len(weight))
+        for begin in range(0, n, n_rows):
+            part = slice(begin, min(begin + n_rows, n))
+            size = part.stop - begin
+            xs, at = x[part].to(dtype), ids[part]
+            ps, r = p[part, :-1], p[part, -1:]
+            z = logits[:size].copy_(torch.mm(xs, w.T, out=product[:size]))
+            if bias is not None:
+                z += bias
+            zk = z.gather(1, at)
+            top = z.amax(1, keepdim=True)
+            e = z.sub_(top).exp_()
+            ek = e.gather(1, at)
+            rest = e.scatter_(1, at, 0.0).sum(1, keepdim=True).clamp_min_(TINY)
+            total = rest + ek.sum(1, keepdim=True)
+            mass = ps.sum(1, keepdim=True) + r
+            loss += (
+                mass * (top + total.log()) - (ps * zk).sum(1, keepdim=True) - r * (top + rest.log())
+            ).sum()
+            # d loss / d z: q mass - p for the k tokens, q (mass - r / (1 - sum_k q_k)) for the others
+            e *= mass / total - r / rest
+            e.scatter_(1, at, ek * (mass / total) - ps)
+            g = product[:size].copy_(e.mul_(1 / count))
+            dx[part] = (g @ w).to(dx.dtype)
+            if dw is not None:
+                dw += g.T @ xs  # summed in full precision over the pieces
+            if db is not None:
+                db += e.sum(0)
+        ctx.save_for_backward(dx, dw, db)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        dx, dw, db = (None if d is None else d * grad for d in ctx.saved_tensors)
+        return dx, dw, db, None, None, None, None
+
+
+def projected_loss(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    ids: torch.Tensor,
+    p: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    count: int | None = None,
+) -> torch.Tensor:
+    """Loss, nats per row, of the logits `x weight^T + bias`.
+
+    Args:
+        x: [n, n_embd]
+        weight: [n_vocab, n_embd]
+        bias: [n_vocab], or None.
+        ids: the teacher's k tokens, as rows of `weight`, int64 [n, k].
+        p: their probabilities and the rest's, [n, k + 1]; their sum may be below 1, if the vocabulary was cut.
+        dtype: in which products are computed.
+        count: rows to average over, if some only fill up (with p = 0).
+    """
+    return _ProjectedLoss.apply(x, weight, bias, ids, p, dtype, count or len(x))
