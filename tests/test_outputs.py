@@ -81,7 +81,9 @@ def test_bytes_and_graphs_of_a_step(heads: str, sampling: dict[str, Any], load: 
     text = prompts("literature")[0]
     llm.set_trees(policy="off")
     if k == 1:
-        answer(llm, text, n=300, **sampling)  # if another test sampled from this model: until that is forgotten
+        answer(
+            llm, text, n=300, **sampling
+        )  # if another test sampled from this model: until that is forgotten
     for method in generic("hydra")[1:4]:
         method.apply(llm)
         answer(llm, text, n=12, **sampling)

@@ -188,7 +188,9 @@ def study(
             with closing(Llama(model, draft="entmtp", heads=heads, policy="off", **settings)) as llm:
                 own = time_drafts(llm, costs, n_rounds)
                 if costs is None and not is_steady(own):
-                    print("note: timings differ widely; trees and speeds want a quiet machine", file=sys.stderr)
+                    print(
+                        "note: timings differ widely; trees and speeds want a quiet machine", file=sys.stderr
+                    )
                 costs = costs or own
                 llm.set_trees(Bank("off", (PLAIN,)), policy="off")
                 fitted, held_out = record(llm, prompts, temps=temps, n_tokens=n_tokens).split()
