@@ -118,7 +118,7 @@ def run(arch: str, n_tokens: int, temp: float, n_threads: int, quantised: bool, 
         console.print(
             f"[bold]python -m entmtp.convert[/] {checkpoint.name}/ --base {model.name} --outfile {heads.name}"
         )
-        convert(checkpoint, model, heads, outtype="q8_0", progress=console.is_terminal)
+        convert(checkpoint, model, heads, outtype="q4_0", progress=console.is_terminal)
 
         settings: dict[str, Any] = {
             "draft": "entmtp", "heads": heads, "n_ctx": 1024, "n_threads": n_threads, "n_threads_batch": n_threads,

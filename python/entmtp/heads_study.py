@@ -42,6 +42,7 @@ TYPES = ("f16", "q8_0", "q4_0", "q4_k")
 FORMS = {
     "full": (False, False), "vocab": (True, False), "shared": (False, True), "shared+vocab": (True, True),
 }  # fmt: skip
+LEAST = 8  # tokens: texts that end sooner tell nothing of speed
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16)  # passes that are timed
 
 
@@ -135,7 +136,8 @@ def in_turn(
                 raise EntmtpError(
                     f"prompt {i + 1}, temperature {temp:g}: the text with heads is another than without"
                 )
-            speeds.append((pair[0][0], pair[1][0]))
+            if len(pair[0][1]) >= LEAST:
+                speeds.append((pair[0][0], pair[1][0]))
     return speeds
 
 

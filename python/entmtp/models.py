@@ -182,13 +182,13 @@ def demo_files() -> tuple[Path, Path]:
     for path in (source, *sorted(checkpoint.iterdir())):
         digest.update(path.read_bytes())
     folder = cache_folder() / "demo" / digest.hexdigest()[:12]
-    model, heads = folder / "demo-base-f32.gguf", folder / "demo-hydra-heads-q8_0.gguf"
+    model, heads = folder / "demo-base-f32.gguf", folder / "demo-hydra-heads-q4_0.gguf"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not model.is_file():
             expand(source, model)
         if not heads.is_file():
-            convert(checkpoint, model, heads, outtype="q8_0", progress=False)
+            convert(checkpoint, model, heads, outtype="q4_0", progress=False)
     except OSError as e:
         raise ModelError(
             f"the demo model needs 30 MB in the cache folder {folder}, which cannot be written "
