@@ -197,3 +197,34 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 def model_path(name: str) -> Path:
     """The GGUF file of SPECS[name], written once per process."""
     return write_model(Path(_folder().name) / f"{name}.gguf", SPECS[name])
+
+
+def write_encoder(path: Path) -> Path:
+    """A BERT of one layer: it reads, and writes nothing."""
+    w = gguf.GGUFWriter(path, "bert")
+    t = _Weights(w, 1)
+    d, n_ff, n_ctx = 64, 96, 128
+    _add_vocab(w)
+    w.add_token_type_count(2)
+    w.add_context_length(n_ctx)
+    w.add_embedding_length(d)
+    w.add_block_count(1)
+    w.add_feed_forward_length(n_ff)
+    w.add_head_count(4)
+    w.add_layer_norm_eps(1e-5)
+    w.add_causal_attention(False)
+    w.add_pooling_type(gguf.PoolingType.NONE)
+    for name, rows in (("token_embd", N_VOCAB), ("position_embd", n_ctx), ("token_types", 2)):
+        t.normal(f"{name}.weight", rows, d)
+    matrices = [("attn_q", d, d), ("attn_k", d, d), ("attn_v", d, d), ("attn_output", d, d)]
+    for name, rows, columns in [*matrices, ("ffn_up", n_ff, d), ("ffn_down", d, n_ff)]:
+        t.normal(f"blk.0.{name}.weight", rows, columns)
+        t.norm(f"blk.0.{name}.bias", rows)
+    for name in ("token_embd_norm", "blk.0.attn_output_norm", "blk.0.layer_output_norm"):
+        t.norm(f"{name}.weight", d)
+        t.norm(f"{name}.bias", d)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path

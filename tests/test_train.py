@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed (the train
 torch.set_num_threads(1)  # xdist workers share the cores
 
 import gguf  # noqa: E402
-from models import model_path  # noqa: E402
+from models import model_path, write_encoder  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 import entmtp  # noqa: E402
@@ -248,6 +248,8 @@ def test_models_that_cannot_have_heads(
     failed(capsys, *arguments(tmp_path / "bad.gguf", out))
     (tmp_path / "text.gguf").write_bytes(b"hello there")
     failed(capsys, *arguments(tmp_path / "text.gguf", out))
+    encoder = write_encoder(tmp_path / "encoder.gguf")
+    assert "encoder" in failed(capsys, *arguments(encoder, out))
     assert "folder is missing" in failed(capsys, *arguments(tiny, tmp_path / "no" / "heads.gguf"))
     assert not out.exists()
 

@@ -15,6 +15,7 @@ from gguf import GGUFReader, quants
 from . import _native as n
 from .errors import EntmtpError, ModelError
 from .llama import Llama
+from .options import explained
 
 MAX_SEQS = 64
 KV_BYTES = 1 << 30  # memory for the caches of sequences that are written side by side
@@ -42,7 +43,10 @@ class Base:
         threads: dict[str, Any] = (
             {} if n_threads is None else {"n_threads": n_threads, "n_threads_batch": n_threads}
         )
-        self.llm = Llama(path, n_ctx=64, n_gpu_layers=n_gpu_layers, verbose=False, **threads)
+        try:
+            self.llm = Llama(path, n_ctx=64, n_gpu_layers=n_gpu_layers, verbose=False, **threads)
+        except ValueError as e:
+            raise explained(e, path, 64) from e
         self._stack.callback(self.llm.close)
         try:
             self._check(path)
@@ -126,7 +130,12 @@ class Base:
             self._batch.seq_id[i][0] = seq
         if status := llama_cpp.llama_decode(self.ctx, self._batch):
             raise EntmtpError(f"llama.cpp could not evaluate the base model (llama_decode gave {status})")
-        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.ctx), (size, self.n_vocab))
+        logits = llama_cpp.llama_get_logits(self.ctx)
+        if not logits:
+            raise EntmtpError(
+                "the base model gives no next-token logits, so it writes no text; choose one that does"
+            )
+        return np.ctypeslib.as_array(logits, (size, self.n_vocab))
 
     def hidden(self, size: int) -> npt.NDArray[np.float32]:
         """Hidden states [size, n_embd] of the last pass, the input of the LM head."""
