@@ -240,6 +240,45 @@ def test_prefix_layer_after_going_back(base: Llama, convert_f32: Callable[..., P
             assert np.abs(heads.prefix(new, keep) - expected).max() < 1e-4
 
 
+@pytest.mark.parametrize("n_plain", [7, 30, 90])
+def test_prefix_layer_waits_while_nothing_is_drafted(
+    n_plain: int, base_path: Path, convert_f32: Callable[..., Path]
+) -> None:
+    """It does not run then, and afterwards drafts are those of a decoder that drafted all the time."""
+    state, config = random_checkpoint("hydra++")
+    tree = Tree.from_paths(
+        "wide", [[i] for i in range(12)] + [[0, i] for i in range(6)]
+    )  # of 48 tokens: often right
+    bank = Bank("wide", (PLAIN, tree))
+    heads, n_tokens = convert_f32(state, config), n_plain + 80
+
+    def accepted(n_off: int) -> tuple[list[int], list[int], int]:
+        """Tokens, tokens per step, and graphs of the heads that were built in the first `n_off` tokens, drafting off."""
+        settings = {**F32, "draft": "entmtp", "heads": heads, "trees": bank, "calibrate": False}
+        with closing(Llama(base_path, policy="off" if n_off else "static", **settings)) as llm:
+            tokens: list[int] = []
+            built = llm.draft_stats.traffic.n_draft_graphs  # one per tree
+            n_graphs = 0
+            llm.set_seed(3)
+            for token in llm.generate([1, 5, 9], temp=1.0, top_k=0, top_p=1.0, min_p=0.0):
+                tokens.append(token)
+                if len(tokens) == n_off:
+                    n_graphs = llm.draft_stats.traffic.n_draft_graphs - built
+                    llm.set_trees(bank, policy="static", tree="wide")
+                if len(tokens) == n_tokens:
+                    break
+            return tokens, (llm.draft_stats.steps["n_accepted"] + 1).tolist(), n_graphs
+
+    tokens, always, _ = accepted(0)
+    roots = 1 + np.concatenate([[0], np.cumsum(always)])  # tokens there were when each of its steps began
+    k = int(np.argmax(roots >= n_plain))
+    others, later, n_graphs = accepted(int(roots[k]))
+    assert others == tokens
+    assert n_graphs == 0 or n_plain > 60  # so many hidden states can wait
+    assert max(later) > 1
+    assert later[:-1] == always[k : k + len(later) - 1]  # the last step is cut off
+
+
 def test_prefix_layer_feeds_the_heads(base: Llama, base_path: Path, convert_f32: Callable[..., Path]) -> None:
     state, config = random_checkpoint("hydra++", n_layers=2)
     embd = embeddings(base_path)

@@ -155,7 +155,7 @@ int32_t entmtp_heads_prefix(entmtp_heads * heads, const float * h, int32_t n, in
         prefix->truncate(pos0);
         std::vector<int32_t> rows(n);
         std::iota(rows.begin(), rows.end(), 0);
-        prefix->run({ h, nullptr, rows }, pos0);
+        prefix->add({ h, nullptr, rows }, pos0);
         prefix->read(out);
         return (int32_t) ENTMTP_OK;
     });

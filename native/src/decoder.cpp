@@ -365,7 +365,7 @@ int32_t decoder::settle(int32_t next) {
 }
 
 void decoder::run_prefix(const std::vector<int32_t> & rows, int32_t pos0) {
-    draft_heads->prefix()->run(out.hidden_states(rows), pos0);
+    draft_heads->prefix()->add(out.hidden_states(rows), pos0);
 }
 
 void decoder::invalidate(int32_t past) {

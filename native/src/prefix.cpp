@@ -2,24 +2,32 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <stdexcept>
 
 namespace entmtp {
 
 static constexpr int32_t n_pad    = 64; // cache rows per attention are rounded up, so that graphs are used again
 static constexpr size_t  n_graphs = 32; // that are kept: lengths of accepted paths, at one or two cache sizes
+static constexpr int32_t n_wait   = 64; // hidden states that wait at most
+
+// Lengths of runs: short ones as they come, long ones in few sizes, so that graphs are used again.
+static int32_t run_length(int32_t n) {
+    return n <= 8 ? n : n < 16 ? 8 : n < 32 ? 16 : n < 64 ? 32 : 64;
+}
 
 void prefix_layer::reserve(ggml_backend_t b, int32_t n_ctx) {
     const int32_t head_dim  = params.n_embd / params.n_head;
     const int32_t n_embd_kv = head_dim * params.n_head_kv;
 
     valid.clear(); // nothing can run if there is no memory
+    n_waiting = 0;
 
     backend = b;
     n_ctx   = GGML_PAD(n_ctx, n_pad);
 
     graphs.clear();
-    ctx_kv.reset(ggml_init({ 3 * ggml_tensor_overhead(), nullptr, true }));
+    ctx_kv.reset(ggml_init({ 4 * ggml_tensor_overhead(), nullptr, true }));
 
     // as exact as the weights are
     const ggml_type type = attn_k->type == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_F16;
@@ -27,6 +35,7 @@ void prefix_layer::reserve(ggml_backend_t b, int32_t n_ctx) {
     k_cache = ggml_new_tensor_2d(ctx_kv.get(), type, n_embd_kv, n_ctx);
     v_cache = ggml_new_tensor_2d(ctx_kv.get(), type, n_embd_kv, n_ctx);
     out     = ggml_new_tensor_2d(ctx_kv.get(), GGML_TYPE_F32, params.n_embd, 1);
+    waiting = ggml_new_tensor_2d(ctx_kv.get(), GGML_TYPE_F32, params.n_embd, n_wait);
 
     buf_kv.reset(ggml_backend_alloc_ctx_tensors(ctx_kv.get(), backend));
     if (!buf_kv) {
@@ -42,6 +51,7 @@ void prefix_layer::truncate(int32_t pos) {
     if (pos < size()) {
         std::fill(valid.begin() + std::max(pos, 0), valid.end(), false);
     }
+    n_waiting = std::clamp(pos - waiting_pos, 0, n_waiting);
 }
 
 prefix_layer::graph prefix_layer::build(int32_t n, int32_t n_kv) const {
@@ -123,12 +133,52 @@ prefix_layer::graph prefix_layer::build(int32_t n, int32_t n_kv) const {
     return g;
 }
 
-void prefix_layer::run(const states & h, int32_t pos0) {
+void prefix_layer::add(const states & h, int32_t pos0) {
     const int32_t n = (int32_t) h.rows.size();
     if (pos0 < 0 || n < 1 || n > size() || pos0 > size() - n) {
         throw std::runtime_error("heads: " + std::to_string(n) + " positions from " + std::to_string(pos0) + " on" +
                                  " are outside the cache of the prefix layer");
     }
+    if (n_waiting > 0 && pos0 != waiting_pos + n_waiting) {
+        flush();
+    }
+    for (int32_t i = 0; i < n;) {
+        if (n_waiting == n_wait) {
+            flush();
+        }
+        if (n_waiting == 0) {
+            waiting_pos = pos0 + i;
+        }
+        const int32_t    m = std::min(n - i, n_wait - n_waiting);
+        ggml_context_ptr ctx(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
+        ggml_tensor *    part =
+            ggml_view_2d(ctx.get(), waiting, params.n_embd, m, waiting->nb[1], n_waiting * waiting->nb[1]);
+        ggml_backend_view_init(part);
+        send(traffic, part, states{ h.host, h.tensor, { h.rows.begin() + i, h.rows.begin() + i + m } });
+        n_waiting += m;
+        i += m;
+    }
+}
+
+states prefix_layer::output() {
+    flush();
+    return { nullptr, out, { 0 } };
+}
+
+void prefix_layer::flush() {
+    for (int32_t first = 0; first < n_waiting;) {
+        const int32_t n = run_length(n_waiting - first);
+        run(first, n);
+        first += n;
+    }
+    n_waiting = 0;
+}
+
+void prefix_layer::run(int32_t first, int32_t n) {
+    const int32_t pos0 = waiting_pos + first;
+
+    states h = { nullptr, waiting, std::vector<int32_t>(n) };
+    std::iota(h.rows.begin(), h.rows.end(), first);
 
     const int32_t n_kv = std::min<int32_t>(size(), GGML_PAD(pos0 + n, n_pad));
 
@@ -170,6 +220,7 @@ void prefix_layer::run(const states & h, int32_t pos0) {
 }
 
 void prefix_layer::read(float * res) {
+    flush();
     fetch(traffic, out, res, 0, ggml_nbytes(out));
 }
 

@@ -45,11 +45,12 @@ class prefix_layer {
     // forget the positions from pos on
     void truncate(int32_t pos);
 
-    // run over hidden states at positions pos0 ..; a position that was never run is not attended to
-    void run(const states & h, int32_t pos0);
+    // hidden states at positions pos0 ..; a position that was never added is not attended to
+    void add(const states & h, int32_t pos0);
 
-    // the result for the last one, valid until the next run
-    states output() const { return { nullptr, out, { 0 } }; }
+    // The result for the last one, valid until the next is asked for. The layer runs now, over all that was added since it
+    // last ran: where nothing is drafted for long, it costs nothing
+    states output();
     void   read(float * res); // [n_embd]
 
     int32_t size() const { return (int32_t) valid.size(); }
@@ -71,14 +72,20 @@ class prefix_layer {
     };
 
     graph build(int32_t n, int32_t n_kv) const;
+    void  run(int32_t first, int32_t n); // over a part of those that wait
+    void  flush();
 
     ggml_backend_t          backend = nullptr; // not owned
     ggml_context_ptr        ctx_kv;
     ggml_backend_buffer_ptr buf_kv;
 
-    ggml_tensor * k_cache = nullptr;                     // [n_embd_kv, n_ctx]
-    ggml_tensor * v_cache = nullptr;                     // [n_embd_kv, n_ctx]
-    ggml_tensor * out     = nullptr;                     // [n_embd, 1]
+    ggml_tensor * k_cache = nullptr; // [n_embd_kv, n_ctx]
+    ggml_tensor * v_cache = nullptr; // [n_embd_kv, n_ctx]
+    ggml_tensor * out     = nullptr; // [n_embd, 1]
+    ggml_tensor * waiting = nullptr; // [n_embd, n_wait] added, and not run yet
+
+    int32_t waiting_pos = 0;         // of the first
+    int32_t n_waiting   = 0;
 
     std::map<std::pair<int32_t, int32_t>, graph> graphs; // by (n, n_kv)
 
