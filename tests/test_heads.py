@@ -253,7 +253,7 @@ def test_prefix_layer_waits_while_nothing_is_drafted(
     heads, n_tokens = convert_f32(state, config), n_plain + 80
 
     def accepted(n_off: int) -> tuple[list[int], list[int], int]:
-        """Tokens, tokens per step, and graphs of the heads that were built in the first `n_off` tokens, drafting off."""
+        """Tokens, tokens per step, and graphs of the heads built in the first `n_off` tokens, drafting off."""
         settings = {**F32, "draft": "entmtp", "heads": heads, "trees": bank, "calibrate": False}
         with closing(Llama(base_path, policy="off" if n_off else "static", **settings)) as llm:
             tokens: list[int] = []
