@@ -101,7 +101,9 @@ constexpr int AHEAD = 4096; // bytes
 template <class V>
 void end_token(V & sum) {
 #if defined(__GNUC__) && defined(__aarch64__)
-    __asm__ volatile("" : "+w"(sum) : : "memory");
+    if constexpr (!__is_class(V)) { // the portable kernels' vectors lie in no register
+        __asm__ volatile("" : "+w"(sum) : : "memory");
+    }
 #else
     (void) sum;
 #endif

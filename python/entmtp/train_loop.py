@@ -195,8 +195,8 @@ class Trainer:
             loss = projected_loss(x.float(), weight, bias, ids, p, self.dtype, count)
             (loss * s.head_decay**i).backward()
             losses.append(float(loss.detach()))
-        if shape.prefix:
-            seen.backward(leaf.grad.to(seen.dtype))  # type: ignore[union-attr]
+        if leaf.grad is not None:
+            seen.backward(leaf.grad.to(seen.dtype))
         return tuple(losses)
 
     def targets(self, batch: Batch, at: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
