@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import prompts
+from conftest import F32, prompts
 from test_lossless import GRAMMAR, decode
+from test_rpc import rpc_server
 
 from entmtp import Llama
+from entmtp.backends import backends
 from entmtp.methods import CONFIDENCE, ENTMTP, Method, generic
 
 TREE = generic("hydra")[2]
@@ -74,16 +77,11 @@ def test_policies_choose_alike(method: Method, load: Callable[..., Llama]) -> No
 @pytest.mark.parametrize("heads", ["medusa", "hydra"])
 def test_bytes_and_graphs_of_a_step(heads: str, sampling: dict[str, Any], load: Callable[..., Llama]) -> None:
     """O(nodes) bytes, no graph after the first steps, a bounded number of waits."""
-    llm = load(heads=heads, outputs="device")
     k = 1 if sampling["temp"] == 0.0 else 65
+    llm = load(heads=heads, outputs="device", n_ctx=1000 + k)  # one that no other sampler was used with
     per_node = 4 * (2 * k + (2 if k == 1 else 1)) + 4 * k
     assert per_node < 4 * llm.n_vocab() / 16
     text = prompts("literature")[0]
-    llm.set_trees(policy="off")
-    if k == 1:
-        answer(
-            llm, text, n=300, **sampling
-        )  # if another test sampled from this model: until that is forgotten
     for method in generic("hydra")[1:4]:
         method.apply(llm)
         answer(llm, text, n=12, **sampling)
@@ -159,6 +157,36 @@ def test_typical_acceptance(load: Callable[..., Llama]) -> None:
         TREE.apply(llm)
         answers.append(answer(llm, prompts("gsm8k")[0], temp=0.7))
     assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_device_with_memory_of_its_own(models: dict[str, Path]) -> None:
+    """An RPC server is one that needs no hardware: nothing on it can be read in place."""
+    if "RPC" not in backends():
+        pytest.skip("this build has no RPC backend (GGML_RPC=ON)")
+    with rpc_server() as (address, _):
+        answers, traffic = [], {}
+        for mode in ("host", "rows", "auto"):
+            llm = Llama(
+                models["f32"], draft="entmtp", heads=models["hydra"],
+                **{**F32, "n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}, outputs=mode, rpc_servers=address,
+            )  # fmt: skip
+            with closing(llm):
+                TREE.apply(llm)
+                answer(llm, prompts("gsm8k")[0], n=8, temp=0.0)
+                llm.reset_draft_stats()
+                answers.append(answer(llm, prompts("gsm8k")[0], n=24, temp=0.0))
+                stats = llm.draft_stats
+                traffic[mode] = stats.traffic
+                # a whole row, and one number of another: fetched
+                answers.append(answer(llm, prompts("gsm8k")[0], n=12, temp=0.8, top_k=0))
+                n_embd, n_vocab, n_nodes = llm.n_embd(), llm.n_vocab(), stats.n_steps + stats.n_drafted
+        assert answers[0] == answers[2] == answers[4] and answers[1] == answers[3] == answers[5]
+        assert stats.outputs.mode == "device" and not stats.outputs.note
+        assert traffic["host"].to_host >= 4 * (n_vocab + n_embd) * n_nodes
+        assert traffic["rows"].to_host >= 4 * n_vocab * stats.n_steps
+        t = traffic["auto"]
+        assert t.n_rows == 0 and t.to_host <= (20 + 64) * (n_nodes + 1)
+        assert t.to_device <= 4 * stats.n_steps and t.on_device == 4 * n_embd * stats.n_steps
 
 
 def test_mode_by_environment(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
