@@ -142,15 +142,43 @@ def test_absurd_timings_are_not_kept(llm: Llama, cache: Path, monkeypatch: pytes
     assert not (cache / "costs").exists()
 
 
+def times(costs: Costs, factor: float) -> Costs:
+    """The same, with passes and drafts `factor` times as expensive."""
+    return replace(
+        costs,
+        verify={d: {n: us * factor for n, us in row.items()} for d, row in costs.verify.items()},
+        chain=tuple(us * factor for us in costs.chain),
+    )
+
+
 def test_quick_costs_are_kept_per_model_and_machine(llm: Llama, cache: Path, trusting: None) -> None:
     first = costs.quick(llm, seconds=0.1)
     (file,) = (cache / "costs").iterdir()
     assert file.stem == first.key == costs.machine_key(llm)
-    assert costs.quick(llm, seconds=0.1) == first
+    assert costs.cached(llm) == first
     # a damaged file is measured anew, not believed
     file.write_text('{"verify": ')
     again = costs.quick(llm, seconds=0.1)
     assert from_json(json.loads(file.read_text()), "x") == again
+
+
+def test_costs_of_a_busy_machine_are_measured_again(llm: Llama, cache: Path, trusting: None) -> None:
+    right = costs.quick(llm, seconds=0.1)
+    fast = times(right, 0.001)  # never outdone, however busy this machine is now
+    for wrong in (times(right, 1000), replace(right, chain=times(right, 1000).chain)):
+        costs.keep(wrong)
+        again = costs.quick(llm, seconds=0.1)
+        assert again == costs.cached(llm) and again.chain[-1] < wrong.chain[-1] / 10
+        # a tuned bank's, too; those of the cache serve then
+        costs.keep(fast)
+        assert costs.quick(llm, seconds=0.1, tuned=wrong) == fast
+
+
+def test_costs_that_a_busy_machine_exceeds_are_kept(llm: Llama, cache: Path) -> None:
+    fast = times(costs.quick(llm, seconds=0.1), 0.001)
+    costs.keep(fast)
+    assert costs.quick(llm, seconds=0.1) == fast
+    assert costs.quick(llm, seconds=0.1, tuned=times(fast, 0.5)) == times(fast, 0.5)
 
 
 def test_key_depends_on_the_settings(llm: Llama, models: dict[str, Path]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from . import __version__, hub
 from .cache import cache_folder
 from .errors import EntmtpError
-from .machine import cpu_name, cpu_quota, free_memory, usable_cpus
+from .machine import busy_cpus, cpu_name, cpu_quota, free_memory, usable_cpus
 from .options import model_files
 
 GB = 1e9
@@ -182,6 +182,13 @@ def check_threads() -> Iterator[Check]:
         yield Check("processor", "note", text, f"give --threads {usable} or fewer")
     else:
         yield ok("processor", text)
+    busy = busy_cpus()
+    if busy is not None and busy > 0.5:
+        yield Check(
+            "load", "note", f"other programs keep {busy:.1f} of {os.cpu_count()} processors busy",
+            "measure on an idle machine, or give --threads as many as are free: a thread that gets no processor makes "
+            "all others wait",
+        )  # fmt: skip
 
 
 def check_cache() -> Iterator[Check]:

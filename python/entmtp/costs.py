@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 N_VERIFY = 64  # passes are tabulated up to this many tokens
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 QUICK_SIZES = (1, 2, 4, 3, 8, 6, 5, 16, 7, 12, 10, 24, 32, 64)  # most telling first
+CHECK_SIZES = QUICK_SIZES[:5]
 WIDTHS = (1, 2, 4)
 PAD = 256  # cache rows that attention reads come in multiples of this
 
@@ -311,13 +312,30 @@ def keep(costs: Costs) -> None:
         return
 
 
-def quick(llm: Llama, seconds: float = 1.5) -> Costs:
-    """Costs of this machine from the cache, or measured now in about `seconds`, and cached if they can be trusted."""
-    if (known := cached(llm)) is None:
-        known = measure(llm, QUICK_SIZES, contexts=(16,), n_rounds=8, budget=seconds)
-        if is_steady(known):
-            keep(known)
-    return known
+def quick(llm: Llama, seconds: float = 1.5, tuned: Costs | None = None) -> Costs:
+    """Costs of this machine: tuned, or cached, if a short look finds them still possible; else measured.
+
+    Measuring takes about `seconds`; what it finds is cached if it can be trusted.
+    """
+    for known in (tuned, cached(llm)):
+        if known is not None and not were_disturbed(llm, known):
+            return known
+    own = measure(llm, QUICK_SIZES, contexts=(16,), n_rounds=8, budget=seconds)
+    if is_steady(own):
+        keep(own)
+    return own
+
+
+def were_disturbed(llm: Llama, known: Costs) -> bool:
+    """Whether passes or drafts are much faster now than these costs of before: then another program had the cores.
+
+    That they are slower says nothing: another program has the cores now, and the decoder follows that as it goes.
+    """
+    depth = min(known.verify)
+    now = measure(llm, CHECK_SIZES, contexts=(depth,), n_rounds=3, budget=0.1)
+    (seen,) = now.verify.values()
+    passes = any(us * 1.3 < known.verify[depth].get(n, 0.0) for n, us in seen.items())
+    return passes or now.chain[-1] * 1.5 < known.chain[-1]
 
 
 def is_steady(costs: Costs) -> bool:

@@ -197,13 +197,12 @@ class Llama(llama_cpp.Llama):
         """The bank with costs of this machine, unless it has them, or there is too little room to measure."""
         if not self._calibrate or self.n_ctx() < 128 or not self._decoder or not self._decoder.can_tree():
             return bank
-        if bank.costs is not None and bank.costs.key == costs.machine_key(self):
-            return bank
+        tuned = bank.costs if bank.costs and bank.costs.key == costs.machine_key(self) else None
         state = self._decoder.stats_enabled
         self._decoder.set_stats(True)
-        known = costs.quick(self)
+        own = costs.quick(self, tuned=tuned)
         self._decoder.set_stats(state)
-        return replace(bank, costs=known)
+        return replace(bank, costs=own)
 
     def _set_bank(self, bank: Bank, tree: str | None, policy: str) -> None:
         assert self._decoder is not None

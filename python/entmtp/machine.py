@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 
 
@@ -31,6 +32,23 @@ def cpu_quota() -> float | None:
         return int(quota) / int(period)
     except (OSError, ValueError):  # no cgroup, or "max"
         return None
+
+
+def busy_cpus(seconds: float = 0.3) -> float | None:
+    """Processors that programs keep busy while this one waits; None where the system does not say."""
+
+    def times() -> tuple[int, int]:
+        # ticks of all processors: user nice system idle iowait irq softirq steal
+        ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+
+    try:
+        busy, total = times()
+        time.sleep(seconds)
+        busy_then, total_then = times()
+    except (OSError, ValueError, IndexError):
+        return None
+    return (busy_then - busy) / max(total_then - total, 1) * (os.cpu_count() or 1)
 
 
 def free_memory() -> int | None:
