@@ -31,10 +31,12 @@ class Spec:
     window: int = 0  # sliding window of every other layer
     n_expert: int = 0
     n_expert_used: int = 0
+    tied: bool = False  # the embeddings are the output projection, too
 
 
 SPECS = {
     "llama": Spec("llama"),
+    "llama-tied": Spec("llama", tied=True),
     "qwen3": Spec("qwen3", n_head_kv=1),
     "gemma3": Spec("gemma3", n_layer=4, window=16),
     # sliding windows without gemma's GELU, which ggml takes from a table of f16
@@ -170,7 +172,8 @@ def write_model(path: Path, spec: Spec, seed: int = 1) -> Path:
     # embeddings of size 1, except where the architecture scales them itself
     t.normal("token_embd.weight", N_VOCAB, s.n_embd, gain=1.0 if s.arch == "gemma3" else s.n_embd**0.5)
     t.norm("output_norm.weight", s.n_embd)
-    t.normal("output.weight", N_VOCAB, s.n_embd, gain=2.0)
+    if not s.tied:
+        t.normal("output.weight", N_VOCAB, s.n_embd, gain=2.0)
     for i in range(s.n_layer):
         prefix = f"blk.{i}"
         if s.arch != "olmo2":

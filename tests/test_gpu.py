@@ -14,7 +14,7 @@ from entmtp import Llama
 from entmtp.backends import backends
 from entmtp.methods import generic
 
-GPUS = [d.name for found in backends().values() for d in found if d.kind == "GPU"]
+GPUS = [d.name for found in backends().values() for d in found if "GPU" in d.kind]
 
 pytestmark = [
     pytest.mark.gpu,

@@ -88,8 +88,8 @@ def test_drafting_over_rpc_changes_no_token(heads: str, load: Callable[..., Llam
     assert stats.n_accepted > 20 and stats.n_drafted > stats.n_accepted, "hardly anything was drafted"
 
 
-# heads beside the output layer of a server; sliding windows, experts
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3moe"])
+# heads beside the output layer of a server; tied embeddings, sliding windows, experts
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma3", "qwen3moe"])
 def test_architectures(name: str, two: list[tuple[str, subprocess.Popen[str]]], tmp_path: Path) -> None:
     model = model_path(name)
     over = {"rpc_servers": [address for address, _ in two], "tensor_split": [1, 1], **SETTINGS}

@@ -10,13 +10,10 @@
 namespace entmtp {
 
 ggml_backend_dev_t output_device(const llama_model * model) {
-    for (const char * name : { "output.weight", "token_embd.weight" }) {
-        const ggml_tensor * t = llama_model_get_tensor(model, name);
-        if (t && t->buffer && !ggml_backend_buffer_is_host(t->buffer)) {
-            ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
-            if (dev) {
-                return dev;
-            }
+    const ggml_tensor * t = llama_model_get_tensor(model, "output.weight");
+    if (t && t->buffer && !ggml_backend_buffer_is_host(t->buffer)) {
+        if (ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer))) {
+            return dev;
         }
     }
     return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);

@@ -63,7 +63,7 @@ def find_device(wanted: str) -> Device:
     Raises:
         ValueError: there is no GPU that this build can use.
     """
-    gpus = [d for found in backends().values() for d in found if d.kind == "GPU"]
+    gpus = [d for found in backends().values() for d in found if "GPU" in d.kind]
     if wanted == "gpu" and not gpus:
         raise ValueError(
             f"--device gpu: this build finds no GPU (its backends: {', '.join(backends())}); build with CUDA=1, "
