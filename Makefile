@@ -33,7 +33,7 @@ export PATH := $(BIN):$(PATH)
 SKBUILD := $(shell sed -n 's/^requires = \["\(scikit-build-core==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native test-python test-torch test-asan test-arm build install wheel lint format clean distclean
+.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-arm build install wheel lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -60,6 +60,9 @@ test-python: install
 
 test-torch: $(VENV)/.torch ## run the tests that need PyTorch (fetches it)
 	$(PY) -m pytest -n auto --dist worksteal -m torch $(PYTEST_ARGS)
+
+test-gpu: install ## run the tests that need a GPU; with CUDA=1, METAL=1 or VULKAN=1
+	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
 
 test-asan: $(VENV)/.tools ## run the native tests with AddressSanitizer and UBSan
 	$(BIN)/cmake -S . -B build/asan -G Ninja -DENTMTP_TESTS=ON -DENTMTP_SANITIZE=address,undefined \
