@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from models import ON_GPU
 
 import entmtp
 from entmtp.convert import convert
@@ -34,6 +35,7 @@ F32 = {
     "type_v": 0,
     "verbose": False,
     "calibrate": False,  # costs of the bank: timings of this machine would make runs differ
+    **ON_GPU,
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from models import GPU_LAYERS
 
 import entmtp  # noqa: F401  (llama_cpp then loads the patched libraries)
 
@@ -50,7 +51,7 @@ class Model:
     def __init__(self, path: Path) -> None:
         C.llama_log_set(_quiet, None)
         params = C.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = GPU_LAYERS
         self.ptr = C.llama_model_load_from_file(str(path).encode(), params)
         assert self.ptr, f"cannot load {path}"
         self.n_vocab = C.llama_vocab_n_tokens(C.llama_model_get_vocab(self.ptr))

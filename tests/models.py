@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
 import zlib
 from dataclasses import dataclass
@@ -10,6 +11,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+
+# layers on the GPU of the models that tests load: -1 (all) runs the suite there (docs/build.md)
+GPU_LAYERS = int(os.environ.get("ENTMTP_TEST_GPU_LAYERS", "0"))
+ON_GPU = {"n_gpu_layers": GPU_LAYERS} if GPU_LAYERS else {}
 
 N_VOCAB = 320  # 256 bytes, one merge, the end token, fillers
 

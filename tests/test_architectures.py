@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from checkpoints import medusa_config, medusa_state, write_checkpoint
 from gguf import GGUFReader
-from models import N_VOCAB, SPECS, model_path
+from models import N_VOCAB, ON_GPU, SPECS, model_path
 
 from entmtp import Bank, EntmtpError, Llama
 from entmtp.bank import PLAIN, Tree
@@ -23,6 +23,7 @@ SETTINGS: dict[str, Any] = {
     "type_k": 0,
     "type_v": 0,
     "verbose": False,
+    **ON_GPU,
 }
 
 PROMPTS = ([5, 6, 7, 8], [5, 6, 7, 8, 9, 10], [5, 6, 9], list(range(20, 80)))

@@ -24,6 +24,7 @@ from checkpoints import (
 )
 from gguf import GGMLQuantizationType, GGUFReader, quants
 from heads_reference import cheap_state, hydra_logits, medusa_logits, prefix_forward
+from models import ON_GPU
 
 from entmtp import Bank, EntmtpError, Llama, kernels
 from entmtp.bank import PLAIN, Tree
@@ -38,7 +39,15 @@ N_LAYERS = (1, 2)
 TOP_K = 10
 
 # f32 weights and cache: the only differences left between batch sizes are orders of summation
-F32 = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "type_k": 0, "type_v": 0, "verbose": False}
+F32 = {
+    "n_ctx": 256,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+    "type_k": 0,
+    "type_v": 0,
+    "verbose": False,
+    **ON_GPU,
+}
 
 DEMO = Path(__file__).resolve().parents[2] / "shared" / "demo"
 
