@@ -39,7 +39,9 @@ def tuned(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return paths | {"arguments": arguments}  # type: ignore[dict-item]
 
 
-def test_the_bank_is_whole_and_usable(tuned: dict[str, Path], models: dict[str, Path]) -> None:
+def test_the_bank_is_whole_and_usable(
+    tuned: dict[str, Path], models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bank = Bank.load(tuned["bank"])
     assert bank.task == "t" and bank.trees[0].paths == () and len(bank.trees) <= 8
     assert bank.calibration is not None and set(bank.published) == {"entropy", "top1", "path"}
@@ -53,8 +55,9 @@ def test_the_bank_is_whole_and_usable(tuned: dict[str, Path], models: dict[str, 
     assert costs.token > 0 and costs.sample > 0 and costs.key
 
     settings = {"n_ctx": 512, "n_threads": N_THREADS, "n_threads_batch": N_THREADS, "verbose": False}
+    # it was tuned here: nothing is measured again, however busy this machine was then
+    monkeypatch.setattr("entmtp.costs.were_disturbed", lambda *_: False)
     llm = Llama(models["q8_0"], draft="entmtp", heads=models["hydra"], trees=tuned["bank"], **settings)
-    # it was tuned here: nothing is measured again
     assert llm._decoder.bank.costs == costs  # type: ignore[union-attr]
     for policy in ("entropy", "confidence", "ladder", "hysteresis", "best-depth"):
         llm.set_trees(tuned["bank"], policy=policy)
