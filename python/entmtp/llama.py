@@ -194,7 +194,7 @@ class Llama(llama_cpp.Llama):
         return Bank.load(f"generic-{self._heads.arch}").pruned(self._heads.n_heads)
 
     def _with_own_costs(self, bank: Bank) -> Bank:
-        """The bank with costs of this machine, unless it has them, or there is too little room to measure."""
+        """The bank with costs of this machine, unless there is too little room to measure."""
         if not self._calibrate or self.n_ctx() < 128 or not self._decoder or not self._decoder.can_tree():
             return bank
         tuned = bank.costs if bank.costs and bank.costs.key == costs.machine_key(self) else None
