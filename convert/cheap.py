@@ -11,10 +11,10 @@ from dataclasses import replace
 import numpy as np
 from gguf import GGMLQuantizationType, quants
 
-from .base import BaseModel
-from .errors import ConvertError
-from .layout import Heads
-from .tensors import Rows, SourceTensor
+from entmtp.common.errors import ConvertError
+from entmtp.convert.layout import Heads
+from entmtp.models.base import BaseModel
+from entmtp.models.formats.tensors import Rows, SourceTensor
 
 _N_COMPARED = 1024  # rows of a projection that are compared with the base model's
 _ALIKE = 0.35  # relative difference that the coarsest quantisation of the same weights stays below

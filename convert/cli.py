@@ -13,18 +13,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from entmtp import hub
-from entmtp.errors import ModelError
-from entmtp.models import resolve
-
-from .base import BaseModel, read_base
-from .cheap import cheapen
-from .checkpoint import open_checkpoint
-from .draft_vocab import DraftVocab, make_vocab
-from .errors import ConvertError
-from .inspect import inspect_heads, print_heads
-from .layout import plan_heads
-from .writer import OUTTYPES, Origin, Value, other_types, write_heads
+from entmtp.common.errors import ConvertError, ModelError
+from entmtp.convert.cheap import cheapen
+from entmtp.convert.draft_vocab import DraftVocab, make_vocab
+from entmtp.convert.inspect import inspect_heads, print_heads
+from entmtp.convert.layout import plan_heads
+from entmtp.convert.writer import OUTTYPES, Origin, Value, other_types, write_heads
+from entmtp.models import hub
+from entmtp.models.base import BaseModel, read_base
+from entmtp.models.checkpoint import open_checkpoint
+from entmtp.models.names import resolve
 
 EPILOG = """examples:
   # heads from the Hugging Face Hub, for a base model on disk

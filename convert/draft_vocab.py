@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .base import BaseModel
-from .errors import ConvertError
+from entmtp.common.errors import ConvertError
+from entmtp.models.base import BaseModel
 
 if TYPE_CHECKING:
     from entmtp.llama import Llama
@@ -109,7 +109,7 @@ def make_vocab(
 
 def read_text(base: BaseModel, files: Sequence[str | Path]) -> list[int]:
     """The tokens of text files and of the prompts in .jsonl files, by the base model's vocabulary."""
-    from entmtp.prompts import read_prompts
+    from entmtp.common.prompts import read_prompts
 
     texts: list[str] = []
     for file in map(Path, files):

@@ -14,9 +14,9 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from rich.console import Console
 from rich.table import Table
 
-from .errors import ConvertError
-from .gguf_header import GGUFHeader, TensorInfo, read_gguf_header
-from .writer import FORMAT_VERSION, OUTTYPES, matrix_type
+from entmtp.common.errors import ConvertError
+from entmtp.convert.writer import FORMAT_VERSION, OUTTYPES, matrix_type
+from entmtp.models.formats.gguf_header import GGUFHeader, TensorInfo, read_gguf_header
 
 _U32, _F32, _STR, _BOOL = (
     GGUFValueType.UINT32,

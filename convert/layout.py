@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from .base import BaseModel
-from .errors import ConvertError
-from .tensors import Rows, SourceTensor, equal
+from entmtp.common.errors import ConvertError
+from entmtp.models.base import BaseModel
+from entmtp.models.formats.tensors import Rows, SourceTensor, equal
 
 _N = r"(0|[1-9][0-9]{0,3})"
 _MEDUSA_BLOCK = re.compile(rf"{_N}\.{_N}\.(linear\.(?:weight|bias))")

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-from entmtp import _lib
-
-from .errors import ConvertError
+from entmtp.common.errors import ConvertError
+from entmtp.native import library
 
 _BY_GGML = (GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q5_K, GGMLQuantizationType.Q6_K)
 
@@ -21,7 +20,7 @@ _BY_GGML = (GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q5_K, GGMLQuantizati
 def _ggml() -> Any:
     """ggml's quantiser, from the libraries that models run with."""
     try:
-        path = _lib.library_path("ggml-base", _lib.prepare())
+        path = library.library_path("ggml-base", library.prepare())
         if path is None:
             raise ImportError("libggml-base is not beside libentmtp")
         # size_t ggml_quantize_chunk(enum ggml_type type, const float * src, void * dst, int64_t start, int64_t nrows,

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
 
-from .base import BaseModel
-from .errors import ConvertError
-from .layout import Heads
-from .quantise import quantise
-from .tensors import Rows, SourceTensor
+from entmtp.common.errors import ConvertError
+from entmtp.convert.layout import Heads
+from entmtp.convert.quantise import quantise
+from entmtp.models.base import BaseModel
+from entmtp.models.formats.tensors import Rows, SourceTensor
 
 FORMAT_VERSION = 1
 

@@ -13,9 +13,9 @@ from models import ON_GPU
 
 import entmtp
 from entmtp.convert import convert
-from entmtp.demo import assets
-from entmtp.gguf_expand import expand
-from entmtp.models import demo_files
+from entmtp.models.assets import assets
+from entmtp.models.gguf_expand import expand
+from entmtp.options.demo import demo_files
 
 # the same examples in every run, however busy the machine is
 settings.register_profile(

@@ -13,7 +13,7 @@ from gguf import GGUFReader
 from models import N_VOCAB, ON_GPU, SPECS, model_path
 
 from entmtp import Bank, EntmtpError, Llama
-from entmtp.bank import PLAIN, Tree
+from entmtp.bank.tree import PLAIN, Tree
 from entmtp.convert import convert
 
 SETTINGS: dict[str, Any] = {

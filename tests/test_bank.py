@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entmtp.bank import Bank, Tree, dumps, from_json, names, to_json
-from entmtp.errors import BankError
+from entmtp.bank.bank import Bank, dumps, from_json, names, to_json
+from entmtp.bank.tree import Tree
+from entmtp.common.errors import BankError
 
 GOOD: dict[str, Any] = {
     "version": 2,

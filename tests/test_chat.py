@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from entmtp.chat_commands import COMMANDS
+from entmtp.chat.commands import COMMANDS
 
 if sys.platform == "win32":
     pytest.skip("pexpect needs a Unix terminal", allow_module_level=True)

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 import entmtp
-from entmtp.chat_conversation import CONTINUE, Conversation, prompt_length
-from entmtp.chat_conversation import load as load_conversation
-from entmtp.chat_screen import Screen, printable
-from entmtp.interrupt import ctrl_c_stops
-from entmtp.speed import Meter, PlainPass, sparkline
-from entmtp.stats import STEP_DTYPE, DraftStats, OlderSteps
+from entmtp.chat.conversation import Conversation
+from entmtp.chat.conversation import load as load_conversation
+from entmtp.chat.screen import Screen, printable
+from entmtp.common.interrupt import ctrl_c_stops
+from entmtp.measure.speed import Meter, PlainPass, sparkline
+from entmtp.models.templates import CONTINUE, prompt_length
+from entmtp.native.stats import STEP_DTYPE, DraftStats, OlderSteps
 
 pyte = pytest.importorskip("pyte")
 
@@ -130,7 +131,7 @@ def test_ctrl_c_cancels_and_leaves_no_trace(load: Callable[..., entmtp.Llama]) -
     llm = load("f32", "hydra")
     before = signal.getsignal(signal.SIGINT)
     prompt = llm.tokenize(b"It was a cold and windy night")
-    with ctrl_c_stops(llm) as stopped:
+    with ctrl_c_stops(llm.cancel) as stopped:
         n = 0
         for n, _ in enumerate(llm.generate(prompt, temp=1.0), 1):
             if n == 5:
@@ -153,7 +154,7 @@ def test_ctrl_c_needs_no_python_in_the_main_thread() -> None:
             self.cancelled_by = threading.current_thread()
 
     model: Any = Model()
-    with ctrl_c_stops(model) as stopped:
+    with ctrl_c_stops(model.cancel) as stopped:
         os.kill(os.getpid(), signal.SIGINT)
         assert stopped.wait(60)
     assert model.cancelled_by not in (None, threading.main_thread())

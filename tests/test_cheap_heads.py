@@ -15,11 +15,12 @@ from conftest import F32, prompts
 from gguf import GGUFReader
 from heads_reference import State
 
-from entmtp import Bank, Llama, kernels
-from entmtp.bank import PLAIN, Tree
+from entmtp import Bank, Llama
+from entmtp.bank.tree import PLAIN, Tree
 from entmtp.convert import convert
-from entmtp.convert.checkpoint import open_checkpoint
-from entmtp.demo import assets
+from entmtp.models.assets import assets
+from entmtp.models.checkpoint import open_checkpoint
+from entmtp.native import kernels
 
 ONE_THREAD: dict[str, Any] = {**F32, "n_threads": 1, "n_threads_batch": 1}
 BUSHY = Tree.from_paths("bushy", [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0]])

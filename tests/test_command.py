@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import entmtp
-from entmtp.__main__ import COMMANDS
+from entmtp.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,7 +138,7 @@ def test_doctor_with_a_model(models: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_doctor_finds_a_tuned_bank(models: dict[str, Path], tmp_path: Path) -> None:
-    from entmtp.costs import machine_key
+    from entmtp.measure.known import machine_key
 
     llm = entmtp.Llama(
         models["f32"], draft="entmtp", heads=models["hydra"], verbose=False, calibrate=False, n_ctx=1024
@@ -189,11 +189,11 @@ def test_doctor_says_what_is_broken(
 
 def test_doctor_survives_a_library_that_crashes(tmp_path: Path) -> None:
     """Libraries built for another processor end the process that loads them."""
-    from entmtp import _lib
+    from entmtp.native import library
 
     if sys.platform != "linux":
         pytest.skip("builds a library as Linux wants it")
-    for path in _lib.library_folder().iterdir():
+    for path in library.library_folder().iterdir():
         (tmp_path / path.name).symlink_to(path)
     source = tmp_path / "crash.c"
     source.write_text(
@@ -213,19 +213,19 @@ def test_doctor_survives_a_library_that_crashes(tmp_path: Path) -> None:
 
 def test_doctor_names_the_driver_that_is_missing(tmp_path: Path) -> None:
     """A build with CUDA on a machine without NVIDIA's driver."""
-    from entmtp import _lib
+    from entmtp.native import library
 
     compiler = shutil.which("cc")
     if compiler is None or sys.platform != "linux":
         pytest.skip("builds libraries as Linux wants them, with cc")
-    for path in _lib.library_folder().iterdir():
+    for path in library.library_folder().iterdir():
         (tmp_path / path.name).symlink_to(path)
-    driver, library, source = tmp_path / "libcuda.so.1", tmp_path / "libllama.so", tmp_path / "empty.c"
+    driver, llama, source = tmp_path / "libcuda.so.1", tmp_path / "libllama.so", tmp_path / "empty.c"
     source.write_text("")
-    library.unlink()
+    llama.unlink()
     build = [compiler, "-shared", "-fPIC", str(source), "-o"]
     subprocess.run([*build, str(driver), "-Wl,-soname,libcuda.so.1"], check=True, timeout=60)
-    subprocess.run([*build, str(library), "-Wl,--no-as-needed", str(driver)], check=True, timeout=60)
+    subprocess.run([*build, str(llama), "-Wl,--no-as-needed", str(driver)], check=True, timeout=60)
     driver.unlink()
     code, checks = doctor(ENTMTP_LIB_PATH=str(tmp_path))
     found = checks["libraries"]["found"]
@@ -234,12 +234,12 @@ def test_doctor_names_the_driver_that_is_missing(tmp_path: Path) -> None:
 
 def test_doctor_sees_a_second_ggml(tmp_path: Path) -> None:
     """A copy of libggml-base that another package might bring."""
-    from entmtp import _lib
+    from entmtp.native import library
 
     if sys.platform != "linux":
         pytest.skip("only Linux tells which libraries a process loaded")
     copy = tmp_path / "libggml-base.so"
-    shutil.copy(_lib.library_folder() / copy.name, copy)
+    shutil.copy(library.library_folder() / copy.name, copy)
     code, checks = doctor(LD_PRELOAD=str(copy))
     assert code == 1 and checks["one llama.cpp"]["status"] == "broken"
     assert str(copy) in checks["one llama.cpp"]["found"]

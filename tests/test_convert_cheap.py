@@ -18,10 +18,11 @@ from checkpoints import (
 from conftest import prompts
 from gguf import GGMLQuantizationType, GGUFReader
 
-from entmtp.convert import ConvertError, convert, inspect_heads, main
-from entmtp.convert.base import read_base
+from entmtp.common.errors import ConvertError
+from entmtp.convert import convert, inspect_heads, main
 from entmtp.convert.draft_vocab import STEP, choose_vocab, make_vocab, read_text, write_sample
-from entmtp.demo import assets
+from entmtp.models.assets import assets
+from entmtp.models.base import read_base
 
 IDS = [40, 3, 7, 0, 47, 12]
 LAYOUTS = {

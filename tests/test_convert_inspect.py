@@ -11,7 +11,8 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from entmtp.convert import ConvertError, convert, inspect_heads, main
+from entmtp.common.errors import ConvertError
+from entmtp.convert import convert, inspect_heads, main
 
 
 @pytest.fixture

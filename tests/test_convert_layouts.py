@@ -23,7 +23,8 @@ from checkpoints import (
 )
 from gguf import GGMLQuantizationType
 
-from entmtp.convert import ConvertError, convert, inspect_heads, main
+from entmtp.common.errors import ConvertError
+from entmtp.convert import convert, inspect_heads, main
 
 DEMO = Path(__file__).parents[2] / "shared" / "demo"
 PREFIX_NAMES = {

@@ -29,8 +29,8 @@ from checkpoints import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from entmtp.convert import ConvertError
-from entmtp.convert.torch_file import read_torch_file
+from entmtp.common.errors import ConvertError
+from entmtp.models.formats.torch_file import read_torch_file
 
 FIXTURE_OK = list(HealthCheck)  # tmp_path is shared by the examples; a busy machine is no failure
 DTYPES = ["float32", "float16", "bfloat16"]

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from conftest import F32
 
-from entmtp import Llama, costs
-from entmtp.bank import PLAIN, Tree
-from entmtp.costs import Costs, from_json, relative
-from entmtp.errors import BankError
+from entmtp import Llama
+from entmtp.bank.costs import Costs, from_json, relative
+from entmtp.bank.tree import PLAIN, Tree
+from entmtp.common.errors import BankError
+from entmtp.measure import at_load, known, timing
 
 GOOD: dict[str, Any] = {
     "verify": {"64": {"1": 100.0, "2": 130.0, "4": 200.0}, "512": {"1": 200.0, "2": 260.0, "4": 400.0}},
@@ -110,7 +111,7 @@ def llm(models: dict[str, Path]) -> Any:
 
 
 def test_measured_on_a_real_model(llm: Llama) -> None:
-    c = costs.measure(llm, sizes=(1, 2, 4, 8), contexts=(64, 256), n_rounds=2)
+    c = timing.measure(llm, sizes=(1, 2, 4, 8), contexts=(64, 256), n_rounds=2)
     assert set(c.verify) == {64, 256}
     assert all(set(row) == {1, 2, 4, 8} and min(row.values()) > 0 for row in c.verify.values())
     assert len(c.chain) == 5 and c.chain[0] == 0 and list(c.chain) == sorted(c.chain) and c.chain[1] > 0
@@ -121,7 +122,7 @@ def test_measured_on_a_real_model(llm: Llama) -> None:
 
 
 def test_a_budget_still_measures_what_is_needed(llm: Llama) -> None:
-    c = costs.measure(llm, costs.QUICK_SIZES, contexts=(64,), n_rounds=8, budget=0.0)
+    c = timing.measure(llm, at_load.QUICK_SIZES, contexts=(64,), n_rounds=8, budget=0.0)
     assert {1, 2} <= set(c.verify[64])
     assert len(c.chain) == 5
 
@@ -129,16 +130,16 @@ def test_a_budget_still_measures_what_is_needed(llm: Llama) -> None:
 @pytest.fixture
 def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Timings are kept however busy this machine is."""
-    monkeypatch.setattr(costs, "is_steady", lambda _: True)
+    monkeypatch.setattr(at_load, "is_steady", lambda _: True)
 
 
 def test_absurd_timings_are_not_kept(llm: Llama, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = from_json(GOOD, "x")
-    assert costs.is_steady(good)
-    assert not costs.is_steady(replace(good, spread=0.8))
-    assert not costs.is_steady(replace(good, verify=good.verify | {64: {1: 100.0, 2: 80000.0}}))
-    monkeypatch.setattr(costs, "is_steady", lambda _: False)
-    assert isinstance(costs.quick(llm, seconds=0.05), Costs)
+    assert at_load.is_steady(good)
+    assert not at_load.is_steady(replace(good, spread=0.8))
+    assert not at_load.is_steady(replace(good, verify=good.verify | {64: {1: 100.0, 2: 80000.0}}))
+    monkeypatch.setattr(at_load, "is_steady", lambda _: False)
+    assert isinstance(at_load.quick(llm, seconds=0.05), Costs)
     assert not (cache / "costs").exists()
 
 
@@ -152,38 +153,38 @@ def times(costs: Costs, factor: float) -> Costs:
 
 
 def test_quick_costs_are_kept_per_model_and_machine(llm: Llama, cache: Path, trusting: None) -> None:
-    first = costs.quick(llm, seconds=0.1)
+    first = at_load.quick(llm, seconds=0.1)
     (file,) = (cache / "costs").iterdir()
-    assert file.stem == first.key == costs.machine_key(llm)
-    assert costs.cached(llm) == first
+    assert file.stem == first.key == known.machine_key(llm)
+    assert known.cached(llm) == first
     # a damaged file is measured anew, not believed
     file.write_text('{"verify": ')
-    again = costs.quick(llm, seconds=0.1)
+    again = at_load.quick(llm, seconds=0.1)
     assert from_json(json.loads(file.read_text()), "x") == again
 
 
 def test_costs_of_a_busy_machine_are_measured_again(llm: Llama, cache: Path, trusting: None) -> None:
-    right = costs.quick(llm, seconds=0.1)
+    right = at_load.quick(llm, seconds=0.1)
     fast = times(right, 0.001)  # never outdone, however busy this machine is now
     for wrong in (times(right, 1000), replace(right, chain=times(right, 1000).chain)):
-        costs.keep(wrong)
-        again = costs.quick(llm, seconds=0.1)
-        assert again == costs.cached(llm) and again.chain[-1] < wrong.chain[-1] / 10
+        known.keep(wrong)
+        again = at_load.quick(llm, seconds=0.1)
+        assert again == known.cached(llm) and again.chain[-1] < wrong.chain[-1] / 10
         # a tuned bank's, too; those of the cache serve then
-        costs.keep(fast)
-        assert costs.quick(llm, seconds=0.1, tuned=wrong) == fast
+        known.keep(fast)
+        assert at_load.quick(llm, seconds=0.1, tuned=wrong) == fast
 
 
 def test_costs_that_a_busy_machine_exceeds_are_kept(llm: Llama, cache: Path) -> None:
-    fast = times(costs.quick(llm, seconds=0.1), 0.001)
-    costs.keep(fast)
-    assert costs.quick(llm, seconds=0.1) == fast
-    assert costs.quick(llm, seconds=0.1, tuned=times(fast, 0.5)) == times(fast, 0.5)
+    fast = times(at_load.quick(llm, seconds=0.1), 0.001)
+    known.keep(fast)
+    assert at_load.quick(llm, seconds=0.1) == fast
+    assert at_load.quick(llm, seconds=0.1, tuned=times(fast, 0.5)) == times(fast, 0.5)
 
 
 def test_key_depends_on_the_settings(llm: Llama, models: dict[str, Path]) -> None:
     with_heads = Llama(models["q8_0"], draft="entmtp", heads=models["medusa"], policy="off", **F32)
-    assert costs.machine_key(with_heads) != costs.machine_key(llm)
+    assert known.machine_key(with_heads) != known.machine_key(llm)
     with_heads.close()
 
 
@@ -196,18 +197,18 @@ def test_llama_measures_at_first_use(
     assert (cache / "costs").exists() == calibrate
     assert llm.draft_stats.n_steps == 0
     bank = llm._decoder.bank  # type: ignore[union-attr]
-    assert bank is not None and (bank.need_costs().key == costs.machine_key(llm)) == calibrate
+    assert bank is not None and (bank.need_costs().key == known.machine_key(llm)) == calibrate
     llm.close()
 
 
 def test_a_tuned_bank_of_this_machine_is_found(models: dict[str, Path], cache: Path) -> None:
-    from entmtp.atomic import atomic_path
-    from entmtp.bank import Bank, dumps
+    from entmtp.bank.bank import Bank, dumps
+    from entmtp.common.atomic import atomic_path
 
     llm = Llama(models["q8_0"], draft="entmtp", heads=models["hydra"], policy="off", **F32)
-    key = costs.machine_key(llm)
+    key = known.machine_key(llm)
     generic = Bank.load("generic-hydra")
-    path = costs.tuned_path(key)
+    path = known.tuned_path(key)
     path.parent.mkdir(parents=True)
     with atomic_path(path) as temporary:
         mine = replace(generic, name="mine", costs=replace(generic.need_costs(), key=key))
@@ -224,4 +225,4 @@ def test_an_unwritable_cache_is_no_reason_to_fail(
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("ENTMTP_CACHE", str(blocked))
-    assert isinstance(costs.quick(llm, seconds=0.05), Costs)
+    assert isinstance(at_load.quick(llm, seconds=0.05), Costs)

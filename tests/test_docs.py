@@ -24,7 +24,7 @@ from conftest import prompts
 from hub_server import hub_environment, serve
 from test_rpc import rpc_server
 
-from entmtp.demo import assets
+from entmtp.models.assets import assets
 
 if sys.platform == "win32":
     pytest.skip("the commands of the docs are for a POSIX shell", allow_module_level=True)

@@ -11,9 +11,12 @@ import pytest
 from checkpoints import medusa_config, medusa_state, tiny_base, write_checkpoint
 
 from entmtp import Llama
+from entmtp.common.errors import ModelError
 from entmtp.convert import convert
-from entmtp.errors import ModelError
-from entmtp.models import context_length, demo_files, find_heads, resolve
+from entmtp.models.base import context_length
+from entmtp.models.beside import find_heads
+from entmtp.models.names import resolve
+from entmtp.options.demo import demo_files
 
 
 @pytest.fixture

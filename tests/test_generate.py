@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from entmtp.common.prompts import read_items
 from entmtp.generate import UsageError, main, resume
-from entmtp.prompts import read_items
 
 PROMPT = "Question: Tom has 12 boxes with 8 apples each. How many apples does he have?\nAnswer:"
 N = 6

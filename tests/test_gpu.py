@@ -11,8 +11,8 @@ from conftest import prompts
 from test_lossless import decode, logits_of
 
 from entmtp import Llama
-from entmtp.backends import backends
-from entmtp.methods import generic
+from entmtp.measure.methods import generic
+from entmtp.native.backends import backends
 
 GPUS = [d.name for found in backends().values() for d in found if "GPU" in d.kind]
 

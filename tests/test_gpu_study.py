@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from entmtp import bench, gpu_command, gpu_report, gpu_study
-from entmtp.costs import relative
+from entmtp.bank.costs import relative
+from entmtp.bench import cli as bench
+from entmtp.bench import gpu_command, gpu_report, gpu_study
 
 SMALL = [
     "--gpu-study",
@@ -113,7 +114,7 @@ def test_options(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    from entmtp.backends import backends
+    from entmtp.native.backends import backends
 
     if any("GPU" in d.kind for found in backends().values() for d in found):
         pytest.skip("there is a GPU")

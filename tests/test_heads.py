@@ -26,13 +26,14 @@ from gguf import GGMLQuantizationType, GGUFReader, quants
 from heads_reference import cheap_state, hydra_logits, medusa_logits, prefix_forward
 from models import ON_GPU
 
-from entmtp import Bank, EntmtpError, Llama, kernels
-from entmtp.bank import PLAIN, Tree
-from entmtp.calibration import N_ACCEPT, N_AHEAD, N_BEST, Calibration
+from entmtp import Bank, EntmtpError, Llama
+from entmtp.bank.calibration import N_ACCEPT, N_AHEAD, N_BEST, Calibration
+from entmtp.bank.costs import relative
+from entmtp.bank.tree import PLAIN, Tree
 from entmtp.convert import convert
-from entmtp.convert.checkpoint import open_checkpoint
-from entmtp.costs import relative
-from entmtp.decoder import Heads
+from entmtp.models.checkpoint import open_checkpoint
+from entmtp.native import kernels
+from entmtp.native.heads import Heads
 
 N_HEADS = 3
 N_LAYERS = (1, 2)

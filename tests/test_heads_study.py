@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import prompts
 
-from entmtp.demo import assets
-from entmtp.heads_study import FORMS, checkpoints, main
+from entmtp.bench.heads_study import FORMS, checkpoints, main
+from entmtp.models.assets import assets
 
 
 def test_checkpoints_and_their_forms() -> None:

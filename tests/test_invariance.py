@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from conftest import prompts
 
-from entmtp import Llama, kernels
-from entmtp.gguf_expand import expand
-from entmtp.methods import CONFIDENCE, ENTMTP, generic, published
+from entmtp import Llama
+from entmtp.measure.methods import CONFIDENCE, ENTMTP, generic, published
+from entmtp.models.gguf_expand import expand
+from entmtp.native import kernels
 
 DEMO = Path(__file__).parent.parent / "python" / "entmtp" / "assets" / "demo-base-q8_0.gguf"
 SIZES = (2, 3, 5, 8, 13, 17, 64)

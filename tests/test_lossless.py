@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from conftest import prompts
 
-from entmtp import Llama, kernels
-from entmtp.methods import CONFIDENCE, ENTMTP, Method, comparison, generic, published
+from entmtp import Llama
+from entmtp.measure.methods import CONFIDENCE, ENTMTP, Method, comparison, generic, published
+from entmtp.native import kernels
 
 TREES = [m for m in generic("hydra")]
 METHODS = [ENTMTP, CONFIDENCE, *TREES]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from entmtp.options import add_model_options, load
+from entmtp.options.model import add_model_options, load
 
 
 def parse(*arguments: str) -> argparse.Namespace:

@@ -14,8 +14,8 @@ from test_lossless import GRAMMAR, decode
 from test_rpc import rpc_server
 
 from entmtp import Llama
-from entmtp.backends import backends
-from entmtp.methods import CONFIDENCE, ENTMTP, Method, generic
+from entmtp.measure.methods import CONFIDENCE, ENTMTP, Method, generic
+from entmtp.native.backends import backends
 
 TREE = generic("hydra")[2]
 MODES = ("host", "rows", "device")
@@ -203,7 +203,7 @@ def test_mode_by_environment(models: dict[str, Path], monkeypatch: pytest.Monkey
 
 
 def test_doctor_tells(models: dict[str, Path]) -> None:
-    from entmtp import probes
+    from entmtp.doctor import probes
 
     found = probes.model(["--model", str(models["q8_0"]), "--draft", "off", "--ctx", "64"])
     assert (

@@ -12,14 +12,16 @@ import pytest
 from conftest import prompts
 
 from entmtp import Bank, Llama
-from entmtp import calibration as cal
-from entmtp.bank import PLAIN, Ladder
-from entmtp.calibration import Calibration
-from entmtp.costs import relative
-from entmtp.errors import BankError, EntmtpError
-from entmtp.policy import PUBLISHED, SCORES
-from entmtp.replay import replay
-from entmtp.traces import MAX_RANK, Traces, join, record
+from entmtp.bank.bank import Ladder
+from entmtp.bank.calibration import Calibration
+from entmtp.bank.costs import relative
+from entmtp.bank.traces import MAX_RANK, Traces, join
+from entmtp.bank.tree import PLAIN
+from entmtp.common.errors import BankError, EntmtpError
+from entmtp.measure import calibration as cal
+from entmtp.measure.replay import replay
+from entmtp.measure.rollouts import record
+from entmtp.native.arrays import PUBLISHED, SCORES
 
 N_TOKENS = 80
 TEMPS = (0.0, 0.8)

@@ -20,7 +20,8 @@ from models import SPECS, model_path
 from test_architectures import BUSHY, SETTINGS, answers, heads_for
 from test_lossless import TIE, decode, gap_at
 
-from entmtp import Llama, ServerError, rpc
+from entmtp import Llama, ServerError
+from entmtp.native import rpc
 
 CODE = prompts("humaneval")
 ONE = F32 | {"n_threads": 1, "n_threads_batch": 1, "n_ctx": 512}

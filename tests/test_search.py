@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entmtp import search
-from entmtp.bank import PLAIN, Tree
-from entmtp.costs import Costs, relative
-from entmtp.traces import MAX_RANK, Traces
+from entmtp.bank.costs import Costs, relative
+from entmtp.bank.traces import MAX_RANK, Traces
+from entmtp.bank.tree import PLAIN, Tree
+from entmtp.measure import search
 
 
 def make_traces(ranks: np.ndarray, lengths: list[int], entropy: np.ndarray | None = None) -> Traces:
@@ -165,7 +165,7 @@ def test_bins_get_the_trees_they_deserve(criterion: str) -> None:
     traces = make_traces(ranks, lengths, entropy=np.where(wrong, 3.0, 0.2))
     costs = relative({1: 1.0, 4: 1.5, 64: 20.0}, [0, 0.1, 0.2, 0.3])
     bank = search.bin_bank(traces, costs, window=2.0, n_bins=2, criterion=criterion)
-    from entmtp.replay import replay
+    from entmtp.measure.replay import replay
 
     r = replay(traces, bank, "entropy", adapt=False)
     plain = replay(traces, bank, "off")

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from conftest import N_THREADS, prompts
 
-from entmtp import Llama, study, whatif
-from entmtp.bench import main
-from entmtp.shapes import SHAPES, write_heads, write_model
+from entmtp import Llama
+from entmtp.bench import study, whatif
+from entmtp.bench.cli import main
+from entmtp.models.shapes import SHAPES, write_heads, write_model
 
 
 def write_tasks(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from conftest import F32, prompts
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 import entmtp
-from entmtp.tokenizer import SHORT
+from entmtp.models.tokenizer import SHORT
 
 GRAMMAR = 'root ::= "naïve 🙂 日本語 " [a-z ]{4} "Ελλάδα 🏳️‍🌈" [é🙂]*'
 

@@ -24,9 +24,10 @@ from models import model_path, write_encoder  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 import entmtp  # noqa: E402
-from entmtp.bank import PLAIN, Bank, Tree  # noqa: E402
+from entmtp.bank.bank import Bank  # noqa: E402
+from entmtp.bank.tree import PLAIN, Tree  # noqa: E402
 from entmtp.convert import convert  # noqa: E402
-from entmtp.train import main  # noqa: E402
+from entmtp.train.cli import main  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

@@ -11,6 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from entmtp.train import heads as train_heads
+from entmtp.train import loss as train_loss
+from entmtp.train import text as train_text
+
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (the train extra)")
 torch.set_num_threads(1)  # xdist workers share the cores
 
@@ -18,17 +22,17 @@ from heads_reference import hydra_logits, medusa_logits, prefix_forward  # noqa:
 from models import model_path  # noqa: E402
 
 import entmtp  # noqa: E402
-from entmtp import train_heads, train_loss, train_text  # noqa: E402
-from entmtp.decoder import Heads  # noqa: E402
-from entmtp.errors import ModelError  # noqa: E402
-from entmtp.search import expected, node_probabilities  # noqa: E402
-from entmtp.traces import MAX_RANK, rollout  # noqa: E402
-from entmtp.train_base import Base, read_matrices  # noqa: E402
-from entmtp.train_eval import Teacher, acceptance, ranks_of  # noqa: E402
-from entmtp.train_export import export, rounded  # noqa: E402
-from entmtp.train_heads import ARCHS, Shape, before_projection, initial, prefix_layer  # noqa: E402
-from entmtp.train_loop import Settings, Trainer  # noqa: E402
-from entmtp.train_states import Layout, record  # noqa: E402
+from entmtp.bank.traces import MAX_RANK  # noqa: E402
+from entmtp.common.errors import ModelError  # noqa: E402
+from entmtp.measure.rollouts import rollout  # noqa: E402
+from entmtp.measure.search import expected, node_probabilities  # noqa: E402
+from entmtp.native.heads import Heads  # noqa: E402
+from entmtp.train.base import Base, read_matrices  # noqa: E402
+from entmtp.train.evaluation import Teacher, acceptance, ranks_of  # noqa: E402
+from entmtp.train.export import export, rounded  # noqa: E402
+from entmtp.train.heads import ARCHS, Shape, before_projection, initial, prefix_layer  # noqa: E402
+from entmtp.train.loop import Settings, Trainer  # noqa: E402
+from entmtp.train.states import Layout, record  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -423,7 +427,7 @@ def test_exported_heads_are_the_trained_ones(
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_acceptance_against_traces(load: Any, models: dict[str, Path], tmp_path: Path, arch: str) -> None:
-    """Ranks in training are those that `entmtp.traces` records with the library, on the demo model's own text."""
+    """Ranks in training are those that measure/rollouts.py records with the library, on the demo model's own text."""
     with opened(
         models["f32"], n_ctx=256, type_k=0, type_v=0, n_threads=1, n_threads_batch=1, verbose=False
     ) as llm:

@@ -36,7 +36,7 @@ from llama_tree import C as llama
 from models import N_VOCAB, SPECS, model_path
 
 import entmtp
-from entmtp.gguf_expand import expand
+from entmtp.models.gguf_expand import expand
 
 # Differences come from sums in another order: other positions of the cells, other batch sizes (see plain_path).
 ATOL = 1e-4  # measured: 9e-6

@@ -11,9 +11,10 @@ import pytest
 from conftest import N_THREADS
 
 from entmtp import Bank, Llama
-from entmtp.replay import replay
-from entmtp.traces import Traces
-from entmtp.tune import main, read_prompts
+from entmtp.bank.traces import Traces
+from entmtp.common.prompts import read_prompts
+from entmtp.measure.replay import replay
+from entmtp.tune.cli import main
 
 
 def write_prompts(path: Path, texts: list[str]) -> Path:
@@ -56,7 +57,7 @@ def test_the_bank_is_whole_and_usable(
 
     settings = {"n_ctx": 512, "n_threads": N_THREADS, "n_threads_batch": N_THREADS, "verbose": False}
     # it was tuned here: nothing is measured again, however busy this machine was then
-    monkeypatch.setattr("entmtp.costs.were_disturbed", lambda *_: False)
+    monkeypatch.setattr("entmtp.measure.at_load.were_disturbed", lambda *_: False)
     llm = Llama(models["q8_0"], draft="entmtp", heads=models["hydra"], trees=tuned["bank"], **settings)
     assert llm._decoder.bank.costs == costs  # type: ignore[union-attr]
     for policy in ("entropy", "confidence", "ladder", "hysteresis", "best-depth"):
@@ -80,7 +81,7 @@ def test_traces_are_used_again(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the rollouts were made again")
 
-    monkeypatch.setattr("entmtp.traces.rollout", never)
+    monkeypatch.setattr("entmtp.measure.rollouts.rollout", never)
     arguments = [str(a) for a in tuned["arguments"]]  # type: ignore[attr-defined]
     arguments[arguments.index("-o") + 1] = str(tmp_path / "again.json")
     assert main(arguments) == 0
@@ -150,7 +151,7 @@ def test_interrupted_runs_leave_no_bank(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("entmtp.tune.fit", interrupt)
+    monkeypatch.setattr("entmtp.tune.tuner.fit", interrupt)
     arguments = [str(a) for a in tuned["arguments"]]  # type: ignore[attr-defined]
     arguments[arguments.index("-o") + 1] = str(tmp_path / "bank.json")
     assert main(arguments) == 130

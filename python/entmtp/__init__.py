@@ -12,29 +12,28 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from . import _lib
+from .common.version import __version__
+from .native import library
 
 if TYPE_CHECKING:
     from .bank import Bank, Tree
-    from .errors import BankError, Cancelled, EntmtpError, ModelError, ServerError
+    from .common.errors import BankError, Cancelled, EntmtpError, ModelError, ServerError
     from .llama import Llama
-    from .stats import DraftStats
+    from .native.stats import DraftStats
 
-__version__ = "0.1.0"
-
-with suppress(_lib.LibrariesMissing):  # said in full when something needs them
-    _lib.prepare()
+with suppress(library.LibrariesMissing):  # said in full when something needs them
+    library.prepare()
 
 _WHERE = {
     "Llama": "llama",
     "Bank": "bank",
     "Tree": "bank",
-    "DraftStats": "stats",
-    "BankError": "errors",
-    "Cancelled": "errors",
-    "EntmtpError": "errors",
-    "ModelError": "errors",
-    "ServerError": "errors",
+    "DraftStats": "native.stats",
+    "BankError": "common.errors",
+    "Cancelled": "common.errors",
+    "EntmtpError": "common.errors",
+    "ModelError": "common.errors",
+    "ServerError": "common.errors",
 }
 
 __all__ = [

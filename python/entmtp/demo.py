@@ -12,18 +12,18 @@ import statistics
 import sys
 import tempfile
 import time
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from .gguf_expand import expand
 from .llama import Llama
-from .methods import CONFIDENCE, ENTMTP, PLAIN_LOOP, Method, generic, published
-from .speed import sparkline
-from .stats import DraftStats
+from .measure.methods import CONFIDENCE, ENTMTP, PLAIN_LOOP, Method, generic, published
+from .measure.speed import sparkline
+from .models.assets import assets
+from .models.gguf_expand import expand
+from .native.stats import DraftStats
 
 PROMPTS = {
     "code": 'import os\n\ndef read_lines(path):\n    """Return the lines of a file as a list of strings."""\n',
@@ -31,11 +31,6 @@ PROMPTS = {
     "the rest in the afternoon. How many apples are left?\nAnswer:",
     "story": "It was a cold and windy night when the carriage stopped before the old house, and",
 }
-
-
-def assets() -> Path:
-    """Folder of the bundled demo model and checkpoints."""
-    return Path(str(files(__package__) / "assets"))
 
 
 def generate(llm: Llama, prompt: str, n_tokens: int, temp: float) -> tuple[list[int], float]:
@@ -181,7 +176,3 @@ def main(argv: list[str] | None = None) -> int:
         print("entmtp.demo: a method gave another text than plain decoding", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -23,13 +23,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import options
-from .atomic import atomic_path
-from .errors import EntmtpError
-from .interrupt import ctrl_c_stops
+from .common.atomic import atomic_path
+from .common.errors import EntmtpError, UsageError
+from .common.interrupt import ctrl_c_stops
+from .common.prompts import read_items
+from .common.sampling import add_sampling_options, sampling
 from .llama import Llama
-from .prompts import read_items
-from .sampling import UsageError, add_sampling_options, grammar, sampling
-from .speed import Meter, PlainPass, Speed
+from .measure.speed import Meter, PlainPass, Speed
+from .options.grammar import grammar
 
 
 class Stopped(Exception):
@@ -134,7 +135,7 @@ def one(generator: Generator, prompt: str, args: Namespace) -> int:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    with ctrl_c_stops(generator.llm) as stopped:
+    with ctrl_c_stops(generator.llm.cancel) as stopped:
         try:
             answer = generator.answer(prompt, stopped, None if args.outfile else write)
         except Stopped:
@@ -264,7 +265,7 @@ def batch(
             else sys.stdout
         )
         advance = stack.enter_context(progress_bar(len(done), len(items)))
-        stopped = stack.enter_context(ctrl_c_stops(generator.llm))
+        stopped = stack.enter_context(ctrl_c_stops(generator.llm.cancel))
         for name, prompt in todo:
             row: dict[str, Any] = {"id": name, "prompt": prompt}
             try:

@@ -14,17 +14,20 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from . import costs
-from . import kernels as cpu_kernels
-from .bank import Bank
-from .decoder import Decoder, Heads
-from .errors import Cancelled, EntmtpError
-from .hub import PREFIX as HUB
-from .models import find_heads, resolve
-from .policy import POLICIES, SCORES
-from .rpc import Servers
-from .stats import DraftStats
-from .tokenizer import Tokenizer
+from .bank.bank import Bank
+from .common.errors import Cancelled, EntmtpError
+from .measure.at_load import quick
+from .measure.known import machine_key, tuned_path
+from .models.beside import find_heads
+from .models.hub import PREFIX as HUB
+from .models.names import resolve
+from .models.tokenizer import Tokenizer
+from .native import kernels as cpu_kernels
+from .native.arrays import POLICIES, SCORES
+from .native.decoder import Decoder
+from .native.heads import Heads
+from .native.rpc import Servers
+from .native.stats import DraftStats
 
 ACCEPT = ("lossless", "typical")
 OUTPUTS = ("auto", "host", "rows", "device")
@@ -178,6 +181,28 @@ class Llama(llama_cpp.Llama):
         self._model_params = params
 
     @property
+    def decoder(self) -> Decoder:
+        """The decode loop behind `eval` and `sample`.
+
+        Raises:
+            ValueError: an encoder, or a model for embeddings or without weights, has none.
+        """
+        if self._decoder is None:
+            raise ValueError("this model has no decode loop")
+        return self._decoder
+
+    @property
+    def draft_heads(self) -> Heads:
+        """The heads that draft.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self._heads is None:
+            raise ValueError('there are no draft heads: create the model with draft="entmtp" and heads')
+        return self._heads
+
+    @property
     def rpc_servers(self) -> list[str]:
         """Addresses of the machines that hold layers of this model."""
         return list(self._servers.addresses) if self._servers else []
@@ -188,7 +213,7 @@ class Llama(llama_cpp.Llama):
 
     def _default_bank(self) -> Bank:
         assert self._heads is not None
-        tuned = costs.tuned_path(costs.machine_key(self))
+        tuned = tuned_path(machine_key(self))
         if tuned.is_file():
             return Bank.load(tuned)
         return Bank.load(f"generic-{self._heads.arch}").pruned(self._heads.n_heads)
@@ -197,10 +222,10 @@ class Llama(llama_cpp.Llama):
         """The bank with costs of this machine, unless there is too little room to measure."""
         if not self._calibrate or self.n_ctx() < 128 or not self._decoder or not self._decoder.can_tree():
             return bank
-        tuned = bank.costs if bank.costs and bank.costs.key == costs.machine_key(self) else None
+        tuned = bank.costs if bank.costs and bank.costs.key == machine_key(self) else None
         state = self._decoder.stats_enabled
         self._decoder.set_stats(True)
-        own = costs.quick(self, tuned=tuned)
+        own = quick(self, tuned=tuned)
         self._decoder.set_stats(state)
         return replace(bank, costs=own)
 

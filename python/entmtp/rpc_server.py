@@ -11,10 +11,10 @@ import threading
 import time
 from ctypes import c_char_p, c_int, c_size_t, c_void_p
 
-from . import kernels, rpc
-from .backends import ggml
-from .cache import cache_folder
-from .errors import EntmtpError, ServerError
+from .common.cache import cache_folder
+from .common.errors import EntmtpError, ServerError
+from .native import kernels, rpc
+from .native.backends import ggml
 
 PORT = 50052  # llama.cpp's own
 

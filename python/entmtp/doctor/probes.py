@@ -1,0 +1,125 @@
+"""What `entmtp doctor` finds out in processes of their own: a broken library may take its process with it.
+
+Each probe prints one JSON object; `python -m entmtp.probes NAME ARGUMENTS` runs one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+PROMPT = 'import os\n\ndef read_lines(path):\n    """Return the lines of a file as a list of strings."""\n'
+
+
+def libraries() -> dict[str, Any]:
+    """Load everything that is native; tell versions, backends, devices, kernels, and which files were loaded."""
+    from ..common.version import __version__
+    from ..native import abi, kernels, library
+    from ..native.backends import backends, llama_commit
+
+    kernels.use()
+    return {
+        "entmtp": __version__,
+        "libentmtp": abi.version().decode(),
+        "llama.cpp": llama_commit(),
+        "folder": str(library.library_folder()),
+        "backends": {name: [vars(d) for d in found] for name, found in backends().items()},
+        "kernels": kernels.current(),
+        "kernels_available": kernels.available(),
+        "loaded": loaded_libraries(),
+    }
+
+
+def loaded_libraries() -> list[str] | None:
+    """Paths of the llama.cpp and ggml libraries in this process; None where the system does not say."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[5] for line in lines if line.count(" ") > 5 and "/" in line}
+    return sorted(p for p in paths if Path(p).name.startswith(("libggml", "libllama", "libentmtp")))
+
+
+def selftest(n_tokens: int = 48) -> dict[str, Any]:
+    """The bundled demo, greedy: tokens with drafting, and without. Small enough for every machine."""
+    from ..llama import Llama
+    from ..options.demo import demo_files
+
+    model, heads = demo_files()
+    settings: dict[str, Any] = {
+        "n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "type_k": 0, "type_v": 0, "verbose": False,
+    }  # fmt: skip
+    drafting: dict[str, Any] = {
+        "draft": "entmtp",
+        "heads": heads,
+        "trees": "generic-hydra:n8",
+        "policy": "static",
+    }
+    tokens, per_step = [], 1.0
+    plain: dict[str, Any] = {}
+    for more in (plain, drafting):
+        llm = Llama(model, **settings, **more)
+        found: list[int] = []
+        for token in llm.generate(llm.tokenize(PROMPT.encode()), temp=0.0):
+            found.append(token)
+            if len(found) == n_tokens:
+                break
+        tokens.append(found)
+        per_step = llm.draft_stats.tokens_per_step
+        llm.close()
+    return {"same": tokens[0] == tokens[1], "tokens": n_tokens, "tokens_per_step": round(per_step, 2)}
+
+
+def model(arguments: list[str]) -> dict[str, Any]:
+    """Load the model and the heads that options name (entmtp/options.py)."""
+    from ..common.errors import EntmtpError, ModelError
+    from ..measure.known import machine_key, tuned_path
+    from ..options.model import add_model_options, load
+
+    parser = argparse.ArgumentParser()
+    add_model_options(parser)
+    try:
+        llm = load(parser.parse_args(arguments), calibrate=False)
+    except ModelError:
+        raise
+    except EntmtpError as e:  # heads are loaded after the model
+        return {"heads_error": str(e)}
+    result: dict[str, Any] = {
+        "name": llm.metadata.get("general.name") or Path(llm.model_path).name,
+        "architecture": llm.metadata.get("general.architecture", "?"),
+        "n_ctx": llm.n_ctx(),
+    }
+    if llm._decoder is not None:
+        outputs = llm._decoder.outputs
+        result |= {"outputs": str(outputs), "outputs_note": outputs.note}
+    if llm._heads is not None:
+        tuned = tuned_path(machine_key(llm))
+        info = llm._heads.info
+        result |= {
+            "heads": f"{info.n_heads} {llm._heads.arch} heads on {info.device.decode()}",
+            "tuned": str(tuned) if tuned.is_file() else None,
+        }
+    llm.close()
+    return result
+
+
+def main(argv: list[str]) -> int:
+    from ..common.errors import EntmtpError
+
+    try:
+        found = (
+            {"libraries": libraries, "selftest": selftest}[argv[0]]()
+            if argv[0] != "model"
+            else model(argv[1:])
+        )
+    except (EntmtpError, ValueError, ImportError, OSError) as e:
+        found = {"error": str(e)}
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,152 @@
+"""Plain rollouts of a model, traced: everything the policies and the heads would have said at every token."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bank.calibration import N_GUESS, WIDTH, expanded_parent, expanded_path
+from ..bank.traces import MAX_RANK, Traces, join
+from ..native import abi as n
+from .subject import Subject
+
+
+def rollout(
+    llm: Subject, prompt: Sequence[int], n_tokens: int, task: str = "", index: int = 0, **sampling: Any
+) -> Traces:
+    """One plain rollout, traced.
+
+    Args:
+        llm: a model with heads; policy off.
+        prompt: tokens.
+        n_tokens: to generate at most.
+        sampling: settings of `Llama.generate`.
+    """
+    heads, dec = llm.draft_heads, llm.decoder
+    prefix, sees_path, n_heads = bool(heads.info.prefix), bool(heads.info.grounded), heads.n_heads
+
+    llm.reset()
+    if prefix:
+        # the layer reads every state of the prompt: evaluate it token by token
+        for i, token in enumerate(prompt):
+            llm.eval([token])
+            heads.prefix(dec.hidden()[None], i)
+
+    tokens: list[int] = []
+    states: list[npt.NDArray[np.float32]] = []
+    signals: list[tuple[float, float, float]] = []
+    seen = n.Signals()
+    for token in llm.generate(prompt, **sampling):
+        hidden = dec.hidden()
+        states.append(heads.prefix(hidden[None], llm.n_tokens - 1) if prefix else hidden.copy())
+        n.check(n.decoder_signals(dec._ptr, token, ctypes.byref(seen)))
+        signals.append((seen.entropy, seen.top1, seen.log_root))
+        tokens.append(token)
+        if len(tokens) >= n_tokens or token == llm.token_eos() or llm.n_tokens >= llm.n_ctx() - 1:
+            break
+
+    n_rows = 1 + WIDTH * (n_heads - 1) if sees_path else n_heads
+    ranks = np.full((len(tokens), n_heads), -1, dtype=np.int32)
+    log_p = np.empty((len(tokens), n_rows, N_GUESS), dtype=np.float32)
+    for i, state in enumerate(states):
+        log_p[i] = _guesses(heads, state, tokens[i])
+        for h in range(min(n_heads, len(tokens) - 1 - i)):
+            guesses = heads.expand(
+                h, state, [tokens[i : i + h + 1]], min(MAX_RANK, heads.info.n_vocab_draft)
+            )[0][0]
+            at = np.flatnonzero(guesses == tokens[i + h + 1])
+            ranks[i, h] = at[0] if len(at) else MAX_RANK
+    return Traces(
+        n_tokens=np.array([len(tokens)], dtype=np.int32),
+        task=(task,),
+        prompt=(index,),
+        signals=np.array(signals, dtype=np.float32).reshape(-1, 3),
+        ranks=ranks,
+        log_p=log_p,
+        sees_path=sees_path,
+    )
+
+
+def _guesses(heads: Any, state: npt.NDArray[np.float32], root: int) -> npt.NDArray[np.float32]:
+    """ln p of the guesses after every expanded path, [n_rows, N_GUESS]."""
+    rows: list[npt.NDArray[np.float32]] = []
+    if not heads.info.grounded:
+        for h in range(heads.n_heads):
+            rows.append(heads.expand(h, state, [[root] * (h + 1)], N_GUESS)[1])
+        return np.concatenate(rows)
+    paths = [[root]]  # the expanded paths of this level, in tokens
+    for h in range(heads.n_heads):
+        tokens, log_p = heads.expand(h, state, paths, N_GUESS)
+        rows.append(log_p)
+        if h + 1 < heads.n_heads:
+            up = [expanded_parent(h + 1, c) for c in range(WIDTH)]
+            paths = [[*paths[u], int(tokens[u, expanded_path(h + 1, c)[-1]])] for c, u in enumerate(up)]
+    return np.concatenate(rows)
+
+
+def record(
+    llm: Subject,
+    prompts: Sequence[tuple[str, str]],
+    *,
+    temps: Sequence[float] = (0.0, 0.8),
+    n_tokens: int = 128,
+    seed: int = 0,
+    partial: str | Path | None = None,
+    advance: Callable[[int], None] | None = None,
+    save_every: int = 16,
+    **sampling: Any,
+) -> Traces:
+    """Trace rollouts of prompts at several temperatures.
+
+    Args:
+        prompts: (task, text) pairs.
+        temps: sampling temperatures; the other sampling settings are `sampling`.
+        seed: of the first prompt; the others count on from there.
+        partial: a file that keeps finished rollouts, so that an interrupted recording goes on where it stopped.
+        advance: called with the number of finished rollouts.
+        save_every: rollouts after which `partial` is written.
+    """
+    facts = [list(prompts), list(temps), n_tokens, seed, sampling, heads_identity(llm)]
+    about = {
+        "digest": hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:20],
+        "temps": list(temps),
+        "tokens": n_tokens,
+        "seed": seed,
+        "heads": heads_identity(llm),
+    }
+    texts = [
+        llm.tokenize(text.encode(), add_bos=True, special=True)[: llm.n_ctx() - n_tokens - 1]
+        for _, text in prompts
+    ]
+    about["context"] = int(np.mean([len(t) for t in texts]) + n_tokens / 2)  # mean depth of the rollouts
+    done: list[Traces] = []
+    if partial is not None and Path(partial).exists():
+        known = Traces.load(partial)
+        if known.about.get("digest") == about["digest"]:
+            done = [known.pick([i]) for i in range(len(known.n_tokens))]
+    jobs = [(i, task, temp) for i, (task, _) in enumerate(prompts) for temp in temps]
+    for k, (i, task, temp) in enumerate(jobs):
+        if k >= len(done):
+            llm.set_seed(seed + i)
+            done.append(rollout(llm, texts[i], n_tokens, task, i, temp=temp, **sampling))
+            if partial is not None and ((k + 1) % save_every == 0 or k + 1 == len(jobs)):
+                replace(join(done), about=about | {"complete": k + 1 == len(jobs)}).save(partial)
+        if advance:
+            advance(k + 1)
+    return replace(join(done), about=about)
+
+
+def heads_identity(llm: Subject) -> list[Any]:
+    """What ties traces to a base model and its heads: vocabulary, head count, kind, sizes of the files."""
+    return [
+        n.vocab_fingerprint(llm.model), llm.draft_heads.arch, llm.draft_heads.n_heads,
+        Path(llm.model_path).stat().st_size, Path(llm.heads_path or "").stat().st_size,
+    ]  # fmt: skip

@@ -1,0 +1,168 @@
+"""What a step costs on this machine: passes by size at several context depths, drafts by depth and width, the rest.
+
+A pass over n tokens costs neither n passes nor one, and not even more for more tokens (kernels like some sizes
+better), so everything here is measured. Sizes are interleaved, so that a drift of the machine hits them all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ..bank import PLAIN, Bank, Costs, Tree
+from ..bank.costs import WIDTHS
+from .known import machine_key
+from .subject import Subject
+
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass
+class _Timings:
+    """Times of one kind of step, by what was timed."""
+
+    us: dict[Any, list[float]] = field(default_factory=dict)
+
+    def add(self, key: Any, value: float) -> None:
+        self.us.setdefault(key, []).append(value)
+
+    def median(self, key: Any) -> float:
+        return float(np.median(self.us[key]))
+
+    def spread(self) -> float:
+        rows = [np.percentile(v, [25, 50, 75]) for v in self.us.values() if len(v) > 2]
+        return float(np.median([(high - low) / 2 / mid for low, mid, high in rows])) if rows else 0.0
+
+
+def measure(
+    llm: Subject,
+    sizes: Sequence[int] = SIZES,
+    contexts: Sequence[int] = (64, 512),
+    n_rounds: int = 12,
+    budget: float | None = None,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> Costs:
+    """Time passes, drafts and the rest on this machine. `llm` must have heads; its context is overwritten.
+
+    Args:
+        sizes: tokens in a pass.
+        contexts: context depths.
+        n_rounds: every size is timed twice in each round.
+        budget: seconds after which nothing new is started (at most `n_rounds` rounds); sizes that were not reached are
+            interpolated, and chains are taken for the sum of their heads.
+    """
+    dec, heads = llm.decoder, llm.draft_heads
+    n_heads = heads.n_heads
+    room = min(llm.n_ctx(), llm.n_batch) - 1
+    sizes = [n for n in sizes if n <= room]
+    contexts = sorted({min(c, llm.n_ctx() - max(sizes) - 8) for c in contexts})
+    start = time.perf_counter()
+
+    def over() -> bool:
+        return budget is not None and time.perf_counter() - start > budget
+
+    rng = np.random.default_rng(seed)
+    prompt = rng.integers(0, llm.n_vocab(), max(contexts) + 8).tolist()
+    wide = {n: Tree.from_paths(f"w{n}", [[r] for r in range(n - 1)]) for n in sizes if n > 1}
+    deep = {d: Tree.from_paths(f"d{d}", [[0] * (i + 1) for i in range(d)]) for d in range(1, n_heads + 1)}
+    bank = Bank("costs", (PLAIN, *wide.values(), *deep.values()))
+    dec.set_trees(bank)
+    verify, chain = _Timings(), _Timings()
+
+    def steps(tree: Tree, n: int, depth: int) -> None:
+        """n steps with one tree: the first builds its graph, the others are timed."""
+        dec.set_policy(bank, "static", bank.index(tree.name))
+        llm.reset_draft_stats()
+        for i in range(n):
+            dec.eval([int(rng.integers(llm.n_vocab()))], depth + i)
+        for s in llm.draft_stats.steps[1:]:
+            verify.add((depth, int(s["n_nodes"])), float(s["t_verify_us"]))
+            if tree.name.startswith("d"):
+                chain.add(tree.max_depth, float(s["t_draft_us"]))
+
+    todo = [PLAIN if n == 1 else wide[n] for n in sizes]
+    if budget is None:
+        todo += deep.values()
+    n_steps = 3 if budget is None else 2
+    total = len(contexts) * n_rounds * len(todo)
+    done = 0
+    for depth in contexts:
+        dec.set_policy(bank, "off")
+        llm.reset()
+        llm.eval(prompt[:depth])
+        for _ in range(n_rounds):
+            for tree in todo:
+                if over() and all((depth, n) in verify.us for n in (1, 2)):
+                    break
+                dec.eval([prompt[depth - 1]], depth - 1)  # back to this depth
+                steps(tree, n_steps, depth)
+                done += 1
+                if progress:
+                    progress("costs of passes", done, total)
+
+    level = _Timings()
+    h = dec.hidden()
+    n_level_rounds = 4 * n_rounds
+    for i in range(n_level_rounds + 1):
+        for head in range(n_heads):
+            for w in WIDTHS if heads.info.grounded else (1,):
+                paths = rng.integers(0, llm.n_vocab(), (w, head + 1))
+                begin = time.perf_counter()
+                heads.expand(head, h, paths, 8)
+                if i > 0:  # the first builds the graph
+                    level.add((head, w), (time.perf_counter() - begin) * 1e6)
+        if i > 0 and over():
+            break
+    llm.reset()
+    llm.reset_draft_stats()
+
+    verify_us = {
+        d: {n: round(verify.median((d, n)), 1) for n in sizes if (d, n) in verify.us} for d in contexts
+    }
+    if budget is None:
+        chain_us = [0.0] + [chain.median(d) for d in deep]
+    else:
+        chain_us = [0.0, *np.cumsum([level.median((head, 1)) for head in range(n_heads)])]
+    rows = tuple(
+        tuple(round(level.median((head, w if heads.info.grounded else 1)), 1) for w in WIDTHS)
+        for head in range(n_heads)
+    )
+    return Costs(
+        verify={d: row for d, row in verify_us.items() if row},
+        chain=tuple(round(float(us), 1) for us in np.maximum.accumulate(chain_us)),
+        level=rows,
+        spread=round(verify.spread(), 3),
+        context=contexts[0],
+        key=machine_key(llm),
+    )
+
+
+def measure_rest(llm: Subject, costs: Costs, n_tokens: int = 96, **sampling: Any) -> Costs:
+    """Fill in what a token costs besides draft and verify: sampling, decoder and caller, from a plain rollout."""
+    llm.set_trees(Bank("plain", (PLAIN,)), policy="off")
+    prompt = llm.tokenize(b"The quick brown fox jumps over the lazy dog.")
+    for _ in range(2):  # the first one warms up
+        llm.reset()
+        llm.reset_draft_stats()
+        n, begin = 0, 0.0
+        for _token in llm.generate(prompt, **sampling):
+            begin = begin or time.perf_counter()
+            n += 1
+            if n == n_tokens:
+                break
+        wall = (time.perf_counter() - begin) * 1e6
+    steps = llm.draft_stats.steps
+    inside = sum(float(steps[f"t_{k}_us"].sum()) for k in ("draft", "verify", "sample", "host"))
+    return replace(
+        costs,
+        sample=round(float(np.median(steps["t_sample_us"])), 1),
+        host=round(float(np.median(steps["t_host_us"])), 1),
+        token=round(max(wall - inside, 0.0) / max(n - 1, 1), 1),
+    )

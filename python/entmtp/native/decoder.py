@@ -1,0 +1,155 @@
+"""The decode loop as a Python object: lifetime, errors as exceptions, arrays as numpy."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bank.bank import Bank
+from ..common.errors import EntmtpError
+from . import abi as n
+from .arrays import Arrays
+from .heads import Heads
+from .stats import STEP_DTYPE, DraftStats, OlderSteps, Outputs, Traffic
+
+
+class Decoder:
+    """A decode loop over a `llama_context *`: evaluate tokens, sample the next one (native/include/entmtp.h).
+
+    Args:
+        ctx: the context, which must outlive the decoder.
+        heads: draft heads, used by this decoder alone; None decodes plainly.
+    """
+
+    def __init__(self, ctx: int, heads: Heads | None = None):
+        self._ptr = n.decoder_init(ctx, heads._ptr if heads else None)
+        if not self._ptr:
+            raise EntmtpError(n.last_error())
+        self._token = ctypes.c_int32()
+        self._heads = heads
+        self.bank: Bank | None = None
+        self.stats_enabled = False
+        self._before = Traffic()  # of before the last reset_stats
+
+    def set_outputs(self, mode: str) -> None:
+        """Where the logits of a pass are reduced: `"auto"`, `"host"`, `"rows"` or `"device"` (docs/gpu.md)."""
+        n.check(n.decoder_set_outputs(self._ptr, n.OUTPUTS[mode]))
+
+    @property
+    def outputs(self) -> Outputs:
+        """What is done with the logits of a pass, and why."""
+        info = n.OutputsInfo()
+        n.decoder_get_outputs(self._ptr, ctypes.byref(info))
+        names = {number: name for name, number in n.OUTPUTS.items()}
+        return Outputs(names[info.mode], info.device.decode(), info.note.decode())
+
+    @property
+    def traffic(self) -> Traffic:
+        """What crossed between host and device since the decoder was made."""
+        sums = n.Traffic()
+        n.decoder_get_traffic(self._ptr, ctypes.byref(sums))
+        return Traffic(**{f[0]: getattr(sums, f[0]) for f in sums._fields_})
+
+    def set_trees(self, bank: Bank) -> None:
+        """Hand over the topologies of `bank`; decoding is plain until `set_policy`."""
+        with Arrays() as arrays:
+            n.check(n.decoder_set_trees(self._ptr, *arrays.trees(bank.trees)))
+        self.bank = bank
+
+    def set_policy(self, bank: Bank, policy: str, static_tree: int = 0, **settings: Any) -> None:
+        """Choose among the trees of `bank`, which `set_trees` was given before; arguments as in
+        `entmtp.policy.Arrays.policy`."""
+        with Arrays() as arrays:
+            n.check(n.decoder_set_policy(self._ptr, arrays.policy(bank, policy, static_tree, **settings)))
+
+    def set_bank(self, bank: Bank, policy: str, static_tree: int = 0, **settings: Any) -> None:
+        """Draft from the trees of `bank`; arguments as in `entmtp.policy.Arrays.policy`."""
+        self.set_trees(bank)
+        self.set_policy(bank, policy, static_tree, **settings)
+
+    def eval(self, tokens: Sequence[int], n_past: int, all_outputs: bool = False) -> None:
+        """Evaluate `tokens` after the first `n_past` ones.
+
+        Raises:
+            Cancelled: `cancel` was called.
+            EntmtpError: the context is full, or llama.cpp refused the batch.
+        """
+        array = (ctypes.c_int32 * len(tokens))(*tokens)
+        n.check(n.decoder_eval(self._ptr, array, len(tokens), n_past, all_outputs))
+
+    def sample(self, sampler: int) -> int:
+        """The next token, through a `llama_sampler *` chain."""
+        n.check(n.decoder_sample(self._ptr, sampler, ctypes.byref(self._token)))
+        return self._token.value
+
+    def sample_typical(self, temp: float, epsilon: float, alpha: float) -> int:
+        """The next token by typical acceptance (lossy)."""
+        n.check(n.decoder_sample_typical(self._ptr, temp, epsilon, alpha, ctypes.byref(self._token)))
+        return self._token.value
+
+    def is_drafted(self, token: int) -> bool:
+        """Whether the token sampled last is a draft that was right: evaluating it takes no pass."""
+        return bool(n.decoder_is_drafted(self._ptr, token))
+
+    def settle(self) -> None:
+        """Leave in the context's memory what plain decoding would have there."""
+        if self._ptr:
+            n.check(n.decoder_settle(self._ptr))
+
+    def invalidate(self, n_past: int) -> None:
+        """The memory was changed from outside and holds `n_past` tokens now."""
+        n.decoder_invalidate(self._ptr, n_past)
+
+    def logits(self, n_vocab: int) -> npt.NDArray[np.float32]:
+        """Logits [n_vocab] of the last evaluated token, valid until the next evaluation."""
+        return self._row(n.decoder_logits(self._ptr), n_vocab)
+
+    def hidden(self) -> npt.NDArray[np.float32]:
+        """Hidden state [n_embd] of the last evaluated token, valid until the next evaluation; needs heads."""
+        return self._row(n.decoder_hidden(self._ptr), self._heads.info.n_embd if self._heads else 0)
+
+    def _row(self, ptr: Any, width: int) -> npt.NDArray[np.float32]:
+        if not ptr:
+            raise EntmtpError("there is no evaluated token to read from, or the decoder has no heads")
+        return np.ctypeslib.as_array(ptr, shape=(width,))
+
+    def cancel(self) -> None:
+        """Stop the running evaluation, from any thread."""
+        if self._ptr:
+            n.decoder_cancel(self._ptr)
+
+    def resume(self) -> None:
+        """Take back a cancellation that came too late to stop anything."""
+        n.decoder_resume(self._ptr)
+
+    def can_tree(self) -> bool:
+        """The memory of the model can hold a token tree (recurrent and hybrid ones cannot)."""
+        return bool(n.decoder_can_tree(self._ptr))
+
+    def set_stats(self, enabled: bool) -> None:
+        n.decoder_set_stats(self._ptr, enabled)
+        self.stats_enabled = enabled
+
+    def reset_stats(self) -> None:
+        n.decoder_reset_stats(self._ptr)
+        self._before = self.traffic
+
+    def stats(self) -> DraftStats:
+        """What the steps since the last `reset_stats` did."""
+        steps = np.zeros(n.decoder_n_steps(self._ptr), dtype=STEP_DTYPE)
+        n.decoder_get_steps(self._ptr, steps.ctypes.data, 0, len(steps))
+        names = [*(t.name for t in self.bank.trees), "grown"] if self.bank else ["plain"]
+        sums = n.StepSums()
+        by_tree = np.zeros(len(names), dtype=np.int64)
+        n.decoder_get_older_steps(self._ptr, ctypes.byref(sums), by_tree.ctypes.data, len(names))
+        older = OlderSteps(by_tree=by_tree, **{f[0]: getattr(sums, f[0]) for f in sums._fields_})
+        return DraftStats(steps, names, older, self.traffic - self._before, self.outputs)
+
+    def close(self) -> None:
+        if self._ptr:
+            n.decoder_free(self._ptr)
+            self._ptr = None

@@ -1,0 +1,166 @@
+"""llama-cpp-python's application with our models behind it.
+
+Four names of its modules are replaced, all here: the class that holds the models, the thread that runs them, the
+function that streams an answer, and the one that words an error. Routes, request types, authentication and locking are
+its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
+from typing import Any
+
+import anyio
+from anyio.streams.memory import MemoryObjectSendStream
+from fastapi import Depends, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from llama_cpp.server import app as stock
+from llama_cpp.server.errors import RouteErrorHandler
+
+from .metrics import Metrics
+from .model import Models
+from .requests import Requests, ServedRequest, current
+from .settings import ModelSettings, ServerSettings
+
+_word_error = RouteErrorHandler.error_message_wrapper
+
+
+def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[Requests, Models]:
+    """The application to serve, and its models, the first of them loaded.
+
+    Raises:
+        EntmtpError, ValueError: the model cannot be loaded; one sentence for the user.
+    """
+    metrics = Metrics()
+    replaced: list[tuple[Any, str, Any]] = [
+        (stock, "LlamaProxy", partial(Models, metrics=metrics)),
+        (stock, "run_in_threadpool", in_model_thread),
+        (stock, "get_event_publisher", publish),
+        (RouteErrorHandler, "error_message_wrapper", worded),
+    ]
+    for where, name, ours in replaced:
+        setattr(where, name, ours)
+    app = stock.create_app(server_settings=server, model_settings=list[Any](settings))
+
+    async def read_metrics(request: Request) -> Response:
+        text, content_type = metrics.text(request.headers.get("accept"))
+        return Response(text, headers={"content-type": content_type})
+
+    app.add_api_route(
+        "/metrics", read_metrics, summary="Prometheus metrics", tags=["Extras"],
+        dependencies=[Depends(stock.authenticate)],
+    )  # fmt: skip
+    app.add_exception_handler(json.JSONDecodeError, _not_json)
+
+    def finished(request: ServedRequest) -> None:
+        metrics.request(request, time.perf_counter())
+
+    requests = Requests(app, finished)
+    metrics.watch_queue(requests.waiting, requests.running)
+    assert isinstance(stock._llama_proxy, Models)
+    return requests, stock._llama_proxy
+
+
+_model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+
+
+async def in_model_thread(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run what uses the model, always in the same thread; a cancellation waits for it.
+
+    In a pool every thread would get an OpenMP team and a heap of its own: 16 clients cost 50 MB in 100,000 tokens.
+    """
+    work = partial(copy_context().run, partial(call, *args, **kwargs))
+    with anyio.CancelScope(shield=True):
+        return await asyncio.get_running_loop().run_in_executor(_model_thread, work)
+
+
+async def publish(
+    request: Request,
+    inner_send_chan: MemoryObjectSendStream[Any],
+    body: Any,
+    body_model: str | None,
+    llama_call: Any,
+    kwargs: dict[str, Any],
+) -> None:
+    """Stream an answer as server-sent events; stands in for llama-cpp-python's `get_event_publisher`.
+
+    The whole answer is written in one thread, and what is ready is sent together: a change of threads per token would
+    cost more than the token's own Python code. The model is free as soon as the answer is written, however slowly the
+    client reads; the answer's generator is closed before that, for its clean-up touches the model.
+    """
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Queue[bytes | None] = asyncio.Queue()
+    served = current.get()
+    interruptible = next(stock.get_server_settings()).interrupt_requests
+
+    def put(event: Any) -> None:
+        loop.call_soon_threadsafe(ready.put_nowait, _event(event))
+
+    def write(llama: Any) -> None:
+        with contextlib.closing(llama_call(llama, **kwargs)) as chunks:
+            for chunk in chunks:
+                put(chunk)
+                if interruptible and stock.llama_outer_lock.locked():
+                    break
+
+    async def answer() -> None:
+        try:
+            async with contextlib.asynccontextmanager(stock.get_llama_proxy)() as proxy:
+                llama = stock.prepare_request_resources(body, proxy, body_model, kwargs)
+                await in_model_thread(write, llama)
+            put("[DONE]")
+        except Exception as e:  # the status is sent already
+            put({"error": worded(RouteErrorHandler, e, body)[1]})
+        finally:
+            loop.call_soon(ready.put_nowait, None)
+
+    async with inner_send_chan, anyio.create_task_group() as tasks:
+        tasks.start_soon(answer)
+        more = True
+        while more:
+            events = [await ready.get()]
+            while not ready.empty():
+                events.append(ready.get_nowait())
+            more = events[-1] is not None
+            data = b"".join(event for event in events if event)
+            if data and not (served and served.stopped):
+                await inner_send_chan.send(data)
+
+
+def worded(handler: Any, error: Exception, body: Any = None) -> tuple[int, dict[str, Any]]:
+    """Status and OpenAI's error object; a client's mistake is a 400 and leaves no traceback in the log."""
+    served = current.get()
+    known = any(pattern.search(str(error)) for pattern in RouteErrorHandler.pattern_and_formatters)
+    if served is not None and served.stopped:
+        status, text = 499, served.stopped
+    elif isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        status, text = 400, f"{where}: {first['msg']}" if where else first["msg"]
+    elif isinstance(error, ValueError) and not known:
+        status, text = 400, str(error)
+    else:
+        return _word_error(handler, error, body)  # type: ignore[return-value]
+    return status, _error(text)
+
+
+def _error(text: str) -> dict[str, Any]:
+    return {"message": text, "type": "invalid_request_error", "param": None, "code": None}
+
+
+def _event(data: Any) -> bytes:
+    text = data if isinstance(data, str) else json.dumps(data)
+    return f"data: {text}\n\n".encode()
+
+
+async def _not_json(request: Request, error: Exception) -> Response:
+    text = f"the body of the request is not JSON: {error}"
+    return JSONResponse({"error": _error(text)}, status_code=400)

@@ -1,0 +1,144 @@
+"""`python -m entmtp.serve`: an OpenAI-compatible server, llama-cpp-python's own with our `Llama` behind it."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ..common.errors import EntmtpError
+
+NEEDED = (
+    "fastapi",
+    "uvicorn",
+    "sse_starlette",
+    "starlette_context",
+    "pydantic_settings",
+    "prometheus_client",
+)
+SHORT = {"-m": "--model", "--ctx": "--n_ctx", "--threads": "--n_threads", "--policy": "--draft",
+         "--rpc": "--rpc_servers"}  # fmt: skip
+STOP_WITHIN = 10.0  # seconds; only a pass of the model that takes longer is not waited for
+
+EXAMPLE = """\
+example:
+  python -m entmtp.serve --model model.gguf --heads heads.gguf --api-key SECRET
+  curl http://127.0.0.1:8000/v1/completions -H 'Authorization: Bearer SECRET' \\
+    -H 'Content-Type: application/json' -d '{"prompt": "Once upon a time", "max_tokens": 32}'
+
+Options may be written with - or _; --ctx, --threads, --policy and --rpc stand for --n_ctx, --n_threads, --draft and
+--rpc_servers."""
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    from llama_cpp.server.cli import add_args_from_model
+
+    from .settings import ModelSettings, ServerSettings
+
+    parser = argparse.ArgumentParser(
+        prog="python -m entmtp.serve",
+        usage="python -m entmtp.serve [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Serve a model with OpenAI's API, drafting with its heads. Without options: the bundled demo.",
+        epilog=EXAMPLE,
+    )
+    parser.add_argument(
+        "--config_file", metavar="FILE", help="JSON or YAML file with settings, several models too"
+    )
+    add_args_from_model(parser.add_argument_group("server"), ServerSettings)  # type: ignore[arg-type]
+    add_args_from_model(parser.add_argument_group("model"), ModelSettings)  # type: ignore[arg-type]
+    return parser
+
+
+def spelled(argv: Sequence[str]) -> list[str]:
+    """Options as llama-cpp-python spells them: `--n-ctx` is `--n_ctx`."""
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name.startswith("-"):
+            name = SHORT.get(name) or name[:2] + name[2:].replace("-", "_")
+        words.append(name + equals + value)
+    return words
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, before a model is loaded for nothing.
+
+    Raises:
+        EntmtpError: the address is taken, or not one of this machine.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family = next((f for f, *_ in found if f == socket.AF_INET), found[0][0])  # localhost: IPv4 first
+        address = next(a for f, *_, a in found if f == family)
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except (OSError, OverflowError) as e:
+        why = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+        raise EntmtpError(
+            f"cannot listen on {host} port {port}: {why.lower()}; choose another --port or --host"
+        ) from e
+
+
+def run(argv: Sequence[str] | None) -> None:
+    from .settings import config_path, from_options, read_config
+
+    args = setup_arg_parser().parse_args(spelled(sys.argv[1:] if argv is None else argv))
+    config = config_path(args.config_file)
+    server, settings = read_config(config) if config else from_options(vars(args))
+    with listen(server.host, server.port) as listener:
+        host, port = listener.getsockname()[:2]
+
+        import uvicorn
+
+        from .app import create_app
+
+        requests, models = create_app(server, settings)
+
+        class Server(uvicorn.Server):
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                requests.stop_all()
+                await super().shutdown(sockets)
+
+        scheme = "https" if server.ssl_certfile else "http"
+        shown = f"[{host}]" if ":" in host else host
+        print(
+            f"serving {settings[0].model} at {scheme}://{shown}:{port}/v1, metrics at /metrics, API at /docs; "
+            "Ctrl-C stops",
+            flush=True,
+        )
+        uvicorn_settings: dict[str, Any] = {
+            "ssl_keyfile": server.ssl_keyfile,
+            "ssl_certfile": server.ssl_certfile,
+            "log_level": "info" if settings[0].verbose else "warning",
+            "timeout_graceful_shutdown": STOP_WITHIN,
+        }
+        try:
+            Server(uvicorn.Config(requests, **uvicorn_settings)).run(sockets=[listener])
+        finally:
+            models.free()
+
+
+def _stop(*_: Any) -> None:
+    raise SystemExit(0)  # asked to end, and ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        for name in NEEDED:
+            __import__(name)
+    except ImportError as e:
+        print(f"entmtp.serve: the server needs packages that are not installed ({e.name}); "
+              "install them with: pip install 'entmtp[serve]'", file=sys.stderr)  # fmt: skip
+        return 1
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        run(argv)
+    except (EntmtpError, ValueError, OSError) as e:
+        print(f"entmtp.serve: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0

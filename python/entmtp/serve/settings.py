@@ -1,0 +1,129 @@
+"""Settings of the server: llama-cpp-python's own, and how to draft.
+
+Each is an option of the command, an environment variable, and a key of the config file, as in llama-cpp-python.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal, Optional  # Optional: llama-cpp-python's parser knows no `X | None`
+
+from llama_cpp.server import settings as stock
+from pydantic import Field, ValidationError, field_validator
+
+from ..common.errors import EntmtpError
+from ..options.demo import DEMO
+
+
+class ModelSettings(stock.ModelSettings):
+    """One model, and how to draft for it."""
+
+    model: str = Field(default=DEMO, description="base model: a GGUF file or hf:owner/repo[/file][@revision]")
+    heads: Optional[str] = Field(  # noqa: UP045
+        default=None, description="its draft heads, named alike (default: those beside the model, if any)"
+    )
+    draft: Optional[Literal["off", "static", "entropy", "confidence"]] = Field(  # noqa: UP045
+        default=None,
+        description="how to choose the tree of guesses: static, entropy or confidence; off: plain decoding "
+        "(default: entropy, off without heads)",
+    )
+    trees: Optional[str] = Field(  # noqa: UP045
+        default=None, description="a bank of trees: a path or a name, bank:tree with draft static"
+    )
+    kernels: Optional[str] = Field(  # noqa: UP045
+        default=None, description="CPU kernels: auto, off, or a name (default: auto)"
+    )
+    verbose: bool = Field(default=False, description="say what llama.cpp and llama-cpp-python do")
+
+    @field_validator("draft_model")
+    @classmethod
+    def _one_way_to_draft(cls, value: str | None) -> str | None:
+        if value is not None:
+            raise ValueError(
+                "this server drafts with heads, which prompt lookup cannot be combined with; leave draft_model out, "
+                "or use python -m llama_cpp.server"
+            )
+        return value
+
+    @field_validator("clip_model_path")
+    @classmethod
+    def _text_only(cls, value: str | None) -> str | None:
+        if value is not None:
+            raise ValueError("this server reads no images yet; use python -m llama_cpp.server for them")
+        return value
+
+
+class ServerSettings(stock.ServerSettings):
+    """Where and how to listen."""
+
+    host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0: all of this machine's")
+    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0: a free one")
+    interrupt_requests: bool = Field(
+        default=False,
+        description="cut a running streamed answer when another request comes, instead of answering in order",
+    )
+
+
+class ConfigFile(ServerSettings):
+    """A config file: the server's settings, and models by alias."""
+
+    models: list[ModelSettings] = Field(default=[], description="models; the first is the default one")
+
+
+def read_config(path: str) -> tuple[ServerSettings, list[ModelSettings]]:
+    """Settings from a JSON or YAML file.
+
+    Raises:
+        EntmtpError: there is no such file, or it is not one of ours; the sentence says where.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+        if path.endswith((".yaml", ".yml")):
+            import yaml
+
+            try:
+                text = json.dumps(yaml.safe_load(text))
+            except yaml.YAMLError as e:
+                raise EntmtpError(f"{path}: not YAML: {' '.join(str(e).split())}") from e
+        config = ConfigFile.model_validate_json(text)
+    except ValidationError as e:
+        raise EntmtpError(f"{path}: {sentence(e)}") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise EntmtpError(f"{path}: cannot read the config file: {e}") from e
+    if not config.models:
+        raise EntmtpError(
+            f'{path}: names no models; give at least one, as in "models": [{{"model": "m.gguf"}}]'
+        )
+    shared = {k: v for k, v in config.model_dump().items() if k != "models"}
+    return ServerSettings(**shared), config.models
+
+
+def from_options(options: dict[str, Any]) -> tuple[ServerSettings, list[ModelSettings]]:
+    """Settings from the command's options; those that were not given come from the environment.
+
+    Raises:
+        EntmtpError: a value that cannot be.
+    """
+
+    def of(kind: Any) -> Any:
+        return kind(**{k: v for k, v in options.items() if v is not None and k in kind.model_fields})
+
+    try:
+        return of(ServerSettings), [of(ModelSettings)]
+    except ValidationError as e:
+        raise EntmtpError(sentence(e)) from e
+
+
+def config_path(option: str | None) -> str | None:
+    """The config file to read; taken out of the environment, where llama-cpp-python would read it again."""
+    return os.environ.pop("CONFIG_FILE", None) or option
+
+
+def sentence(error: ValidationError) -> str:
+    """The first thing that is wrong, in words."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    what = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {what[:1].lower()}{what[1:]}" if where else what

@@ -1,0 +1,43 @@
+"""`python -m entmtp.train`: the command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from ..common.errors import EntmtpError
+from .options import options_of, setup_arg_parser
+from .run import train
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0, 1 on failure, 2 on wrong usage, 130 on Ctrl-C."""
+    from ..common.errors import ConvertError
+    from ..convert.writer import OUTTYPES
+
+    parser = setup_arg_parser()
+    args = parser.parse_args(argv)
+    if args.outtype not in (*OUTTYPES, "auto"):
+        parser.error(f"--outtype {args.outtype!r} is not known; use one of {', '.join(OUTTYPES)} or auto")
+    if args.resume and args.restart:
+        parser.error("--resume and --restart exclude each other")
+    try:
+        train(options_of(args))
+        return 0
+    except (EntmtpError, ConvertError, ValueError) as e:
+        print(f"error: {e}", file=sys.stderr)
+    except OSError as e:
+        where = f"{e.filename}: " if e.filename else ""
+        print(
+            f"error: {where}{(e.strerror or str(e)).lower()}; what was done is kept, go on with --resume",
+            file=sys.stderr,
+        )
+    except MemoryError:
+        print(
+            "error: not enough memory; lower --batch-tokens, or train with --draft-vocab or --share-lm-head",
+            file=sys.stderr,
+        )
+    except KeyboardInterrupt:
+        print("stopped; what was done is kept, go on with --resume", file=sys.stderr)
+        return 130
+    return 1

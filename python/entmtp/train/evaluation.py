@@ -1,0 +1,126 @@
+"""How good heads are: tokens per step on held-out rollouts of the base model, by replay.
+
+Under lossless acceptance a tree accepts the longest prefix of the real tokens whose ranks it holds, so the ranks that
+the heads give to what the base model really wrote say what any tree would have accepted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..bank.traces import MAX_RANK
+from ..measure import search
+from .heads import Shape, State, before_projection, prefix_layer
+from .states import States
+from .text import Texts
+
+TREE_NODES = 16
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Tokens per step: of a chain of the heads' best guesses, and of the best tree of TREE_NODES nodes."""
+
+    chain: float
+    tree: float
+    by_depth: tuple[float, ...]  # share of steps in which the chain was right at least so deep
+
+    def __str__(self) -> str:
+        return f"{self.chain:.3f} in a chain, {self.tree:.3f} in a tree of {TREE_NODES}"
+
+
+class Teacher:
+    """What all heads share: embeddings, projection, draft vocabulary.
+
+    Args:
+        embedding: token embeddings of the base model, [n_vocab, n_embd].
+        output: its projection, the rows that heads can propose, [n_draft, n_embd].
+        draft_vocab: the base tokens of these rows, None for all in order.
+    """
+
+    def __init__(
+        self, embedding: torch.Tensor, output: torch.Tensor, draft_vocab: npt.NDArray[np.int64] | None
+    ):
+        self.embedding, self.output = embedding, output
+        self.draft_index: torch.Tensor | None = None  # base token: row of `output`, -1 for none
+        if draft_vocab is not None:
+            self.draft_index = torch.full((len(embedding),), -1)
+            self.draft_index[torch.from_numpy(draft_vocab)] = torch.arange(len(draft_vocab))
+
+    def projection(self, shape: Shape, state: State, head: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of a head's projection to the vocabulary."""
+        if shape.share:
+            return self.output, None
+        return state[f"{shape.output(head)}.weight"], state.get(f"{shape.output(head)}.bias")
+
+
+@torch.no_grad()
+def ranks_of(
+    shape: Shape, state: State, teacher: Teacher, hidden: torch.Tensor, tokens: torch.Tensor, given: int
+) -> npt.NDArray[np.int32]:
+    """Ranks that the heads give to a text's real tokens, as `Traces.ranks` has them: [n, n_heads].
+
+    Args:
+        hidden: of the whole text, [n_tokens, n_embd].
+        given: tokens at the beginning that the base model did not write; n = n_tokens - given.
+    """
+    n = len(tokens) - given
+    if shape.prefix:
+        hidden = prefix_layer(shape, state, hidden[None])[0]
+    ranks = np.full((n, shape.n_heads), -1, dtype=np.int32)
+    for i in range(min(shape.n_heads, n - 1)):
+        roots = torch.arange(given, len(tokens) - 1 - i)  # root, then i + 1 tokens
+        x = hidden[roots - 1]
+        if shape.grounded:
+            x = torch.cat([x, *(teacher.embedding[tokens[roots + j]] for j in range(i + 1))], 1)
+        x = before_projection(shape, state, i, x)
+        weight, bias = teacher.projection(shape, state, i)
+        target = tokens[roots + i + 1]
+        if teacher.draft_index is not None:
+            target = teacher.draft_index[target]
+        for rows in torch.arange(len(x)).split(1024):
+            z = x[rows] @ weight.T
+            if bias is not None:
+                z += bias
+            t = target[rows]
+            own = z.gather(1, t.clamp_min(0)[:, None])
+            rank = (z > own).sum(1).clamp_max(MAX_RANK)
+            ranks[rows.numpy(), i] = torch.where(t < 0, MAX_RANK, rank).numpy()
+    return ranks
+
+
+def evaluate(shape: Shape, state: State, teacher: Teacher, texts: Texts, states: States) -> Acceptance:
+    """Tokens per step on the held-out texts; the tree is grown from half of them and judged on the others."""
+    starts = texts.starts
+    found: list[npt.NDArray[np.int32]] = []
+    for i in map(int, np.flatnonzero(texts.held_out)):
+        given, n = int(texts.given[i]), int(texts.lengths[i])
+        if n - given <= shape.n_heads + 1:
+            continue
+        hidden = torch.from_numpy(states.hidden[starts[i] : starts[i + 1]].astype(np.float32))
+        tokens = torch.from_numpy(texts[i].astype(np.int64))
+        found.append(ranks_of(shape, state, teacher, hidden, tokens, given))
+    return acceptance(found)
+
+
+def acceptance(ranks: list[npt.NDArray[np.int32]]) -> Acceptance:
+    """Of ranks [n, n_heads] of several texts. Steps near the end of a text, where not all is known, do not count."""
+    if len(ranks) < 2:
+        return Acceptance(float("nan"), float("nan"), ())
+    whole = [r[(r >= 0).all(axis=1)] for r in ranks]
+    hits = np.logical_and.accumulate(np.concatenate(whole) == 0, axis=1).mean(axis=0)
+    order = np.random.default_rng(0).permutation(len(whole))  # texts of several temperatures stand in turn
+    half = len(whole) // 2
+    fitted, rest = ([whole[i] for i in part] for part in (order[:half], order[half:]))
+    seen = search.node_probabilities(np.concatenate(fitted))
+    tree = search.grow(seen, TREE_NODES)
+    judged = search.node_probabilities(np.concatenate(rest), max_rank=TREE_NODES)
+    return Acceptance(
+        1.0 + float(hits.sum()),
+        1.0 + search.expected(tree, judged),
+        tuple(round(float(x), 4) for x in hits),
+    )

@@ -1,0 +1,167 @@
+"""`python -m entmtp.tune`: the command, its progress and its tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..bank.bank import Bank, dumps
+from ..bank.tree import PLAIN
+from ..common.atomic import atomic_path
+from ..common.errors import EntmtpError
+from ..common.prompts import read_prompts
+from ..measure.known import tuned_path
+from .tuner import tune
+
+
+def show(console: Console, bank: Bank) -> None:
+    """The bank and what it is worth, as tables."""
+    costs = bank.need_costs()
+    expected = bank.expected()
+    table = Table(title=f"bank {bank.name}", title_justify="left", header_style="bold")
+    for column in ("tree", "nodes", "depth", "step us", "relative", "accepted per entropy bin"):
+        table.add_column(
+            column, justify="left" if column in ("tree", "accepted per entropy bin") else "right"
+        )
+    plain = costs.step(PLAIN)
+    for i, tree in enumerate(bank.trees):
+        us = costs.step(tree)
+        accepted = " ".join(f"{x:.2f}" for x in expected[:, i])
+        row = (f"{tree.n_nodes}", f"{tree.max_depth}", f"{us:.0f}", f"{us / plain:.2f}", accepted)
+        table.add_row(tree.name, *row)
+    console.print(table)
+    edges = " ".join(f"{e:g}" for e in bank.bin_edges) or "none"
+    console.print(
+        f"entropy bins split at {edges} nats; window {bank.ema_window:g} tokens; criterion {bank.criterion}; "
+        f"spread of the timings {100 * costs.spread:.0f} %\n"
+    )
+    results = bank.report["held_out"]
+    table = Table(title="held-out prompts, by replay", title_justify="left", header_style="bold")
+    table.add_column("policy")
+    for task in results:
+        table.add_column(f"{task}: against plain", justify="right")
+    table.add_column("tokens/step", justify="right")
+    for name, row in results["all"].items():
+        tau = row.get("tokens_per_step")
+        table.add_row(
+            name, *(f"{results[t][name]['speed']:.3f}" for t in results), "" if tau is None else f"{tau:.2f}"
+        )
+    console.print(table)
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m entmtp.tune",
+        description="Tune trees and policies for a base model and its heads, your prompts, and this machine.",
+        epilog="example: python -m entmtp.tune --model model.gguf --heads heads.gguf --prompts my.jsonl; Llama uses "
+        "the result from then on. With -o bank.json it is written there instead: Llama(..., trees='bank.json'). "
+        "python -m entmtp.tune --plot bank.json draws it.",
+    )
+    parser.add_argument("--model", help="base model (GGUF)")
+    parser.add_argument("--heads", help="its heads, from python -m entmtp.convert")
+    parser.add_argument(
+        "--prompts", nargs="+", help="JSONL files, one object with a field prompt per line; one task each"
+    )
+    parser.add_argument(
+        "-o",
+        "--outfile",
+        help="bank to write (JSON; default: where Llama finds it for this model and machine)",
+    )
+    parser.add_argument("--task", help="what the prompts are, kept in the bank")
+    parser.add_argument("--name", help="name of the bank (default: the file's)")
+    parser.add_argument("--limit", type=int, help="use the first N prompts of each file only")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens per rollout (default: 128)")
+    parser.add_argument(
+        "--temp",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.8],
+        help="temperatures you sample at (default: 0 and 0.8)",
+    )
+    parser.add_argument("--top-k", type=int, default=40, help="as in Llama.generate (default: 40)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="as in Llama.generate (default: 0.95)")
+    parser.add_argument("--min-p", type=float, default=0.05, help="as in Llama.generate (default: 0.05)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the rollouts and of the timings' tokens (default: 0)"
+    )
+    parser.add_argument(
+        "--traces", help="file that keeps the rank traces: for another machine's costs, or to resume"
+    )
+    parser.add_argument("--contexts", type=int, nargs="+", default=[64, 512], help="depths to time passes at")
+    parser.add_argument(
+        "--rounds", type=int, default=12, help="how often each size is timed, times two (default: 12)"
+    )
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", help="trees of these sizes, for a bank that serves other machines too"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: as Llama)")
+    parser.add_argument("--ctx", type=int, default=2048, help="context length (default: 2048)")
+    parser.add_argument(
+        "--n-gpu-layers", type=int, default=0, help="layers on the GPU, -1 for all (default: 0)"
+    )
+    parser.add_argument("--flash-attn", action="store_true", help="use flash attention")
+    parser.add_argument(
+        "--plot", metavar="BANK", help="draw a tuned bank as PNG files beside it, and measure nothing"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = setup_arg_parser()
+    args = parser.parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        if args.plot:
+            from ..report.plots import plot_bank
+
+            for path in plot_bank(Bank.load(args.plot), Path(args.plot)):
+                print(f"wrote {path}")
+            return 0
+        if not (args.model and args.heads and args.prompts):
+            parser.error("--model, --heads and --prompts are needed, or --plot")
+        prompts = [(Path(p).stem, text) for p in args.prompts for text in read_prompts(p, args.limit)]
+        name = args.name or (Path(args.outfile).stem if args.outfile else "tuned")
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(
+            *columns, transient=True, disable=not sys.stderr.isatty(), console=Console(stderr=True)
+        ) as bars:
+            stages: dict[str, Any] = {}
+
+            def report(stage: str, done: int, total: int) -> None:
+                if stage not in stages:
+                    stages[stage] = bars.add_task(stage, total=total)
+                bars.update(stages[stage], completed=done)
+
+            bank = tune(
+                args.model, args.heads, prompts, name=name, task=args.task, temps=args.temp, n_tokens=args.tokens,
+                n_threads=args.threads, n_ctx=args.ctx, seed=args.seed, traces=args.traces, contexts=args.contexts,
+                n_rounds=args.rounds, progress=report,
+                settings={"n_gpu_layers": args.n_gpu_layers, "flash_attn": args.flash_attn},
+                sizes=args.sizes, sampling={"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p},
+            )  # fmt: skip
+        costs = bank.need_costs()
+        out = Path(args.outfile) if args.outfile else tuned_path(costs.key)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(out) as temporary:
+            temporary.write_text(dumps(bank), "utf-8")
+    except (EntmtpError, ValueError, OSError) as e:
+        print(f"entmtp.tune: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        again = f"; the rollouts done so far are in {args.traces}" if args.traces else ""
+        print(f"entmtp.tune: interrupted, no bank was written{again}", file=sys.stderr)
+        return 130
+    show(console, bank)
+    print(
+        f"wrote {out}"
+        + ("" if args.outfile else ": Llama uses it for this model and these heads from now on")
+    )
+    return 0
