@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from models import ON_GPU
 
 import entmtp
 from entmtp.convert import convert
 from entmtp.models.assets import assets
 from entmtp.models.gguf_expand import expand
 from entmtp.options.demo import demo_files
+from helpers.settings import F32
 
 # the same examples in every run, however busy the machine is
 settings.register_profile(
     "repeatable", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("repeatable")
-
-# xdist workers share the cores between them
-N_THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-
-# f32 weights and cache: the only differences left between batch sizes are orders of summation
-F32 = {
-    "n_ctx": 1024,
-    "n_threads": N_THREADS,
-    "n_threads_batch": N_THREADS,
-    "type_k": 0,
-    "type_v": 0,
-    "verbose": False,
-    "calibrate": False,  # costs of the bank: timings of this machine would make runs differ
-    **ON_GPU,
-}
 
 
 @pytest.fixture(scope="session")
@@ -70,15 +53,6 @@ def load(models: dict[str, Path]) -> Iterator[Callable[..., entmtp.Llama]]:
     yield get
     for llm in loaded.values():
         llm.close()
-
-
-def prompts(*tasks: str) -> list[str]:
-    """The committed benchmark prompts of some tasks."""
-    texts = []
-    for task in tasks or ("humaneval", "gsm8k", "literature"):
-        lines = (Path(__file__).parent / "prompts" / f"{task}.jsonl").read_text("utf-8").splitlines()
-        texts += [json.loads(line)["prompt"] for line in lines]
-    return texts
 
 
 @pytest.fixture(scope="session")

@@ -346,7 +346,7 @@ ENTMTP_API void   entmtp_decoder_reset_stats(struct entmtp_decoder * dec);
 
 // Texts that were decoded plainly, with what the policies would have seen and the heads would have guessed. Under lossless
 // acceptance a tree accepts the longest prefix of the real tokens whose rank path it contains, so a policy can be run over
-// traces without a model: python/entmtp/traces.py records them, the scheduler of the decoder is what is replayed.
+// traces without a model: python/entmtp/measure/rollouts.py records them, the scheduler of the decoder is what is replayed.
 struct entmtp_trace {
     int32_t         n_texts;
     const int32_t * n_tokens; // [n_texts] tokens generated

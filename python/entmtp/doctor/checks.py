@@ -43,8 +43,8 @@ def ok(what: str, found: str) -> Check:
 
 
 def probe(name: str, *arguments: str, timeout: float = 600) -> dict[str, Any]:
-    """Run one of entmtp/probes.py in a process of its own; `error` in the result says why there is no result."""
-    command = [sys.executable, "-m", "entmtp.probes", name, *arguments]
+    """Run one of doctor/probes.py in a process of its own; `error` in the result says why there is no result."""
+    command = [sys.executable, "-m", "entmtp.doctor.probes", name, *arguments]
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=False

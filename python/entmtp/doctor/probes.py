@@ -1,6 +1,6 @@
 """What `entmtp doctor` finds out in processes of their own: a broken library may take its process with it.
 
-Each probe prints one JSON object; `python -m entmtp.probes NAME ARGUMENTS` runs one.
+Each probe prints one JSON object; `python -m entmtp.doctor.probes NAME ARGUMENTS` runs one.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def selftest(n_tokens: int = 48) -> dict[str, Any]:
 
 
 def model(arguments: list[str]) -> dict[str, Any]:
-    """Load the model and the heads that options name (entmtp/options.py)."""
+    """Load the model and the heads that options name (options/model.py)."""
     from ..common.errors import EntmtpError, ModelError
     from ..measure.known import machine_key, tuned_path
     from ..options.model import add_model_options, load

@@ -1,0 +1,359 @@
+"""native/llama_cpp.py: fetching, patching and caching llama.cpp. No test here compiles or downloads anything."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_module():
+    spec = importlib.util.spec_from_file_location("entmtp_native_llama_cpp", ROOT / "native" / "llama_cpp.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # multiprocessing finds its functions by module name
+    spec.loader.exec_module(module)
+    return module
+
+
+llama_cpp = load_module()
+
+SOURCE = {
+    "CMakeLists.txt": "project(llama)\n",
+    "LICENSE": "MIT\n",
+    "src/llama.cpp": "one\ntwo\nthree\n",
+    "include/llama.h": "int a;\n",
+    "ggml/CMakeLists.txt": "project(ggml)\n",
+}
+
+GOOD_PATCH = """a reason
+
+diff --git a/src/llama.cpp b/src/llama.cpp
+--- a/src/llama.cpp
++++ b/src/llama.cpp
+@@ -1,3 +1,4 @@
+ one
+ two
++two and a half
+ three
+"""
+
+# touches the lines of GOOD_PATCH again, so GOOD_PATCH alone cannot be reversed once this is applied
+SECOND_PATCH = """diff --git a/src/llama.cpp b/src/llama.cpp
+--- a/src/llama.cpp
++++ b/src/llama.cpp
+@@ -1,4 +1,5 @@
+ one
+ two
++two and a quarter
+ two and a half
+ three
+"""
+
+BROKEN_PATCH = GOOD_PATCH.replace(" one", " uno")
+
+
+def write_tree(root: Path) -> Path:
+    for name, text in SOURCE.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def write_patches(folder: Path, **texts: str) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}.patch").write_text(text)
+    return llama_cpp.list_patches(folder)
+
+
+def read_tree(root: Path) -> dict[str, bytes]:
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def write_sdist(path: Path, extra: dict[str, str] | None = None) -> dict[str, str]:
+    """A source distribution in miniature; returns its pin."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = {f"vendor/llama.cpp/{name}": text for name, text in SOURCE.items()}
+    files.update(
+        {"vendor/llama.cpp/.git": "gitdir: nowhere\n", "llama_cpp/llama.py": "x = 1\n"}, **extra or {}
+    )
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in files.items():
+            info = tarfile.TarInfo(f"pkg-1.0/{name}")
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text.encode()))
+        link = tarfile.TarInfo("pkg-1.0/vendor/llama.cpp/link")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    return {
+        "package": "pkg",
+        "version": "1.0",
+        "sdist": path.name,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "source_dir": "vendor/llama.cpp",
+        "commit": "abc",
+    }
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def test_pin_and_patches_of_the_repository():
+    pin = llama_cpp.load_pin()
+    assert len(pin["sha256"]) == 64
+    assert pin["sdist"] == f"{pin['package'].replace('-', '_')}-{pin['version']}.tar.gz"
+    # the bindings a user gets must be those of the llama.cpp that is built
+    assert f'"{pin["package"]}=={pin["version"]}"' in (ROOT / "pyproject.toml").read_text()
+    assert llama_cpp.list_patches(), "no patches found"
+
+
+def test_versions_agree():
+    assert 'version = "0.1.0"' in (ROOT / "pyproject.toml").read_text()
+    assert "project(entmtp VERSION 0.1.0 " in (ROOT / "CMakeLists.txt").read_text()
+
+
+def test_wrong_sha256_is_an_error_and_the_file_goes(cache):
+    archive = cache / "sdist" / "pkg-1.0.tar.gz"
+    pin = write_sdist(archive)
+    archive.write_bytes(archive.read_bytes() + b"tampered")
+    with pytest.raises(llama_cpp.BuildError, match="SHA-256") as error:
+        llama_cpp.prepare_source(cache, pin, [])
+    assert pin["sha256"] in str(error.value)
+    assert not archive.exists()
+
+
+def test_failed_download_says_what_to_do(cache, monkeypatch):
+    pin = write_sdist(cache / "elsewhere.tar.gz")
+    monkeypatch.setattr(llama_cpp.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1))
+    with pytest.raises(llama_cpp.BuildError, match="ENTMTP_LLAMA_CPP_DIR"):
+        llama_cpp.fetch_sdist(cache, pin)
+
+
+def test_source_is_extracted_and_patched(cache, tmp_path):
+    pin = write_sdist(cache / "sdist" / "pkg-1.0.tar.gz", {"vendor/llama.cpp/models/big.gguf": "x"})
+    patches = write_patches(tmp_path / "p", **{"0001-a": GOOD_PATCH, "0002-b": SECOND_PATCH})
+    tree, _ = llama_cpp.prepare_source(cache, pin, patches)
+    assert set(read_tree(tree)) == set(SOURCE)  # no .git, no link, no models, nothing from beside llama.cpp
+    assert (tree / "src/llama.cpp").read_text() == "one\ntwo\ntwo and a quarter\ntwo and a half\nthree\n"
+
+
+def test_archive_with_a_path_outside_is_refused(cache):
+    pin = write_sdist(cache / "sdist" / "pkg-1.0.tar.gz", {"vendor/llama.cpp/../../../../evil": "x"})
+    with pytest.raises(llama_cpp.BuildError, match="unsafe path"):
+        llama_cpp.prepare_source(cache, pin, [])
+    assert not list(cache.rglob("evil"))
+
+
+@pytest.mark.parametrize("tool", ["git", "patch"])
+def test_broken_patch_stops_and_names_the_file(cache, tmp_path, monkeypatch, tool):
+    if not shutil.which(tool):
+        pytest.skip(f"{tool} is not installed")
+    if tool == "patch":
+        which = shutil.which
+        monkeypatch.setattr(llama_cpp.shutil, "which", lambda name: None if name == "git" else which(name))
+    pin = write_sdist(cache / "sdist" / "pkg-1.0.tar.gz")
+    patches = write_patches(tmp_path / "p", **{"0001-good": GOOD_PATCH})
+    tree, _ = llama_cpp.prepare_source(cache, pin, patches)
+    assert "two and a half" in (tree / "src/llama.cpp").read_text()
+
+    patches = write_patches(tmp_path / "p", **{"0002-broken": BROKEN_PATCH})
+    with pytest.raises(llama_cpp.BuildError, match=r"0002-broken\.patch"):
+        llama_cpp.prepare_source(cache, pin, patches)
+    # no half-patched tree is left behind
+    assert [p.name for p in (cache / "source").iterdir() if p.is_dir()] == [tree.name]
+
+
+def test_command_line_names_the_broken_patch(cache, tmp_path):
+    write_patches(tmp_path / "p", **{"0001-broken": BROKEN_PATCH})
+    user = write_tree(tmp_path / "user")
+    command = [sys.executable, str(ROOT / "native" / "llama_cpp.py"), "source", "--cache", str(cache)]
+    result = subprocess.run(
+        [*command, "--llama-dir", str(user), "--patches", str(tmp_path / "p")], capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert "0001-broken.patch" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_patches_apply_inside_another_repository(tmp_path):
+    """git apply skips files silently when it believes itself in a repository that lacks them."""
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    pin = write_sdist(tmp_path / "cache" / "sdist" / "pkg-1.0.tar.gz")
+    patches = write_patches(tmp_path / "p", **{"0001-good": GOOD_PATCH})
+    tree, _ = llama_cpp.prepare_source(tmp_path / "cache", pin, patches)
+    assert "two and a half" in (tree / "src/llama.cpp").read_text()
+
+
+def test_user_directory_is_not_touched(cache, tmp_path):
+    user = write_tree(tmp_path / "user")
+    (user / "build").mkdir()
+    (user / "build" / "junk.o").write_text("junk")
+    before = read_tree(user)
+    patches = write_patches(tmp_path / "p", **{"0001-good": GOOD_PATCH})
+    tree, _ = llama_cpp.prepare_source(cache, {}, patches, user)
+    assert read_tree(user) == before
+    assert "two and a half" in (tree / "src/llama.cpp").read_text()
+    assert not (tree / "build").exists()
+
+    # the same content is found again, other content is not
+    assert llama_cpp.prepare_source(cache, {}, patches, user)[0] == tree
+    (user / "include/llama.h").write_text("int b;\n")
+    assert llama_cpp.prepare_source(cache, {}, patches, user)[0] != tree
+
+
+@pytest.mark.parametrize("n_applied", [1, 2])
+def test_user_directory_that_is_patched_already(cache, tmp_path, capsys, n_applied):
+    user = write_tree(tmp_path / "user")
+    patches = write_patches(tmp_path / "p", **{"0001-a": GOOD_PATCH, "0002-b": SECOND_PATCH})
+    llama_cpp.apply_patches(user, patches[:n_applied])
+    before = read_tree(user)
+    tree, _ = llama_cpp.prepare_source(cache, {}, patches, user)
+    assert (tree / "src/llama.cpp").read_text() == "one\ntwo\ntwo and a quarter\ntwo and a half\nthree\n"
+    assert read_tree(user) == before
+    message = capsys.readouterr().err
+    assert "already applied" in message
+    assert "0001-a.patch" in message
+
+
+def test_user_directory_must_hold_llama_cpp(cache, tmp_path):
+    with pytest.raises(llama_cpp.BuildError, match="not a llama"):
+        llama_cpp.prepare_source(cache, {}, [], tmp_path)
+
+
+def test_key_changes_with_all_that_matters(tmp_path, monkeypatch):
+    for name in llama_cpp.ENV_FLAGS:
+        monkeypatch.delenv(name, raising=False)
+    patches = write_patches(tmp_path / "p", **{"0001-a": GOOD_PATCH})
+    source = llama_cpp.source_key("pin", patches)
+    key = llama_cpp.build_key(source, {"GGML_CUDA": "ON", "GGML_RPC": "ON"}, ["gcc 12"])
+
+    assert key == llama_cpp.build_key(source, {"GGML_RPC": "ON", "GGML_CUDA": "ON"}, ["gcc 12"])
+    assert key != llama_cpp.build_key(source, {"GGML_CUDA": "OFF", "GGML_RPC": "ON"}, ["gcc 12"])
+    assert key != llama_cpp.build_key(source, {"GGML_CUDA": "ON", "GGML_RPC": "ON"}, ["gcc 13"])
+    monkeypatch.setenv("CXXFLAGS", "-O1")
+    assert key != llama_cpp.build_key(source, {"GGML_CUDA": "ON", "GGML_RPC": "ON"}, ["gcc 12"])
+
+    assert source != llama_cpp.source_key("other pin", patches)
+    write_patches(tmp_path / "p", **{"0001-a": GOOD_PATCH.replace("half", "third")})
+    assert source != llama_cpp.source_key("pin", patches)
+    assert source != llama_cpp.source_key("pin", [])
+
+
+def test_native_code_is_not_shared_between_cpus(monkeypatch):
+    """A cache in a shared home directory must not hand AVX-512 code to a CPU without it."""
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    flags = {"native": {}, "portable": {"GGML_NATIVE": "OFF"}}
+    first = {name: llama_cpp.build_key("s", f, []) for name, f in flags.items()}
+    monkeypatch.setattr(llama_cpp, "cpu_identity", lambda: "another CPU")
+    second = {name: llama_cpp.build_key("s", f, []) for name, f in flags.items()}
+    assert first["native"] != second["native"]
+    assert first["portable"] == second["portable"]
+
+
+def test_definitions():
+    parsed = llama_cpp.parse_definitions(
+        ["GGML_CUDA=ON", "GGML_X:BOOL=OFF", "CMAKE_CUDA_ARCHITECTURES=89;90"]
+    )
+    assert parsed == {"GGML_CUDA": "ON", "GGML_X": "OFF", "CMAKE_CUDA_ARCHITECTURES": "89;90"}
+    with pytest.raises(llama_cpp.BuildError, match="expected -DNAME=VALUE"):
+        llama_cpp.parse_definitions(["GGML_CUDA"])
+
+
+def _hold_lock(path: Path, log: Path) -> None:
+    with llama_cpp.file_lock(path):
+        with log.open("a") as file:
+            file.write("in\n")
+        time.sleep(0.2)
+        with log.open("a") as file:
+            file.write("out\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_builds_exclude_each_other(tmp_path):
+    context = multiprocessing.get_context("fork")
+    jobs = [context.Process(target=_hold_lock, args=(tmp_path / "lock", tmp_path / "log")) for _ in range(3)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert (tmp_path / "log").read_text().split() == ["in", "out"] * 3
+
+
+@pytest.mark.parametrize("fail_at", ["-S", "--build", "--install"])
+def test_interrupted_build_leaves_no_entry(cache, tmp_path, monkeypatch, fail_at):
+    """Only the last step, a rename, makes a cache entry."""
+    source = write_tree(tmp_path / "tree")
+    done: list[str] = []
+
+    def run_step(command, cwd):
+        done.append(command[1])
+        if command[1] == fail_at and done.count(fail_at) == 1:
+            raise KeyboardInterrupt
+        if command[1] == "--install":
+            (cwd / "prefix" / "lib").mkdir(parents=True)
+
+    monkeypatch.setattr(llama_cpp, "run_step", run_step)
+    with pytest.raises(KeyboardInterrupt):
+        llama_cpp.build_libraries(cache, source, "key", {}, "abc", cmake="cmake")
+    assert not (cache / "build").exists()
+
+    path = llama_cpp.build_libraries(cache, source, "key", {}, "abc", cmake="cmake")
+    assert (path / "build-info.json").exists()
+    assert (path / "include" / "llama.h").exists()
+    n_steps = len(done)
+    assert llama_cpp.build_libraries(cache, source, "key", {}, "abc", cmake="cmake") == path
+    assert len(done) == n_steps  # from the cache
+
+
+def test_cache_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("ENTMTP_CACHE", str(tmp_path))
+    assert llama_cpp.default_cache() == tmp_path
+    monkeypatch.delenv("ENTMTP_CACHE")
+    assert llama_cpp.default_cache().is_absolute()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_one_llama_cpp_in_a_process():
+    """Needs the built package. llama_cpp and libentmtp must share one libllama and one ggml."""
+    pytest.importorskip("numpy")
+    script = """
+import sys, entmtp
+from entmtp import _lib
+try:
+    _lib.load()
+except _lib.LibrariesMissing as error:
+    print(error); sys.exit(77)
+import llama_cpp
+llama_cpp.llama_backend_init()
+for line in open("/proc/self/maps"):
+    print(line.split()[-1])
+"""
+    env = {k: v for k, v in os.environ.items() if k != "LLAMA_CPP_LIB_PATH"}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    if result.returncode == 77 or "No module named 'entmtp'" in result.stderr:
+        pytest.skip("entmtp is not built")
+    assert result.returncode == 0, result.stderr
+    mapped = {Path(line) for line in result.stdout.splitlines() if ".so" in line}
+    for name in ("libllama.", "libggml-base.", "libggml.", "libentmtp."):
+        found = [p for p in mapped if p.name.startswith(name)]
+        assert len(found) == 1, found
+    ours = {p.parent for p in mapped if p.name.startswith(("libllama", "libggml", "libentmtp"))}
+    assert len(ours) == 1, ours

@@ -1,0 +1,1 @@
+"""What tests share: models and checkpoints made for them, references, servers, a terminal."""

@@ -1,0 +1,416 @@
+"""`python -m entmtp.train` as a user runs it: from text to heads, interrupted and gone on with, and what goes wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed (the train extra)")
+torch.set_num_threads(1)  # xdist workers share the cores
+
+import gguf  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+
+import entmtp  # noqa: E402
+from entmtp.bank.bank import Bank  # noqa: E402
+from entmtp.bank.tree import PLAIN, Tree  # noqa: E402
+from entmtp.convert import convert  # noqa: E402
+from entmtp.train.cli import main  # noqa: E402
+from helpers.models import model_path, write_encoder  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+TINY = ("--tokens", "3000", "--seq-len", "64", "--held-out", "6", "--batch-tokens", "300", "--heads", "2")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Path:
+    """A llama of 64 dimensions and 320 tokens with random weights."""
+    return model_path("llama")
+
+
+def arguments(model: Path, outfile: Path, *more: str) -> list[str]:
+    return ["--model", str(model), "-o", str(outfile), "--threads", "1", *TINY, *more]
+
+
+def start(model: Path, outfile: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "entmtp.train", *arguments(model, outfile, *more)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def checkpoint_step(work: Path) -> int:
+    """Step of the checkpoint in a work folder, 0 without one."""
+    for path in work.glob("*/checkpoint.safetensors"):
+        with safe_open(path, "np") as file:
+            return int(re.findall(r'"step": (\d+)', file.metadata()["run"])[0])
+    return 0
+
+
+def tensors(path: Path) -> dict[str, Any]:
+    return {t.name: np.array(t.data) for t in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize("arch", ["medusa", "hydra", "hydra++"])
+def test_trained_heads_draft(
+    tiny: Path, tmp_path: Path, arch: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Heads made of the model's own text: they load, say where they come from, and the text stays the model's."""
+    outfile = tmp_path / "heads.gguf"
+    assert (
+        main(arguments(tiny, outfile, "--arch", arch, "--outtype", "f32", "--epochs", "2", "--noise", "1"))
+        == 0
+    )
+    said = capsys.readouterr().err
+    assert "written by the model itself" in said
+    assert "tokens per step" in said
+    fields = gguf.GGUFReader(outfile).fields
+    assert fields["entmtp.train.arch"].contents() == arch
+    assert fields["entmtp.train.steps"].contents() == 20
+    assert not (tmp_path / "heads.gguf.train").exists()
+
+    settings: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    texts = []
+    bank = Bank("small", (PLAIN, Tree.from_paths("small", [[0], [1], [0, 0], [0, 1], [1, 0]])))
+    for draft in (
+        {},
+        {
+            "draft": "entmtp",
+            "heads": outfile,
+            "calibrate": False,
+            "policy": "static",
+            "trees": bank,
+        },
+    ):
+        llm = entmtp.Llama(tiny, **settings, **draft)
+        walk = llm.generate([5, 6, 7], temp=0.0)
+        texts.append([next(walk) for _ in range(60)])
+        walk.close()
+        llm.close()
+    assert texts[0] == texts[1]
+
+    # the published layout, as the original code and the converter read it
+    again = tmp_path / "again.gguf"
+    convert(tmp_path / "heads", tiny, again, outtype="f32", progress=False)
+    ours, theirs = tensors(outfile), tensors(again)
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_training_helps(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A few steps on the demo model lift held-out tokens per step well above one."""
+    outfile = tmp_path / "heads.gguf"
+    options = (
+        "--tokens",
+        "16k",
+        "--held-out",
+        "12",
+        "--seq-len",
+        "128",
+        "--batch-tokens",
+        "512",
+        "--epochs",
+        "2",
+    )
+    assert (
+        main(
+            [
+                "--model",
+                str(models["q8_0"]),
+                "-o",
+                str(outfile),
+                "--arch",
+                "hydra",
+                "--threads",
+                "1",
+                *options,
+            ]
+        )
+        == 0
+    )
+    chain = float(gguf.GGUFReader(outfile).fields["entmtp.train.chain"].contents())
+    assert chain > 1.2
+
+
+def test_draft_vocabulary_and_shared_projection(tiny: Path, tmp_path: Path) -> None:
+    outfile = tmp_path / "heads.gguf"
+    assert main(arguments(tiny, outfile, "--draft-vocab", "100", "--share-lm-head", "--epochs", "1")) == 0
+    found = tensors(outfile)
+    assert found["d2t"].shape == (100,)
+    assert not any("output" in name for name in found)
+    # the published layout holds whole projections: the base model's
+    state = torch.load(tmp_path / "heads" / "hydra_lm_head.pt", weights_only=True)
+    assert state["hydra_lm_head.0.weight"].shape == (320, 64)
+
+    assert main(arguments(tiny, outfile, "--draft-vocab", "64", "--arch", "medusa", "--epochs", "1")) == 0
+    found = tensors(outfile)
+    assert found["head.0.output.weight"].shape[0] == len(found["d2t"]) == 64
+    state = torch.load(tmp_path / "heads" / "medusa_lm_head.pt", weights_only=True)
+    rows = state["0.1.weight"][torch.from_numpy(found["d2t"])]
+    trained = gguf.quants.dequantize(found["head.0.output.weight"], gguf.GGMLQuantizationType.F32)
+    assert torch.equal(rows.float(), torch.from_numpy(np.array(trained)).float())
+
+
+def wait_for(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+    while not ready():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot kill a process at once as kill -9 does")
+def test_killed_at_any_point_and_resumed(tiny: Path, tmp_path: Path) -> None:
+    """Killed while it writes text, records states and trains: the heads are those of an undisturbed training."""
+    options = ("--epochs", "20", "--save-every", "20", "--outtype", "f32", "--tokens", "6000")
+    calm, killed = tmp_path / "calm.gguf", tmp_path / "killed.gguf"
+    assert main(arguments(tiny, calm, *options)) == 0
+    work = tmp_path / "killed.gguf.train"
+    moments: tuple[Callable[[], bool], ...] = (
+        lambda: (work / "texts.digest").exists(),
+        lambda: any(work.glob("text-*.npz")),
+        lambda: (work / "states.hidden").exists(),
+        lambda: checkpoint_step(work) >= 20,
+        lambda: checkpoint_step(work) >= 120,
+        lambda: checkpoint_step(work) >= 240,
+    )
+    for ready in moments:
+        process = start(tiny, killed, *options, "--resume")
+        wait_for(process, ready)
+        process.kill()
+        process.wait()
+        assert not killed.exists()
+    process = start(tiny, killed, *options, "--resume")
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    ours, theirs = tensors(calm), tensors(killed)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert np.array_equal(value, theirs[name]), name
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGINT to send on Windows")
+def test_ctrl_c_saves(tiny: Path, tmp_path: Path) -> None:
+    outfile = tmp_path / "heads.gguf"
+    work = tmp_path / "heads.gguf.train"
+    options = ("--epochs", "2000", "--save-every", "10")
+    process = start(tiny, outfile, *options)
+    wait_for(process, lambda: checkpoint_step(work) >= 10)
+    before = checkpoint_step(work)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130, said
+    assert "go on with --resume" in said
+    assert "Traceback" not in said
+    assert checkpoint_step(work) >= before
+    assert not outfile.exists()
+    # without --resume nothing is overwritten, and other settings are another training
+    assert main(arguments(tiny, outfile, *options)) == 1
+    assert checkpoint_step(work) >= before
+
+
+def failed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Run, expect exit code 1 and one sentence."""
+    assert main(list(argv)) == 1
+    said = capsys.readouterr().err
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in said, said
+    return errors[0]
+
+
+def test_no_number_in_the_loss(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outfile = tmp_path / "heads.gguf"
+    said = failed(
+        capsys, *arguments(tiny, outfile, "--epochs", "3", "--lr", "1e30", "--clip", "0", "--save-every", "1")
+    )
+    assert "the loss is" in said and "lower --lr" in said
+    assert not outfile.exists()
+    [path] = (tmp_path / "heads.gguf.train").glob("*/checkpoint.safetensors")
+    with safe_open(path, "pt") as file:  # the last good one
+        names = [name for name in file.keys() if name.startswith("state/")]  # noqa: SIM118
+        assert names
+
+
+def test_models_that_cannot_have_heads(
+    tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "heads.gguf"
+    assert "no such model file" in failed(capsys, *arguments(tmp_path / "no.gguf", out))
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\0" * 40)
+    failed(capsys, *arguments(tmp_path / "bad.gguf", out))
+    (tmp_path / "text.gguf").write_bytes(b"hello there")
+    failed(capsys, *arguments(tmp_path / "text.gguf", out))
+    encoder = write_encoder(tmp_path / "encoder.gguf")
+    assert "encoder" in failed(capsys, *arguments(encoder, out))
+    assert "folder is missing" in failed(capsys, *arguments(tiny, tmp_path / "no" / "heads.gguf"))
+    assert not out.exists()
+
+
+def test_bad_data(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, empty = tmp_path / "heads.gguf", tmp_path / "empty.txt"
+    empty.write_text("  \n")
+    assert "no text in it" in failed(capsys, *arguments(tiny, out, "--data", str(empty)))
+    few = tmp_path / "few.txt"
+    few.write_text("one sentence of text, which is long enough to be read.")
+    assert "too few" in failed(capsys, *arguments(tiny, out, "--data", str(few)))
+
+
+def test_another_training_in_the_folder(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Text and states serve heads of every kind, but not another text."""
+    out, work = tmp_path / "heads.gguf", tmp_path / "work"
+    shared = ("--work", str(work), "--keep-work", "--epochs", "1")
+    assert main(arguments(tiny, out, "--arch", "medusa", *shared)) == 0
+    changed = {p.name: p.stat().st_mtime_ns for p in work.glob("text-*")}
+    assert main(arguments(tiny, out, "--arch", "hydra", *shared)) == 0
+    assert {p.name: p.stat().st_mtime_ns for p in work.glob("text-*")} == changed
+    assert "another training" in failed(capsys, *arguments(tiny, out, *shared, "--seed", "1"))
+    assert main(arguments(tiny, out, *shared, "--seed", "1", "--restart")) == 0
+
+
+def test_damaged_checkpoint(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, work = tmp_path / "heads.gguf", tmp_path / "work"
+    options = arguments(tiny, out, "--work", str(work), "--keep-work", "--epochs", "1")
+    assert main(options) == 0
+    [path] = work.glob("*/checkpoint.safetensors")
+    data = path.read_bytes()
+    for broken in (b"", data[: len(data) // 2], b"\xff" * 64 + data[64:]):
+        path.write_bytes(broken)
+        assert "the checkpoint is damaged" in failed(capsys, *options, "--resume")
+
+
+def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (
+        [], ["--model", "m.gguf"], ["--model", "m", "-o", "h", "--temps", "x"],
+        ["--model", "m", "-o", "h", "--tokens", "many"], ["--model", "m", "-o", "h", "--own", "2"],
+        ["--model", "m", "-o", "h", "--outtype", "q3"], ["--model", "m", "-o", "h", "--resume", "--restart"],
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as e:
+            main(argv)
+        assert e.value.code == 2
+    assert "examples:" not in capsys.readouterr().out
+
+
+#
+# a small disk
+#
+
+
+def in_small_disk(folder: Path, megabytes: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with a tmpfs of so many megabytes mounted on `folder`, which nobody else sees."""
+    mount = f'mount -t tmpfs -o size={megabytes}m none {folder} && exec "$@"'
+    return subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh", *command],
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def can_mount(tmp_path_factory: pytest.TempPathFactory) -> None:
+    if not shutil.which("unshare") or in_small_disk(tmp_path_factory.mktemp("mount"), 1, "true").returncode:
+        pytest.skip("this system lets no user mount a small disk (unshare --user --mount)")
+
+
+def test_a_disk_that_is_too_small(tiny: Path, tmp_path: Path, can_mount: None) -> None:
+    """It is said before anything is computed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    argv = arguments(tiny, tmp_path / "heads.gguf", "--work", str(disk / "work"))
+    done = in_small_disk(disk, 2, sys.executable, "-m", "entmtp.train", *argv)
+    assert done.returncode == 1
+    assert "GB are needed and" in done.stderr
+    assert "text" not in done.stderr.split("memory:")[1]
+
+
+FILL = """
+import sys
+from entmtp import train, train_plan, train_loop
+train_plan.check_disk = lambda need, folder: None   # as if another program took the room later
+save, calls = train_loop.Trainer.save, []
+def fill_then_save(self):
+    calls.append(1)
+    if len(calls) == 2:
+        with open(sys.argv[1] + "/other", "wb") as file:
+            try:
+                while True:
+                    file.write(bytes(1 << 16)); file.flush()
+            except OSError:
+                pass
+    save(self)
+train_loop.Trainer.save = fill_then_save
+code = train.main(sys.argv[2:])
+from safetensors import safe_open
+from pathlib import Path
+for path in Path(sys.argv[1]).glob("work/*/checkpoint.safetensors"):
+    with safe_open(path, "np") as file:
+        print(file.metadata()["run"])
+print(*Path(sys.argv[1]).glob("work/*/.*"))
+sys.exit(code)
+"""
+
+
+def test_a_disk_that_fills_up(tiny: Path, tmp_path: Path, can_mount: None) -> None:
+    """The error says so, and the last checkpoint is whole."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    argv = arguments(
+        tiny, tmp_path / "heads.gguf", "--work", str(disk / "work"), "--save-every", "5", "--epochs", "4"
+    )
+    done = in_small_disk(disk, 8, sys.executable, "-c", FILL, str(disk), *argv)
+    assert done.returncode == 1, done.stderr
+    assert "error: " in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert "no space left on device" in done.stderr
+    assert '"step": 5' in done.stdout
+    assert "tmp" not in done.stdout  # nothing half-written
+    assert not (tmp_path / "heads.gguf").exists()
+
+    # and where there is no room for the hidden states, before they are computed
+    done = in_small_disk(disk, 1, sys.executable, "-c", FILL, str(disk), *argv)
+    assert done.returncode == 1
+    assert "no space left on device" in done.stderr
+
+
+PEAK = """
+import re, sys, threading, time
+from entmtp import train, train_plan
+peak, stop = [0], threading.Event()
+def watch():
+    while not stop.wait(0.005):
+        peak[0] = max(peak[0], train_plan.resident())
+threading.Thread(target=watch, daemon=True).start()
+code = train.main(sys.argv[1:])
+stop.set()
+print(peak[0] / 1e6)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+@pytest.mark.parametrize("arch", ["medusa", "hydra++"])
+def test_disk_and_memory_are_as_said(models: dict[str, Path], tmp_path: Path, arch: str) -> None:
+    """Within a tenth of what it said before it started."""
+    work = tmp_path / "work"
+    argv = [
+        "--model", str(models["q8_0"]), "-o", str(tmp_path / "heads.gguf"), "--arch", arch, "--threads", "1",
+        "--tokens", "20k", "--held-out", "12", "--seq-len", "256", "--epochs", "1", "--work", str(work), "--keep-work",
+        "--save-every", "2",
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", PEAK, *argv], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    memory = float(re.findall(r"memory: (\d+) MB", done.stderr)[0])
+    assert float(done.stdout) == pytest.approx(memory, rel=0.1)
+    cache = float(re.findall(r"of which (\d+) MB hidden states", done.stderr)[0])
+    used = sum(p.stat().st_size for p in work.glob("states.*")) / 1e6
+    assert used == pytest.approx(cache, rel=0.1)
