@@ -2,8 +2,8 @@
 
 #pragma once
 
-#include "confidence.h"
 #include "cost.h"
+#include "grower.h"
 #include "guard.h"
 
 #include "entmtp.h"

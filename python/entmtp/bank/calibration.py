@@ -100,7 +100,7 @@ def from_json(data: Any, label: str) -> Calibration:
 
 
 def expanded_path(level: int, index: int) -> tuple[int, ...]:
-    """Rank paths that a head may be run after, in the order they are taken; as in native/src/confidence.cpp."""
+    """Rank paths that a head may be run after, in the order they are taken; as in native/src/grower.cpp."""
     path = [0] * level
     if level == 1:
         path[0] = index

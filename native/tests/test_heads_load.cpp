@@ -334,5 +334,5 @@ int main() {
         test_damaged_files();
         test_arguments();
     }
-    return tear_down("test_heads_file");
+    return tear_down("test_heads_load");
 }

@@ -1,6 +1,6 @@
 // Trees grown from probabilities: against brute force, and against the rules every tree obeys.
 
-#include "confidence.h"
+#include "grower.h"
 
 #include "check.h"
 #include "policies.h"
@@ -240,5 +240,5 @@ int main() {
     test_stops();
     test_bias();
     test_bad_calibration();
-    return check_result("test_confidence");
+    return check_result("test_grower");
 }

@@ -1,4 +1,4 @@
-#include "confidence.h"
+#include "grower.h"
 
 #include <algorithm>
 #include <cmath>
