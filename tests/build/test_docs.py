@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from test_rpc import rpc_server
 
 from entmtp.models.assets import assets
 from helpers.hub_server import hub_environment, serve
+from helpers.rpc import rpc_server
 from helpers.settings import prompts
 
 if sys.platform == "win32":

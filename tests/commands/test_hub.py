@@ -18,7 +18,7 @@ from helpers.hub_server import SHA, hub_environment, serve
 
 RUN = """
 import json, sys
-from entmtp.errors import ModelError
+from entmtp.common.errors import ModelError
 from entmtp.models import resolve
 for name, kind in json.loads(sys.argv[1]):
     said = []

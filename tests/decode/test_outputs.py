@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from test_lossless import GRAMMAR, decode
-from test_rpc import rpc_server
 
 from entmtp import Llama
 from entmtp.measure.methods import CONFIDENCE, ENTMTP, Method, generic
 from entmtp.native.backends import backends
+from helpers.rpc import rpc_server
 from helpers.settings import F32, prompts
 
 TREE = generic("hydra")[2]

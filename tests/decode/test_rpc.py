@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import struct
@@ -21,26 +20,12 @@ from test_lossless import TIE, decode, gap_at
 from entmtp import Llama, ServerError
 from entmtp.native import rpc
 from helpers.models import SPECS, model_path
+from helpers.rpc import rpc_server
 from helpers.settings import F32, prompts
 
 CODE = prompts("humaneval")
 ONE = F32 | {"n_threads": 1, "n_threads_batch": 1, "n_ctx": 512}
 TREE = {"trees": "generic-hydra:n8", "policy": "static"}
-
-
-@contextmanager
-def rpc_server(port: int = 0) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Address and process of a server."""
-    command = [sys.executable, "-m", "entmtp.rpc_server", "--port", str(port), "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            said = (re.search(r"lending 1 device at (127\.0\.0\.1:\d+);", line) for line in process.stdout)
-            found = next(filter(None, said), None)
-            assert found, "the server did not start"
-            yield found[1], process
-        finally:
-            process.kill()
 
 
 @pytest.fixture

@@ -1,17 +1,22 @@
-"""Model files: by which names they are found, what is in them, and how they are read."""
+"""Model files: by which names they are found, what is in them, and how they are read.
 
+Imported on first use: `entmtp doctor` names the package that is missing where one is.
+"""
+
+from importlib import import_module
 from typing import Any
 
-from .beside import find_heads
-from .names import resolve
+# demo_files lives with the commands' options; this was its public name
+_WHERE = {
+    "find_heads": "entmtp.models.beside",
+    "resolve": "entmtp.models.names",
+    "demo_files": "entmtp.options",
+}
 
-__all__ = ["find_heads", "resolve"]
+__all__ = ["demo_files", "find_heads", "resolve"]
 
 
 def __getattr__(name: str) -> Any:
-    """`demo_files` lives with the commands' options; this was its public name."""
-    if name != "demo_files":
+    if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return import_module("entmtp.options").demo_files
+    return getattr(import_module(_WHERE[name]), name)

@@ -8,9 +8,7 @@ from pathlib import Path
 from ..common.cache import cache_folder
 from ..common.errors import ModelError
 from ..common.version import __version__
-from ..convert import convert
 from ..models.assets import assets
-from ..models.gguf_expand import expand
 
 DEMO = "demo"  # the name of the bundled model
 
@@ -24,6 +22,9 @@ def demo_files() -> tuple[Path, Path]:
     Raises:
         ModelError: the cache cannot be written to.
     """
+    from ..convert import convert
+    from ..models.gguf_expand import expand
+
     source, checkpoint = assets() / "demo-base-q8_0.gguf", assets() / "hydra"
     digest = hashlib.sha256(__version__.encode())
     for path in (source, *sorted(checkpoint.iterdir())):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..common.errors import ConvertError, ModelError
-from ..llama import Llama
-from ..models.base import context_length, read_base
-from ..models.beside import find_heads
 from ..models.names import resolve
 from .demo import DEMO, demo_files
+
+if TYPE_CHECKING:
+    from ..llama import Llama
 
 DRAFTS = ("off", "static", "entropy", "confidence")
 CONTEXT = 4096
@@ -106,6 +106,8 @@ def model_files(args: argparse.Namespace) -> tuple[Path, Path | None]:
     """
     if args.draft == "off" and args.heads:
         raise ModelError("--heads are given, but --draft is off; leave one of them out")
+    from ..models.beside import find_heads
+
     heads: Path | None
     if args.model == DEMO and not Path(DEMO).exists():
         model, heads = demo_files()
@@ -137,6 +139,8 @@ def load(args: argparse.Namespace, **more: Any) -> Llama:
     Raises:
         EntmtpError, ValueError: with one sentence for the user. OSError: the disk is full or cannot be written to.
     """
+    from ..models.base import context_length
+
     model, heads = model_files(args)
     trained = context_length(model)
     n_ctx = args.ctx if args.ctx is not None else min(CONTEXT, trained or CONTEXT)
@@ -162,6 +166,8 @@ def load(args: argparse.Namespace, **more: Any) -> Llama:
             "draft": "entmtp", "heads": heads, "trees": args.trees, "policy": args.draft or "entropy",
         }  # fmt: skip
 
+    from ..llama import Llama  # not before: entmtp doctor runs where the libraries do not load
+
     try:
         return Llama(model, **{**settings, **more})
     except ValueError as e:
@@ -172,6 +178,8 @@ def load(args: argparse.Namespace, **more: Any) -> Llama:
 
 def explained(error: ValueError, model: Path, n_ctx: int) -> ValueError:
     """llama-cpp-python's errors, with their reason and what to do about it."""
+
+    from ..models.base import read_base
 
     text = str(error)
     if "Failed to load model" in text:
