@@ -105,6 +105,7 @@ lint: $(VENV)/.dev ## check formatting, style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(PY) tests/helpers/layers.py
 	$(BIN)/clang-format --dry-run -Werror $$(find native -name '*.cpp' -o -name '*.h')
 	@if command -v actionlint > /dev/null; then actionlint; \
 		else echo "actionlint is not installed: .github/workflows were not checked"; fi
