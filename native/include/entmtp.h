@@ -304,7 +304,7 @@ ENTMTP_API void entmtp_decoder_resume(struct entmtp_decoder * dec);
 
 struct entmtp_step {
     float   entropy; // running estimate when the tree was chosen, nats
-    int32_t tree;    // index in the bank; n_trees: grown by the confidence policy
+    int32_t tree;    // index in the bank, 0 if nothing was drafted; n_trees: grown by the confidence policy
     int32_t n_nodes; // tokens in the verify pass, the root among them
     int32_t n_accepted;
     int32_t t_draft_us;

@@ -314,7 +314,7 @@ int32_t decoder::step(int32_t token) {
         if (stats) {
             entmtp_step s = {};
             s.entropy     = running.get();
-            s.tree        = id;
+            s.tree        = tokens.size() > 1 ? id : 0; // a lone root is plain decoding, grown or not
             s.n_nodes     = (int32_t) tokens.size();
             s.t_draft_us  = (int32_t) t_draft;
             s.t_verify_us = (int32_t) t_verify;
@@ -343,9 +343,8 @@ int32_t decoder::settle(int32_t next) {
     if (is_tree && !verify.commit(path)) {
         // cannot happen unless the memory was changed behind our back
         verify.truncate(n_past);
-        tree_id = -1;
-        live    = false;
-        path.clear();
+        leave_tree();
+        live  = false;
         error = "the memory of the context was changed while a tree was being walked";
         return ENTMTP_ERROR;
     }
@@ -356,12 +355,16 @@ int32_t decoder::settle(int32_t next) {
     }
 
     n_past += (int32_t) path.size();
+    leave_tree();
+    return ENTMTP_OK;
+}
+
+void decoder::leave_tree() {
+    tree_id = -1;
     path.clear();
     typical.clear();
-    tree_id = -1;
     in_step = false;
     in_list = false;
-    return ENTMTP_OK;
 }
 
 void decoder::run_prefix(const std::vector<int32_t> & rows, int32_t pos0) {
@@ -369,14 +372,10 @@ void decoder::run_prefix(const std::vector<int32_t> & rows, int32_t pos0) {
 }
 
 void decoder::invalidate(int32_t past) {
-    tree_id = -1;
-    path.clear();
-    typical.clear();
+    leave_tree();
     live    = false;
     is_seen = false;
     row     = -1;
-    in_step = false;
-    in_list = false;
     n_past  = std::max(past, 0);
     running.reset();
     if (draft_heads && draft_heads->prefix()) {

@@ -77,6 +77,7 @@ class decoder {
     int32_t advance(int32_t token);
     int32_t step(int32_t token);
     int32_t decode_status(int32_t status);
+    void    leave_tree();
 
     int32_t verify_tree(int32_t id);
     void    run_prefix(const std::vector<int32_t> & rows, int32_t pos0);

@@ -137,7 +137,7 @@ static int64_t replay(const entmtp_trace &         trace,
 
             out             = {};
             out.entropy     = running.get();
-            out.tree        = id == scheduler::grow_tree ? (int32_t) bank.size() : id;
+            out.tree        = size == 1 ? 0 : id == scheduler::grow_tree ? (int32_t) bank.size() : id;
             out.n_nodes     = size;
             out.n_accepted  = (int32_t) path.size() - 1;
             out.t_draft_us  = (int32_t) std::lround(t_draft);

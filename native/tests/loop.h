@@ -124,8 +124,9 @@ struct loop {
         CHECK_EQ(entmtp_decoder_set_policy(dec.get(), &p), ENTMTP_OK);
     }
 
-    // trees grown from the heads' probabilities, which it trusts
-    void use_confidence() {
+    // trees grown from the heads' probabilities
+    //   trust  added to the logit of every guess: it trusts them more than they do themselves
+    void use_confidence(float trust = 4.0f) {
         const auto verify = pass_costs();
 
         const std::vector<float> level(n_levels * 3, 1.0f);
@@ -134,7 +135,7 @@ struct loop {
 
         plain_calibration cal(n_levels);
         for (int32_t l = 0; l < n_levels; ++l) {
-            cal.accept[l * ENTMTP_N_ACCEPT] = 4.0f; // more than the heads say themselves
+            cal.accept[l * ENTMTP_N_ACCEPT] = trust;
         }
         const entmtp_calibration calibration = cal.params();
 

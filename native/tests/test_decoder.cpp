@@ -65,9 +65,18 @@ static void test_same_tokens() {
             CHECK_EQ((int32_t) l.steps().size() + l.n_accepted(), n);
             bool grown = false;
             for (const auto & s : l.steps()) {
-                grown = grown || (s.tree == 4 && s.n_nodes > 1);
+                CHECK_EQ(s.tree, s.n_nodes > 1 ? 4 : 0);
+                grown = grown || s.tree == 4;
             }
             CHECK(grown);
+
+            // no guess is worth its place: a lone root is plain decoding, whoever grew it
+            l.use_confidence(-20.0f);
+            CHECK(run(l, sampler().get(), n) == expected);
+            CHECK_EQ(l.steps().size(), n);
+            for (const auto & s : l.steps()) {
+                CHECK_EQ(s.tree, 0);
+            }
         }
     }
 }

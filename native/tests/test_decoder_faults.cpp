@@ -214,12 +214,72 @@ static void test_changes_in_a_step() {
     CHECK(std::any_of(steps.begin(), steps.end(), [](const entmtp_step & s) { return s.tree != every_token; }));
 }
 
+// a sampler that takes its time, so that a record of it cannot be zero
+static tiny::sampler_ptr slow() {
+    static llama_sampler_i iface = {};
+    iface.apply                  = [](llama_sampler *, llama_token_data_array * p) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(2));
+        p->selected = 0;
+    };
+    return tiny::sampler_ptr(llama_sampler_init(&iface, nullptr));
+}
+
+// the memory is emptied while a tree is walked: nothing of that step reaches into the text that follows
+static void test_commit_fails() {
+    constexpr int32_t n = 20;
+
+    const auto typical = [](loop & l) {
+        tokens res;
+        for (int32_t i = 0; i < n; ++i) {
+            int32_t token = -1;
+            CHECK_EQ(entmtp_decoder_sample_typical(l.dec.get(), 1.0f, 1e-9f, 1.0f, &token), ENTMTP_OK);
+            CHECK_EQ(l.eval({ token }, (int32_t) prompt.size() + i), ENTMTP_OK);
+            res.push_back(token);
+        }
+        return res;
+    };
+
+    for (const char * path : all_heads) {
+        loop fresh(path);
+        loop l(path);
+        fresh.use_tree(bushy);
+        CHECK_EQ(fresh.eval(prompt, 0), ENTMTP_OK);
+        const tokens expected = typical(fresh);
+
+        // in the middle of another tree, whose typical path is known
+        l.use_tree(chain);
+        CHECK_EQ(l.eval(prompt, 0), ENTMTP_OK);
+        int32_t token = -1;
+        int32_t pos   = (int32_t) prompt.size();
+        CHECK_EQ(l.eval({ 3 }, pos++), ENTMTP_OK);
+        CHECK_EQ(entmtp_decoder_sample_typical(l.dec.get(), 1.0f, 1e-9f, 1.0f, &token), ENTMTP_OK);
+        llama_memory_clear(llama_get_memory(l.ctx.get()), true);
+        int32_t status = ENTMTP_OK;
+        for (int32_t i = 0; i < tiny::n_vocab && status == ENTMTP_OK; ++i) {
+            status = l.eval({ i }, pos++); // the first that is not in the tree ends it
+        }
+        CHECK_EQ(status, ENTMTP_ERROR);
+        CHECK_HAS(entmtp_last_error(), "was changed while a tree was being walked");
+        CHECK_EQ(entmtp_decoder_sample(l.dec.get(), greedy().get(), &token), ENTMTP_ERROR);
+
+        // what is sampled now belongs to no step
+        l.use_tree(bushy);
+        CHECK_EQ(l.eval(prompt, 0), ENTMTP_OK);
+        const int32_t before = l.steps().back().t_sample_us;
+        CHECK_EQ(entmtp_decoder_sample(l.dec.get(), slow().get(), &token), ENTMTP_OK);
+        CHECK_EQ(l.steps().back().t_sample_us, before);
+
+        CHECK(typical(l) == expected);
+    }
+}
+
 int main() {
     if (set_up()) {
         test_cancel();
         test_context_full();
         test_errors();
         test_changes_in_a_step();
+        test_commit_fails();
     }
     return tear_down("test_decoder_faults");
 }

@@ -96,6 +96,8 @@ def test_replay_is_what_the_live_model_does(case: tuple[str, Any], traced: tuple
     assert got["entropy"] == pytest.approx(expected["entropy"], abs=1e-3)
     if policy == "confidence":
         assert len(set(got["n_nodes"])) > 1, "one size only: this run proves little"
+        lone = got["n_nodes"] == 1  # a tree of no guesses is plain decoding
+        assert ((got["tree"] == 0) == lone).all()
     elif policy != "off":
         assert got["n_accepted"].sum() > 0
 
