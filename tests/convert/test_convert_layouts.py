@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType
 
 from entmtp.common.errors import ConvertError
 from entmtp.convert import convert, inspect_heads, main
+from entmtp.models.assets import assets
 from helpers.checkpoints import (
     N_EMBD,
     N_VOCAB,
@@ -26,7 +27,6 @@ from helpers.checkpoints import (
     write_checkpoint,
 )
 
-DEMO = Path(__file__).parents[3] / "shared" / "demo"
 PREFIX_NAMES = {
     "attn_norm": "layers.0.input_layernorm", "attn_q": "layers.0.self_attn.q_proj",
     "attn_k": "layers.0.self_attn.k_proj", "attn_v": "layers.0.self_attn.v_proj",
@@ -306,10 +306,9 @@ def test_existing_output_is_replaced(tmp_path, base):
     assert not list(tmp_path.glob(".*")), "temporary files are left"
 
 
-@pytest.mark.skipif(not DEMO.is_dir(), reason="the demo models are not here")
 @pytest.mark.parametrize("kind", ["medusa", "hydra"])
-def test_demo_heads(tmp_path, kind):
-    done = convert(DEMO / kind, DEMO / "demo-base-f16.gguf", tmp_path / "h.gguf")
+def test_demo_heads(tmp_path, models, kind):
+    done = convert(assets() / kind, models["f16"], tmp_path / "h.gguf")
     assert (done.n_heads, done.outtype) == (4, "f16")
     heads = inspect_heads(done.outfile)
     assert heads.keys[f"{kind}.vocab_size"] == 4096

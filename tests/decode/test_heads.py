@@ -17,6 +17,7 @@ from entmtp.bank.calibration import N_ACCEPT, N_AHEAD, N_BEST, Calibration
 from entmtp.bank.costs import relative
 from entmtp.bank.tree import PLAIN, Tree
 from entmtp.convert import convert
+from entmtp.models.assets import assets
 from entmtp.models.checkpoint import open_checkpoint
 from entmtp.native import kernels
 from entmtp.native.heads import Heads
@@ -49,8 +50,6 @@ F32 = {
     "verbose": False,
     **ON_GPU,
 }
-
-DEMO = Path(__file__).resolve().parents[3] / "shared" / "demo"
 
 State = dict[str, np.ndarray]
 Config = dict[str, Any]
@@ -400,15 +399,11 @@ def read_state(folder: Path) -> tuple[State, Config]:
     return state, checkpoint.config
 
 
-@pytest.mark.skipif(
-    not DEMO.exists(), reason="the demo model and its checkpoints are not beside the repository"
-)
 @pytest.mark.parametrize("kind", ["medusa", "hydra"])
-def test_demo_heads(kind: str, tmp_path: Path) -> None:
+def test_demo_heads(kind: str, models: dict[str, Path]) -> None:
     """Trained heads on the hidden states of a real text, and the same text with and without drafting."""
-    model = DEMO / "demo-base-f32.gguf"
-    state, config = read_state(DEMO / kind)
-    path = convert(DEMO / kind, model, tmp_path / "heads.gguf", outtype="f32", progress=False).outfile
+    model, path = models["f32"], models[kind]
+    state, config = read_state(assets() / kind)
     embd = embeddings(model)
 
     with (

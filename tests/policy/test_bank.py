@@ -136,12 +136,17 @@ def test_every_broken_field_is_named(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[1, 2", "[]", "3", '"x"', "[" * 100_000], ids=lambda t: t[:8] or "empty"
-)
-def test_files_that_are_no_banks(text: str, tmp_path: Path) -> None:
+    ("text", "match"),
+    [
+        ("", "is not JSON"), ("[1, 2", "is not JSON"), ("[" * 100_000, "is not JSON"),
+        ("[]", "expected a JSON object"), ("3", "expected a JSON object"), ('"x"', "expected a JSON object"),
+    ],
+    ids=lambda t: t[:8] or "empty",
+)  # fmt: skip
+def test_files_that_are_no_banks(text: str, match: str, tmp_path: Path) -> None:
     path = tmp_path / "bank.json"
     path.write_text(text)
-    with pytest.raises(BankError):
+    with pytest.raises(BankError, match=rf"bank\.json:? {match}"):
         Bank.load(path)
 
 
