@@ -221,9 +221,14 @@ entmtp_decoder_eval(struct entmtp_decoder * dec, const int32_t * tokens, int32_t
 ENTMTP_API int32_t entmtp_decoder_sample(struct entmtp_decoder * dec, struct llama_sampler * sampler, int32_t * token);
 
 // Typical acceptance (lossy): follow the longest path whose tokens all have p > min(epsilon, alpha * exp(-H)) under the
-// base model at temperature temp, then take the most probable token. Medusa (arXiv 2401.10774), section 2.3.1.
-ENTMTP_API int32_t
-entmtp_decoder_sample_typical(struct entmtp_decoder * dec, float temp, float epsilon, float alpha, int32_t * token);
+// base model at temperature temp, then draw the token that leaves the tree through the sampler chain. Drafts are not drawn,
+// but accepted by the chain. Medusa (arXiv 2401.10774), section 2.3.1.
+ENTMTP_API int32_t entmtp_decoder_sample_typical(struct entmtp_decoder * dec,
+                                                 struct llama_sampler *  sampler,
+                                                 float                   temp,
+                                                 float                   epsilon,
+                                                 float                   alpha,
+                                                 int32_t *               token);
 
 // The token is a draft that was right: it is in the verified tree, after the tokens evaluated so far, so that evaluating it
 // next takes no pass.
@@ -288,6 +293,15 @@ struct entmtp_traffic {
 };
 
 ENTMTP_API void entmtp_decoder_get_traffic(const struct entmtp_decoder * dec, struct entmtp_traffic * traffic);
+
+// Number of evaluated tokens, the last of which can be sampled after; -1 where there is none: nothing was evaluated yet,
+// or the last evaluation failed or was cancelled, and the text must be evaluated again.
+ENTMTP_API int32_t entmtp_decoder_n_evaluated(const struct entmtp_decoder * dec);
+
+// Evaluation can go on after the first n_past tokens: the memory still holds all that a token there attends to. Where
+// layers have a sliding window and their cache is no larger (swa_full = false), it forgets what lies before it, so that
+// a text cannot be cut back far. Recurrent and hybrid memories are asked by cutting them back.
+ENTMTP_API bool entmtp_decoder_can_continue(const struct entmtp_decoder * dec, int32_t n_past);
 
 // The memory of the model can hold a token tree; recurrent and hybrid memories cannot.
 ENTMTP_API bool entmtp_decoder_can_tree(const struct entmtp_decoder * dec);

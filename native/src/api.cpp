@@ -236,9 +236,11 @@ int32_t entmtp_decoder_sample(entmtp_decoder * dec, llama_sampler * sampler, int
         dec, [&](entmtp::decoder & d) { return sampler && token ? d.sample(sampler, token) : fail("no sampler"); });
 }
 
-int32_t entmtp_decoder_sample_typical(entmtp_decoder * dec, float temp, float epsilon, float alpha, int32_t * token) {
+int32_t entmtp_decoder_sample_typical(
+    entmtp_decoder * dec, llama_sampler * sampler, float temp, float epsilon, float alpha, int32_t * token) {
     return guarded(dec, [&](entmtp::decoder & d) {
-        return token ? d.sample_typical({ temp, epsilon, alpha }, token) : fail("no token");
+        return sampler && token ? d.sample_typical(sampler, { temp, epsilon, alpha }, token)
+                                : fail("no sampler or token");
     });
 }
 
@@ -298,6 +300,14 @@ void entmtp_decoder_get_traffic(const entmtp_decoder * dec, entmtp_traffic * tra
     if (traffic) {
         *traffic = dec ? dec->impl.traffic() : entmtp_traffic{};
     }
+}
+
+int32_t entmtp_decoder_n_evaluated(const entmtp_decoder * dec) {
+    return dec ? dec->impl.n_evaluated() : -1;
+}
+
+bool entmtp_decoder_can_continue(const entmtp_decoder * dec, int32_t n_past) {
+    return dec && dec->impl.can_continue(n_past);
 }
 
 bool entmtp_decoder_can_tree(const entmtp_decoder * dec) {

@@ -189,6 +189,12 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
 
     prefix_layer * prefix = draft_heads ? draft_heads->prefix() : nullptr;
 
+    if (!verify.can_continue(past)) {
+        error = "the memory of this model keeps a window of " + std::to_string(verify.window()) +
+                " tokens, and part of what token " + std::to_string(past) +
+                " attends to has left it; evaluate the text from its beginning, or create the model with swa_full=True";
+        return ENTMTP_ERROR;
+    }
     if (!verify.truncate(past)) {
         error = "the memory of this model cannot be cut back to " + std::to_string(past) + " tokens";
         return ENTMTP_ERROR;
@@ -439,7 +445,7 @@ int32_t decoder::sample(llama_sampler * sampler, int32_t * token) {
     return ENTMTP_OK;
 }
 
-int32_t decoder::sample_typical(const typical_params & p, int32_t * token) {
+int32_t decoder::sample_typical(llama_sampler * sampler, const typical_params & p, int32_t * token) {
     if (!live) {
         error = "there are no logits to sample from: evaluate a token first";
         return ENTMTP_ERROR;
@@ -454,9 +460,9 @@ int32_t decoder::sample_typical(const typical_params & p, int32_t * token) {
     // the caller may have gone another way than the typical one
     if (tree_id >= 0 && path.size() < typical.size() && std::equal(path.begin(), path.end(), typical.begin())) {
         *token = tokens[typical[path.size()]];
+        llama_sampler_accept(sampler, *token);
     } else {
-        const float * l = logits();
-        *token          = (int32_t) (std::max_element(l, l + n_vocab) - l);
+        *token = out.sample(sampler, row); // the token that leaves the tree is drawn, as in Medusa's code
     }
     return ENTMTP_OK;
 }

@@ -42,7 +42,7 @@ class decoder {
     // these return an entmtp_status; `error` says why it is not ENTMTP_OK
     int32_t eval(const int32_t * tokens, int32_t n, int32_t n_past, bool all_outputs);
     int32_t sample(llama_sampler * sampler, int32_t * token);
-    int32_t sample_typical(const typical_params & p, int32_t * token);
+    int32_t sample_typical(llama_sampler * sampler, const typical_params & p, int32_t * token);
     int32_t settle(int32_t next = -1); // next: the token that left the tree, if one did
 
     // evaluating `token` next would follow the verified tree: a draft of it was right
@@ -55,6 +55,11 @@ class decoder {
     entmtp_traffic      traffic() const;
 
     bool can_tree() const { return verify.can_tree(); }
+
+    // tokens evaluated, the last of which can be sampled after; -1: none
+    int32_t n_evaluated() const { return live ? n_past + (int32_t) path.size() : -1; }
+
+    bool can_continue(int32_t past) const { return verify.can_continue(past); }
 
     void invalidate(int32_t n_past);
     void cancel(bool value) { cancelled = value; }

@@ -2,7 +2,9 @@
 
 namespace entmtp {
 
-verifier::verifier(llama_context * ctx) : ctx(ctx), mem(llama_get_memory(ctx)), batch(llama_batch_ext_init(ctx)) {
+verifier::verifier(llama_context * ctx) :
+    ctx(ctx), mem(llama_get_memory(ctx)), batch(llama_batch_ext_init(ctx)),
+    n_swa(llama_model_n_swa(llama_get_model(ctx))) {
     // ask with a tree of two tokens that is never decoded
     tree_ok = llama_n_ubatch(ctx) >= 2 && llama_batch_ext_add_token(batch, 0, 0) == 0 &&
               llama_batch_ext_add_token(batch, 0, 0) == 1 && llama_batch_ext_set_parent(batch, 1, 0);
@@ -47,6 +49,15 @@ bool verifier::commit(const std::vector<int32_t> & path) {
 
 bool verifier::truncate(int32_t pos) {
     return llama_memory_seq_rm(mem, 0, pos, -1);
+}
+
+bool verifier::can_continue(int32_t pos) const {
+    // a token at pos attends to the positions pos - n_swa + 1 .. pos
+    const int32_t first = pos - n_swa + 1;
+    if (n_swa == 0 || first <= 0 || !mem || llama_memory_seq_pos_max(mem, 0) + 1 == pos) {
+        return true;
+    }
+    return llama_memory_seq_pos_min(mem, 0) <= first;
 }
 
 } // namespace entmtp

@@ -36,12 +36,19 @@ class verifier {
     // forget the positions from pos on
     bool truncate(int32_t pos);
 
+    // the memory holds all that a token at position pos attends to
+    bool can_continue(int32_t pos) const;
+
+    // tokens that layers with a sliding window attend to, the token itself among them; 0: there are none
+    int32_t window() const { return n_swa; }
+
   private:
     bool add(int32_t token, int32_t pos, bool output);
 
     llama_context *   ctx;
     llama_memory_t    mem;
     llama_batch_ext * batch;
+    const int32_t     n_swa;
     bool              tree_ok;
 };
 

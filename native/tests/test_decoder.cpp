@@ -177,9 +177,9 @@ static void test_typical() {
             tokens got;
             for (int32_t i = 0; i < 100; ++i) {
                 int32_t token = -1;
-                CHECK_EQ(
-                    entmtp_decoder_sample_typical(l.dec.get(), epsilon == 1.0f ? 0.0f : 1.0f, epsilon, 0.3f, &token),
-                    ENTMTP_OK);
+                CHECK_EQ(entmtp_decoder_sample_typical(l.dec.get(), greedy().get(), epsilon == 1.0f ? 0.0f : 1.0f,
+                                                       epsilon, 0.3f, &token),
+                         ENTMTP_OK);
                 CHECK_EQ(l.eval({ token }, (int32_t) prompt.size() + i), ENTMTP_OK);
                 got.push_back(token);
             }
@@ -207,13 +207,13 @@ static void test_typical() {
         CHECK_EQ(l.eval({ i }, pos), ENTMTP_OK);
 
         int32_t token = -1;
-        CHECK_EQ(entmtp_decoder_sample_typical(l.dec.get(), 1.0f, 1e-9f, 1.0f, &token), ENTMTP_OK);
+        CHECK_EQ(entmtp_decoder_sample_typical(l.dec.get(), greedy().get(), 1.0f, 1e-9f, 1.0f, &token), ENTMTP_OK);
         const int32_t other = (token + 1 + i) % tiny::n_vocab;
         CHECK_EQ(l.eval({ other }, pos + 1), ENTMTP_OK); // in the tree, as every token is
 
         const float * row  = entmtp_decoder_logits(l.dec.get());
         const int32_t best = (int32_t) (std::max_element(row, row + tiny::n_vocab) - row);
-        CHECK_EQ(entmtp_decoder_sample_typical(l.dec.get(), 1.0f, 1e-9f, 1.0f, &token), ENTMTP_OK);
+        CHECK_EQ(entmtp_decoder_sample_typical(l.dec.get(), greedy().get(), 1.0f, 1e-9f, 1.0f, &token), ENTMTP_OK);
         CHECK_EQ(token, best);
     }
 }

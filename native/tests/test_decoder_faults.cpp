@@ -232,7 +232,7 @@ static void test_commit_fails() {
         tokens res;
         for (int32_t i = 0; i < n; ++i) {
             int32_t token = -1;
-            CHECK_EQ(entmtp_decoder_sample_typical(l.dec.get(), 1.0f, 1e-9f, 1.0f, &token), ENTMTP_OK);
+            CHECK_EQ(entmtp_decoder_sample_typical(l.dec.get(), greedy().get(), 1.0f, 1e-9f, 1.0f, &token), ENTMTP_OK);
             CHECK_EQ(l.eval({ token }, (int32_t) prompt.size() + i), ENTMTP_OK);
             res.push_back(token);
         }
@@ -252,7 +252,7 @@ static void test_commit_fails() {
         int32_t token = -1;
         int32_t pos   = (int32_t) prompt.size();
         CHECK_EQ(l.eval({ 3 }, pos++), ENTMTP_OK);
-        CHECK_EQ(entmtp_decoder_sample_typical(l.dec.get(), 1.0f, 1e-9f, 1.0f, &token), ENTMTP_OK);
+        CHECK_EQ(entmtp_decoder_sample_typical(l.dec.get(), greedy().get(), 1.0f, 1e-9f, 1.0f, &token), ENTMTP_OK);
         llama_memory_clear(llama_get_memory(l.ctx.get()), true);
         int32_t status = ENTMTP_OK;
         for (int32_t i = 0; i < tiny::n_vocab && status == ENTMTP_OK; ++i) {

@@ -17,7 +17,7 @@ from .native import library
 
 if TYPE_CHECKING:
     from .bank import Bank, Tree
-    from .common.errors import BankError, Cancelled, EntmtpError, ModelError, ServerError
+    from .common.errors import BankError, BusyError, Cancelled, EntmtpError, ModelError, ServerError
     from .llama import Llama
     from .native.stats import DraftStats
 
@@ -30,6 +30,7 @@ _WHERE = {
     "Tree": "bank",
     "DraftStats": "native.stats",
     "BankError": "common.errors",
+    "BusyError": "common.errors",
     "Cancelled": "common.errors",
     "EntmtpError": "common.errors",
     "ModelError": "common.errors",
@@ -39,6 +40,7 @@ _WHERE = {
 __all__ = [
     "Bank",
     "BankError",
+    "BusyError",
     "Cancelled",
     "DraftStats",
     "EntmtpError",

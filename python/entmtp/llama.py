@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
-import numpy as np
 
-from .bank.bank import Bank
-from .common.errors import Cancelled, EntmtpError
+from .bank import Bank, load_bank
+from .common.errors import BusyError, Cancelled, EntmtpError
+from .common.use import Use
 from .measure.at_load import quick
 from .measure.known import machine_key, tuned_path
-from .models.beside import find_heads
+from .models.beside import heads_of
 from .models.hub import PREFIX as HUB
 from .models.names import resolve
 from .models.tokenizer import Tokenizer
@@ -28,12 +28,13 @@ from .native.decoder import Decoder
 from .native.heads import Heads
 from .native.rpc import Servers
 from .native.stats import DraftStats
+from .upstream import Upstream
 
 ACCEPT = ("lossless", "typical")
 OUTPUTS = ("auto", "host", "rows", "device")
 
 
-class Llama(llama_cpp.Llama):
+class Llama(Upstream):
     """A `llama_cpp.Llama` in every argument and method, with tree speculation by draft heads.
 
     With `draft="entmtp"` the same calls give the same tokens, in fewer passes of the model: each step drafts a tree of
@@ -111,6 +112,7 @@ class Llama(llama_cpp.Llama):
         self.policy = "off"
         self.tree: str | None = None  # the one of policy "static"
         self._servers: Servers | None = None
+        self._use = Use()
         # called with each sampled token, and whether it was in an accepted draft
         self.on_token: Callable[[int, bool], None] | None = None
         _check_arguments(draft, heads, policy, accept, kwargs)
@@ -122,11 +124,11 @@ class Llama(llama_cpp.Llama):
         if str(model_path).startswith(HUB):
             model_path = resolve(model_path)
         if draft is not None:
-            heads = _heads_file(heads, Path(model_path))
+            heads = heads_of(model_path, heads)
             self.heads_path = str(heads)
 
         # read before the model, which may take long to load
-        bank, tree = (None, None) if draft is None or trees is None else _load_bank(trees)
+        bank, tree = (None, None) if draft is None or trees is None else load_bank(trees)
 
         cpu_kernels.use(kernels)
         if rpc_servers:
@@ -160,7 +162,7 @@ class Llama(llama_cpp.Llama):
             )
         self._decoder = self._stack.enter_context(contextlib.closing(Decoder(self.ctx, self._heads)))
         self._decoder.set_stats(stats)
-        self._decoder.set_outputs("host" if self._logits_all else outputs)
+        self._decoder.set_outputs("host" if self.logits_all else outputs)
 
         if self._heads is not None:
             self._settings = {"score": score, "adapt": adapt}
@@ -169,16 +171,14 @@ class Llama(llama_cpp.Llama):
                 bank = self._default_bank()
             self._set_bank(bank, tree, policy)
 
-    # where llama_cpp.Llama sets the model's parameters, which name its devices
-    @property
-    def model_params(self) -> Any:
-        return self._model_params
-
-    @model_params.setter
-    def model_params(self, params: Any) -> None:
+    def prepare_model(self, params: Any) -> None:
         if self._servers is not None:
             params.devices = ctypes.cast(self._servers.devices, ctypes.c_void_p)
-        self._model_params = params
+
+    def must_evaluate(self) -> bool:
+        if self._decoder is None:
+            return super().must_evaluate()
+        return self._decoder.n_evaluated != self.n_tokens
 
     @property
     def decoder(self) -> Decoder:
@@ -270,7 +270,7 @@ class Llama(llama_cpp.Llama):
         if score not in SCORES:
             raise ValueError(f"score is {score!r}, must be one of {', '.join(SCORES)}")
         assert self.bank is not None
-        bank, named = (self.bank, None) if trees is None else _load_bank(trees)
+        bank, named = (self.bank, None) if trees is None else load_bank(trees)
         before = self.bank, self.tree, self.policy, self._settings["score"]
         try:
             self._settings["score"] = score
@@ -298,24 +298,34 @@ class Llama(llama_cpp.Llama):
     # The two calls below are the plain decode loop. The rest of llama_cpp.Llama is built on them.
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens after those evaluated before."""
-        if self._decoder is None:
-            super().eval(tokens)
-            self._check_servers()
-            return
-        for i in range(0, len(tokens), self.n_batch):
-            batch = tokens[i : i + self.n_batch]
-            first, last = self.n_tokens, self.n_tokens + len(batch)
-            self._decoder.eval(batch, first, self._logits_all)
-            self.input_ids[first:last] = batch
-            if self._logits_all:
-                if len(batch) == 1:
-                    self.scores[first] = self._decoder.logits(self._n_vocab)
-                else:
-                    rows = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(batch), self._n_vocab))
-                    self.scores[first:last] = rows
-            self.n_tokens = last
-            self._requires_eval = False
+        """Evaluate tokens after those evaluated before.
+
+        Raises:
+            EntmtpError: they do not fit into the context, or llama.cpp refused them. What was evaluated before stays.
+            Cancelled: `cancel` was called.
+            BusyError: another thread is in a call of this model.
+        """
+        with self._use:
+            if self._decoder is None:
+                super().eval(tokens)
+                self._check_servers()
+                return
+            if self.n_tokens + len(tokens) > self.n_ctx():
+                raise EntmtpError(
+                    f"the context is full: {self.n_tokens} tokens are in it and {len(tokens)} more do not fit into "
+                    f"{self.n_ctx()}; shorten the prompt, or create the model with a larger n_ctx"
+                )
+            for i in range(0, len(tokens), self.n_batch):
+                batch = tokens[i : i + self.n_batch]
+                first, last = self.n_tokens, self.n_tokens + len(batch)
+                self._decoder.eval(batch, first, self.logits_all)
+                self.input_ids[first:last] = batch
+                if self.logits_all:
+                    one = len(batch) == 1  # a drafted token's row need not be the last batch's only one
+                    self.scores[first:last] = (
+                        self._decoder.logits(self.vocab_size) if one else self.rows(len(batch))
+                    )
+                self.n_tokens = last
 
     def sample(
         self,
@@ -354,27 +364,33 @@ class Llama(llama_cpp.Llama):
             "logits_processor": logits_processor,
             "grammar": grammar,
         }
+        with self._use:
+            return self._sample(settings, idx)
+
+    def _sample(self, settings: dict[str, Any], idx: int | None) -> int:
         if self._decoder is None:
             return super().sample(**settings, idx=idx)
         if idx is not None and idx != self.n_tokens - 1:
             # an earlier token of the last batch, as after tokens that were sent into generate()
-            if not self._logits_all:
+            if not self.logits_all:
                 raise ValueError(
                     "sampling before the last evaluated token needs a model with logits_all=True"
                 )
             return super().sample(**settings, idx=idx)
 
+        # outside of generate() there is no sampler that lives on, as in llama_cpp
+        chain = self.chain(**settings).sampler
+        temp = settings["temp"]
         if self._accept == "typical" and temp > 0.0:
             asked = [k for k in ("grammar", "logits_processor") if settings[k] is not None]
             asked += [k for k in ("frequency_penalty", "presence_penalty") if settings[k] != 0.0]
-            asked += ["repeat_penalty"] if repeat_penalty != 1.0 else []
+            asked += ["repeat_penalty"] if settings["repeat_penalty"] != 1.0 else []
+            asked += ["mirostat_mode"] if settings["mirostat_mode"] else []
             if not asked:
-                return self._tell(self._decoder.sample_typical(temp, *self._typical))
+                return self._tell(self._decoder.sample_typical(chain, temp, *self._typical))
             self._say_once(f'accept="typical" does not know {asked[0]}: accepting losslessly')
 
-        # outside of generate() there is no sampler that lives on, as in llama_cpp
-        sampler = self._sampler if self._sampler is not None else self._init_sampler(**settings)
-        return self._tell(self._decoder.sample(sampler.sampler))
+        return self._tell(self._decoder.sample(chain))
 
     def _tell(self, token: int) -> int:
         if self.on_token is not None and self._decoder is not None:
@@ -389,22 +405,54 @@ class Llama(llama_cpp.Llama):
     def generate(
         self, tokens: Sequence[int], *args: Any, **kwargs: Any
     ) -> Generator[int, Sequence[int] | None, None]:
-        """Generate tokens; arguments and behaviour as in `llama_cpp.Llama.generate`."""
-        self._settle()
-        if self._decoder is not None:
-            self._decoder.resume()  # a cancellation after the end of the last generation is not meant for this one
+        """Generate tokens; arguments and behaviour as in `llama_cpp.Llama.generate`.
+
+        Another call of this model may come between two tokens; then this generator is over, and says so when it is
+        asked for the next one.
+
+        Raises:
+            ValueError: the prompt is empty.
+            BusyError: another thread is in a call of this model, or another generation began after this one.
+        """
+        tokens = list(tokens)
+        with self._use.of_a_new_generation() as turn:
+            self._settle()
+            if self._decoder is not None:
+                self._decoder.resume()  # a cancellation after the end of the last generation is not meant for this one
+                self._look_at_prompt(tokens, args[6] if len(args) > 6 else kwargs.get("reset", True))
+            inner = super().generate(tokens, *args, **kwargs)
+        sent: Sequence[int] | None = None
         try:
-            yield from super().generate(tokens, *args, **kwargs)
-        except Cancelled:
+            while True:
+                with self._use.of(turn):
+                    token = inner.send(sent)
+                sent = yield token
+        except (Cancelled, StopIteration):
             return
         finally:
-            self._settle()
+            with contextlib.suppress(BusyError), self._use.of(turn):
+                self._settle()
+
+    def _look_at_prompt(self, prompt: list[int], reset: bool) -> None:
+        """Refuse a prompt without tokens, and forget what the memory cannot go on from."""
+        assert self._decoder is not None
+        if not prompt and (reset or self.must_evaluate()):
+            raise ValueError("the prompt is empty: there is no token to go on from")
+        if not reset or self.n_tokens == 0:
+            return
+        same = self.longest_token_prefix(self.input_ids[: self.n_tokens].tolist(), prompt)
+        if same == len(prompt) == self.n_tokens and not self.must_evaluate():
+            return  # its logits are there
+        reused = same - 1 if same == len(prompt) else same
+        if reused > 0 and not self._decoder.can_continue(reused):
+            self.reset()
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """Embeddings of texts; arguments and result as in `llama_cpp.Llama.embed`."""
-        result = super().embed(*args, **kwargs)
-        self._check_servers()
-        return result
+        with self._use:
+            result = super().embed(*args, **kwargs)
+            self._check_servers()
+            return result
 
     # Whatever looks at the memory, or changes it, finds what plain decoding would have left there.
 
@@ -413,18 +461,28 @@ class Llama(llama_cpp.Llama):
             self._decoder.settle()
 
     def save_state(self) -> llama_cpp.LlamaState:
-        self._settle()
-        return super().save_state()
+        with self._use:
+            self._settle()
+            return super().save_state()
 
     def load_state(self, state: llama_cpp.LlamaState) -> None:
-        self._settle()
-        super().load_state(state)
-        if self._decoder is not None:
-            self._decoder.invalidate(self.n_tokens)
+        with self._use:
+            self._settle()
+            super().load_state(state)
+            if self._decoder is not None:
+                self._decoder.invalidate(self.n_tokens)
 
     def reset(self) -> None:
-        self._settle()
-        super().reset()
+        with self._use:
+            self._settle()
+            super().reset()
+            if self._decoder is not None:
+                self._decoder.invalidate(0)  # the logits that are there belong to a text that is forgotten
+
+    def close(self) -> None:
+        """Free the model. Raises BusyError where another thread is in a call of it: `cancel` that first."""
+        with self._use:
+            super().close()
 
 
 def _check_arguments(draft: Any, heads: Any, policy: str, accept: str, kwargs: dict[str, Any]) -> None:
@@ -445,34 +503,3 @@ def _check_arguments(draft: Any, heads: Any, policy: str, accept: str, kwargs: d
     }.items():
         if kwargs.get(name):
             raise ValueError(f'{name} cannot be combined with draft="entmtp": it {why}')
-
-
-def _heads_file(heads: str | Path | None, model: Path) -> Path:
-    """Path of the heads: as named, or those beside the model."""
-    if heads is None:
-        heads = find_heads(model)
-    if heads is None:
-        raise ValueError(
-            'draft="entmtp" needs heads=PATH, a heads file of this base model, and there is none beside it; '
-            "python -m entmtp.convert makes one from a Medusa or Hydra checkpoint"
-        )
-    if str(heads).startswith(HUB):
-        return resolve(heads, "heads")
-    if not Path(heads).is_file():
-        raise ValueError(f"heads: there is no file {heads}")
-    return Path(heads)
-
-
-def _load_bank(trees: str | Path | Bank) -> tuple[Bank, str | None]:
-    """A bank and the name of one tree of it, from `bank`, `bank:tree` or a Bank."""
-    if isinstance(trees, Bank):
-        return trees, None
-    if isinstance(trees, Path) or Path(trees).exists():
-        return Bank.load(trees), None
-    name, _, tree = str(trees).rpartition(":")
-    if name and "/" not in tree and "\\" not in tree:
-        return Bank.load(name), tree
-    return Bank.load(trees), None
-
-
-__all__ = ["Cancelled", "EntmtpError", "Llama"]

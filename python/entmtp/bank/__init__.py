@@ -1,6 +1,6 @@
 """Trees and what is known of them, as values with their files: nothing here measures, or needs a model."""
 
-from .bank import Bank, Ladder, dumps, from_json, names, to_json
+from .bank import Bank, Ladder, dumps, from_json, load_bank, names, to_json
 from .calibration import Calibration
 from .costs import Costs
 from .traces import Traces
@@ -17,6 +17,7 @@ __all__ = [
     "Tree",
     "dumps",
     "from_json",
+    "load_bank",
     "names",
     "to_json",
 ]

@@ -161,6 +161,22 @@ class Bank:
             raise BankError(f"{label} is not JSON: {e}") from None
 
 
+def load_bank(trees: str | Path | Bank) -> tuple[Bank, str | None]:
+    """A bank and the name of one tree of it, from `bank`, `bank:tree` or a Bank.
+
+    Raises:
+        BankError: see `Bank.load`.
+    """
+    if isinstance(trees, Bank):
+        return trees, None
+    if isinstance(trees, Path) or Path(trees).exists():
+        return Bank.load(trees), None
+    name, _, tree = str(trees).rpartition(":")
+    if name and "/" not in tree and "\\" not in tree:
+        return Bank.load(name), tree
+    return Bank.load(trees), None
+
+
 def _folder() -> Any:
     return files("entmtp") / "trees"
 

@@ -11,6 +11,10 @@ class Cancelled(EntmtpError):
     """`Llama.cancel()` stopped an evaluation."""
 
 
+class BusyError(EntmtpError):
+    """A model is in use by another thread, or by a generation that began later."""
+
+
 class BankError(ValueError):
     """A tree bank is not what the schema asks for."""
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import ConvertError
+from . import hub
 from .base import read_base
 from .formats.gguf_header import read_gguf_header, read_gguf_keys
-from .names import Say, warn
+from .names import Say, resolve, warn
 
 
 @dataclass(frozen=True)
@@ -84,3 +85,22 @@ def find_heads(model: Path, say: Say = warn) -> Path | None:
     if not best.same_name and best.base_name:
         say(f"{best.path.name} was made for {best.base_name}, which has the same vocabulary and width")
     return best.path
+
+
+def heads_of(model: str | Path, heads: str | Path | None) -> Path:
+    """Path of the heads of a model: as named, by path or `hf:` name, or those beside it.
+
+    Raises:
+        ValueError: there are none.
+    """
+    heads = find_heads(Path(model)) if heads is None else heads
+    if heads is None:
+        raise ValueError(
+            'draft="entmtp" needs heads=PATH, a heads file of this base model, and there is none beside it; '
+            "python -m entmtp.convert makes one from a Medusa or Hydra checkpoint"
+        )
+    if str(heads).startswith(hub.PREFIX):
+        return resolve(heads, "heads")
+    if not Path(heads).is_file():
+        raise ValueError(f"heads: there is no file {heads}")
+    return Path(heads)

@@ -287,9 +287,10 @@ decoder_eval = _bind("entmtp_decoder_eval", c_int32, c_void_p, c_void_p, c_int32
 decoder_sample = _bind("entmtp_decoder_sample", c_int32, c_void_p, c_void_p, POINTER(c_int32))
 
 # int32_t entmtp_decoder_sample_typical(
-#         struct entmtp_decoder * dec, float temp, float epsilon, float alpha, int32_t * token);
+#         struct entmtp_decoder * dec, struct llama_sampler * sampler, float temp, float epsilon, float alpha,
+#         int32_t * token);
 decoder_sample_typical = _bind(
-    "entmtp_decoder_sample_typical", c_int32, c_void_p, c_float, c_float, c_float, POINTER(c_int32)
+    "entmtp_decoder_sample_typical", c_int32, c_void_p, c_void_p, c_float, c_float, c_float, POINTER(c_int32)
 )
 
 # bool entmtp_decoder_is_drafted(const struct entmtp_decoder * dec, int32_t token);
@@ -315,6 +316,12 @@ decoder_cancel = _bind("entmtp_decoder_cancel", None, c_void_p)
 
 # void entmtp_decoder_resume(struct entmtp_decoder * dec);
 decoder_resume = _bind("entmtp_decoder_resume", None, c_void_p)
+
+# int32_t entmtp_decoder_n_evaluated(const struct entmtp_decoder * dec);
+decoder_n_evaluated = _bind("entmtp_decoder_n_evaluated", c_int32, c_void_p)
+
+# bool entmtp_decoder_can_continue(const struct entmtp_decoder * dec, int32_t n_past);
+decoder_can_continue = _bind("entmtp_decoder_can_continue", c_bool, c_void_p, c_int32)
 
 # bool entmtp_decoder_can_tree(const struct entmtp_decoder * dec);
 decoder_can_tree = _bind("entmtp_decoder_can_tree", c_bool, c_void_p)

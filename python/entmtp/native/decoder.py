@@ -86,9 +86,9 @@ class Decoder:
         n.check(n.decoder_sample(self._ptr, sampler, ctypes.byref(self._token)))
         return self._token.value
 
-    def sample_typical(self, temp: float, epsilon: float, alpha: float) -> int:
-        """The next token by typical acceptance (lossy)."""
-        n.check(n.decoder_sample_typical(self._ptr, temp, epsilon, alpha, ctypes.byref(self._token)))
+    def sample_typical(self, sampler: int, temp: float, epsilon: float, alpha: float) -> int:
+        """The next token by typical acceptance (lossy): a draft that passes, else through a `llama_sampler *` chain."""
+        n.check(n.decoder_sample_typical(self._ptr, sampler, temp, epsilon, alpha, ctypes.byref(self._token)))
         return self._token.value
 
     def is_drafted(self, token: int) -> bool:
@@ -125,6 +125,15 @@ class Decoder:
     def resume(self) -> None:
         """Take back a cancellation that came too late to stop anything."""
         n.decoder_resume(self._ptr)
+
+    @property
+    def n_evaluated(self) -> int:
+        """Tokens evaluated, the last of which can be sampled after; -1 where the last evaluation failed, or none was."""
+        return int(n.decoder_n_evaluated(self._ptr))
+
+    def can_continue(self, n_past: int) -> bool:
+        """The memory still holds what a token after the first `n_past` attends to (sliding windows forget)."""
+        return bool(n.decoder_can_continue(self._ptr, n_past))
 
     def can_tree(self) -> bool:
         """The memory of the model can hold a token tree (recurrent and hybrid ones cannot)."""
