@@ -158,7 +158,7 @@ def one(generator: Generator, prompt: str, args: Namespace) -> int:
 
 
 def settings_of(args: Namespace, model: Path) -> dict[str, Any]:
-    """What an answer depends on, besides its prompt. Drafting is none of it: it changes the speed alone."""
+    """What an answer depends on, besides its prompt. Drafting is none of it, unless it accepts what is typical."""
     n, size = 1 << 18, model.stat().st_size
     with model.open("rb") as file:
         ends = file.read(n)
@@ -172,6 +172,9 @@ def settings_of(args: Namespace, model: Path) -> dict[str, Any]:
     for name in ("grammar", "json_schema"):
         if path := getattr(args, name):
             facts[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    if args.accept == "typical":
+        lossy = ("accept", "typical_epsilon", "typical_alpha", "draft", "trees")
+        facts |= {name: value for name in lossy if (value := getattr(args, name)) is not None}
     # what is as usual goes without saying
     usual = Namespace(**vars(setup_arg_parser().parse_args([])))
     known = {

@@ -64,7 +64,7 @@ def test_heads_beside_the_model(
         (["-m", "HYDRA"], "this is a heads file, not a base model"),
         (["-m", "BASE", "--heads", "BASE"], "not draft heads"),
         (["-m", "BASE", "--draft", "confidence"], "--draft confidence needs draft heads"),
-        (["-m", "BASE", "--trees", "generic-hydra"], "--trees are for drafting"),
+        (["-m", "BASE", "--trees", "generic-hydra"], "--trees: for drafting"),
         (["-m", "BASE", "--heads", "HYDRA", "--draft", "off"], "--heads are given, but --draft is off"),
         (["-m", "BASE", "--heads", "HYDRA", "--draft", "static"], "needs one tree"),
         (["-m", "BASE", "--heads", "HYDRA", "--trees", "no-such"], "no tree bank"),

@@ -85,7 +85,7 @@ def test_interrupting_is_still_there(models: dict[str, Path]) -> None:
         (["--model", "no-such.gguf"], "no-such.gguf: there is no such model file"),
         (["--draft-model", "prompt-lookup-decoding"], "draft_model: this server drafts with heads"),
         (["--clip-model-path", "x.gguf"], "clip_model_path: this server reads no images yet"),
-        (["--draft", "sometimes"], "draft: input should be 'off', 'static', 'entropy' or 'confidence'"),
+        (["--draft", "sometimes"], "draft: input should be 'off', 'static', 'entropy', 'confidence', 'ladder'"),
         (["--port", "99999"], "port: input should be less than or equal to 65535"),
         (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1 port 8000"),
         (["--trees", "no-such-bank"], "no-such-bank"),

@@ -27,8 +27,9 @@ from entmtp.native.heads import Heads  # noqa: E402
 from entmtp.train.base import Base, read_matrices  # noqa: E402
 from entmtp.train.evaluation import Teacher, acceptance, ranks_of  # noqa: E402
 from entmtp.train.export import export, rounded  # noqa: E402
-from entmtp.train.heads import ARCHS, Shape, before_projection, initial, prefix_layer  # noqa: E402
-from entmtp.train.loop import Settings, Trainer  # noqa: E402
+from entmtp.train.heads import Shape, before_projection, initial, prefix_layer  # noqa: E402
+from entmtp.train.loop import Trainer  # noqa: E402
+from entmtp.train.options import Settings  # noqa: E402
 from entmtp.train.states import Layout, record  # noqa: E402
 from helpers.heads_reference import hydra_logits, medusa_logits, prefix_forward  # noqa: E402
 from helpers.models import model_path  # noqa: E402
@@ -36,6 +37,7 @@ from helpers.models import model_path  # noqa: E402
 pytestmark = pytest.mark.torch
 
 SEQ_LEN = 64
+ARCHS = ("medusa", "hydra", "hydra++")
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +353,7 @@ def test_gradients_of_a_step(prepared: Any, tmp_path: Path, arch: str) -> None:
     """Heads one after the other give the gradient of the weighted sum, written out for single tokens."""
     texts, states, teacher = prepared
     shape = shape_of(arch, n_layers=1)
-    trainer = Trainer(shape, Settings(1, batch_tokens=150), teacher, texts, states, tmp_path, "d")
+    trainer = Trainer(shape, Settings(batch_tokens=150), 1, teacher, texts, states, tmp_path, "d")
     state = shaken(shape, teacher.output)
     with torch.no_grad():
         for name, t in trainer.state.items():

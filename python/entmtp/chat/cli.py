@@ -81,8 +81,8 @@ def load_model(args: Namespace) -> Llama:
     if args.draft == "off" and not args.heads:
         _, heads = options.model_files(Namespace(**{**vars(args), "draft": None}))
         if heads is not None:
-            more |= {"draft": "entmtp", "heads": heads, "trees": args.trees, "policy": "off"}
-            args = Namespace(**{**vars(args), "trees": None})
+            args = Namespace(**{**vars(args), "draft": None, "heads": str(heads)})
+            more["policy"] = "off"
     llm = options.load(args, **more)
     if args.chat_format is None and not any(k.startswith("tokenizer.chat_template") for k in llm.metadata):
         llm.chat_format = CONTINUE  # llama-cpp-python would take that of Llama 2

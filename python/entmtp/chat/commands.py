@@ -14,7 +14,7 @@ from ..bank.bank import Bank, names
 from ..bank.tree import PLAIN
 from ..common.errors import EntmtpError
 from ..models.templates import prompt_length
-from ..options.model import DRAFTS
+from ..options.table import POLICIES
 from .conversation import load
 from .session import Chat
 
@@ -118,14 +118,14 @@ def _stats(chat: Chat, _: str) -> None:
 def _draft(chat: Chat, argument: str) -> None:
     if argument:
         policy, _, tree = argument.partition(" ")
-        if policy not in DRAFTS:
-            raise EntmtpError(f"/draft {policy}: there is off, static, entropy and confidence")
+        if policy not in POLICIES:
+            raise EntmtpError(f"/draft {policy}: there is {', '.join(POLICIES[:-1])} and {POLICIES[-1]}")
         bank = _need_heads(chat)
         if policy == "static":
             tree = tree.strip() or best_tree(bank)
         elif tree:
             raise EntmtpError(f"/draft {policy} takes no tree: only /draft static does")
-        chat.llm.set_trees(policy=policy, tree=tree or None)
+        chat.llm.set_trees(policy=policy, score=chat.score, tree=tree or None)
     chat.say(how(chat))
 
 
@@ -146,7 +146,7 @@ def _trees(chat: Chat, argument: str) -> None:
             policy = "static"
         if policy == "static" and not is_one:
             tree = best_tree(Bank.load(argument))
-    chat.llm.set_trees(trees, policy=policy, tree=tree or None)
+    chat.llm.set_trees(trees, policy=policy, score=chat.score, tree=tree or None)
     chat.say(how(chat))
 
 
@@ -217,7 +217,7 @@ def _quit(chat: Chat, _: str) -> None:
 
 def _draft_arguments(chat: Chat) -> Iterable[str]:
     trees = [t.name for t in chat.llm.bank.trees if t.n_nodes > 1] if chat.llm.bank else []
-    return [*DRAFTS, *(f"static {t}" for t in trees)]
+    return [*POLICIES, *(f"static {t}" for t in trees)]
 
 
 def _tree_arguments(chat: Chat) -> Iterable[str]:
@@ -228,7 +228,7 @@ COMMANDS = {
     "help": Command("", "this list", _help),
     "stats": Command("", "figures of the last answer", _stats),
     "draft": Command(
-        "[off|static|entropy|confidence]", "how to choose the tree of guesses; the text stays the same", _draft,
+        "[off|static|entropy|…]", "how to choose the tree of guesses; the text stays the same", _draft,
         _draft_arguments,
     ),
     "trees": Command("[tree or bank]", "list the trees, or draft from others", _trees, _tree_arguments),

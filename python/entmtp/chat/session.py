@@ -50,6 +50,7 @@ class Chat:
         self.seed = args.seed
         self.n_regenerated = 0
         self.show_drafts = args.show_drafts
+        self.score = args.score or "entropy"  # of /draft with a published policy
         self.plain = PlainPass.of(llm)
         self.speed: Speed | None = None  # of the last answer
         self.saved: Path | None = None  # the file of /save and /load

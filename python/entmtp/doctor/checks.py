@@ -23,7 +23,7 @@ from ..common.errors import EntmtpError
 from ..common.machine import busy_cpus, cpu_name, cpu_quota, free_memory, usable_cpus
 from ..common.version import __version__
 from ..models import hub
-from ..options.model import model_files
+from ..options.model import model_files, words
 
 GB = 1e9
 
@@ -260,7 +260,7 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
     else:
         yield ok("memory", f"{text}, {free / GB:.1f} GB free")
 
-    found = probe("model", *model_options(args, model, heads))
+    found = probe("model", *words(with_files(args, model, heads)))
     if "error" in found:
         mend = ""
         if found.get("signal") == "SIGKILL":
@@ -295,20 +295,10 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
         )  # fmt: skip
 
 
-def model_options(args: argparse.Namespace, model: Path, heads: Path | None) -> list[str]:
-    """The options again, with files in place of names."""
-    options = ["--model", str(model)]
-    if heads is None:
-        options += ["--draft", "off"]
-    else:
-        options += ["--heads", str(heads)]
-        options += ["--draft", args.draft] if args.draft else []
-        options += ["--trees", args.trees] if args.trees else []
-    for name in ("n_gpu_layers", "rpc", "tensor_split", "ctx", "threads", "kernels"):
-        if (value := getattr(args, name)) is not None:
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            options += [f"--{name.replace('_', '-')}", text]
-    return options + (["--flash-attn"] if args.flash_attn else [])
+def with_files(args: argparse.Namespace, model: Path, heads: Path | None) -> argparse.Namespace:
+    """The options with files in place of names, so that nothing is looked for again."""
+    found = {"model": model, "heads": heads} | ({"draft": "off"} if heads is None else {})
+    return argparse.Namespace(**{**vars(args), **found})
 
 
 def examine(args: argparse.Namespace, with_model: bool) -> Iterator[Check]:

@@ -54,8 +54,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "Exit code 1 if something is broken. Notes are about what could be better.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_model_options(parser)
-    parser.set_defaults(model=None)
+    add_model_options(parser, model=None)
     parser.add_argument("--json", action="store_true", help="everything as JSON, for bug reports")
     return parser
 

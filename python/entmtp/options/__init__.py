@@ -1,6 +1,18 @@
 """The options that commands share, and the files that they name."""
 
 from .demo import DEMO, demo_files
-from .model import DRAFTS, add_model_options, explained, load, model_files
+from .model import add_model_options, arguments, explained, load, model_files, no_heads, words
+from .table import OPTIONS
 
-__all__ = ["DEMO", "DRAFTS", "add_model_options", "demo_files", "explained", "load", "model_files"]
+__all__ = [
+    "DEMO",
+    "OPTIONS",
+    "add_model_options",
+    "arguments",
+    "demo_files",
+    "explained",
+    "load",
+    "model_files",
+    "no_heads",
+    "words",
+]

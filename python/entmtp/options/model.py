@@ -10,86 +10,52 @@ from typing import TYPE_CHECKING, Any
 from ..common.errors import ConvertError, ModelError
 from ..models.names import resolve
 from .demo import DEMO, demo_files
+from .table import CONTEXT, OPTIONS
 
 if TYPE_CHECKING:
     from ..llama import Llama
 
-DRAFTS = ("off", "static", "entropy", "confidence")
-CONTEXT = 4096
 MOST = 64  # times the context that a model was trained for
+TITLES = {"files": "model", "machine": "how to run it", "drafting": "drafting"}
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """`--model`, `--heads` and how to run them; `load` takes the result."""
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "-m", "--model", default=DEMO,
-        help="base model: a GGUF file or hf:owner/repo[/file][@revision] (default: a small bundled demo)",
-    )  # fmt: skip
-    group.add_argument(
-        "--heads", help="its draft heads, named alike (default: those beside the model, if any)"
-    )
-    group.add_argument(
-        "--draft", choices=DRAFTS,
-        help="how to choose the tree of guesses; off: plain decoding (default: entropy, off without heads)",
-    )  # fmt: skip
-    group.add_argument(
-        "--trees", help="a bank of trees: a path or a name, bank:tree for --draft static (default: as Llama)"
-    )
-    group.add_argument(
-        "--ctx", type=_not_negative, metavar="N",
-        help=f"context length in tokens, 0 for the model's own (default: {CONTEXT}, or the model's if that is less)",
-    )  # fmt: skip
-    group.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: as llama.cpp)")
-    group.add_argument(
-        "--n-gpu-layers", type=int, metavar="N",
-        help="layers on the GPU or on --rpc servers, -1 for all (default: 0, with --rpc all)",
-    )  # fmt: skip
-    group.add_argument(
-        "--rpc", type=_servers, metavar="HOST:PORT[,…]",
-        help="put layers on other machines that run entmtp rpc-server",
-    )  # fmt: skip
-    group.add_argument(
-        "--tensor-split", type=_shares, metavar="N[,N…]",
-        help="shares of the layers: of each --rpc server, then of each GPU (default: by free memory)",
-    )  # fmt: skip
-    group.add_argument("--flash-attn", action="store_true", help="use flash attention")
-    group.add_argument("--kernels", help="CPU kernels: auto, off, or a name (default: auto)")
+def add_model_options(parser: argparse.ArgumentParser, drafting: bool = True, **defaults: Any) -> None:
+    """`--model`, `--heads`, how to run them and how to draft; `load` takes the result.
+
+    Args:
+        drafting: False: without the options of how to draft, for a command that says that itself.
+        defaults: other defaults than the table's, by name; None: the option must be given, or may be left out.
+    """
+    for group, title in TITLES.items():
+        options = [option for option in OPTIONS if option.group == group]
+        if group == "drafting" and not drafting:
+            parser.set_defaults(**{option.name: option.default for option in options})
+            continue
+        section = parser.add_argument_group(title)
+        for option in options:
+            default, text = option.default, option.description
+            if option.name in defaults:
+                default = defaults[option.name]
+                text = option.help + ("" if default is None else f" (default: {default})")
+            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+            if option.type is not bool:
+                how = {"type": option.parse, "choices": option.choices, "metavar": option.metavar}
+            section.add_argument(*option.spellings, dest=option.name, default=default, help=text, **how)
 
 
-def _positive(text: str) -> int:
-    if (value := _not_negative(text)) == 0:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+def words(args: argparse.Namespace) -> list[str]:
+    """The options as a command line that gives the same again."""
+    return [word for option in OPTIONS for word in option.words(getattr(args, option.name))]
 
 
-def _not_negative(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens or threads")
-    return value
-
-
-def _servers(text: str) -> list[str]:
-    from ..native.rpc import parse
-
-    try:
-        return parse(text)
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(str(e)) from e
-
-
-def _shares(text: str) -> list[float]:
-    try:
-        shares = [float(part) for part in text.split(",")]
-    except ValueError:
-        shares = []
-    if not shares or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of shares, such as 3,1")
-    return shares
+def arguments(args: argparse.Namespace, heads: Path | None) -> dict[str, Any]:
+    """Arguments of `Llama`, but for the model, that the options name; those for drafting only with heads."""
+    found: dict[str, Any] = {} if heads is None else {"draft": "entmtp", "heads": heads}
+    for option in OPTIONS:
+        value = getattr(args, option.name, None)
+        if value is not None and (option.group == "machine" or (option.group == "drafting" and heads)):
+            found |= dict.fromkeys(option.arguments, value)
+    return found
 
 
 def note(sentence: str) -> None:
@@ -121,13 +87,19 @@ def model_files(args: argparse.Namespace) -> tuple[Path, Path | None]:
         heads = find_heads(model, note)
     if heads is None:
         if args.draft not in (None, "off"):
-            raise ModelError(
-                f"--draft {args.draft} needs draft heads, and none beside {model} fit it; give --heads, "
-                "or make them with python -m entmtp.convert"
-            )
-        if args.trees:
-            raise ModelError("--trees are for drafting, which needs --heads and no --draft off")
+            raise no_heads(f"--draft {args.draft}", model)
+        named = [o for o in OPTIONS if o.group == "drafting" and getattr(args, o.name, None) is not None]
+        if drafting := [o.flag for o in named if o.name != "draft"]:
+            raise ModelError(f"{', '.join(drafting)}: for drafting, which needs --heads and no --draft off")
     return model, heads
+
+
+def no_heads(what: str, model: Path) -> ModelError:
+    """The error of what needs heads that are not there."""
+    return ModelError(
+        f"{what} needs draft heads, and none beside {model} fit it; give --heads, or make them with "
+        "python -m entmtp.convert"
+    )
 
 
 def load(args: argparse.Namespace, **more: Any) -> Llama:
@@ -149,22 +121,7 @@ def load(args: argparse.Namespace, **more: Any) -> Llama:
             f"--ctx {n_ctx} is more than {MOST} times the {trained} tokens that {model.name} was trained for; "
             "choose a smaller one"
         )
-    settings: dict[str, Any] = {
-        "n_ctx": n_ctx, "n_gpu_layers": args.n_gpu_layers or 0, "flash_attn": args.flash_attn, "kernels": args.kernels,
-        "verbose": False,
-    }  # fmt: skip
-    if args.threads:
-        settings |= {"n_threads": args.threads, "n_threads_batch": args.threads}
-    if args.rpc:
-        settings["rpc_servers"] = args.rpc
-        if args.n_gpu_layers is None:
-            settings["n_gpu_layers"] = -1
-    if args.tensor_split:
-        settings["tensor_split"] = args.tensor_split
-    if heads is not None:
-        settings |= {
-            "draft": "entmtp", "heads": heads, "trees": args.trees, "policy": args.draft or "entropy",
-        }  # fmt: skip
+    settings = arguments(args, heads) | {"n_ctx": n_ctx, "verbose": False}
 
     from ..llama import Llama  # not before: entmtp doctor runs where the libraries do not load
 
@@ -178,7 +135,6 @@ def load(args: argparse.Namespace, **more: Any) -> Llama:
 
 def explained(error: ValueError, model: Path, n_ctx: int) -> ValueError:
     """llama-cpp-python's errors, with their reason and what to do about it."""
-
     from ..models.base import read_base
 
     text = str(error)

@@ -19,8 +19,6 @@ NEEDED = (
     "pydantic_settings",
     "prometheus_client",
 )
-SHORT = {"-m": "--model", "--ctx": "--n_ctx", "--threads": "--n_threads", "--policy": "--draft",
-         "--rpc": "--rpc_servers"}  # fmt: skip
 STOP_WITHIN = 10.0  # seconds; only a pass of the model that takes longer is not waited for
 
 EXAMPLE = """\
@@ -29,8 +27,8 @@ example:
   curl http://127.0.0.1:8000/v1/completions -H 'Authorization: Bearer SECRET' \\
     -H 'Content-Type: application/json' -d '{"prompt": "Once upon a time", "max_tokens": 32}'
 
-Options may be written with - or _; --ctx, --threads, --policy and --rpc stand for --n_ctx, --n_threads, --draft and
---rpc_servers."""
+Options may be written with - or _; --ctx, --threads and --rpc stand for --n_ctx, --n_threads and --rpc_servers,
+--policy for --draft, --no-adapt and --no-calibrate for --adapt false and --calibrate false."""
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -55,11 +53,14 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 def spelled(argv: Sequence[str]) -> list[str]:
     """Options as llama-cpp-python spells them: `--n-ctx` is `--n_ctx`."""
+    from .settings import spellings
+
+    known = spellings()
     words = []
     for word in argv:
         name, equals, value = word.partition("=")
         if name.startswith("-"):
-            name = SHORT.get(name) or name[:2] + name[2:].replace("-", "_")
+            name = known.get(name.replace("_", "-")) or name[:2] + name[2:].replace("-", "_")
         words.append(name + equals + value)
     return words
 

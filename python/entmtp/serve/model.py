@@ -14,10 +14,10 @@ from llama_cpp.server.model import LlamaProxy
 from ..llama import Llama
 from ..models.base import context_length
 from ..models.names import resolve
-from ..options.model import explained, model_files
+from ..options.model import arguments, explained, model_files
 from .metrics import Metrics
 from .requests import ServedRequest, current
-from .settings import ModelSettings
+from .settings import OURS, ModelSettings
 
 
 class ServedLlama(Llama):
@@ -81,13 +81,11 @@ class Models(LlamaProxy):
             EntmtpError, ValueError: with one sentence for the user.
         """
         alias = settings.model_alias or settings.model
+        names = argparse.Namespace(**{option.name: getattr(settings, option.name) for option in OURS})
         heads: Path | None
         if settings.hf_model_repo_id is None:
-            plainly = (settings.embedding or settings.vocab_only) and not settings.heads  # nothing to draft
-            draft = settings.draft or ("off" if plainly else None)
-            names = argparse.Namespace(
-                model=settings.model, heads=settings.heads, trees=settings.trees, draft=draft
-            )
+            if (settings.embedding or settings.vocab_only) and not (names.heads or names.draft):
+                names.draft = "off"  # there is nothing to draft
             model, heads = model_files(names)
             known: dict[str, Any] = {"model": str(model)}
             if "n_ctx" not in settings.model_fields_set and (trained := context_length(model)):
@@ -97,11 +95,7 @@ class Models(LlamaProxy):
             settings = settings.model_copy(update=known)
         else:  # llama-cpp-python fetches the model
             heads = resolve(settings.heads, "heads") if settings.heads else None
-        ours: dict[str, Any] = {"kernels": settings.kernels}
-        if heads is not None:
-            policy = settings.draft or "entropy"
-            ours |= {"draft": "entmtp", "heads": heads, "trees": settings.trees, "policy": policy}
-        with _built_with(ours):
+        with _built_with(arguments(names, heads)):
             try:
                 llm = LlamaProxy.load_llama_from_model_settings(settings)
             except ValueError as e:

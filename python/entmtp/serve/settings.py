@@ -11,30 +11,46 @@ from pathlib import Path
 from typing import Any, Literal, Optional  # Optional: llama-cpp-python's parser knows no `X | None`
 
 from llama_cpp.server import settings as stock
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, create_model, field_validator
 
 from ..common.errors import EntmtpError
-from ..options.demo import DEMO
+from ..options.table import OPTIONS, Option
+
+# what llama-cpp-python's server has no setting for
+OURS = tuple(option for option in OPTIONS if option.arguments[0] not in stock.ModelSettings.model_fields)
 
 
-class ModelSettings(stock.ModelSettings):
-    """One model, and how to draft for it."""
+def setting(option: Option) -> str:
+    """What the server calls an option."""
+    return option.name if option in OURS else option.arguments[0]
 
-    model: str = Field(default=DEMO, description="base model: a GGUF file or hf:owner/repo[/file][@revision]")
-    heads: Optional[str] = Field(  # noqa: UP045
-        default=None, description="its draft heads, named alike (default: those beside the model, if any)"
-    )
-    draft: Optional[Literal["off", "static", "entropy", "confidence"]] = Field(  # noqa: UP045
-        default=None,
-        description="how to choose the tree of guesses: static, entropy or confidence; off: plain decoding "
-        "(default: entropy, off without heads)",
-    )
-    trees: Optional[str] = Field(  # noqa: UP045
-        default=None, description="a bank of trees: a path or a name, bank:tree with draft static"
-    )
-    kernels: Optional[str] = Field(  # noqa: UP045
-        default=None, description="CPU kernels: auto, off, or a name (default: auto)"
-    )
+
+def spellings() -> dict[str, str]:
+    """Options as the other commands have them: what the server's command line calls them."""
+    found: dict[str, str] = {}
+    for option in OPTIONS:
+        found |= dict.fromkeys(option.spellings, f"--{setting(option)}")
+        if option.type is bool:
+            found |= {option.words(False)[0]: f"--{setting(option)}=false"}
+    return found
+
+
+def _field(option: Option) -> tuple[Any, Any]:
+    """A setting's type and default, as pydantic wants them."""
+    kind: Any = Literal[option.choices] if option.choices else option.type
+    if option.default is not None:  # it is said beside the description
+        return kind, Field(default=option.default, description=option.help)
+    kind = Optional[kind]  # noqa: UP045
+    return kind, Field(default=None, ge=option.least, description=option.description)
+
+
+_fields: dict[str, Any] = {option.name: _field(option) for option in OURS}
+_Ours: Any = create_model("_Ours", __base__=stock.ModelSettings, **_fields)
+
+
+class ModelSettings(_Ours):
+    """One model, and how to draft for it: llama-cpp-python's settings and those of options/table.py."""
+
     verbose: bool = Field(default=False, description="say what llama.cpp and llama-cpp-python do")
 
     @field_validator("draft_model")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ..common.errors import EntmtpError
+from ..common.errors import ConvertError, EntmtpError
 from .options import options_of, setup_arg_parser
 from .run import train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, 1 on failure, 2 on wrong usage, 130 on Ctrl-C."""
-    from ..common.errors import ConvertError
     from ..convert.writer import OUTTYPES
 
     parser = setup_arg_parser()

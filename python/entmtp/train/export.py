@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from ..common.atomic import atomic_path
+from ..common.errors import ModelError
 from ..convert import convert
 from .heads import Shape, State
 
@@ -99,7 +99,16 @@ def _card(shape: Shape, base_name: str, about: Mapping[str, str | int | float]) 
 
 
 def writable(outfile: Path) -> None:
-    """Raise OSError if the file could not be written."""
-    with atomic_path(outfile.with_name(outfile.name + ".test")) as temporary:
+    """Say before the training that the file could not be written after it.
+
+    Raises:
+        ModelError: there is no such folder, or there is a folder of that name. OSError: it cannot be written to.
+    """
+    if outfile.is_dir() or not outfile.absolute().parent.is_dir():
+        raise ModelError(
+            f"{outfile}: cannot be written, for its folder is missing or it is a folder; change -o"
+        )
+    trial = outfile.with_name(outfile.name + ".test")
+    with atomic_path(trial) as temporary:
         temporary.write_bytes(b"")
-    os.unlink(outfile.with_name(outfile.name + ".test"))
+    trial.unlink()

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-ARCHS = ("medusa", "hydra", "hydra++")
-
 State = dict[str, torch.Tensor]
 
 PREFIX = "prefix_embeding_layer."  # spelt so in the published code

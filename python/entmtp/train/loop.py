@@ -20,39 +20,12 @@ from ..common.errors import ModelError
 from .evaluation import Acceptance, Teacher, evaluate
 from .heads import Shape, State, before_projection, initial, prefix_layer
 from .loss import piece_rows, projected_loss
+from .options import Settings
 from .states import States
 from .text import Texts
 
 BETAS = (0.9, 0.95)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch calls them
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train."""
-
-    n_steps: int
-    batch_tokens: int = 4096
-    lr: float = 1.5e-3
-    schedule: str = "cosine"  # or "linear"
-    warmup: float = 0.03  # share of the steps
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    head_decay: float = 0.8  # weight of head i is head_decay^i
-    noise: float = 0.0
-    loss: str = "teacher"  # or "text"
-    bf16: bool = False
-    seed: int = 0
-    eval_every: int = 200
-    save_every: int = 100
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step."""
-        n_warm = max(1, round(self.warmup * self.n_steps))
-        if step < n_warm:
-            return self.lr * (step + 1) / n_warm
-        part = (step - n_warm) / max(1, self.n_steps - n_warm)
-        return self.lr * (0.5 * (1 + math.cos(math.pi * part)) if self.schedule == "cosine" else 1 - part)
 
 
 @dataclass
@@ -86,20 +59,23 @@ class Trainer:
     """Heads in training.
 
     Args:
+        settings: with `bf16` decided.
         folder: where checkpoints are kept.
+        digest: of all that a checkpoint depends on.
     """
 
     def __init__(
         self,
         shape: Shape,
         settings: Settings,
+        n_steps: int,
         teacher: Teacher,
         texts: Texts,
         states: States,
         folder: Path,
         digest: str,
     ):
-        self.shape, self.settings, self.teacher = shape, settings, teacher
+        self.shape, self.settings, self.n_steps, self.teacher = shape, settings, n_steps, teacher
         self.texts, self.states = texts, states
         self.folder, self.digest = folder, digest
         self.path = folder / "checkpoint.safetensors"
@@ -114,7 +90,7 @@ class Trainer:
             {"params": vectors, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=BETAS, fused=True)
-        self.step = 0
+        self.step = self.began = 0  # where the run is, and where it went on
         self.dtype = torch.bfloat16 if settings.bf16 else torch.float32
 
     #
@@ -171,7 +147,7 @@ class Trainer:
             hidden = hidden + (torch.rand(hidden.shape, generator=g) * 2 - 1) * size
 
         seen = hidden
-        with torch.autocast("cpu", torch.bfloat16, enabled=s.bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(s.bf16)):
             if shape.prefix:
                 seen = prefix_layer(shape, self.state, hidden)
         # heads one after the other: their gradients meet in `leaf`, so only one head's work is in memory
@@ -183,7 +159,7 @@ class Trainer:
                 losses.append(0.0)
                 continue
             at, t = (filled(index, piece_rows(len(self.teacher.output))) for index in (at, t))
-            with torch.autocast("cpu", torch.bfloat16, enabled=s.bf16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bool(s.bf16)):
                 x = leaf[at, t]
                 if shape.grounded:
                     path = (self.teacher.embedding[batch.tokens[at, t + 1 + j]] for j in range(i + 1))
@@ -216,7 +192,7 @@ class Trainer:
         if self.settings.clip > 0:
             torch.nn.utils.clip_grad_norm_(self.state.values(), self.settings.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate(self.step)
+            group["lr"] = self.settings.rate(self.step, self.n_steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -238,7 +214,7 @@ class Trainer:
             next(order)
         last: Acceptance | None = None
         try:
-            while self.step < s.n_steps:
+            while self.step < self.n_steps:
                 batch = self.batch(next(order))
                 losses = self.gradients(batch)
                 total = sum(x * s.head_decay**i for i, x in enumerate(losses))
@@ -250,9 +226,9 @@ class Trainer:
                 self.update()
                 self.step += 1
                 last = None
-                if self.step % s.eval_every == 0 or self.step == s.n_steps:
+                if self.step % s.eval_every == 0 or self.step == self.n_steps:
                     last = self.evaluate()
-                if self.step % s.save_every == 0 or self.step == s.n_steps:
+                if self.step % s.save_every == 0 or self.step == self.n_steps:
                     self.save()
                 show(Report(self.step, total, losses, int(batch.lengths.sum()), last))
         except KeyboardInterrupt:
@@ -304,7 +280,7 @@ class Trainer:
                         if step:
                             moments = {m: file.get_tensor(f"{m}/{name}") for m in MOMENTS}
                             self.optimizer.state[t] = {"step": torch.tensor(float(step)), **moments}
-                self.step = step
+                self.step = self.began = step
         except (SafetensorError, ValueError, KeyError, RuntimeError) as e:
             if isinstance(e, ModelError):
                 raise

@@ -1,13 +1,15 @@
-"""The options of `python -m entmtp.train`, and from Python."""
+"""The options of `python -m entmtp.train`, and from Python: fields of a class, from which the command line is made."""
+
+# ruff: noqa: RUF009  (`option` makes a field)
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
-
-from ..models.names import resolve
 
 EPILOG = """examples:
   # Hydra heads, from text that the model writes by itself
@@ -21,191 +23,9 @@ Disk and memory are said before it starts. Some of the text is held out: the tok
 chain and of a tree of 16 nodes, are measured on it. Prompts that you benchmark with should not be among the data."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """A training.
-
-    Attributes:
-        model: the base model.
-        outfile: heads file to write.
-        torch_folder: where the published layout goes; None: the heads file's name without .gguf.
-        arch: `"medusa"`, `"hydra"` or `"hydra++"`.
-        data: files and folders of text, .jsonl of documents or prompts; none: the model writes all text.
-        n_tokens: of training text.
-        own: share of the documents that the model goes on from by itself.
-        temps: at which it writes.
-        k: tokens of the base model's distribution that are kept, besides the mass of the rest.
-        draft_vocab: how many tokens heads can propose, `"auto"`, or None for all.
-        share_lm_head: heads are their residual blocks alone, the base model's projection serves.
-        epochs: passes over the text.
-        cache_gb: most that hidden states may take on disk.
-        work: folder of the cache and the checkpoints; None: beside the heads file.
-        settings: further ones of `train_loop.Settings`.
-    """
-
-    model: Path
-    outfile: Path
-    torch_folder: Path | None = None
-    arch: str = "hydra"
-    n_heads: int = 4
-    n_layers: int = 1
-    data: tuple[str, ...] = ()
-    n_tokens: int = 2_000_000
-    seq_len: int = 512
-    own: float = 0.4
-    temps: tuple[float, ...] = (0.0, 0.8)
-    n_held_out: int = 48
-    k: int = 32
-    draft_vocab: int | str | None = None
-    share_lm_head: bool = False
-    epochs: float = 3.0
-    outtype: str = "auto"
-    cache_gb: float = 4.0
-    work: Path | None = None
-    resume: bool = False
-    restart: bool = False
-    keep_work: bool = False
-    n_threads: int | None = None
-    n_gpu_layers: int = 0
-    bf16: bool | None = None
-    seed: int = 0
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-def setup_arg_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m entmtp.train",
-        description="Train Medusa or Hydra draft heads for a GGUF model, on this machine. Needs PyTorch: "
-        "pip install entmtp[train]",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("-m", "--model", required=True, help="base model: a GGUF file or hf:owner/repo[/file][@revision]")
-    add("-o", "--outfile", required=True, metavar="heads.gguf", help="heads file to write")
-    add(
-        "--torch-dir",
-        metavar="DIR",
-        help="folder for the published PyTorch layout (default: heads.gguf without .gguf)",
-    )
-    add(
-        "--outtype",
-        default="auto",
-        help="type of the heads file's matrices, as for entmtp.convert (default: auto)",
-    )
-
-    group = parser.add_argument_group("heads")
-    group.add_argument(
-        "--arch", choices=("medusa", "hydra", "hydra++"), default="hydra",
-        help="medusa: heads see the hidden state; hydra: and the tokens drafted before; hydra++: and, through a "
-        "layer of attention, the text so far (default: hydra)",
-    )  # fmt: skip
-    group.add_argument(
-        "--heads", type=_positive, default=4, metavar="N", help="tokens guessed ahead (default: 4)"
-    )
-    group.add_argument(
-        "--layers", type=_positive, default=1, metavar="N", help="residual blocks per head (default: 1)"
-    )
-    group.add_argument(
-        "--draft-vocab", type=_vocab, metavar="N|auto",
-        help="propose the N most frequent tokens only; auto: as many as make up 99%% of the text (default: all)",
-    )  # fmt: skip
-    group.add_argument(
-        "--share-lm-head", action="store_true",
-        help="train the residual blocks alone; the base model's own projection serves all heads",
-    )  # fmt: skip
-
-    group = parser.add_argument_group("text")
-    group.add_argument(
-        "--data", nargs="+", default=[], metavar="PATH",
-        help="text files, folders, .jsonl with a field text (documents) or prompt (the model answers them); "
-        "default: the model writes all text by itself",
-    )  # fmt: skip
-    group.add_argument(
-        "--tokens",
-        type=_count,
-        default=2_000_000,
-        metavar="N",
-        help="of training text, as 500k or 2M (default: 2M)",
-    )
-    group.add_argument(
-        "--seq-len", type=_positive, default=512, metavar="N", help="tokens per sequence (default: 512)"
-    )
-    group.add_argument(
-        "--own", type=_share, default=0.4, metavar="SHARE",
-        help="share of the documents of which only the beginning is read, and the model writes the rest (default: 0.4)",
-    )  # fmt: skip
-    group.add_argument(
-        "--temps",
-        type=_numbers,
-        default=(0.0, 0.8),
-        metavar="T,T",
-        help="temperatures it writes at (default: 0,0.8)",
-    )
-    group.add_argument(
-        "--held-out", type=_positive, default=48, metavar="N", help="sequences to measure on (default: 48)"
-    )
-
-    group = parser.add_argument_group("training")
-    group.add_argument(
-        "--epochs", type=float, default=3.0, metavar="N", help="passes over the text (default: 3)"
-    )
-    group.add_argument(
-        "--batch-tokens", type=_positive, default=4096, metavar="N", help="tokens per step (default: 4096)"
-    )
-    group.add_argument("--lr", type=float, default=1.5e-3, help="highest learning rate (default: 0.0015)")
-    group.add_argument(
-        "--schedule", choices=("cosine", "linear"), default="cosine", help="how it falls (default: cosine)"
-    )
-    group.add_argument("--weight-decay", type=float, default=0.01, help="of matrices (default: 0.01)")
-    group.add_argument("--clip", type=float, default=1.0, help="gradient norm, 0: not clipped (default: 1)")
-    group.add_argument(
-        "--head-decay", type=float, default=0.8, help="head i weighs this to the power of i (default: 0.8)"
-    )
-    group.add_argument(
-        "--noise", type=float, default=0.0, help="noise on hidden states, as in Hydra's appendix (default: 0)"
-    )
-    group.add_argument(
-        "--loss", choices=("teacher", "text"), default="teacher",
-        help="learn the base model's distribution, or the text's tokens (default: teacher)",
-    )  # fmt: skip
-    group.add_argument(
-        "--top-k", type=_positive, default=32, metavar="K", help="tokens of it that are kept (default: 32)"
-    )
-    group.add_argument(
-        "--bf16",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="products in bfloat16 (default: auto, where the CPU has them)",
-    )
-    group.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
-    group.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: as llama.cpp)")
-    group.add_argument(
-        "--n-gpu-layers", type=int, default=0, metavar="N", help="of the base model, on the GPU (default: 0)"
-    )
-    group.add_argument("--eval-every", type=_positive, default=200, metavar="N", help="steps (default: 200)")
-    group.add_argument("--save-every", type=_positive, default=100, metavar="N", help="steps (default: 100)")
-
-    group = parser.add_argument_group("files")
-    group.add_argument(
-        "--cache-gb",
-        type=float,
-        default=4.0,
-        metavar="GB",
-        help="most that hidden states may take on disk (default: 4)",
-    )
-    group.add_argument(
-        "--work", metavar="DIR", help="folder of cache and checkpoints (default: heads.gguf.train)"
-    )
-    group.add_argument(
-        "--keep-work", action="store_true", help="keep that folder: heads of other kinds can use its cache"
-    )
-    group.add_argument("--resume", action="store_true", help="go on with an interrupted training")
-    group.add_argument(
-        "--restart", action="store_true", help="forget an interrupted training, and begin anew"
-    )
-    return parser
+#
+# what a word of the command line means
+#
 
 
 def _positive(text: str) -> int:
@@ -253,30 +73,210 @@ def _numbers(text: str) -> tuple[float, ...]:
     return values
 
 
+def _switch(text: str) -> bool | None:
+    values = {"auto": None, "on": True, "off": False}
+    if text not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(values)}")
+    return values[text]
+
+
 #
+# the options
+#
+
+NEEDED: Any = object()  # the default of what has none
+
+
+def option(
+    flag: str,
+    group: str,
+    help: str,
+    default: Any = NEEDED,
+    usual: str | None = None,
+    type: Callable[[str], Any] | None = None,
+    **how: Any,
+) -> Any:
+    """A field of a dataclass, and its option.
+
+    Args:
+        flag: the option, after a short form if it has one: `"-m --model"`.
+        group: its heading in --help; empty: none.
+        usual: the default in words, if it is not said by its value.
+        type: what makes a value of a word; None: a switch.
+        how: further arguments of `add_argument`.
+    """
+    if usual is None and isinstance(default, int | float | str) and default is not False:
+        usual = default if isinstance(default, str) else f"{default:g}"
+    how |= {"help": help + (f" (default: {usual})" if usual else "")}
+    how |= {"type": type} if type else {"action": "store_true"}
+    if default is NEEDED:
+        return field(metadata={"flags": flag.split(), "group": group, "how": how | {"required": True}})
+    return field(default=default, metadata={"flags": flag.split(), "group": group, "how": how})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How heads are trained once there is text: what the loop follows."""
+
+    epochs: float = option("--epochs", "training", "passes over the text", 3.0, type=float, metavar="N")
+    batch_tokens: int = option(
+        "--batch-tokens", "training", "tokens per step", 4096, type=_positive, metavar="N"
+    )
+    lr: float = option("--lr", "training", "highest learning rate", 1.5e-3, type=float)
+    schedule: str = option(
+        "--schedule", "training", "how it falls", "cosine", type=str, choices=("cosine", "linear")
+    )
+    warmup: float = 0.03  # share of the steps
+    weight_decay: float = option("--weight-decay", "training", "of matrices", 0.01, type=float)
+    clip: float = option("--clip", "training", "gradient norm, 0: not clipped", 1.0, type=float)
+    head_decay: float = option(
+        "--head-decay", "training", "head i weighs this to the power of i", 0.8, type=float
+    )
+    noise: float = option(
+        "--noise", "training", "noise on hidden states, as in Hydra's appendix", 0.0, type=float
+    )
+    loss: str = option(
+        "--loss", "training", "learn the base model's distribution, or the text's tokens", "teacher", type=str,
+        choices=("teacher", "text"),
+    )  # fmt: skip
+    bf16: bool | None = option(
+        "--bf16", "training", "products in bfloat16", None, "auto, where the CPU has them", type=_switch,
+        metavar="{auto,on,off}",
+    )  # fmt: skip
+    seed: int = option("--seed", "training", "of everything that is drawn", 0, type=int)
+    eval_every: int = option(
+        "--eval-every", "training", "steps between two measurements", 200, type=_positive, metavar="N"
+    )
+    save_every: int = option(
+        "--save-every", "training", "steps between two checkpoints", 100, type=_positive, metavar="N"
+    )
+
+    def n_steps(self, n_tokens: int) -> int:
+        """Steps that `epochs` over so much text take."""
+        return max(1, round(self.epochs * n_tokens / self.batch_tokens))
+
+    def rate(self, step: int, n_steps: int) -> float:
+        """Learning rate of a step."""
+        n_warm = max(1, round(self.warmup * n_steps))
+        if step < n_warm:
+            return self.lr * (step + 1) / n_warm
+        part = (step - n_warm) / max(1, n_steps - n_warm)
+        return self.lr * (0.5 * (1 + math.cos(math.pi * part)) if self.schedule == "cosine" else 1 - part)
+
+
+@dataclass(frozen=True)
+class Options(Settings):
+    """A training, from the model to the heads file.
+
+    Every field is an option of the command, whose --help says what it does; those of `Settings` are keywords. None: as
+    the command without the option.
+    """
+
+    model: Path = option(
+        "-m --model", "", "base model: a GGUF file or hf:owner/repo[/file][@revision]", type=str
+    )
+    outfile: Path = option("-o --outfile", "", "heads file to write", type=Path, metavar="heads.gguf")
+    torch_folder: Path | None = option(
+        "--torch-dir", "", "folder for the published PyTorch layout", None, "heads.gguf without .gguf",
+        type=Path, metavar="DIR",
+    )  # fmt: skip
+    arch: str = option(
+        "--arch", "heads",
+        "medusa: heads see the hidden state; hydra: and the tokens drafted before; hydra++: and, through a layer of "
+        "attention, the text so far", "hydra", type=str, choices=("medusa", "hydra", "hydra++"),
+    )  # fmt: skip
+    n_heads: int = option("--heads", "heads", "tokens guessed ahead", 4, type=_positive, metavar="N")
+    n_layers: int = option("--layers", "heads", "residual blocks per head", 1, type=_positive, metavar="N")
+    data: tuple[str, ...] = option(
+        "--data", "text",
+        "text files, folders, .jsonl with a field text (documents) or prompt (the model answers them)", (),
+        "none, the model writes all text by itself", type=str, nargs="+", metavar="PATH",
+    )  # fmt: skip
+    n_tokens: int = option(
+        "--tokens", "text", "of training text, as 500k or 2M", 2_000_000, "2M", type=_count, metavar="N"
+    )
+    seq_len: int = option("--seq-len", "text", "tokens per sequence", 512, type=_positive, metavar="N")
+    own: float = option(
+        "--own", "text",
+        "share of the documents of which only the beginning is read, and the model writes the rest", 0.4,
+        type=_share, metavar="SHARE",
+    )  # fmt: skip
+    temps: tuple[float, ...] = option(
+        "--temps", "text", "temperatures it writes at", (0.0, 0.8), "0,0.8", type=_numbers, metavar="T,T"
+    )
+    n_held_out: int = option("--held-out", "text", "sequences to measure on", 48, type=_positive, metavar="N")
+    k: int = option(
+        "--top-k", "training", "tokens of the base model's distribution that are kept", 32, type=_positive,
+        metavar="K",
+    )  # fmt: skip
+    draft_vocab: int | str | None = option(
+        "--draft-vocab", "heads",
+        "propose the N most frequent tokens only; auto: as many as make up 99%% of the text", None, "all",
+        type=_vocab, metavar="N|auto",
+    )  # fmt: skip
+    share_lm_head: bool = option(
+        "--share-lm-head", "heads",
+        "train the residual blocks alone; the base model's own projection serves all heads", False,
+    )  # fmt: skip
+    outtype: str = option(
+        "--outtype", "", "type of the heads file's matrices, as for entmtp.convert", "auto", type=str
+    )
+    cache_gb: float = option(
+        "--cache-gb", "files", "most that hidden states may take on disk", 4.0, type=float, metavar="GB"
+    )
+    work: Path | None = option(
+        "--work",
+        "files",
+        "folder of cache and checkpoints",
+        None,
+        "heads.gguf.train",
+        type=Path,
+        metavar="DIR",
+    )
+    resume: bool = option("--resume", "files", "go on with an interrupted training", False)
+    restart: bool = option("--restart", "files", "forget an interrupted training, and begin anew", False)
+    keep_work: bool = option(
+        "--keep-work", "files", "keep the work folder: heads of other kinds can use its cache", False
+    )
+    n_threads: int | None = option(
+        "--threads", "training", "CPU threads", None, "as llama.cpp", type=_positive, metavar="N"
+    )
+    n_gpu_layers: int = option(
+        "--n-gpu-layers", "training", "of the base model, on the GPU", 0, type=int, metavar="N"
+    )
+
+    @property
+    def settings(self) -> Settings:
+        """The part that the loop follows."""
+        return Settings(**{f.name: getattr(self, f.name) for f in fields(Settings)})
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m entmtp.train",
+        description="Train Medusa or Hydra draft heads for a GGUF model, on this machine. Needs PyTorch: "
+        "pip install entmtp[train]",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    groups = {name: parser.add_argument_group(name) for name in ("heads", "text", "training", "files")}
+    inherited = {f.name for f in fields(Settings)}
+    for f in sorted(fields(Options), key=lambda f: f.name in inherited):  # the model comes first
+        if f.metadata:
+            group = groups.get(f.metadata["group"], parser)
+            default = None if f.metadata["how"].get("required") else f.default
+            group.add_argument(*f.metadata["flags"], dest=f.name, default=default, **f.metadata["how"])
+    return parser
 
 
 def options_of(args: argparse.Namespace) -> Options:
-    names = (
-        "batch_tokens",
-        "lr",
-        "schedule",
-        "weight_decay",
-        "clip",
-        "head_decay",
-        "noise",
-        "loss",
-        "eval_every",
-        "save_every",
-    )
-    return Options(
-        model=resolve(args.model, "model"), outfile=Path(args.outfile),
-        torch_folder=Path(args.torch_dir) if args.torch_dir else None, arch=args.arch, n_heads=args.heads,
-        n_layers=args.layers, data=tuple(args.data), n_tokens=args.tokens, seq_len=args.seq_len, own=args.own,
-        temps=args.temps, n_held_out=args.held_out, k=args.top_k, draft_vocab=args.draft_vocab,
-        share_lm_head=args.share_lm_head, epochs=args.epochs, outtype=args.outtype, cache_gb=args.cache_gb,
-        work=Path(args.work) if args.work else None, resume=args.resume, restart=args.restart,
-        keep_work=args.keep_work, n_threads=args.threads, n_gpu_layers=args.n_gpu_layers,
-        bf16={"auto": None, "on": True, "off": False}[args.bf16], seed=args.seed,
-        settings={name: getattr(args, name) for name in names},
-    )  # fmt: skip
+    """The options that a command line gives.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    from ..models.names import resolve
+
+    given = {f.name: getattr(args, f.name) for f in fields(Options) if f.metadata}
+    return Options(**given | {"model": resolve(args.model, "model"), "data": tuple(args.data)})

@@ -1,23 +1,112 @@
-"""What a training takes, said before it starts: disk, memory, and the digests that tie its files together."""
+"""What a training will be, known before it starts: shape, amount of text, disk and memory, and the digests that tie
+its files together."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..common.errors import ModelError
+from ..models.base import BaseModel, read_base
 from .heads import Shape
-from .loop import Settings
 from .loss import PIECE_BYTES
+from .options import Options, Settings
 from .states import Layout
+from .text import Data, read_data
 
 MARGIN = 64 << 20  # bytes of disk to leave free
 TEXT = 24  # bytes of memory per token of text
 LIBRARIES = 80 << 20  # bytes that PyTorch and oneDNN take as they go
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training that can begin.
+
+    Attributes:
+        options: with `bf16` decided.
+        data: the user's.
+        work: folder of cache and checkpoints.
+        layout: of the hidden states, for as many tokens of text as will be made.
+        n_draft: tokens that heads can propose, as far as it is known before there is text.
+        text_digest: of all that the text depends on.
+    """
+
+    options: Options
+    facts: BaseModel
+    shape: Shape
+    data: Data
+    work: Path
+    layout: Layout
+    n_draft: int
+    text_digest: str
+
+    @property
+    def n_steps(self) -> int:
+        return self.options.n_steps(self.layout.n_tokens)
+
+    @property
+    def needs(self) -> Needs:
+        return needs(self.shape, self.options, self.layout, self.facts.n_vocab, self.n_draft)
+
+    @property
+    def outputs(self) -> tuple[Path, Path]:
+        """The heads file, and the folder of the published layout."""
+        outfile = self.options.outfile
+        return outfile, self.options.torch_folder or outfile.with_suffix("")
+
+
+def make(options: Options) -> Plan:
+    """Read what there is to know before anything is computed.
+
+    Raises:
+        ModelError, ConvertError: a model without what heads need, data that cannot be read, or too little disk allowed.
+    """
+    o = replace(options, bf16=_has_bf16() if options.bf16 is None else options.bf16)
+    facts = read_base(o.model)
+    data = read_data(o.data)
+    n_draft = o.draft_vocab if isinstance(o.draft_vocab, int) else facts.n_vocab
+    k = min(o.k, n_draft)
+    per_token = Layout(1, facts.n_embd, k).bytes_per_token
+    n_tokens = min(o.n_tokens, int(o.cache_gb * 1e9 / per_token) - o.seq_len)
+    if n_tokens < 8 * o.seq_len:
+        raise ModelError(f"--cache-gb {o.cache_gb:g} holds too few hidden states; give more")
+    identity = (facts.fingerprint, o.model.stat().st_size)
+    of_text = digest(*identity, data, n_tokens, o.seq_len, o.own, o.temps, o.n_held_out, o.seed)
+    work = o.work or o.outfile.with_name(o.outfile.name + ".train")
+    layout = Layout(n_tokens, facts.n_embd, k)
+    return Plan(o, facts, _shape(o, facts), data, work, layout, n_draft, of_text)
+
+
+def _shape(o: Options, facts: BaseModel) -> Shape:
+    layer: dict[str, Any] = {}  # the decoder layer's numbers, as the base model's own layers have them
+    if o.arch == "hydra++":
+        n_head = int(facts.get("attention.head_count"))
+        layer = {
+            "n_head": n_head,
+            "n_head_kv": int(facts.keys.get("attention.head_count_kv") or n_head),
+            "n_ff": int(facts.get("feed_forward_length")),
+            "rms_eps": float(facts.get("attention.layer_norm_rms_epsilon")),
+            "rope_base": float(facts.keys.get("rope.freq_base") or 10000.0),
+        }
+    return Shape(o.arch, o.n_heads, o.n_layers, facts.n_embd, o.share_lm_head, **layer)
+
+
+def _has_bf16() -> bool:
+    """The CPU multiplies in bfloat16, so that it gains."""
+    ops = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(ops and ops())
+
+
+#
+# disk and memory
+#
 
 
 def n_parameters(shape: Shape, n_draft: int) -> int:
@@ -81,22 +170,6 @@ def check_disk(need: int, folder: Path) -> None:
         )
 
 
-def digest(*parts: Any) -> str:
-    """Of settings that must be the same for files to be used again."""
-    plain = [asdict(p) if hasattr(p, "__dataclass_fields__") else p for p in parts]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def claim(folder: Path, what: str, value: str, mend: str) -> None:
-    """Note in `folder` what its files belong to; raises ModelError if they belong to something else."""
-    path = folder / f"{what}.digest"
-    if path.exists():
-        if path.read_text().strip() != value:
-            raise ModelError(f"{folder}: the {what} in it belong to another training; {mend}")
-        return
-    path.write_text(value + "\n")
-
-
 def folder_bytes(folder: Path) -> int:
     """Of all files in it."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
@@ -111,3 +184,27 @@ def resident() -> int:
     except OSError:
         pass
     return 0
+
+
+#
+# what files belong to
+#
+
+
+def digest(*parts: Any) -> str:
+    """Of settings that must be the same for files to be used again."""
+    plain = [asdict(p) if hasattr(p, "__dataclass_fields__") else p for p in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def claim(folder: Path, what: str, value: str) -> None:
+    """Note in `folder` what its files belong to; raises ModelError if they belong to something else."""
+    path = folder / f"{what}.digest"
+    if path.exists():
+        if path.read_text().strip() != value:
+            raise ModelError(
+                f"{folder}: the {what} in it belong to another training; give another --work, or "
+                "--restart to begin anew"
+            )
+        return
+    path.write_text(value + "\n")

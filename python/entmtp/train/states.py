@@ -29,7 +29,7 @@ SAVE_EVERY = 1 << 15  # tokens
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape of the cache. `draft_vocab`: base tokens that heads can propose, None for all."""
+    """Shape of the cache."""
 
     n_tokens: int
     n_embd: int
@@ -66,6 +66,10 @@ def record(
     advance: Callable[[int], None],
 ) -> States:
     """Evaluate the texts, or what an interrupted run left to do.
+
+    Args:
+        draft_vocab: base tokens that heads can propose, None for all.
+        advance: called with the number of tokens so far.
 
     Raises:
         ModelError: hidden states that are no numbers, or too large for half precision.
@@ -150,7 +154,6 @@ def _teacher(
     if keep is not None:
         p = p[:, keep]
     top, ids = torch.topk(p, k, dim=1)
-    rest = p.scatter_(1, ids, 0.0).sum(
-        1, keepdim=True
-    )  # not one minus the sum: a small rest would be rounding
+    # not one minus the sum: a small rest would be rounding
+    rest = p.scatter_(1, ids, 0.0).sum(1, keepdim=True)
     return {"ids": ids.to(torch.int32).numpy(), "p": torch.cat([top, rest], 1).numpy()}

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .. import options
 from ..bank.bank import Bank, dumps
 from ..bank.tree import PLAIN
 from ..common.atomic import atomic_path
 from ..common.errors import EntmtpError
+from ..common.progress import stages
 from ..common.prompts import read_prompts
 from ..measure.known import tuned_path
-from .tuner import tune
+from ..measure.tuning import tune
 
 
 def show(console: Console, bank: Bank) -> None:
@@ -63,8 +64,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "the result from then on. With -o bank.json it is written there instead: Llama(..., trees='bank.json'). "
         "python -m entmtp.tune --plot bank.json draws it.",
     )
-    parser.add_argument("--model", help="base model (GGUF)")
-    parser.add_argument("--heads", help="its heads, from python -m entmtp.convert")
+    options.add_model_options(parser, drafting=False, model=None, ctx=2048)
     parser.add_argument(
         "--prompts", nargs="+", help="JSONL files, one object with a field prompt per line; one task each"
     )
@@ -78,12 +78,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="use the first N prompts of each file only")
     parser.add_argument("--tokens", type=int, default=128, help="tokens per rollout (default: 128)")
     parser.add_argument(
-        "--temp",
-        type=float,
-        nargs="+",
-        default=[0.0, 0.8],
-        help="temperatures you sample at (default: 0 and 0.8)",
-    )
+        "--temp", type=float, nargs="+", default=[0.0, 0.8], help="temperatures you sample at (default: 0 and 0.8)"
+    )  # fmt: skip
     parser.add_argument("--top-k", type=int, default=40, help="as in Llama.generate (default: 40)")
     parser.add_argument("--top-p", type=float, default=0.95, help="as in Llama.generate (default: 0.95)")
     parser.add_argument("--min-p", type=float, default=0.05, help="as in Llama.generate (default: 0.05)")
@@ -91,8 +87,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="of the rollouts and of the timings' tokens (default: 0)"
     )
     parser.add_argument(
-        "--traces", help="file that keeps the rank traces: for another machine's costs, or to resume"
-    )
+        "--traces", metavar="FILE",
+        help="file (not a folder) that keeps the rank traces: for another machine's costs, or to resume",
+    )  # fmt: skip
     parser.add_argument("--contexts", type=int, nargs="+", default=[64, 512], help="depths to time passes at")
     parser.add_argument(
         "--rounds", type=int, default=12, help="how often each size is timed, times two (default: 12)"
@@ -100,12 +97,6 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sizes", type=int, nargs="+", help="trees of these sizes, for a bank that serves other machines too"
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: as Llama)")
-    parser.add_argument("--ctx", type=int, default=2048, help="context length (default: 2048)")
-    parser.add_argument(
-        "--n-gpu-layers", type=int, default=0, help="layers on the GPU, -1 for all (default: 0)"
-    )
-    parser.add_argument("--flash-attn", action="store_true", help="use flash attention")
     parser.add_argument(
         "--plot", metavar="BANK", help="draw a tuned bank as PNG files beside it, and measure nothing"
     )
@@ -123,29 +114,19 @@ def main(argv: list[str] | None = None) -> int:
             for path in plot_bank(Bank.load(args.plot), Path(args.plot)):
                 print(f"wrote {path}")
             return 0
-        if not (args.model and args.heads and args.prompts):
-            parser.error("--model, --heads and --prompts are needed, or --plot")
+        if not (args.model and args.prompts):
+            parser.error("--model and --prompts are needed, or --plot")
         prompts = [(Path(p).stem, text) for p in args.prompts for text in read_prompts(p, args.limit)]
         name = args.name or (Path(args.outfile).stem if args.outfile else "tuned")
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        )  # fmt: skip
-        with Progress(
-            *columns, transient=True, disable=not sys.stderr.isatty(), console=Console(stderr=True)
-        ) as bars:
-            stages: dict[str, Any] = {}
-
-            def report(stage: str, done: int, total: int) -> None:
-                if stage not in stages:
-                    stages[stage] = bars.add_task(stage, total=total)
-                bars.update(stages[stage], completed=done)
-
+        model, heads = options.model_files(args)
+        if heads is None:
+            raise options.no_heads("tuning", model)
+        args.model, args.heads = str(model), str(heads)
+        with contextlib.closing(options.load(args, policy="off")) as llm, stages() as advance:
             bank = tune(
-                args.model, args.heads, prompts, name=name, task=args.task, temps=args.temp, n_tokens=args.tokens,
-                n_threads=args.threads, n_ctx=args.ctx, seed=args.seed, traces=args.traces, contexts=args.contexts,
-                n_rounds=args.rounds, progress=report,
-                settings={"n_gpu_layers": args.n_gpu_layers, "flash_attn": args.flash_attn},
-                sizes=args.sizes, sampling={"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p},
+                llm, prompts, name=name, task=args.task, temps=args.temp, n_tokens=args.tokens, seed=args.seed,
+                traces=args.traces, contexts=args.contexts, n_rounds=args.rounds, sizes=args.sizes, progress=advance,
+                sampling={"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p},
             )  # fmt: skip
         costs = bank.need_costs()
         out = Path(args.outfile) if args.outfile else tuned_path(costs.key)

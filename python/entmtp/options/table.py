@@ -1,0 +1,186 @@
+"""The arguments of `Llama` that commands have as options: the one list of them.
+
+From it come the options of a command line (model.py), the settings of the server (serve/settings.py), the options that
+doctor hands on to the process that loads the model, and docs/options.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .demo import DEMO
+
+CONTEXT = 4096  # tokens
+
+# The library has these names, too, but this table is needed where the library does not load (entmtp doctor); a test
+# compares them.
+POLICIES = ("off", "static", "entropy", "confidence", "ladder", "hysteresis", "best-depth")
+SCORES = ("entropy", "top1", "path")
+ACCEPT = ("lossless", "typical")
+OUTPUTS = ("auto", "host", "rows", "device")
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option, and the arguments of `Llama` that get its value.
+
+    Attributes:
+        name: of the parsed value; on the command line `--name`, with - for _.
+        also: other spellings.
+        group: `"files"`, `"machine"` (how the model is run) or `"drafting"` (of use with heads only).
+        type: what makes a value of a word; bool: `--name` and `--no-name`.
+        least: of a number.
+        default: None: the argument is left out, and `Llama` does what `usual` says.
+        usual: what happens without the option, in words; empty where the help says it.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    group: str
+    help: str
+    usual: str
+    also: tuple[str, ...] = ()
+    type: Callable[[str], Any] = str
+    choices: tuple[str, ...] | None = None
+    least: int | None = None
+    metavar: str | None = None
+    default: Any = None
+
+    @property
+    def flag(self) -> str:
+        """As it is written on a command line."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """All ways to write it, short ones first."""
+        return tuple(sorted((self.flag, *self.also), key=lambda flag: flag.startswith("--")))
+
+    @property
+    def description(self) -> str:
+        """What it does, and what happens without it."""
+        return f"{self.help} (default: {self.usual})" if self.usual else self.help
+
+    def parse(self, word: str) -> Any:
+        """A word of the command line as a value.
+
+        Raises:
+            argparse.ArgumentTypeError: it is none.
+        """
+        if self.least is None:
+            return self.type(word)
+        try:
+            value = self.type(word)
+        except ValueError:
+            value = None
+        if value is None or not self.least <= value < float("inf"):
+            kind = "a whole number" if self.type is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {kind} of at least {self.least}, not {word!r}")
+        return value
+
+    def words(self, value: Any) -> list[str]:
+        """The option with a value as words of a command line."""
+        if value is None:
+            return []
+        if self.type is bool:
+            return [self.flag if value else self.flag.replace("--", "--no-", 1)]
+        return [f"{self.flag}={','.join(map(str, value)) if isinstance(value, list) else value}"]
+
+
+def _servers(word: str) -> list[str]:
+    from ..native.rpc import parse
+
+    try:
+        return parse(word)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+
+
+def _shares(word: str) -> list[float]:
+    try:
+        shares = [float(part) for part in word.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word!r} is no list of shares, such as 3,1")
+    return shares
+
+
+OPTIONS = (
+    Option(
+        "model", ("model_path",), "files", "base model: a GGUF file or hf:owner/repo[/file][@revision]",
+        "a small bundled demo", also=("-m",), default=DEMO,
+    ),
+    Option(
+        "heads", ("heads",), "files", "its draft heads, named alike", "those beside the model, if any",
+    ),
+    Option(
+        "ctx", ("n_ctx",), "machine", "context length in tokens, 0 for the model's own",
+        f"{CONTEXT}, or the model's if that is less", type=int, least=0, metavar="N",
+    ),
+    Option(
+        "threads", ("n_threads", "n_threads_batch"), "machine", "CPU threads", "as llama.cpp", type=int, least=1,
+        metavar="N",
+    ),
+    Option(
+        "n_gpu_layers", ("n_gpu_layers",), "machine", "layers on the GPU or on --rpc servers, -1 for all",
+        "0, with --rpc all", type=int, least=-1, metavar="N",
+    ),
+    Option(
+        "rpc", ("rpc_servers",), "machine", "put layers on other machines that run entmtp rpc-server", "",
+        type=_servers, metavar="HOST:PORT[,…]",
+    ),
+    Option(
+        "tensor_split", ("tensor_split",), "machine",
+        "shares of the layers: of each --rpc server, then of each GPU", "by free memory", type=_shares,
+        metavar="N[,N…]",
+    ),
+    Option("flash_attn", ("flash_attn",), "machine", "use flash attention", "no", type=bool),
+    Option("kernels", ("kernels",), "machine", "CPU kernels: auto, off, or a name", "auto"),
+    Option(
+        "outputs", ("outputs",), "machine",
+        "where logits are reduced: device (on a GPU they stay there), rows (those that are visited are copied to the "
+        "host), host (all are), or auto", "auto", choices=OUTPUTS, metavar="WHERE",
+    ),
+    Option(
+        "draft", ("policy",), "drafting",
+        "how to choose the tree of guesses: entropy (anew for every step), confidence (grown from the heads' own "
+        "probabilities), static (one of --trees), off (plain decoding), or a published policy, ladder, hysteresis or "
+        "best-depth",
+        "entropy, off without heads", also=("--policy",), choices=POLICIES, metavar="POLICY",
+    ),
+    Option(
+        "trees", ("trees",), "drafting", "a bank of trees: a path or a name, bank:tree for --draft static",
+        "the bank tuned here, else a generic one",
+    ),
+    Option(
+        "score", ("score",), "drafting",
+        "what a published policy follows: entropy (the running one), top1 (the base model's probability of its best "
+        "token) or path (the heads' of their best guesses)",
+        "entropy", choices=SCORES, metavar="SCORE",
+    ),
+    Option(
+        "calibrate", ("calibrate",), "drafting",
+        "measure what passes cost on this machine: under two seconds, once per model", "yes", type=bool,
+    ),
+    Option(
+        "adapt", ("adapt",), "drafting",
+        "follow costs and acceptance while running, and stop drafting where it loses", "yes", type=bool,
+    ),
+    Option(
+        "accept", ("accept",), "drafting",
+        "lossless: the text of plain decoding; typical: Medusa's threshold, faster at high temperature, and lossy",
+        "lossless", choices=ACCEPT, metavar="HOW",
+    ),
+    Option(
+        "typical_epsilon", ("typical_epsilon",), "drafting",
+        "most that typical acceptance asks of a token's probability", "0.09", type=float, least=0, metavar="P",
+    ),
+    Option(
+        "typical_alpha", ("typical_alpha",), "drafting",
+        "it asks for alpha × exp(−entropy in nats) where that is less", "0.3", type=float, least=0, metavar="X",
+    ),
+)  # fmt: skip

@@ -1,0 +1,161 @@
+"""The stages of a training, each from what the ones before left: text, draft vocabulary, states, heads, files."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..common.errors import ModelError
+from ..convert.draft_vocab import choose_vocab
+from . import plan
+from .base import Base
+from .evaluation import Acceptance, Teacher, evaluate
+from .export import export, rounded
+from .loop import Report, Trainer
+from .plan import Plan
+from .screen import Screen, with_speed
+from .states import Layout, States, record
+from .text import Texts, gather, plan_jobs
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What heads are trained on.
+
+    Attributes:
+        draft_vocab: base tokens that heads can propose, None for all.
+        digest: of all that it depends on.
+    """
+
+    texts: Texts
+    states: States
+    draft_vocab: npt.NDArray[np.int64] | None
+    digest: str
+
+
+def announce(p: Plan, without_base: int, screen: Screen) -> None:
+    """Say what will be done and what it takes.
+
+    Args:
+        without_base: bytes of memory that the process had before the base model was loaded.
+
+    Raises:
+        ModelError: the disk is too full.
+    """
+    o, size, n_tokens = p.options, p.needs, p.layout.n_tokens
+    memory = size.text + max(plan.resident(), without_base + size.training)
+    screen.say(
+        f"{o.arch}: {o.n_heads} heads, {plan.n_parameters(p.shape, p.n_draft) / 1e6:.1f}M parameters, "
+        f"{p.n_steps} steps of {o.batch_tokens} tokens\n"
+        f"text: {n_tokens / 1e6:.2f}M tokens, "
+        + (f"from {p.data}" if o.data else "written by the model itself")
+        + f"\ndisk: {size.disk / 1e6:.0f} MB in {p.work}, of which {size.cache / 1e6:.0f} MB hidden states"
+        f"\nmemory: {memory / 1e6:.0f} MB"
+    )
+    if n_tokens < o.n_tokens:
+        screen.say(f"note: --cache-gb {o.cache_gb:g} holds {n_tokens} of the {o.n_tokens} tokens asked for")
+    plan.check_disk(size.disk - plan.folder_bytes(p.work), p.work)
+
+
+def prepare(p: Plan, base: Base, screen: Screen) -> Lesson:
+    """Text, and what the base model thinks of it: made, or found in the work folder."""
+    texts = _text(p, base, screen)
+    draft_vocab = _draft_vocab(p, texts, screen)
+    kept = None if draft_vocab is None else draft_vocab.tolist()
+    layout = Layout(len(texts.tokens), p.layout.n_embd, p.layout.k)
+    digest = plan.digest(p.text_digest, layout, kept)
+    plan.claim(p.work, "states", digest)
+    with screen.phase("states", layout.n_tokens) as advance:
+        states = record(base, texts, layout, p.work, kept, with_speed(advance))
+    return Lesson(texts, states, draft_vocab, digest)
+
+
+def _text(p: Plan, base: Base, screen: Screen) -> Texts:
+    o, n_tokens = p.options, p.layout.n_tokens
+    with screen.phase("text  ", n_tokens) as advance:
+        jobs = plan_jobs(p.data, base, n_tokens, o.n_held_out, o.temps, o.own, o.seed)
+        return gather(base, jobs, n_tokens, p.work, o.seed, with_speed(advance))
+
+
+def _draft_vocab(p: Plan, texts: Texts, screen: Screen) -> npt.NDArray[np.int64] | None:
+    asked = p.options.draft_vocab
+    if asked is None:
+        return None
+    size = None if asked == "auto" else int(asked)
+    vocab = choose_vocab(texts.tokens, p.facts.n_vocab, size, "training text")
+    screen.say(f"draft vocabulary: {len(vocab.tokens)} tokens, {vocab.coverage:.1%} of the text")
+    return vocab.tokens
+
+
+def train_heads(p: Plan, lesson: Lesson, teacher: Teacher, screen: Screen) -> Trainer:
+    """Heads at the last step, from the beginning or from a checkpoint.
+
+    Raises:
+        ModelError: there is a checkpoint and no --resume, or it is damaged; or the loss is no number any more.
+    """
+    o = p.options
+    settings = replace(o.settings, eval_every=1, save_every=1)  # heads do not depend on these
+    digest = plan.digest(lesson.digest, p.shape, p.n_steps, settings, p.facts.name)
+    folder = p.work / f"{o.arch}-{digest}"
+    folder.mkdir(exist_ok=True)
+    trainer = Trainer(p.shape, o, p.n_steps, teacher, lesson.texts, lesson.states, folder, digest)
+    if trainer.path.exists() and not o.resume:
+        raise ModelError(
+            f"{trainer.path}: this training was interrupted; go on with --resume, or begin anew with --restart"
+        )
+    if o.resume:
+        trainer.resume()
+    measured: Acceptance | None = None
+    seen, started = 0, time.monotonic()
+    with screen.phase("train ", p.n_steps) as advance:
+
+        def show(report: Report) -> None:
+            nonlocal measured, seen
+            measured = report.acceptance or measured
+            seen += report.n_tokens
+            speed = seen / max(time.monotonic() - started, 1e-9)
+            text = f"loss {report.loss:.3f}, {speed:.0f} tokens/s"
+            if measured:
+                text += f", {measured.chain:.2f} / {measured.tree:.2f} tokens per step"
+            advance(report.step, text)
+
+        trainer.run(show)
+    return trainer
+
+
+def write_files(p: Plan, lesson: Lesson, trainer: Trainer, output: torch.Tensor) -> Acceptance:
+    """Write the heads, and measure them as they are written, in half precision.
+
+    Args:
+        output: the base model's whole projection.
+    """
+    o, facts = p.options, p.facts
+    state = rounded(trainer.state)
+    halves = {name: t.float() for name, t in state.items()}
+    final = evaluate(p.shape, halves, trainer.teacher, lesson.texts, lesson.states)
+    name = facts.name or o.model.name
+    about: dict[str, str | int | float] = {
+        "arch": o.arch,
+        "base": name,
+        "data": str(p.data) if o.data else "text of the base model itself",
+        "tokens": len(lesson.texts.tokens),
+        "steps": p.n_steps,
+        "seed": o.seed,
+        "chain": round(final.chain, 4),
+        "tree16": round(final.tree, 4),
+    }
+    outfile, folder = p.outputs
+    export(folder, outfile, p.shape, state, o.model, name, output, lesson.draft_vocab, o.outtype, about)
+    return final
+
+
+def summary(p: Plan, trainer: Trainer, seconds: float) -> str:
+    """What was written, and what it took."""
+    outfile, folder = p.outputs
+    size, n_steps = outfile.stat().st_size, trainer.step - trainer.began
+    earlier = f" (after {trainer.began})" if trainer.began else ""
+    return f"{outfile} ({size / 1e6:.1f} MB) and {folder}, {n_steps} steps{earlier}, {seconds / 60:.1f} min"
