@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,24 +82,17 @@ def test_trained_heads_draft(
     assert not (tmp_path / "heads.gguf.train").exists()
 
     settings: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
-    texts = []
-    bank = Bank("small", (PLAIN, Tree.from_paths("small", [[0], [1], [0, 0], [0, 1], [1, 0]])))
-    for draft in (
-        {},
-        {
-            "draft": "entmtp",
-            "heads": outfile,
-            "calibrate": False,
-            "policy": "static",
-            "trees": bank,
-        },
-    ):
-        llm = entmtp.Llama(tiny, **settings, **draft)
-        walk = llm.generate([5, 6, 7], temp=0.0)
-        texts.append([next(walk) for _ in range(60)])
-        walk.close()
-        llm.close()
+    # so wide that heads of few steps guess right, too
+    wide = Tree.from_paths("wide", [[i] for i in range(48)] + [[i, j] for i in range(4) for j in range(8)])
+    bank = Bank("wide", (PLAIN, wide))
+    drafting = {"draft": "entmtp", "heads": outfile, "policy": "static", "trees": bank}
+    texts, accepted = [], []
+    for draft in ({}, drafting):
+        with closing(entmtp.Llama(tiny, **settings, **draft)) as llm:
+            texts.append(list(islice(llm.generate([5, 6, 7], temp=0.0), 60)))
+            accepted.append(llm.draft_stats.n_accepted)
     assert texts[0] == texts[1]
+    assert accepted[0] == 0 and accepted[1] > 5, f"hardly a draft was right: {accepted}"
 
     # the published layout, as the original code and the converter read it
     again = tmp_path / "again.gguf"
@@ -110,34 +105,11 @@ def test_trained_heads_draft(
 def test_training_helps(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A few steps on the demo model lift held-out tokens per step well above one."""
     outfile = tmp_path / "heads.gguf"
-    options = (
-        "--tokens",
-        "16k",
-        "--held-out",
-        "12",
-        "--seq-len",
-        "128",
-        "--batch-tokens",
-        "512",
-        "--epochs",
-        "2",
-    )
-    assert (
-        main(
-            [
-                "--model",
-                str(models["q8_0"]),
-                "-o",
-                str(outfile),
-                "--arch",
-                "hydra",
-                "--threads",
-                "1",
-                *options,
-            ]
-        )
-        == 0
-    )
+    argv = [
+        "--model", str(models["q8_0"]), "-o", str(outfile), "--arch", "hydra", "--threads", "1", "--tokens", "16k",
+        "--held-out", "12", "--seq-len", "128", "--batch-tokens", "512", "--epochs", "2",
+    ]  # fmt: skip
+    assert main(argv) == 0
     chain = float(gguf.GGUFReader(outfile).fields["entmtp.train.chain"].contents())
     assert chain > 1.2
 
@@ -335,9 +307,9 @@ def test_a_disk_that_is_too_small(tiny: Path, tmp_path: Path, can_mount: None) -
 
 FILL = """
 import sys
-from entmtp import train, train_plan, train_loop
-train_plan.check_disk = lambda need, folder: None   # as if another program took the room later
-save, calls = train_loop.Trainer.save, []
+from entmtp.train import cli, loop, plan
+plan.check_disk = lambda need, folder: None   # as if another program took the room later
+save, calls = loop.Trainer.save, []
 def fill_then_save(self):
     calls.append(1)
     if len(calls) == 2:
@@ -348,8 +320,8 @@ def fill_then_save(self):
             except OSError:
                 pass
     save(self)
-train_loop.Trainer.save = fill_then_save
-code = train.main(sys.argv[2:])
+loop.Trainer.save = fill_then_save
+code = cli.main(sys.argv[2:])
 from safetensors import safe_open
 from pathlib import Path
 for path in Path(sys.argv[1]).glob("work/*/checkpoint.safetensors"):
@@ -383,13 +355,13 @@ def test_a_disk_that_fills_up(tiny: Path, tmp_path: Path, can_mount: None) -> No
 
 PEAK = """
 import re, sys, threading, time
-from entmtp import train, train_plan
+from entmtp.train import cli, plan
 peak, stop = [0], threading.Event()
 def watch():
     while not stop.wait(0.005):
-        peak[0] = max(peak[0], train_plan.resident())
+        peak[0] = max(peak[0], plan.resident())
 threading.Thread(target=watch, daemon=True).start()
-code = train.main(sys.argv[1:])
+code = cli.main(sys.argv[1:])
 stop.set()
 print(peak[0] / 1e6)
 sys.exit(code)
