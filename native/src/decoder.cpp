@@ -12,9 +12,6 @@ namespace entmtp {
 // verify passes of this many sizes keep their graphs: a bank has no more trees
 static constexpr uint32_t n_graph_slots = 8;
 
-static const char * no_trees =
-    "the memory of this model (recurrent, hybrid or of a special kind) cannot hold a token tree; use draft=None";
-
 static bool is_cancelled(void * data) {
     return static_cast<std::atomic<bool> *>(data)->load(std::memory_order_relaxed);
 }
@@ -68,7 +65,7 @@ void decoder::set_trees(std::vector<tree> trees) {
         throw std::runtime_error("bank: trees need draft heads");
     }
     if (deepest > 0 && !verify.can_tree()) {
-        throw std::runtime_error(no_trees);
+        throw std::runtime_error(verify.why_no_tree());
     }
     if (draft_heads && deepest > (size_t) draft_heads->n_heads()) {
         throw std::runtime_error("bank: a tree is " + std::to_string(deepest) + " deep, but there are only " +
@@ -100,7 +97,7 @@ void decoder::set_policy(const entmtp_policy_params & p) {
             throw std::runtime_error("policy: this one needs draft heads");
         }
         if (!verify.can_tree()) {
-            throw std::runtime_error(no_trees);
+            throw std::runtime_error(verify.why_no_tree());
         }
         if (draft_heads->n_vocab_draft() < grower::n_guess) {
             throw std::runtime_error("policy: a draft vocabulary of fewer than 8 tokens is too small for it");

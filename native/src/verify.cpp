@@ -1,5 +1,7 @@
 #include "verify.h"
 
+#include <algorithm>
+
 namespace entmtp {
 
 verifier::verifier(llama_context * ctx) :
@@ -9,6 +11,14 @@ verifier::verifier(llama_context * ctx) :
     tree_ok = llama_n_ubatch(ctx) >= 2 && llama_batch_ext_add_token(batch, 0, 0) == 0 &&
               llama_batch_ext_add_token(batch, 0, 0) == 1 && llama_batch_ext_set_parent(batch, 1, 0);
     llama_batch_ext_clear(batch);
+}
+
+const char * verifier::why_no_tree() const {
+    return llama_n_ubatch(ctx) < 2
+               ? "a pass of one token (n_batch=1 or n_ubatch=1) cannot hold a token tree; create the model with larger "
+                 "ones, or with draft=None"
+               : "the memory of this model (recurrent, hybrid or of a special kind) cannot hold a token tree; use "
+                 "draft=None";
 }
 
 verifier::~verifier() {
@@ -52,12 +62,11 @@ bool verifier::truncate(int32_t pos) {
 }
 
 bool verifier::can_continue(int32_t pos) const {
-    // a token at pos attends to the positions pos - n_swa + 1 .. pos
-    const int32_t first = pos - n_swa + 1;
-    if (n_swa == 0 || first <= 0 || !mem || llama_memory_seq_pos_max(mem, 0) + 1 == pos) {
+    if (n_swa == 0 || pos == 0 || !mem || llama_memory_seq_pos_max(mem, 0) + 1 == pos) {
         return true;
     }
-    return llama_memory_seq_pos_min(mem, 0) <= first;
+    // a token at pos attends to the positions pos - n_swa + 1 .. pos
+    return llama_memory_seq_pos_min(mem, 0) <= std::max(pos - n_swa + 1, 0);
 }
 
 } // namespace entmtp

@@ -22,6 +22,9 @@ class verifier {
     // the memory of the context can hold a tree (recurrent and hybrid memories cannot)
     bool can_tree() const { return tree_ok; }
 
+    // what to tell the user where it cannot
+    const char * why_no_tree() const;
+
     // evaluate n tokens one after the other from position pos0; logits of the last, or of all
     // returns the status of llama_process()
     int32_t decode(const int32_t * tokens, int32_t n, int32_t pos0, bool all_outputs);

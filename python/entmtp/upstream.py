@@ -6,12 +6,15 @@ missing, and this file is what has to be looked at.
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+from llama_cpp import _logger
 
 # What of `llama_cpp.Llama` is used, and what for.
 NEEDS = {
@@ -24,14 +27,39 @@ NEEDS = {
     "_logits_all": "the argument logits_all",
     "_n_vocab": "width of a row of logits",
     "_ctx": "wrapper of the context: get_logits()",
-    "_model_params": "parameters of the model, set through `model_params` before it is loaded",
+    "model_params": "parameters of the model, set before it is loaded",
     "_sampler": "the sampler chain of the running `generate`, with its pointer `sampler`",
     "_init_sampler": "makes such a chain from the arguments of `sample`",
 }
 
+# enum ggml_log_level; llama-cpp-python reads an older one, by which warnings are errors and errors are nothing
+LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
+CONTINUED = 5  # belongs to the message before
+# what llama.cpp reports as an error where a pass was stopped (GGML_STATUS_ABORTED), which is none
+STOPPED = (b"compute status: 1\n", b"failed with error 1\n")
+
 # llama-cpp-python points stdout and stderr of the whole process elsewhere while it loads a model quietly: two threads
 # at that at once could leave them there
 _loading = threading.Lock()
+
+
+_shown = False  # the last message
+
+
+@llama_cpp.llama_log_callback
+def _log(level: int, text: bytes, _: Any) -> None:
+    """llama.cpp's messages on stderr: all with verbose=True, else errors."""
+    global _shown
+    if level != CONTINUED:
+        quiet = _logger.logger.level > logging.DEBUG
+        _shown = _logger.logger.level <= LEVELS.get(level, logging.DEBUG) and not (
+            quiet and text.endswith(STOPPED)
+        )
+    if _shown:
+        print(text.decode("utf-8", "replace"), end="", flush=True, file=sys.stderr)
+
+
+llama_cpp.llama_log_set(_log, None)
 
 
 class Upstream(llama_cpp.Llama):
@@ -41,6 +69,11 @@ class Upstream(llama_cpp.Llama):
         self._stale = True
         with _loading:
             super().__init__(model_path, **kwargs)
+        # llama.cpp rounds small contexts up, llama-cpp-python's arrays are as long as the argument says
+        if len(self.input_ids) < self.n_ctx():
+            self.input_ids = np.zeros(self.n_ctx(), dtype=np.intc)
+            if self.logits_all:
+                self.scores = np.zeros((self.n_ctx(), self.vocab_size), dtype=np.single)
 
     def prepare_model(self, params: Any) -> None:
         """Called with the `llama_model_params` before the model is loaded, to change them."""

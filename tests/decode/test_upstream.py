@@ -1,0 +1,73 @@
+"""What `entmtp.upstream` needs of llama-cpp-python is there; what a newer version took away is named."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import llama_cpp
+
+from entmtp import Llama, upstream
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_it_was_read_in_the_version_that_is_pinned() -> None:
+    pinned = re.search(r'"llama-cpp-python==([^"]+)"', (ROOT / "pyproject.toml").read_text("utf-8"))
+    assert pinned and f"Read in version {pinned[1]}" in (upstream.__doc__ or "")
+    assert version("llama-cpp-python") == pinned[1]
+
+
+def test_all_that_is_needed_is_there(models: dict[str, Path]) -> None:
+    stock = llama_cpp.Llama(str(models["q8_0"]), n_ctx=64, verbose=False)
+    missing = {name: why for name, why in upstream.NEEDS.items() if not hasattr(stock, name)}
+    assert not missing, f"llama-cpp-python {version('llama-cpp-python')} lacks what ours builds on: {missing}"
+    assert hasattr(stock._ctx, "get_logits")
+    assert hasattr(stock._init_sampler(temp=0.0), "sampler")
+    stock.close()
+    assert "self.model_params = " in inspect.getsource(llama_cpp.Llama.__init__)  # once, before it loads the model
+    # `generate` asks the flag, and these set it
+    for name in ("generate", "reset", "eval", "load_state", "__init__"):
+        assert "_requires_eval" in inspect.getsource(getattr(llama_cpp.Llama, name)), name
+    parameters = list(inspect.signature(llama_cpp.Llama.generate).parameters)
+    assert parameters[1] == "tokens" and parameters[8] == "reset"
+
+
+def test_nothing_else_reaches_into_it() -> None:
+    """Private members of llama_cpp.Llama are used in upstream.py alone."""
+    own = inspect.getsource(llama_cpp.Llama)
+    private = {name for name in re.findall(r"self\.(_[a-z]\w*)", own)}
+    assert {"_ctx", "_model", "_logits_all"} <= private
+    shared = {"_stack"}  # a name of our own, too
+    found = []
+    for path in (ROOT / "python" / "entmtp").rglob("*.py"):
+        if path.name == "upstream.py":
+            continue
+        for i, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+            found += [
+                f"{path.name}:{i}: {name}"
+                for name in re.findall(r"(?:llm|llama|super\(\)|self\._llm)\.(_[a-z]\w*)", line)
+                if name in private - shared
+            ]
+    llama = (ROOT / "python" / "entmtp" / "llama.py").read_text("utf-8")
+    found += [name for name in re.findall(r"self\.(_[a-z]\w*)", llama) if name in private - shared]
+    assert found == []
+
+
+def test_warnings_and_errors_are_told_apart(load: Callable[..., Llama]) -> None:
+    """llama-cpp-python's table of ggml's levels is of an older ggml; ours is that of the header that was built."""
+    header = next(Path(upstream.llama_cpp.__file__).parent.rglob("ggml.h"), None)
+    levels = {"DEBUG": 1, "INFO": 2, "WARN": 3, "ERROR": 4, "CONT": 5}
+    if header is not None:
+        text = header.read_text("utf-8")
+        levels = {k: int(v) for k, v in re.findall(r"GGML_LOG_LEVEL_(\w+)\s*=\s*(\d)", text)}
+    import logging
+
+    assert (
+        upstream.LEVELS[levels["WARN"]] == logging.WARNING
+        and upstream.LEVELS[levels["ERROR"]] == logging.ERROR
+    )
+    assert levels["CONT"] == upstream.CONTINUED

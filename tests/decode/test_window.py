@@ -1,0 +1,96 @@
+"""Sliding windows whose cache forgets (swa_full=False): a text is gone on with only where that is still possible."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_architectures import BUSHY, SETTINGS, heads_for
+
+from entmtp import EntmtpError, Llama
+from helpers.models import N_VOCAB, SPECS, model_path
+
+SMALL: dict[str, Any] = SETTINGS | {"n_ctx": 1536, "n_batch": 64, "n_ubatch": 64, "swa_full": False}
+WINDOW = SPECS["olmo2"].window
+TEXT = np.random.default_rng(3).integers(0, 256, 1400).tolist()
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return heads_for(model_path("olmo2"), SPECS["olmo2"].n_embd, tmp_path_factory.mktemp("heads"))
+
+
+def make(heads: Path | None, **more: Any) -> Llama:
+    draft: dict[str, Any] = (
+        {"draft": "entmtp", "heads": heads, "trees": BUSHY, "policy": "static"} if heads else {}
+    )
+    return Llama(model_path("olmo2"), **{**SMALL, **draft, **more})
+
+
+def answer(llm: Llama, prompt: list[int], n: int = 24) -> list[int]:
+    return list(islice(llm.generate(prompt, temp=0.0), n))
+
+
+def prompts() -> list[list[int]]:
+    """Each begins as the one before, then goes another way: soon, late, within the window, at its very edge."""
+    found = [TEXT[:1100]]
+    for keep in (700, 20, 1090, 1100 - WINDOW, 1100 - WINDOW + 1, 1, WINDOW, WINDOW + 1):
+        found += [[*TEXT[:keep], 5, 6, 7 + keep % 200], TEXT[:1100]]
+    return found
+
+
+@pytest.mark.parametrize("drafting", [False, True], ids=["plain", "drafting"])
+def test_cut_back_and_gone_on_with(drafting: bool, heads: Path) -> None:
+    llm = make(heads if drafting else None)
+    fresh = make(None)
+    full = make(None, swa_full=True)
+    for i, prompt in enumerate(prompts()):
+        fresh.reset()
+        expected = answer(fresh, prompt)
+        assert answer(llm, prompt) == expected, f"prompt {i}"
+        assert answer(full, prompt) == expected  # the memory that forgets nothing agrees
+    for m in (llm, fresh, full):
+        m.close()
+
+
+def test_what_is_in_the_window_is_reused() -> None:
+    """Not everything is evaluated anew, which would be right, too, and slow."""
+    llm = make(None)
+    answer(llm, TEXT[:1100])
+    before = llm.decoder.traffic.n_passes
+    answer(llm, [*TEXT[:1100], 9], 1)
+    assert llm.decoder.traffic.n_passes - before <= 2
+    llm.close()
+
+
+def test_the_decoder_refuses_what_it_cannot_do() -> None:
+    llm = make(None)
+    llm.eval(TEXT[:1100])
+    dec = llm.decoder
+    assert dec.can_continue(1100) and dec.can_continue(1099) and dec.can_continue(0)
+    assert not dec.can_continue(700)
+    with pytest.raises(EntmtpError, match=f"keeps a window of {WINDOW} tokens.*swa_full=True"):
+        dec.eval([1, 2], 700)
+    llm.n_tokens = 700  # as llama-cpp-python does it in places
+    with pytest.raises(EntmtpError, match="has left it"):
+        llm.eval([1, 2])
+    assert len(answer(llm, TEXT[:50])) == 24  # and the object is as good as new
+    llm.close()
+
+
+@pytest.mark.parametrize("drafting", [False, True], ids=["plain", "drafting"])
+def test_saved_states_go_on(drafting: bool, heads: Path) -> None:
+    llm, fresh = make(heads if drafting else None), make(None)
+    answer(llm, TEXT[:900], 3)
+    state = llm.save_state()
+    other = [t % N_VOCAB for t in TEXT[:400]][::-1]
+    answer(llm, other)
+    llm.load_state(state)
+    for prompt in (TEXT[:900], [*TEXT[:890], 3], [*TEXT[:300], 4], TEXT[:903]):
+        fresh.reset()
+        assert answer(llm, prompt) == answer(fresh, prompt)
+    llm.close()
+    fresh.close()
