@@ -89,6 +89,8 @@ class heads {
     void forget_graphs() { graphs.clear(); }
 
   private:
+    struct loader; // heads_load.cpp
+
     void use_device(ggml_backend_dev_t dev);
     void load_weights(const char * path, const llama_model * model);
     void compute(const draft_graph & g, bool wait = true) const;

@@ -25,6 +25,28 @@ struct position {
         const int32_t row = trace.sees_path ? (l == 0 ? 0 : 1 + 4 * (l - 1)) : l;
         return trace.log_p + (i * n_rows() + row) * trace.n_guess;
     }
+
+    // product of the heads' top-1 probabilities down the greedy path
+    float greedy_path() const {
+        float sum = 0.0f;
+        for (int32_t l = 0; l < trace.n_heads; ++l) {
+            sum += log_p(l)[0];
+        }
+        return std::exp(sum);
+    }
+
+    // nodes of a tree that the real tokens follow, the root first; `end` is the first token that is not evaluated
+    std::vector<int32_t> walk(const tree & t, int64_t end) const {
+        std::vector<int32_t> path = { 0 };
+        for (int32_t d = 0; d < trace.n_heads && i + 1 + d < end && rank()[d] >= 0; ++d) {
+            const int32_t child = t.find_child(path.back(), t.rank, rank()[d]);
+            if (child < 0) {
+                break;
+            }
+            path.push_back(child);
+        }
+        return path;
+    }
 };
 
 } // namespace
@@ -53,6 +75,7 @@ static int64_t replay(const entmtp_trace &         trace,
         }
     }
 
+    tree    grown;       // parents and ranks of the step's, where the policy grows its own
     int64_t n_steps = 0;
     int64_t begin   = 0; // first token of the text
 
@@ -74,31 +97,16 @@ static int64_t replay(const entmtp_trace &         trace,
             const position         at = { trace, i };
             const entmtp_signals & s  = trace.signals[i];
 
-            double  t_draft = 0.0;
-            int32_t size    = 1;
-            float   product = 0.0f;
+            double t_draft = 0.0;
+            float  product = 0.0f;
             if (policy.needs_path()) {
-                float sum = 0.0f;
+                product = at.greedy_path();
                 for (int32_t l = 0; l < trace.n_heads; ++l) {
-                    sum += at.log_p(l)[0];
                     t_draft += truth.level(l, 1);
                 }
-                product = std::exp(sum);
             }
 
             const int32_t id = policy.choose(s, running.get(), product, 1 << 20, n_nodes, depth);
-
-            // follow the real tokens down the tree
-            std::vector<int32_t> path = { 0 };
-            const auto           walk = [&](const auto & child_of) {
-                for (int32_t d = 0; d < trace.n_heads && i + 1 + d < end; ++d) {
-                    const int32_t child = at.rank()[d] < 0 ? -1 : child_of(path.back(), at.rank()[d], d);
-                    if (child < 0) {
-                        break;
-                    }
-                    path.push_back(child);
-                }
-            };
 
             if (id == scheduler::grow_tree) {
                 const auto & nodes =
@@ -106,28 +114,19 @@ static int64_t replay(const entmtp_trace &         trace,
                         t_draft += truth.level(l, n);
                         return at.log_p(l);
                     });
-                size = (int32_t) nodes.size() + 1;
-                walk([&](int32_t node, int32_t rank, int32_t) {
-                    for (size_t j = 0; j < nodes.size(); ++j) {
-                        if (nodes[j].parent == node && nodes[j].rank == rank) {
-                            return (int32_t) j + 1;
-                        }
-                    }
-                    return -1;
-                });
-            } else {
-                const tree & t = bank[id];
-                size           = t.n_nodes();
-                t_draft += size > 1 ? truth.draft(id) : 0.0;
-                walk([&](int32_t node, int32_t rank, int32_t) {
-                    for (int32_t j = node + 1; j < size; ++j) {
-                        if (t.parent[j] == node && t.rank[j] == rank) {
-                            return j;
-                        }
-                    }
-                    return -1;
-                });
+                grown.parent.assign(1, -1);
+                grown.rank.assign(1, 0);
+                for (const auto & node : nodes) {
+                    grown.parent.push_back(node.parent);
+                    grown.rank.push_back(node.rank);
+                }
+            } else if (n_nodes[id] > 1) {
+                t_draft += truth.draft(id);
             }
+
+            const tree &               t    = id == scheduler::grow_tree ? grown : bank[id];
+            const int32_t              size = t.n_nodes();
+            const std::vector<int32_t> path = at.walk(t, end);
 
             const double  t_verify = truth.verify(size);
             const int32_t hit      = i + 1 < end && at.rank()[0] >= 0 ? (at.rank()[0] == 0 ? 1 : 0) : -1;
