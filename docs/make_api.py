@@ -1,4 +1,7 @@
-"""Write docs/python-api.md from the docstrings of the public names: `python docs/make_api.py [--check]`."""
+"""Write the pages that are made from the code: `python docs/make_api.py [--check]`.
+
+docs/python-api.md comes from the docstrings of the public names, docs/options.md from the table of options.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).parent / "python-api.md"
+import make_options
+
+DOCS = Path(__file__).parent
 
 INTRO = """# Python API
 
@@ -124,7 +129,7 @@ def entry(name: str, thing: Any, level: int) -> Iterator[str]:
 
 
 def page() -> str:
-    """The whole page."""
+    """The page of the Python API."""
     lines = [INTRO]
     for module, names in PUBLIC.items():
         loaded = import_module(module)
@@ -139,16 +144,18 @@ def page() -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python docs/make_api.py", description=__doc__)
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit code 1 if the page is not current"
+        "--check", action="store_true", help="write nothing; exit code 1 if a page is not current"
     )
     args = parser.parse_args(argv)
-    text = page()
-    if not args.check:
-        PAGE.write_text(text, "utf-8")
-    elif not PAGE.exists() or PAGE.read_text("utf-8") != text:
-        print(f"{PAGE} is not current; run python docs/make_api.py", file=sys.stderr)
-        return 1
-    return 0
+    stale = 0
+    for name, text in {"python-api.md": page(), "options.md": "\n".join(make_options.page())}.items():
+        path = DOCS / name
+        if not args.check:
+            path.write_text(text, "utf-8")
+        elif not path.exists() or path.read_text("utf-8") != text:
+            print(f"{path} is not current; run python docs/make_api.py", file=sys.stderr)
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

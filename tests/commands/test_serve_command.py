@@ -11,6 +11,10 @@ from typing import Any
 import llama_cpp
 import pytest
 
+from entmtp.serve.cli import setup_arg_parser, spelled
+from entmtp.serve.metrics import Metrics
+from entmtp.serve.model import Models
+from entmtp.serve.settings import from_options, read_config
 from helpers.serving import Server, one_sentence, run
 
 PROMPT = "It was a cold and windy night when"
@@ -66,6 +70,51 @@ def test_config_file_with_two_models(kind: str, models: dict[str, Path], tmp_pat
         assert metrics['entmtp_generated_tokens_total{model="plain"}'] == 16
 
 
+DRAFTING = {
+    "draft": "static", "trees": "generic-hydra:n2", "score": "top1", "accept": "typical", "typical_epsilon": 0.0,
+    "typical_alpha": 0.7, "adapt": False, "calibrate": False, "outputs": "rows", "kernels": "off",
+}  # fmt: skip
+
+
+def test_options_of_drafting(models: dict[str, Path], tmp_path: Path) -> None:
+    """From the command line, in either spelling, and from a config file: the same settings, and a model with them."""
+    own = {"model": str(models["q8_0"]), "heads": str(models["hydra"]), "n_ctx": 256, "n_threads": 1}
+    path = tmp_path / "models.json"
+    path.write_text(json.dumps({"models": [{**own, **DRAFTING, "logits_all": False}]}))
+    _, [wanted] = read_config(str(path))
+    assert {name: getattr(wanted, name) for name in DRAFTING} == DRAFTING
+    words = ["--policy", "static", "--no-adapt", "--calibrate", "false", "--ctx=256", "--threads", "1"]
+    words += [
+        "--model",
+        own["model"],
+        "--heads",
+        own["heads"],
+        "--typical_alpha=0.7",
+        "--logits-all",
+        "false",
+    ]
+    for name in ("trees", "score", "accept", "typical_epsilon", "outputs", "kernels"):
+        words += [f"--{name.replace('_', '-')}", str(DRAFTING[name])]
+    _, [found] = from_options(vars(setup_arg_parser().parse_args(spelled(words))))
+    assert found == wanted
+
+    served = Models([found], Metrics())
+    llm: Any = served()
+    assert (llm.policy, llm.tree, llm.decoder.outputs.mode) == ("static", "n2", "rows")
+    served.free()
+
+    with Server(*words) as server:
+        more = {"repeat_penalty": 1.0}
+        server.client().completions.create(
+            model="m", prompt=PROMPT, max_tokens=40, temperature=0.8, extra_body=more
+        )
+        label = f'{{model="{own["model"]}"}}'
+        metrics = server.until(lambda m: m[f"entmtp_generated_tokens_total{label}"] == 40)
+    accepted, drafted = (metrics[f"entmtp_{kind}_tokens_total{label}"] for kind in ("accepted", "drafted"))
+    # nothing is asked of a guess: every one is taken, but that of the last step, after the end
+    assert accepted > 10 and drafted - accepted <= 1
+
+
 def test_interrupting_is_still_there(models: dict[str, Path]) -> None:
     with Server(
         "--model", models["q8_0"], "--draft", "off", "--interrupt-requests", "true", "--threads", 1
@@ -85,7 +134,13 @@ def test_interrupting_is_still_there(models: dict[str, Path]) -> None:
         (["--model", "no-such.gguf"], "no-such.gguf: there is no such model file"),
         (["--draft-model", "prompt-lookup-decoding"], "draft_model: this server drafts with heads"),
         (["--clip-model-path", "x.gguf"], "clip_model_path: this server reads no images yet"),
-        (["--draft", "sometimes"], "draft: input should be 'off', 'static', 'entropy', 'confidence', 'ladder'"),
+        (
+            ["--draft", "sometimes"],
+            "draft: input should be 'off', 'static', 'entropy', 'confidence', 'ladder'",
+        ),
+        (["--accept", "most"], "accept: input should be 'lossless' or 'typical'"),
+        (["--typical-epsilon=-1"], "typical_epsilon: input should be greater than or equal to 0"),
+        (["--draft", "off", "--no-adapt"], "--adapt: for drafting, which needs --heads"),
         (["--port", "99999"], "port: input should be less than or equal to 65535"),
         (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1 port 8000"),
         (["--trees", "no-such-bank"], "no-such-bank"),
