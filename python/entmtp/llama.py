@@ -28,7 +28,7 @@ from .native.decoder import Decoder
 from .native.heads import Heads
 from .native.rpc import Servers
 from .native.stats import DraftStats
-from .upstream import Upstream
+from .upstream import Upstream, is_readable_grammar
 
 ACCEPT = ("lossless", "typical")
 OUTPUTS = ("auto", "host", "rows", "device")
@@ -411,10 +411,12 @@ class Llama(Upstream):
         asked for the next one.
 
         Raises:
-            ValueError: the prompt is empty.
+            ValueError: the prompt is empty, or the grammar cannot be read.
             BusyError: another thread is in a call of this model, or another generation began after this one.
         """
-        tokens = list(tokens)
+        tokens, grammar = list(tokens), kwargs.get("grammar")
+        if grammar is not None and not is_readable_grammar(self.model, grammar):
+            raise ValueError("the grammar cannot be read: it is not GBNF, or has no rule named root")
         with self._use.of_a_new_generation() as turn:
             self._settle()
             if self._decoder is not None:

@@ -6,7 +6,9 @@ missing, and this file is what has to be looked at.
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import sys
 import threading
 from typing import Any
@@ -15,6 +17,8 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from llama_cpp import _logger
+
+from .common.json_schema import check_schema
 
 # What of `llama_cpp.Llama` is used, and what for.
 NEEDS = {
@@ -111,6 +115,18 @@ class Upstream(llama_cpp.Llama):
         """Width of a row of logits."""
         return int(self._n_vocab)
 
+    def create_completion(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `llama_cpp.Llama.create_completion`; what it would pass over in silence is a ValueError."""
+        check_request(self, kwargs)
+        return super().create_completion(prompt, *args, **kwargs)
+
+    def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `llama_cpp.Llama.create_chat_completion`; what it would pass over in silence is a ValueError."""
+        if not messages:
+            raise ValueError("messages are empty: there is nothing to answer")
+        check_request(self, kwargs)
+        return super().create_chat_completion(messages, *args, **kwargs)
+
     def rows(self, n: int) -> npt.NDArray[np.single]:
         """Logits of the last batch of n tokens, [n, n_vocab]; valid until the next."""
         return np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n, self._n_vocab))
@@ -120,16 +136,59 @@ class Upstream(llama_cpp.Llama):
         return self._sampler if self._sampler is not None else self._init_sampler(**settings)
 
 
-def is_readable_grammar(model: Any, grammar: Any, root: str = "root") -> bool:
+def is_readable_grammar(model: Any, grammar: Any) -> bool:
     """Whether llama.cpp can read a `LlamaGrammar`; llama-cpp-python would go on without it, or end the process.
 
     Args:
         model: `llama_model *` whose vocabulary it is for.
-        root: name of its first rule.
     """
     vocab = llama_cpp.llama_model_get_vocab(model)
-    sampler = llama_cpp.llama_sampler_init_grammar(vocab, grammar._grammar.encode(), root.encode())
+    sampler = llama_cpp.llama_sampler_init_grammar(vocab, grammar._grammar.encode(), grammar._root.encode())
     if not sampler:
         return False
     llama_cpp.llama_sampler_free(sampler)
     return True
+
+
+def grammar_of_schema(schema: Any) -> Any:
+    """A `LlamaGrammar` that answers follow a JSON schema by.
+
+    Raises:
+        ValueError: the schema has a part that no grammar is made of; the text names it.
+    """
+    check_schema(schema)
+    try:
+        return llama_cpp.LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
+    except Exception as e:  # the converter's own: assertions, keys and types
+        raise ValueError(f"schema: no grammar can be made of this JSON schema: {e}") from None
+
+
+def check_request(llm: Upstream, settings: dict[str, Any]) -> None:
+    """Refuse what llama-cpp-python would pass over in silence.
+
+    Args:
+        settings: arguments of `create_completion` or `create_chat_completion`.
+
+    Raises:
+        ValueError: with one sentence for the user.
+    """
+    n_vocab = llm.n_vocab()
+    for key, value in (settings.get("logit_bias") or {}).items():
+        try:
+            token, bias = int(key), float(value)
+        except (TypeError, ValueError):
+            token, bias = -1, math.nan
+        if not 0 <= token < n_vocab or math.isnan(bias):
+            raise ValueError(f"logit_bias: {key!r}: {value!r} is no bias of a token from 0 to {n_vocab - 1}")
+    temperature = settings.get("temperature")
+    if temperature is not None and not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature:g}, it must be 0 or more")
+    form = settings.get("response_format") or {}
+    if form.get("type") == "json_object" and form.get("schema") is not None:
+        grammar_of_schema(form["schema"])
+    choice = settings.get("tool_choice")
+    if isinstance(choice, dict):
+        wanted = choice.get("function", {}).get("name")
+        for tool in settings.get("tools") or []:
+            if tool["function"]["name"] == wanted:
+                grammar_of_schema(tool["function"].get("parameters", {"type": "object"}))

@@ -128,7 +128,7 @@ class Decoder:
 
     @property
     def n_evaluated(self) -> int:
-        """Tokens evaluated, the last of which can be sampled after; -1 where the last evaluation failed, or none was."""
+        """Tokens evaluated, the last of which can be sampled after; -1 where an evaluation failed, or none was."""
         return int(n.decoder_n_evaluated(self._ptr))
 
     def can_continue(self, n_past: int) -> bool:

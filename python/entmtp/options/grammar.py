@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from ..common.errors import UsageError
@@ -20,22 +21,23 @@ def grammar(args: argparse.Namespace, llm: Llama) -> Any:
     path = args.grammar or args.json_schema
     if path is None:
         return None
-    import llama_cpp
     from llama_cpp import LlamaGrammar
 
-    make = LlamaGrammar.from_json_schema if args.json_schema else LlamaGrammar.from_string
+    from ..upstream import grammar_of_schema, is_readable_grammar
+
     try:
-        made = make(path.read_text("utf-8"), verbose=False)
+        text = path.read_text("utf-8")
+        made = (
+            grammar_of_schema(json.loads(text)) if args.json_schema else LlamaGrammar.from_string(text, False)
+        )
     except OSError as e:
         raise UsageError(f"{path}: {(e.strerror or str(e)).lower()}") from None
-    except Exception as e:  # whatever a schema may lack
-        raise UsageError(f"{path}: this is no JSON schema that llama-cpp-python can follow: {e}") from None
-    # llama-cpp-python would go on without a grammar that llama.cpp cannot read
-    vocab = llama_cpp.llama_model_get_vocab(llm.model)
-    sampler = llama_cpp.llama_sampler_init_grammar(vocab, made._grammar.encode(), b"root")
-    if not sampler:
+    except json.JSONDecodeError as e:
+        raise UsageError(f"{path}: this is no JSON: {e}") from None
+    except ValueError as e:
+        raise UsageError(f"{path}: {e}") from None
+    if not is_readable_grammar(llm.model, made):
         raise UsageError(
             f"{path}: this is no GBNF grammar that llama.cpp can read; it says above what is wrong"
         )
-    llama_cpp.llama_sampler_free(sampler)
     return made

@@ -105,7 +105,8 @@ async def publish(
         loop.call_soon_threadsafe(ready.put_nowait, _event(event))
 
     def write(llama: Any) -> None:
-        with contextlib.closing(llama_call(llama, **kwargs)) as chunks:
+        # llama-cpp-python's application names the method of its own class
+        with contextlib.closing(getattr(llama, llama_call.__name__)(**kwargs)) as chunks:
             for chunk in chunks:
                 put(chunk)
                 if interruptible and stock.llama_outer_lock.locked():
@@ -117,8 +118,11 @@ async def publish(
                 llama = stock.prepare_request_resources(body, proxy, body_model, kwargs)
                 await in_model_thread(write, llama)
             put("[DONE]")
-        except Exception as e:  # the status is sent already
-            put({"error": worded(RouteErrorHandler, e, body)[1]})
+        except Exception as e:
+            status, error = worded(RouteErrorHandler, e, body)
+            if served is not None:
+                served.failed = status  # the response's, if this is the first event
+            put({"error": error})
         finally:
             loop.call_soon(ready.put_nowait, None)
 

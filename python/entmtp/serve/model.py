@@ -32,8 +32,6 @@ class ServedLlama(Llama):
         """As `Llama.generate`, but takes no tokens in between."""
         request = current.get() or ServedRequest("")
         n_tokens = 0
-        if grammar := kwargs.get("grammar"):
-            self._check(grammar)
         self.reset_draft_stats()
         with request.generating(self):
             try:
@@ -50,15 +48,6 @@ class ServedLlama(Llama):
                 if self.metrics is not None:
                     self.metrics.generation(self.alias, len(tokens), n_tokens, self.draft_stats)
                 self.reset_draft_stats()  # a record per step would grow
-
-    def _check(self, grammar: llama_cpp.LlamaGrammar) -> None:
-        """llama-cpp-python adds a grammar to the sampler unseen, and one that cannot be read ends the process."""
-        sampler = llama_cpp.llama_sampler_init_grammar(
-            self._model.vocab, grammar._grammar.encode(), grammar._root.encode()
-        )
-        if not sampler:
-            raise ValueError("the grammar cannot be read: it is not GBNF, or has no rule named root")
-        llama_cpp.llama_sampler_free(sampler)
 
 
 class Models(LlamaProxy):

@@ -44,6 +44,7 @@ class ServedRequest:
         self.first_token: float | None = None
         self.stopped: str | None = None
         self.status: int | None = None  # of the response, once that has begun
+        self.failed: int | None = None  # the status that the answer deserves
         self.streams = False  # the response is one of server-sent events
         self.complete = False
         self.scope = anyio.CancelScope()
@@ -182,20 +183,45 @@ def _replay(body: bytes) -> App:
 
 
 def _observed(request: ServedRequest, send: App) -> App:
+    held: Message | None = None  # the start of a stream, until its first event tells how it went
+
     async def observed(message: Message) -> None:
+        nonlocal held
         cut = request.stopped == SHUTTING_DOWN
         if message["type"] == "http.response.start":
             if cut:
                 return  # half an answer must not pass for a whole one
+            if any(value.startswith(b"text/event-stream") for _, value in message["headers"]):
+                held = message
+                return
             request.status = message["status"]
-            request.streams = any(value.startswith(b"text/event-stream") for _, value in message["headers"])
         elif message["type"] == "http.response.body":
+            if held is not None and request.failed is not None:
+                held = None
+                await _fail(request, send, message.get("body", b""))
+                return
+            if request.failed is not None and request.complete:
+                return  # the rest of a stream that was never begun
             if cut and (request.status is None or request.streams):
                 return
+            if held is not None:
+                started, held = held, None
+                request.status, request.streams = started["status"], True
+                await send(started)
             request.complete = not message.get("more_body", False)
         await send(message)
 
     return observed
+
+
+async def _fail(request: ServedRequest, send: App, event: bytes) -> None:
+    """The error that would be the first event of a stream, as a response of its own."""
+    assert request.failed is not None
+    body = event.partition(b"\n")[0].removeprefix(b"data: ")
+    request.status, request.complete = request.failed, True
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": request.failed, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 async def _refuse(request: ServedRequest, send: App) -> None:
