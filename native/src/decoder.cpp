@@ -9,7 +9,7 @@
 
 namespace entmtp {
 
-// verify passes of this many sizes keep their graphs: a bank has no more trees
+// verify passes of the last so many sizes keep their graphs: tuned banks hold no more trees
 static constexpr uint32_t n_graph_slots = 8;
 
 static bool is_cancelled(void * data) {

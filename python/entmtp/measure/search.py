@@ -267,8 +267,9 @@ def bin_bank(
     max_trees: int = 8,
 ) -> Bank:
     """A bank for the entropy policy: the best tree of every entropy bin, and `more` that are to be there anyway.
-    Free places
-    go to the best trees of small sizes: what pays when the machine or the text turns out better than it was when tuned.
+
+    Free places go to the best trees of small sizes: what pays when the machine or the text turns out better than it
+    was when tuned.
 
     With criterion `price` the price is the bank's own throughput: found by iteration (Dinkelbach 1967).
     """

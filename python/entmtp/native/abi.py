@@ -25,8 +25,6 @@ lib = library.load()
 llama = library.load_llama()
 
 OK = 0
-ERROR = -1
-CONTEXT_FULL = -2
 CANCELLED = -3
 SERVER_LOST = -4
 
@@ -159,21 +157,6 @@ class Trace(ctypes.Structure):
         ("rank", c_void_p),
         ("log_p", c_void_p),
         ("sees_path", c_bool),
-    ]
-
-
-class Step(ctypes.Structure):
-    """struct entmtp_step"""
-
-    _fields_ = [
-        ("entropy", c_float),
-        ("tree", c_int32),
-        ("n_nodes", c_int32),
-        ("n_accepted", c_int32),
-        ("t_draft_us", c_int32),
-        ("t_verify_us", c_int32),
-        ("t_sample_us", c_int32),
-        ("t_host_us", c_int32),
     ]
 
 
