@@ -33,7 +33,7 @@ export PATH := $(BIN):$(PATH)
 SKBUILD := $(shell sed -n 's/^requires = \["\(scikit-build-core==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-arm build install wheel lint format clean distclean
+.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-arm build install wheel bump lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -101,6 +101,9 @@ install_editable = echo "installing entmtp into $(VENV)"; CMAKE_ARGS="$(FLAGS)" 
 
 wheel: $(VENV)/.tools ## build a wheel for this platform into dist/
 	CMAKE_ARGS="$(FLAGS)" $(PIP) wheel --no-build-isolation --no-deps -v -C build-dir=build/wheel -w dist .
+
+bump: $(VENV)/.tools ## see whether the patches apply to the newest llama-cpp-python, or to VERSION=x.y.z
+	@$(PY) native/llama_cpp.py bump $(if $(VERSION),--version $(VERSION))
 
 lint: $(VENV)/.dev ## check formatting, style and types
 	$(BIN)/ruff check .

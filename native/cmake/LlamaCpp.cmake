@@ -51,10 +51,11 @@ message(STATUS "llama.cpp: ${ENTMTP_LLAMA_PREFIX}")
 
 # configure again when one of these changes
 file(GLOB ENTMTP_PATCHES CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/native/patches/*.patch")
+file(GLOB ENTMTP_LLAMA_STEPS CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/native/llama_*.py")
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
     ${ENTMTP_PATCHES}
     "${CMAKE_CURRENT_SOURCE_DIR}/native/llama.cpp.pin.json"
-    "${CMAKE_CURRENT_SOURCE_DIR}/native/llama_cpp.py"
+    ${ENTMTP_LLAMA_STEPS}
     "${ENTMTP_LLAMA_PREFIX}/build-info.json" # gone when the cache was deleted
 )
 

@@ -1,9 +1,8 @@
-"""native/llama_cpp.py: fetching, patching and caching llama.cpp. No test here compiles or downloads anything."""
+"""native/llama_*.py: fetching, patching and caching llama.cpp. No test here compiles or downloads anything."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import multiprocessing
 import os
@@ -16,18 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from native import llama_build, llama_cache, llama_cpp, llama_patches, llama_source
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def load_module():
-    spec = importlib.util.spec_from_file_location("entmtp_native_llama_cpp", ROOT / "native" / "llama_cpp.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # multiprocessing finds its functions by module name
-    spec.loader.exec_module(module)
-    return module
-
-
-llama_cpp = load_module()
 
 SOURCE = {
     "CMakeLists.txt": "project(llama)\n",
@@ -76,7 +66,7 @@ def write_patches(folder: Path, **texts: str) -> list[Path]:
     folder.mkdir(exist_ok=True)
     for name, text in texts.items():
         (folder / f"{name}.patch").write_text(text)
-    return llama_cpp.list_patches(folder)
+    return llama_patches.list_patches(folder)
 
 
 def read_tree(root: Path) -> dict[str, bytes]:
@@ -114,12 +104,12 @@ def cache(tmp_path: Path) -> Path:
 
 
 def test_pin_and_patches_of_the_repository():
-    pin = llama_cpp.load_pin()
+    pin = llama_source.load_pin()
     assert len(pin["sha256"]) == 64
     assert pin["sdist"] == f"{pin['package'].replace('-', '_')}-{pin['version']}.tar.gz"
     # the bindings a user gets must be those of the llama.cpp that is built
     assert f'"{pin["package"]}=={pin["version"]}"' in (ROOT / "pyproject.toml").read_text()
-    assert llama_cpp.list_patches(), "no patches found"
+    assert llama_patches.list_patches(), "no patches found"
 
 
 def test_versions_agree():
@@ -131,31 +121,31 @@ def test_wrong_sha256_is_an_error_and_the_file_goes(cache):
     archive = cache / "sdist" / "pkg-1.0.tar.gz"
     pin = write_sdist(archive)
     archive.write_bytes(archive.read_bytes() + b"tampered")
-    with pytest.raises(llama_cpp.BuildError, match="SHA-256") as error:
-        llama_cpp.prepare_source(cache, pin, [])
+    with pytest.raises(llama_cache.BuildError, match="SHA-256") as error:
+        llama_source.prepare_source(cache, pin, [])
     assert pin["sha256"] in str(error.value)
     assert not archive.exists()
 
 
 def test_failed_download_says_what_to_do(cache, monkeypatch):
     pin = write_sdist(cache / "elsewhere.tar.gz")
-    monkeypatch.setattr(llama_cpp.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1))
-    with pytest.raises(llama_cpp.BuildError, match="ENTMTP_LLAMA_CPP_DIR"):
-        llama_cpp.fetch_sdist(cache, pin)
+    monkeypatch.setattr(llama_source.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1))
+    with pytest.raises(llama_cache.BuildError, match="ENTMTP_LLAMA_CPP_DIR"):
+        llama_source.fetch_sdist(cache, pin)
 
 
 def test_source_is_extracted_and_patched(cache, tmp_path):
     pin = write_sdist(cache / "sdist" / "pkg-1.0.tar.gz", {"vendor/llama.cpp/models/big.gguf": "x"})
     patches = write_patches(tmp_path / "p", **{"0001-a": GOOD_PATCH, "0002-b": SECOND_PATCH})
-    tree, _ = llama_cpp.prepare_source(cache, pin, patches)
+    tree, _ = llama_source.prepare_source(cache, pin, patches)
     assert set(read_tree(tree)) == set(SOURCE)  # no .git, no link, no models, nothing from beside llama.cpp
     assert (tree / "src/llama.cpp").read_text() == "one\ntwo\ntwo and a quarter\ntwo and a half\nthree\n"
 
 
 def test_archive_with_a_path_outside_is_refused(cache):
     pin = write_sdist(cache / "sdist" / "pkg-1.0.tar.gz", {"vendor/llama.cpp/../../../../evil": "x"})
-    with pytest.raises(llama_cpp.BuildError, match="unsafe path"):
-        llama_cpp.prepare_source(cache, pin, [])
+    with pytest.raises(llama_cache.BuildError, match="unsafe path"):
+        llama_source.prepare_source(cache, pin, [])
     assert not list(cache.rglob("evil"))
 
 
@@ -165,15 +155,17 @@ def test_broken_patch_stops_and_names_the_file(cache, tmp_path, monkeypatch, too
         pytest.skip(f"{tool} is not installed")
     if tool == "patch":
         which = shutil.which
-        monkeypatch.setattr(llama_cpp.shutil, "which", lambda name: None if name == "git" else which(name))
+        monkeypatch.setattr(
+            llama_patches.shutil, "which", lambda name: None if name == "git" else which(name)
+        )
     pin = write_sdist(cache / "sdist" / "pkg-1.0.tar.gz")
     patches = write_patches(tmp_path / "p", **{"0001-good": GOOD_PATCH})
-    tree, _ = llama_cpp.prepare_source(cache, pin, patches)
+    tree, _ = llama_source.prepare_source(cache, pin, patches)
     assert "two and a half" in (tree / "src/llama.cpp").read_text()
 
     patches = write_patches(tmp_path / "p", **{"0002-broken": BROKEN_PATCH})
-    with pytest.raises(llama_cpp.BuildError, match=r"0002-broken\.patch"):
-        llama_cpp.prepare_source(cache, pin, patches)
+    with pytest.raises(llama_cache.BuildError, match=r"0002-broken\.patch"):
+        llama_source.prepare_source(cache, pin, patches)
     # no half-patched tree is left behind
     assert [p.name for p in (cache / "source").iterdir() if p.is_dir()] == [tree.name]
 
@@ -198,7 +190,7 @@ def test_patches_apply_inside_another_repository(tmp_path):
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
     pin = write_sdist(tmp_path / "cache" / "sdist" / "pkg-1.0.tar.gz")
     patches = write_patches(tmp_path / "p", **{"0001-good": GOOD_PATCH})
-    tree, _ = llama_cpp.prepare_source(tmp_path / "cache", pin, patches)
+    tree, _ = llama_source.prepare_source(tmp_path / "cache", pin, patches)
     assert "two and a half" in (tree / "src/llama.cpp").read_text()
 
 
@@ -208,24 +200,24 @@ def test_user_directory_is_not_touched(cache, tmp_path):
     (user / "build" / "junk.o").write_text("junk")
     before = read_tree(user)
     patches = write_patches(tmp_path / "p", **{"0001-good": GOOD_PATCH})
-    tree, _ = llama_cpp.prepare_source(cache, {}, patches, user)
+    tree, _ = llama_source.prepare_source(cache, {}, patches, user)
     assert read_tree(user) == before
     assert "two and a half" in (tree / "src/llama.cpp").read_text()
     assert not (tree / "build").exists()
 
     # the same content is found again, other content is not
-    assert llama_cpp.prepare_source(cache, {}, patches, user)[0] == tree
+    assert llama_source.prepare_source(cache, {}, patches, user)[0] == tree
     (user / "include/llama.h").write_text("int b;\n")
-    assert llama_cpp.prepare_source(cache, {}, patches, user)[0] != tree
+    assert llama_source.prepare_source(cache, {}, patches, user)[0] != tree
 
 
 @pytest.mark.parametrize("n_applied", [1, 2])
 def test_user_directory_that_is_patched_already(cache, tmp_path, capsys, n_applied):
     user = write_tree(tmp_path / "user")
     patches = write_patches(tmp_path / "p", **{"0001-a": GOOD_PATCH, "0002-b": SECOND_PATCH})
-    llama_cpp.apply_patches(user, patches[:n_applied])
+    llama_patches.apply_patches(user, patches[:n_applied])
     before = read_tree(user)
-    tree, _ = llama_cpp.prepare_source(cache, {}, patches, user)
+    tree, _ = llama_source.prepare_source(cache, {}, patches, user)
     assert (tree / "src/llama.cpp").read_text() == "one\ntwo\ntwo and a quarter\ntwo and a half\nthree\n"
     assert read_tree(user) == before
     message = capsys.readouterr().err
@@ -234,36 +226,36 @@ def test_user_directory_that_is_patched_already(cache, tmp_path, capsys, n_appli
 
 
 def test_user_directory_must_hold_llama_cpp(cache, tmp_path):
-    with pytest.raises(llama_cpp.BuildError, match="not a llama"):
-        llama_cpp.prepare_source(cache, {}, [], tmp_path)
+    with pytest.raises(llama_cache.BuildError, match="not a llama"):
+        llama_source.prepare_source(cache, {}, [], tmp_path)
 
 
 def test_key_changes_with_all_that_matters(tmp_path, monkeypatch):
-    for name in llama_cpp.ENV_FLAGS:
+    for name in llama_build.ENV_FLAGS:
         monkeypatch.delenv(name, raising=False)
     patches = write_patches(tmp_path / "p", **{"0001-a": GOOD_PATCH})
-    source = llama_cpp.source_key("pin", patches)
-    key = llama_cpp.build_key(source, {"GGML_CUDA": "ON", "GGML_RPC": "ON"}, ["gcc 12"])
+    source = llama_source.source_key("pin", patches)
+    key = llama_build.build_key(source, {"GGML_CUDA": "ON", "GGML_RPC": "ON"}, ["gcc 12"])
 
-    assert key == llama_cpp.build_key(source, {"GGML_RPC": "ON", "GGML_CUDA": "ON"}, ["gcc 12"])
-    assert key != llama_cpp.build_key(source, {"GGML_CUDA": "OFF", "GGML_RPC": "ON"}, ["gcc 12"])
-    assert key != llama_cpp.build_key(source, {"GGML_CUDA": "ON", "GGML_RPC": "ON"}, ["gcc 13"])
+    assert key == llama_build.build_key(source, {"GGML_RPC": "ON", "GGML_CUDA": "ON"}, ["gcc 12"])
+    assert key != llama_build.build_key(source, {"GGML_CUDA": "OFF", "GGML_RPC": "ON"}, ["gcc 12"])
+    assert key != llama_build.build_key(source, {"GGML_CUDA": "ON", "GGML_RPC": "ON"}, ["gcc 13"])
     monkeypatch.setenv("CXXFLAGS", "-O1")
-    assert key != llama_cpp.build_key(source, {"GGML_CUDA": "ON", "GGML_RPC": "ON"}, ["gcc 12"])
+    assert key != llama_build.build_key(source, {"GGML_CUDA": "ON", "GGML_RPC": "ON"}, ["gcc 12"])
 
-    assert source != llama_cpp.source_key("other pin", patches)
+    assert source != llama_source.source_key("other pin", patches)
     write_patches(tmp_path / "p", **{"0001-a": GOOD_PATCH.replace("half", "third")})
-    assert source != llama_cpp.source_key("pin", patches)
-    assert source != llama_cpp.source_key("pin", [])
+    assert source != llama_source.source_key("pin", patches)
+    assert source != llama_source.source_key("pin", [])
 
 
 def test_native_code_is_not_shared_between_cpus(monkeypatch):
     """A cache in a shared home directory must not hand AVX-512 code to a CPU without it."""
     monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
     flags = {"native": {}, "portable": {"GGML_NATIVE": "OFF"}}
-    first = {name: llama_cpp.build_key("s", f, []) for name, f in flags.items()}
-    monkeypatch.setattr(llama_cpp, "cpu_identity", lambda: "another CPU")
-    second = {name: llama_cpp.build_key("s", f, []) for name, f in flags.items()}
+    first = {name: llama_build.build_key("s", f, []) for name, f in flags.items()}
+    monkeypatch.setattr(llama_build, "cpu_identity", lambda: "another CPU")
+    second = {name: llama_build.build_key("s", f, []) for name, f in flags.items()}
     assert first["native"] != second["native"]
     assert first["portable"] == second["portable"]
 
@@ -273,12 +265,12 @@ def test_definitions():
         ["GGML_CUDA=ON", "GGML_X:BOOL=OFF", "CMAKE_CUDA_ARCHITECTURES=89;90"]
     )
     assert parsed == {"GGML_CUDA": "ON", "GGML_X": "OFF", "CMAKE_CUDA_ARCHITECTURES": "89;90"}
-    with pytest.raises(llama_cpp.BuildError, match="expected -DNAME=VALUE"):
+    with pytest.raises(llama_cache.BuildError, match="expected -DNAME=VALUE"):
         llama_cpp.parse_definitions(["GGML_CUDA"])
 
 
 def _hold_lock(path: Path, log: Path) -> None:
-    with llama_cpp.file_lock(path):
+    with llama_cache.file_lock(path):
         with log.open("a") as file:
             file.write("in\n")
         time.sleep(0.2)
@@ -310,24 +302,87 @@ def test_interrupted_build_leaves_no_entry(cache, tmp_path, monkeypatch, fail_at
         if command[1] == "--install":
             (cwd / "prefix" / "lib").mkdir(parents=True)
 
-    monkeypatch.setattr(llama_cpp, "run_step", run_step)
+    monkeypatch.setattr(llama_build, "run_step", run_step)
     with pytest.raises(KeyboardInterrupt):
-        llama_cpp.build_libraries(cache, source, "key", {}, "abc", cmake="cmake")
+        llama_build.build_libraries(cache, source, "key", {}, "abc", cmake="cmake")
     assert not (cache / "build").exists()
 
-    path = llama_cpp.build_libraries(cache, source, "key", {}, "abc", cmake="cmake")
+    path = llama_build.build_libraries(cache, source, "key", {}, "abc", cmake="cmake")
     assert (path / "build-info.json").exists()
     assert (path / "include" / "llama.h").exists()
     n_steps = len(done)
-    assert llama_cpp.build_libraries(cache, source, "key", {}, "abc", cmake="cmake") == path
+    assert llama_build.build_libraries(cache, source, "key", {}, "abc", cmake="cmake") == path
     assert len(done) == n_steps  # from the cache
 
 
 def test_cache_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("ENTMTP_CACHE", str(tmp_path))
-    assert llama_cpp.default_cache() == tmp_path
+    assert llama_cache.default_cache() == tmp_path
     monkeypatch.delenv("ENTMTP_CACHE")
-    assert llama_cpp.default_cache().is_absolute()
+    assert llama_cache.default_cache().is_absolute()
+
+
+def bump(*args: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "native" / "llama_cpp.py"), "bump", "--cache", str(cache), *args]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+needs_patch = pytest.mark.skipif(not shutil.which("patch"), reason="patch is not installed")
+
+
+@needs_patch
+def test_bump_to_the_pinned_version():
+    pin, cache = llama_source.load_pin(), llama_cache.default_cache()
+    if not (cache / "sdist" / pin["sdist"]).exists():
+        pytest.skip("the source distribution is not in the cache")
+    result = bump("--version", pin["version"], cache=cache)
+    assert result.returncode == 0, result.stderr
+    first, *table = result.stdout.splitlines()
+    assert first == f"{pin['sdist']}  SHA-256 {pin['sha256']}"
+    assert [line.split() for line in table] == [[p.name, "cleanly"] for p in llama_patches.list_patches()]
+
+
+@needs_patch
+def test_bump_names_what_does_not_apply(cache, tmp_path):
+    """The patches of one version on another: untouched, with changed lines nearby, gone, and taken over by it."""
+    pin = {**llama_source.load_pin(), "version": "9.9.9"}
+    name = f"{pin['package'].replace('-', '_')}-9.9.9.tar.gz"
+    ten = "".join(f"{i}\n" for i in range(10))
+    files = {
+        "src/moved.cpp": "new\n" + ten,
+        "src/near.cpp": ten.replace("2", "two"),
+        "src/taken.cpp": ten + "x\n",
+    }
+    write_sdist(cache / "sdist" / name, {f"vendor/llama.cpp/{k}": v for k, v in files.items()})
+
+    def hunk(file: str, at: int) -> str:
+        context = "".join(f" {i}\n" for i in range(at, at + 6))
+        lines = context[: len(context) // 2] + "+x\n" + context[len(context) // 2 :]
+        return f"--- a/{file}\n+++ b/{file}\n@@ -{at + 1},6 +{at + 1},7 @@\n{lines}"
+
+    write_patches(
+        tmp_path / "p",
+        **{
+            "0001-good": GOOD_PATCH,
+            "0002-moved": hunk("src/moved.cpp", 2),
+            "0003-near": hunk("src/near.cpp", 2),
+            "0004-broken": hunk("src/llama.cpp", 2) + hunk("src/gone.cpp", 2),
+            "0005-taken": "--- a/src/taken.cpp\n+++ b/src/taken.cpp\n@@ -8,3 +8,4 @@\n 7\n 8\n 9\n+x\n",
+            "0006-second": SECOND_PATCH,  # on what 0001 made
+        },
+    )
+    before = read_tree(cache)
+    result = bump("--version", "9.9.9", "--patches", str(tmp_path / "p"), cache=cache)
+    assert result.returncode == 1
+    assert [line.split(maxsplit=1) for line in result.stdout.splitlines()[1:]] == [
+        ["0001-good.patch", "cleanly"],
+        ["0002-moved.patch", "cleanly"],
+        ["0003-near.patch", "with fuzz: src/near.cpp hunk 1"],
+        ["0004-broken.patch", "fails: src/llama.cpp hunk 1; src/gone.cpp is gone"],
+        ["0005-taken.patch", "fails: src/taken.cpp has it already"],
+        ["0006-second.patch", "cleanly"],
+    ]
+    assert {k: v for k, v in read_tree(cache).items() if k != "sdist/.lock"} == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
@@ -335,11 +390,11 @@ def test_one_llama_cpp_in_a_process():
     """Needs the built package. llama_cpp and libentmtp must share one libllama and one ggml."""
     pytest.importorskip("numpy")
     script = """
-import sys, entmtp
-from entmtp import _lib
+import sys
+from entmtp.native import library
 try:
-    _lib.load()
-except _lib.LibrariesMissing as error:
+    library.load()
+except library.LibrariesMissing as error:
     print(error); sys.exit(77)
 import llama_cpp
 llama_cpp.llama_backend_init()
