@@ -1,6 +1,8 @@
 """`python -m entmtp.heads_study`: the name of before of `entmtp bench heads`."""
 
-from .bench.heads_study import main
+import sys
+
+from .bench.cli import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(["heads", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""The benchmark's own parts: useless heads that load, models of any shape, tables that say what was measured."""
+"""Studies: tuned policies live and by replay, traces under other costs, useless heads, models of any shape."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ import numpy as np
 import pytest
 
 from entmtp import Llama
+from entmtp.bank.bank import Bank
+from entmtp.bank.traces import Traces
 from entmtp.bench import study, whatif
 from entmtp.bench.cli import main
+from entmtp.measure import search
+from entmtp.measure.replay import replay
+from entmtp.measure.turns import Prompt, decode
 from entmtp.models.shapes import SHAPES, write_heads, write_model
+from helpers.loaded import every_model
 from helpers.settings import N_THREADS, prompts
 
 
@@ -33,7 +39,10 @@ def studied(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         "--tokens", "32", "--temp", "0.8", "--ctx", "1024", "--threads", str(N_THREADS),
         "--traces", str(folder / "traces"), "--banks", str(folder / "banks"), "-o", str(folder / "study.json"),
     ]  # fmt: skip
-    assert main(arguments) == 0
+    with every_model() as made:
+        assert main([*arguments, "--flash-attn"]) == 0
+    assert len(made) == 8, "to tune, and for every method"
+    assert {(m.n_ctx, m.threads, m.flash_attn) for m in made} == {(1024, (N_THREADS, N_THREADS), True)}
     return folder
 
 
@@ -44,12 +53,32 @@ def test_a_study_reports_every_method_on_every_task(studied: Path) -> None:
         assert set(rows) == {*study.METHODS, "oracle"}
         assert rows[study.PLAIN_LABEL]["ratio"] == [1.0, 1.0, 1.0]
         assert rows[study.PLAIN_LABEL]["tokens_per_step"] == 1.0
-        assert all(
-            r["answers"] == rows[study.PLAIN_LABEL]["answers"] > 0 for k, r in rows.items() if k != "oracle"
-        )
+        found = [(r["answers"], r["pairs"]) for k, r in rows.items() if k != "oracle"]
+        assert set(found) == {(found[0][0], found[0][0])} and found[0][0] > 0
         assert rows[study.PUBLISHED_TREE]["tokens_per_step"] > 1.0
         assert rows["oracle"]["predicted"] >= rows[study.ENTROPY]["predicted"] - 0.02
+    assert report["tasks"]["all"][study.PLAIN_LABEL]["answers"] == 4  # half of the prompts
     assert len(list((studied / "banks").glob("*.json"))) == 1
+    table = (studied / "study.md").read_text("utf-8")
+    assert all(f"| {m} |" in table for m in study.METHODS) and "nan" not in table
+
+
+def test_predictions_are_those_of_the_tuned_bank(studied: Path) -> None:
+    """Replay with the bank's own costs says the same as what the tuner found."""
+    (report,) = json.loads((studied / "study.json").read_text())["studies"]
+    (bank_file,) = (studied / "banks").glob("*.json")
+    bank = Bank.load(bank_file)
+    (traces,) = (studied / "traces").glob("*.npz")
+    held_out = Traces.load(traces).split()[1]
+    runs = {m: replay(held_out, bank, p) for m, p in ((study.PLAIN_LABEL, "off"), (study.ENTROPY, "entropy"))}
+    plain = runs[study.PLAIN_LABEL].us_total
+    for method, run in runs.items():
+        assert report["tasks"]["all"][method]["predicted"] == pytest.approx(plain / run.us_total, abs=2e-3)
+    costs = bank.need_costs()
+    whole = search.oracle(held_out, costs) * 1e6 + runs[study.PLAIN_LABEL].n_tokens * (
+        costs.sample + costs.token
+    )
+    assert report["tasks"]["all"]["oracle"]["predicted"] == pytest.approx(plain / whole, abs=2e-3)
 
 
 def test_a_study_can_be_drawn(studied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,17 +93,21 @@ def test_a_study_can_be_drawn(studied: Path, capsys: pytest.CaptureFixture[str])
 def test_what_if_replays_the_same_traces(studied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = studied / "whatif.json"
     folder = str(studied / "traces")
-    assert (
-        main(["--what-if", "flat", "tiny", "--traces", folder, "--threads", str(N_THREADS), "-o", str(out)])
-        == 0
-    )
+    arguments = ["--what-if", "flat", "tiny", "--traces", folder, "--threads", "1", "--flash-attn"]
+    with every_model() as made:
+        assert main([*arguments, "-o", str(out)]) == 0
+    assert [(m.n_ctx, m.threads, m.flash_attn) for m in made] == [(512, (1, 1), True)]
     flat, tiny = json.loads(out.read_text())["what_if"]
     (row,) = flat["rows"]
     assert row["best single tree"] > 1.0 and row["oracle"] >= row["confidence"]
     assert len(tiny["rows"]) == 1 and tiny["costs"]["hydra"]["verify"]
     assert "#### costs: flat" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no trace files"):
-        whatif.run(studied / "banks", "flat", N_THREADS)
+    (file,) = Path(folder).glob("*.npz")
+    assert main(["what-if", "flat", "--traces", str(file), "-o", str(out)]) == 0
+    (again,) = json.loads(out.read_text())["what_if"]
+    assert again == flat, "a file of the folder, and the folder"
+    assert main(["what-if", "flat", "--traces", str(studied / "banks")]) == 1
+    assert "no trace files" in capsys.readouterr().err
 
 
 def test_parts_of_the_policies_are_weighed(studied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,7 +127,7 @@ def test_useless_heads_are_never_right(models: dict[str, Path], tmp_path: Path) 
     )
     plain = Llama(models["q8_0"], **settings)
     prompt = llm.tokenize(b"def add(a, b):\n")
-    a, b = (study.decode(m, prompt, 48, 0.0, 1)["tokens"] for m in (llm, plain))
+    a, b = (decode(m, Prompt(prompt, 48)).tokens for m in (llm, plain))
     assert a == b
     assert llm.draft_stats.n_accepted <= 0.02 * llm.draft_stats.n_drafted
     llm.close()
@@ -107,7 +140,7 @@ def test_models_of_a_shape_decode(arch: str, tmp_path: Path) -> None:
     heads = write_heads(tmp_path / "h.gguf", model, SHAPES["tiny"], arch)
     settings = {"n_ctx": 256, "n_threads": N_THREADS, "n_threads_batch": N_THREADS, "verbose": False}
     llm = Llama(model, draft="entmtp", heads=heads, trees=f"generic-{arch}:n4", policy="static", **settings)
-    tokens = study.decode(llm, [1, 2, 3], 16, 0.0, 1)["tokens"]
+    tokens = decode(llm, Prompt([1, 2, 3], 16)).tokens
     assert len(tokens) == 16 and llm.draft_stats.n_drafted > 0
     assert np.isfinite(llm._decoder.logits(llm.n_vocab())).all()  # type: ignore[union-attr]
     llm.close()

@@ -1,411 +1,173 @@
-"""`python -m entmtp.bench`: decoding methods side by side, in one process, in alternation.
-
-For every prompt all methods run in turn, starting with another one each time, so that the machine's drift hits them
-alike. Speeds are of decoding alone: from the first token of an answer to its last.
-"""
+"""`entmtp bench SUBCOMMAND`: what each takes, and its report as text and files."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
-from collections.abc import Callable
-from functools import partial
-from itertools import product
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import llama_cpp
-import numpy as np
-from rich.progress import Progress
+from ..common.errors import ConvertError, EntmtpError, UsageError
+from ..common.machine import cpu_name
+from ..models.shapes import QUANTS, SHAPES
+from ..options import DEMO, add_model_options
+from ..report.plots import draw
+from ..report.tables import write
+from . import gpu, heads, passes, run, study, whatif
+from .inputs import context_lengths, some_of
 
-from ..common.atomic import atomic_path
-from ..common.errors import EntmtpError
-from ..common.machine import cpu_name, peak_memory_mb
-from ..common.progress import stages
-from ..common.prompts import read_prompts
-from ..llama import Llama
-from ..measure.methods import CONFIDENCE, ENTMTP, PLAIN_LOOP, Method, comparison, generic, published
-from ..native import kernels
-from ..report.files import write_json
-from . import gpu_command
-from .study import decode
-
-Runner = Callable[[list[int], int, float], dict[str, Any]]
-GGML = Method("EntMTP, ggml's kernels", None, "entropy")  # as ENTMTP, but for the CPU kernels
-
-
-def runners(args: argparse.Namespace) -> tuple[dict[str, Runner], list[Any]]:
-    """The methods to run, by label; and the models to close afterwards."""
-    settings: dict[str, Any] = {
-        "n_ctx": args.ctx, "n_threads": args.threads, "n_threads_batch": args.threads, "verbose": False,
-        "n_gpu_layers": args.n_gpu_layers, "flash_attn": args.flash_attn,
-    }  # fmt: skip
-    with kernels.using("off"):
-        stock = llama_cpp.Llama(args.model, **settings)
-    plain = Llama(args.model, stats=False, **settings)
-    draft = Llama(args.model, draft="entmtp", heads=args.heads, **settings)
-    # these learn from answer to answer
-    adaptive = {
-        m.label: Llama(args.model, draft="entmtp", heads=args.heads, policy=m.policy, **settings)
-        for m in (ENTMTP, CONFIDENCE)
-    }
-    ggml = Llama(args.model, draft="entmtp", heads=args.heads, kernels="off", **settings)
-    kernels.use()
-
-    arch = draft.draft_heads.arch
-    methods: list[Method] = [*published()[: args.published], *generic(arch), ENTMTP, CONFIDENCE]
-    if args.methods:
-        known = {m.label: m for m in [*published(), *generic(arch), ENTMTP, CONFIDENCE, *comparison()]}
-        if missing := [m for m in args.methods if m not in known]:
-            raise ValueError(f"there is no method {missing[0]}; there are {', '.join(known)}")
-        methods = [known[m] for m in args.methods]
-
-    def with_method(method: Method) -> Runner:
-        def run(prompt: list[int], n_tokens: int, temp: float) -> dict[str, Any]:
-            llm = adaptive.get(method.label, draft)
-            if llm is draft:
-                method.apply(llm)
-            decode(llm, prompt, 8, temp, 1234)  # graphs of the new trees
-            llm.reset_draft_stats()
-            result = decode(llm, prompt, n_tokens, temp, 1234)
-            return result | {"stats": llm.draft_stats}
-
-        return run
-
-    def with_ggml(run: Runner) -> Runner:
-        def switched(prompt: list[int], n_tokens: int, temp: float) -> dict[str, Any]:
-            with kernels.using("off"):
-                return run(prompt, n_tokens, temp)
-
-        return switched
-
-    adaptive[GGML.label] = ggml
-    table: dict[str, Runner] = {
-        "llama-cpp-python": with_ggml(lambda prompt, n, temp: decode(stock, prompt, n, temp, 1234)),
-        GGML.label: with_ggml(with_method(GGML)),
-        PLAIN_LOOP.label: lambda prompt, n, temp: decode(plain, prompt, n, temp, 1234),
-    }
-    table |= {m.label: with_method(m) for m in methods}
-    return table, [stock, plain, draft, *adaptive.values()]
+SHAPE = f"random weights by shape ({', '.join(SHAPES)}) and type ({', '.join(QUANTS)}), as 1b:q4_k"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--prompts": {"nargs": "+", "metavar": "JSONL", "help": "files of prompts, one task each"},
+    "--limit": {"type": int, "metavar": "N", "help": "prompts of each task, at most"},
+    "--tokens": {"type": int, "metavar": "N", "help": "tokens of an answer, at most"},
+    "--temp --temps": {"type": float, "nargs": "+", "metavar": "T", "help": "temperatures"},
+    "--rounds": {"type": int, "metavar": "N", "help": "how often everything is measured"},
+    "--methods": {"nargs": "+", "metavar": "NAME", "help": "methods besides the plain loops (default: all)"},
+    "--published": {"type": int, "metavar": "N", "help": "how many published trees to include"},
+    "--more-models": {"nargs": "+", "metavar": "MODEL", "help": "further base models"},
+    "--more-heads": {"nargs": "+", "metavar": "HEADS", "help": "further heads"},
+    "--traces": {"metavar": "PATH", "help": "rank traces that study keeps and others replay: a folder of .npz files, "
+                 "or one such file"},
+    "--banks": {"metavar": "DIR", "help": "keep the tuned banks in this folder"},
+    "--contexts": {"type": context_lengths, "nargs": "+", "metavar": "N", "help": "context depths, like 512 4k"},
+    "--sizes": {"type": int, "nargs": "+", "metavar": "N", "help": "numbers of tokens in a pass"},
+    "--kernels": {"nargs": "+", "metavar": "NAME", "help": "CPU kernels to compare (default: off and auto)"},
+    "--forms": {"nargs": "+", "choices": heads.FORMS, "help": "forms of the heads"},
+    "--types": {"nargs": "+", "metavar": "TYPE", "help": "types of the heads"},
+    "--draft-vocab": {"type": int, "metavar": "N", "help": "tokens of a draft vocabulary"},
+    "--draft-text": {"nargs": "+", "metavar": "FILE", "help": "text to choose it by (default: the base's own)"},
+    "--shapes": {"type": some_of(tuple(SHAPES)), "metavar": "NAME[,..]", "help": "models, unless --model is given"},
+    "--types ": {"type": some_of(tuple(QUANTS)), "metavar": "TYPE[,..]", "help": "types of their weights"},
+    "--device": {"choices": ("auto", "cpu", "gpu"), "help": "where they run; auto: on a GPU, if there is one"},
+    "checkpoints": {"nargs": "+", "metavar": "[NAME[:FORM,..]=]FOLDER", "help": "checkpoint as for entmtp convert; "
+                    "forms of its own in place of --forms"},
+    "curves": {"nargs": "*", "metavar": "CURVE", "help": f"costs: {', '.join(whatif.CURVES)}, or of a model that is "
+               f"timed here, {SHAPE} (default: --model)"},
+    "curve": {"nargs": "?", "metavar": "CURVE", "help": "costs, as of what-if"},
+    "report": {"metavar": "JSON", "type": Path, "help": "report of study, curve, heads or gpu"},
+}  # fmt: skip
 
 
-def bench_task(
-    table: dict[str, Runner],
-    prompts: list[list[int]],
-    n_tokens: int,
-    temp: float,
-    advance: Callable[[], None],
-) -> list[dict[str, Any]]:
-    """One row per method over the prompts of a task."""
-    labels = list(table)
-    results: dict[str, list[dict[str, Any]]] = {label: [] for label in labels}
-    for i, prompt in enumerate(prompts):
-        for j in range(len(labels)):
-            label = labels[(i + j) % len(labels)]
-            results[label].append(table[label](prompt, n_tokens, temp))
-            advance()
-
-    speeds = {
-        k: np.array([(len(r["tokens"]) - 1) / r["seconds"] for r in rs if len(r["tokens"]) > 8])
-        for k, rs in results.items()
-    }
-
-    def ratio(label: str, base: str) -> list[float]:
-        """Median and quartiles over the prompts of a method's speed against another's."""
-        if len(speeds[label]) != len(speeds[base]):
-            return [float("nan")] * 3
-        return [float(x) for x in np.percentile(speeds[label] / speeds[base], [50, 25, 75])]
-
-    rows = []
-    for label in labels:
-        rs = results[label]
-        # kernels differ in rounding: each method against plain decoding with its own
-        reference = results[labels[0] if label == GGML.label else PLAIN_LOOP.label]
-        row: dict[str, Any] = {
-            "method": label,
-            "tokens_per_second": [float(x) for x in np.percentile(speeds[label], [50, 25, 75])],
-            "ratio": ratio(label, labels[0]),
-            "ratio_plain": ratio(label, PLAIN_LOOP.label),
-            "identical": sum(r["tokens"] == b["tokens"] for r, b in zip(rs, reference, strict=True)),
-            "answers": len(rs),
-        }
-        stats = [r["stats"] for r in rs if "stats" in r]
-        if stats:
-            n_steps = sum(s.n_steps for s in stats)
-            seconds = sum(r["seconds"] for r in rs)
-            split = {k: sum(s.time_split[k] for s in stats) / seconds for k in stats[0].time_split}
-            split["rest"] = max(0.0, 1.0 - sum(split.values()))
-            row |= {
-                "tokens_per_step": 1.0 + sum(s.n_accepted for s in stats) / max(n_steps, 1),
-                "time_split": split,
-                "entropy": float(np.mean([s.mean_entropy for s in stats])),
-            }
-        rows.append(row)
-    return rows
+class Command(NamedTuple):
+    run: Callable[[argparse.Namespace, dict[str, Any]], Iterator[str]]
+    does: str
+    example: str
+    options: dict[str, Any]  # with their defaults
 
 
-def markdown(title: str, rows: list[dict[str, Any]]) -> str:
-    """A task's rows as a Markdown table."""
-    lines = [
-        f"### {title}",
-        "",
-        f"| method | tokens/s | against {rows[0]['method']} | against plain | tokens/step | draft | verify | sample "
-        "| host | rest | identical |",
-        "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
-    ]
-    for r in rows:
-        s, q, p = r["tokens_per_second"], r["ratio"], r["ratio_plain"]
-        parts = (
-            [f"{100 * r['time_split'][k]:.0f} %" for k in r["time_split"]] if "time_split" in r else [""] * 5
-        )
-        tau = f"{r['tokens_per_step']:.2f}" if "tokens_per_step" in r else "1.00"
-        lines.append(
-            f"| {r['method']} | {s[0]:.1f} ({s[1]:.1f}–{s[2]:.1f}) | {q[0]:.2f}× ({q[1]:.2f}–{q[2]:.2f}) "
-            f"| {p[0]:.2f}× ({p[1]:.2f}–{p[2]:.2f}) | {tau} | "
-            + " | ".join(parts)
-            + f" | {r['identical']}/{r['answers']} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def curves(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Cost of a verify pass by number of tokens for every model; prints a table each."""
-    from . import verify_curve
-
-    sets = args.kernels or (["auto"] if args.n_gpu_layers else ["off", "auto"])
-    rounds = args.rounds or 9
-    reports = []
-    for model in [args.model, *args.more_models]:
-        with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
-            job = progress.add_task(Path(model).stem, total=len(args.contexts) * (rounds + 1))
-            found = verify_curve.report(
-                model, args.threads, args.contexts, sets, n_rounds=rounds, sizes=args.sizes or verify_curve.SIZES,
-                advance=partial(progress.advance, job), n_gpu_layers=args.n_gpu_layers, flash_attn=args.flash_attn,
-            )  # fmt: skip
-        print(verify_curve.markdown(found), flush=True)
-        reports.append(found)
-    return reports
-
-
-def study(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every base with every heads file at every temperature; prints a table each."""
-    from ..bank.bank import dumps
-    from . import study as module
-
-    reports = []
-    tasks = {Path(p).stem: read_prompts(p, args.limit) for p in args.prompts}
-    for folder in (args.traces, args.banks):
-        if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-    combinations = product([args.model, *args.more_models], [args.heads, *args.more_heads], args.temp)
-    for model, heads, temp in combinations:
-        name = f"{Path(model).stem}-{Path(heads).stem}-{temp:g}"
-        with stages() as advance:
-            result = module.run(
-                model, heads, tasks, temp, n_tokens=args.tokens, n_rounds=args.rounds or 1, advance=advance,
-                traces=Path(args.traces) / f"{name}.npz" if args.traces else None, n_ctx=args.ctx,
-                n_threads=args.threads, n_gpu_layers=args.n_gpu_layers, flash_attn=args.flash_attn,
-            )  # fmt: skip
-        title = f"{Path(model).stem}, {Path(heads).stem}, temperature {temp:g}"
-        print(module.markdown(title, result["tasks"]), flush=True)
-        bank = result["bank"]
-        tree = bank.report["single"] or "plain decoding"
-        print(f"best single tree: {tree}; spread of the timings {bank.need_costs().spread:.0%}\n")
-        facts = {"model": Path(model).stem, "heads": Path(heads).stem, "temp": temp, "single": tree}
-        reports.append(facts | {"tasks": result["tasks"], "costs": bank.need_costs().to_json()})
-        if args.banks:
-            with atomic_path(Path(args.banks) / f"{name}.json") as temporary:
-                temporary.write_text(dumps(bank), "utf-8")
-    return reports
-
-
-def what_if(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Recorded traces under the costs of other machines; prints a table each."""
-    from . import whatif
-
-    reports = []
-    for curve in args.what_if:
-        with stages() as advance:
-            rows, costs = whatif.run(args.traces, curve, args.threads, advance)
-        print(f"#### costs: {curve}\n\n{whatif.markdown(rows)}", flush=True)
-        for arch, c in costs.items():
-            relative = " ".join(
-                f"{n}:{us / row[1]:.2f}" for row in c.verify.values() for n, us in sorted(row.items())
-            )
-            drafts = " ".join(f"{us / c.curve()[0]:.3f}" for us in c.chain[1:])
-            print(
-                f"{arch}: a pass of one token takes {c.curve()[0] / 1e3:.1f} ms; relative to it, passes by tokens"
-            )
-            print(f"{relative}; drafts by depth {drafts}\n")
-        reports.append({"curve": curve, "rows": rows, "costs": {a: c.to_json() for a, c in costs.items()}})
-    return reports
-
-
-def draw(path: Path) -> int:
-    """A picture of a report, beside it."""
-    from ..report.plots import plot_curves, plot_study
-    from . import gpu_report
-
+def plot(args: argparse.Namespace, report: dict[str, Any]) -> Iterator[str]:
+    """The picture of a report, beside it."""
     try:
-        report = json.loads(path.read_text("utf-8"))
-        if isinstance(report, dict) and "gpu_study" in report:
-            print(f"wrote {gpu_report.plot(report, path.with_suffix('.png'))}")
-            return 0
-        plot = plot_curves if isinstance(report, dict) and "curves" in report else plot_study
-        print(f"wrote {plot(report, path.with_suffix('.png'))}")
-    except (ValueError, KeyError, TypeError, OSError) as e:
-        print(f"entmtp.bench: {path}: {e}", file=sys.stderr)
-        return 1
-    return 0
+        drawn = draw(json.loads(args.report.read_text("utf-8")), args.report.with_suffix(".png"))
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{args.report}: {e}") from e
+    if drawn is None:
+        raise ValueError(
+            f"{args.report} holds no studies, curves, heads or GPU study: entmtp bench study -o FILE …"
+        )
+    yield f"wrote {drawn}"
+
+
+ANSWERS = {"--prompts": ..., "--limit": 10, "--tokens": 200, "--temp --temps": [0.0, 0.8], "--rounds": 1}
+COMMANDS = {
+    "run": Command(
+        run.run, "llama-cpp-python, our plain loop, static trees and EntMTP side by side",
+        "entmtp bench run -m model.gguf --prompts code.jsonl chat.jsonl --temp 0 0.8 -o bench.json",
+        ANSWERS | {"--methods": None, "--published": 1},
+    ),
+    "study": Command(
+        study.run, "tune on half of the prompts, then compare policies on the other half, live and by replay",
+        "entmtp bench study -m model.gguf --prompts code.jsonl --limit 20 --traces traces -o study.json",
+        ANSWERS | {"--more-models": [], "--more-heads": [], "--traces": None, "--banks": None},
+    ),
+    "heads": Command(
+        heads.run, "heads of several forms and types: size, draft time, acceptance, tokens per second",
+        "entmtp bench heads ./hydra -m model.gguf --prompts code.jsonl prose.jsonl -o heads.json",
+        ANSWERS | {"checkpoints": None, "--limit": None, "--tokens": 128, "--rounds": 8, "--forms": list(heads.FORMS),
+                   "--types": list(heads.TYPES), "--draft-vocab": 1024, "--draft-text": []},
+    ),
+    "gpu": Command(
+        gpu.run, "what passes, drafts and the rest of a step cost on one device, for shapes of real models, and replay",
+        "entmtp bench gpu --shapes 7b --types q4_k --contexts 512,4k -o gpu.json",
+        {"--shapes": ["1b", "7b", "32b", DEMO], "--types ": ["f16", "q4_k"], "--device": "auto", "--traces": None,
+         "--contexts": [[512, 4096, 32768]], "--sizes": None, "--rounds": 6, "--limit": 10, "--tokens": 200},
+    ),
+    "curve": Command(
+        passes.run, f"the cost of 1 to 64 tokens in one pass; a model may also be {SHAPE}",
+        "entmtp bench curve -m 1b:q4_0 --more-models 1b:q8_0 --contexts 64 2048 -o curve.json",
+        {"--more-models": [], "--contexts": [[64]], "--sizes": None, "--rounds": 9, "--kernels": None},
+    ),
+    "what-if": Command(
+        whatif.run, "replay traces under the costs of other machines",
+        "entmtp bench what-if 1b cpu-q8_0 roofline flat --traces traces", {"curves": None, "--traces": ...},
+    ),
+    "ablate": Command(
+        whatif.ablate, "replay variants of the policies, to see what each part of them is worth",
+        "entmtp bench ablate cpu-q8_0 --traces traces", {"curve": None, "--traces": ...},
+    ),
+    "plot": Command(plot, "draw a report beside it", "entmtp bench plot study.json", {"report": None}),
+}  # fmt: skip
+# the options of before that are subcommands now
+OLD = {"--verify-curve": "curve", "--gpu-study": "gpu"} | {f"--{n}": n for n in ("study", "what-if", "ablate", "plot")}
+
+
+def modern(argv: list[str]) -> list[str]:
+    """The arguments with their subcommand: without any it is `run`, or what an option of before says."""
+    if not argv or not argv[0].startswith("-") or argv[0] in ("-h", "--help"):
+        return argv
+    for i, argument in enumerate(argv):
+        name, _, value = argument.partition("=")
+        if name in OLD:
+            rest = [value] if value else []
+            n = next((n for n, word in enumerate(argv[i + 1 :]) if word.startswith("-")), len(argv))
+            return [OLD[name], *rest, *argv[i + 1 :][:n], *argv[:i], *argv[i + 1 :][n:]]
+    return ["run", *argv]
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m entmtp.bench",
-        description="Measure llama-cpp-python, our plain loop, static trees and EntMTP side by side in one process.",
-        epilog="example: python -m entmtp.bench --model model.gguf --heads heads.gguf --prompts code.jsonl chat.jsonl "
-        "--temp 0 0.8 -o bench.json",
+        prog="entmtp bench",
+        description="Measure decoding, all in turn in one process: the machine's drift hits everything alike.",
+        epilog=f"examples:\n{''.join(f'  {c.example}' + chr(10) for c in COMMANDS.values())}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", help="base model (GGUF)")
-    parser.add_argument("--heads", help="its heads")
-    parser.add_argument("--prompts", nargs="+", default=[], help="JSONL files, one task each")
-    parser.add_argument("--limit", type=int, default=10, help="prompts per task (default: 10)")
-    parser.add_argument("--tokens", type=int, default=200, help="tokens per answer (default: 200)")
-    parser.add_argument(
-        "--temp", type=float, nargs="+", default=[0.0, 0.8], help="temperatures (default: 0 and 0.8)"
-    )
-    parser.add_argument("--methods", nargs="+", help="methods besides the plain loops (default: all)")
-    parser.add_argument(
-        "--published", type=int, default=1, help="how many published trees to include (default: 1)"
-    )
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: all)")
-    parser.add_argument(
-        "--n-gpu-layers", type=int, default=0, help="layers on the GPU, -1 for all (default: 0)"
-    )
-    parser.add_argument("--flash-attn", action="store_true", help="use flash attention")
-    parser.add_argument("--ctx", type=int, default=1024, help="context length (default: 1024)")
-    parser.add_argument(
-        "--verify-curve", action="store_true",
-        help="measure the cost of 1 to 64 tokens in one pass instead, with ggml's kernels and ours in turn; --model "
-        "may also be random weights by shape and quantisation, like 1b:q4_k",
-    )  # fmt: skip
-    parser.add_argument(
-        "--contexts",
-        type=gpu_command.context_lengths,
-        nargs="+",
-        help="context depths, like 512 4k (default: 64 for --verify-curve, 512,4k,32k for --gpu-study)",
-    )
-    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of tokens of --verify-curve")
-    parser.add_argument(
-        "--kernels", nargs="+", metavar="NAME", help="CPU kernels of --verify-curve (default: off auto)"
-    )
-    gpu_command.add_options(parser)
-    parser.add_argument(
-        "--study", action="store_true",
-        help="tune on half of the prompts, then measure plain decoding, the published tree, the best single tree and "
-        "EntMTP on the other half, beside what replay predicts",
-    )  # fmt: skip
-    parser.add_argument(
-        "--what-if", nargs="+", metavar="CURVE",
-        help="replay the traces of --study (--traces) under other costs: 1b or 7b (a random-weight model of that "
-        "shape, timed here), cpu-q8_0, roofline, flat",
-    )  # fmt: skip
-    parser.add_argument(
-        "--ablate", metavar="CURVE", choices=("cpu-q8_0", "roofline", "flat"),
-        help="replay variants of the policies over the traces, to see what each part of them is worth",
-    )  # fmt: skip
-    parser.add_argument(
-        "--more-models", nargs="*", default=[], help="further bases for --study and --verify-curve"
-    )
-    parser.add_argument("--more-heads", nargs="*", default=[], help="further heads for --study")
-    parser.add_argument(
-        "--rounds", type=int,
-        help="how often --study gives every answer (default: 1), or --verify-curve times every pass (default: 9)",
-    )  # fmt: skip
-    parser.add_argument("--traces", help="folder that keeps the rank traces of --study")
-    parser.add_argument("--banks", help="folder for the tuned banks of --study")
-    parser.add_argument(
-        "--plot",
-        metavar="JSON",
-        help="draw the report of --study or --verify-curve beside it, and measure nothing",
-    )
-    parser.add_argument("-o", "--outfile", help="write the figures as JSON, too")
+    subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
+    for name, command in COMMANDS.items():
+        # resolve: curve has a --kernels of its own
+        sub = subparsers.add_parser(name, help=command.does, description=command.does, conflict_handler="resolve",
+                                    epilog=f"example: {command.example}")  # fmt: skip
+        sub.set_defaults(run=command.run)
+        if command.run is not plot:
+            add_model_options(sub, drafting=False, **({"model": None} if command.run is gpu.run else {}))
+            sub.add_argument("-o", "--outfile", "--output", type=Path, metavar="FILE.json",
+                             help="write the figures, beside them their tables as Markdown, and a picture")  # fmt: skip
+        for option, default in command.options.items():
+            how = dict(OPTIONS[option])
+            if default not in (None, [], ...):
+                shown = " ".join(map(str, default)) if isinstance(default, list) else default
+                how["help"] += f" (default: {shown})"
+            sub.add_argument(
+                *option.split(), **how, **({"default": default} if option.startswith("-") else {})
+            )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = setup_arg_parser()
-    args = parser.parse_args(argv)
-    if args.plot:
-        return draw(Path(args.plot))
-    default = gpu_command.CONTEXTS if args.gpu_study else [64]
-    args.contexts = sorted({c for some in args.contexts for c in some}) if args.contexts else default
-    if args.gpu_study:
-        if args.model or args.heads:
-            parser.error(
-                "--gpu-study brings its own models: choose them with --shapes, without --model and --heads"
-            )
-    elif args.what_if or args.ablate:
-        if not args.traces:
-            parser.error("--what-if and --ablate need --traces, a folder of trace files from --study")
-    elif not args.model or not (args.verify_curve or (args.heads and args.prompts)):
-        parser.error("--model is needed, and --heads and --prompts or --verify-curve")
-    model = Path(args.model).name if args.model else "random weights" if args.gpu_study else "replay"
-    print(f"{cpu_name()}, {args.threads} threads, {platform.system()}; {model}; entmtp, llama.cpp "
-          f"{llama_cpp.__version__}\n")  # fmt: skip
+    args = setup_arg_parser().parse_args(modern(sys.argv[1:] if argv is None else argv))
+    report: dict[str, Any] = {"machine": cpu_name()}
+    texts = []
     try:
-        if args.gpu_study:
-            gpu_command.run(args)
-            return 0
-        if args.ablate:
-            from .whatif import ablation
-
-            variants = ablation(args.traces, args.ablate)
-            print(f"costs: {args.ablate}; speed against the best single tree\n")
-            print("| variant | mean | lowest | highest |\n| --- | --: | --: | --: |")
-            for name, values in variants.items():
-                print(f"| {name} | {sum(values) / len(values):.3f} | {min(values):.3f} | {max(values):.3f} |")
-            write_json({"ablation": variants, "curve": args.ablate}, args.outfile)
-            return 0
-        if args.what_if:
-            write_json(
-                {"machine": cpu_name(), "threads": args.threads, "what_if": what_if(args)}, args.outfile
-            )
-            return 0
-        if args.verify_curve:
-            write_json({"machine": cpu_name(), "threads": args.threads, "curves": curves(args)}, args.outfile)
-            return 0
-        if args.study:
-            write_json({"machine": cpu_name(), "threads": args.threads, "studies": study(args)}, args.outfile)
-            return 0
-        tasks = {Path(p).stem: read_prompts(p, args.limit) for p in args.prompts}
-        table, models = runners(args)
-        report = {"machine": cpu_name(), "threads": args.threads, "model": Path(args.model).name, "tasks": []}
-        with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
-            total = sum(map(len, tasks.values())) * len(args.temp) * len(table)
-            job = progress.add_task("answers", total=total)
-            for task, texts in tasks.items():
-                prompts = [
-                    models[0].tokenize(t.encode(), special=True)[: args.ctx - args.tokens - 1] for t in texts
-                ]
-                for temp in args.temp:
-                    rows = bench_task(table, prompts, args.tokens, temp, lambda: progress.advance(job))
-                    report["tasks"].append({"task": task, "temp": temp, "rows": rows})
-                    progress.console.print(
-                        markdown(f"{task}, temperature {temp:g}", rows), markup=False, soft_wrap=True
-                    )
-        if (peak := peak_memory_mb()) is not None:
-            report["peak_memory_mb"] = peak
-            print(f"peak memory of the process, with {len(models)} instances of the model: {peak:.0f} MB")
-        for model in models:
-            model.close()
-        write_json(report, args.outfile)
-    except (EntmtpError, ValueError, OSError) as e:
+        for text in args.run(args, report):
+            print(text, flush=True)
+            texts.append(text)
+        if getattr(args, "outfile", None):
+            write(report, "\n".join(texts), args.outfile)
+    except (ConvertError, EntmtpError, ValueError, OSError) as e:
         print(f"entmtp.bench: {e}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(e, UsageError) else 1
     except KeyboardInterrupt:
         return 130
     return 0

@@ -1,33 +1,36 @@
-"""What the policies would be worth on another machine: recorded traces, replayed under other costs.
+"""`entmtp bench what-if` and `ablate`: what the policies, and parts of them, would be worth on another machine.
 
-Acceptance comes from real text and real heads; costs are measured on a model of useful size with random weights, or
-are a curve from elsewhere.
+Acceptance comes from real text and real heads, as rank traces; costs are measured on the model that is named, or on
+one of useful size with random weights, or are a curve from elsewhere.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ..bank.bank import Bank
 from ..bank.costs import Costs, relative
 from ..bank.traces import Traces
 from ..bank.tree import PLAIN
-from ..llama import Llama
+from ..common.progress import stages
 from ..measure import calibration, search
 from ..measure.fitting import fit
 from ..measure.judge import judge
 from ..measure.replay import replay
 from ..measure.timing import measure
-from ..models.shapes import SHAPES, write_heads, write_model
+from ..measure.turns import Advance
+from ..options import load
+from ..report.tables import table
+from .inputs import model_of, trace_files
 
 # Costs relative to a pass of one token, where a model of the shape cannot be run here. A draft of one level is a
 # twentieth of a pass where memory bounds it (four heads of Vicuna-7B are 9 % of the model, and a step runs two or
 # three), a fortieth on a GPU.
-CURVES = {
+CURVES: dict[str, tuple[dict[int, float], float]] = {
     # 2 cores, ggml's kernels, a 1B-shape model in Q8_0 (docs/benchmarks.md)
     "cpu-q8_0": (
         {1: 1, 2: 1.26, 3: 1.51, 4: 1.77, 5: 2.41, 6: 2.63, 8: 2.28, 12: 2.97, 16: 3.8, 32: 7.0, 64: 14.0},
@@ -38,76 +41,71 @@ CURVES = {
     # a GPU: a pass of 64 tokens costs hardly more than one
     "flat": ({1: 1, 64: 1.3}, 0.025),
 }
-ROWS = ("best single tree", "published 63-node tree", "entropy", "confidence", "oracle")
+SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)  # passes that are timed
+POLICIES = ("entropy", "confidence")
+ROWS = ("best single tree", "published 63-node tree", *POLICIES, "oracle")
 
 
-def shape_costs(
-    name: str, arch: str, n_threads: int, report: Callable[[str, int, int], None] | None = None
-) -> Costs:
-    """Measured costs of a random-weight model of a shape, with heads of `arch`."""
-    with tempfile.TemporaryDirectory(prefix="entmtp-shape-") as folder:
-        model = write_model(Path(folder) / "model.gguf", SHAPES[name])
-        heads = write_heads(Path(folder) / "heads.gguf", model, SHAPES[name], arch)
-        llm = Llama(
-            model, draft="entmtp", heads=heads, policy="off", n_ctx=512, n_threads=n_threads, n_threads_batch=n_threads,
-            verbose=False,
-        )  # fmt: skip
-        try:
-            sizes = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
-            return replace(measure(llm, sizes, contexts=(64,), n_rounds=3, progress=report), key=None)
-        finally:
-            llm.close()
+def costs_of(args: Namespace, curve: str, arch: str, advance: Advance) -> Costs:
+    """Costs of a curve from elsewhere, or of a model with heads of `arch`, measured here."""
+    if curve in CURVES:
+        verify, level = CURVES[curve]
+        return relative(verify, [level * d for d in range(5)])
+    n_ctx = max(args.ctx or 0, 512)
+    with model_of(args, curve, arch=arch) as found, closing(load(found, policy="off", n_ctx=n_ctx)) as llm:
+        return replace(measure(llm, SIZES, contexts=(64,), n_rounds=3, progress=advance), key=None)
 
 
-def run(
-    folder: str | Path, curve: str, n_threads: int, report: Callable[[str, int, int], None] | None = None
-) -> tuple[list[dict[str, Any]], dict[str, Costs]]:
-    """Replay every trace file of a folder under one curve: a row of speeds against plain decoding each.
-
-    Args:
-        curve: a key of CURVES, or of `entmtp.shapes.SHAPES`, which is measured here.
-    """
-    files = sorted(Path(folder).glob("*.npz"))
-    if not files:
-        raise ValueError(
-            f"{folder} holds no trace files (.npz): python -m entmtp.bench --study --traces {folder} makes them"
-        )
+def priced(args: Namespace, curve: str, advance: Advance) -> Iterator[tuple[str, Traces, str, Costs]]:
+    """(name, traces, kind of heads, costs) of every trace file."""
     known: dict[str, Costs] = {}
-    rows = []
-    for file in files:
+    for file in trace_files(args.traces):
         traces = Traces.load(file)
         arch = str(traces.about.get("heads", ["", "medusa"])[1])
         if arch not in known:
-            if curve in CURVES:
-                verify, level = CURVES[curve]
-                known[arch] = relative(
-                    {n: float(c) for n, c in verify.items()}, [level * d for d in range(5)]
+            known[arch] = costs_of(args, curve, arch, advance)
+        yield file.stem, traces, arch, known[arch]
+
+
+def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
+    """Every policy on every trace file under each curve."""
+    report["what_if"] = []
+    for curve in args.curves or [args.model]:
+        rows, known = [], {}
+        with stages() as advance:
+            for name, traces, arch, costs in priced(args, curve, advance):
+                fitted, held_out = traces.split()
+                single = search.best_single(fitted, costs)
+                judged = judge(held_out, fit(fitted, costs), single)
+                rows.append(
+                    {"traces": name, "single": search.name(single), **{r: judged[r]["speed"] for r in ROWS}}
                 )
-            else:
-                known[arch] = shape_costs(curve, arch, n_threads, report)
-        costs = known[arch]
-        fitted, held_out = traces.split()
-        bank = fit(fitted, costs)
-        single = search.best_single(fitted, costs)
-        judged = judge(held_out, bank, single)
-        rows.append(
-            {"traces": file.stem, "single": search.name(single), **{r: judged[r]["speed"] for r in ROWS}}
-        )
-    return rows, known
+                known[arch] = costs
+        shown = {arch: costs.to_json() for arch, costs in known.items()}
+        report["what_if"].append({"curve": curve, "rows": rows, "costs": shown})
+        yield f"#### costs: {curve}\n\n" + "\n".join([markdown(rows), *map(in_words, known, known.values())])
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Speeds against plain decoding; the policies against the best single tree in brackets."""
-    lines = [
-        "| traces | best single tree | published 63-node tree | entropy | confidence | oracle |",
-        "| --- | --: | --: | --: | --: | --: |",
-    ]
+    cells = []
     for r in rows:
-        single = r["best single tree"]
-        policies = [f"{r[p]:.3f} ({r[p] / single:.3f})" for p in ("entropy", "confidence")]
-        cells = [r["traces"], f"{single:.3f} {r['single']}", f"{r['published 63-node tree']:.3f}", *policies]
-        lines.append(f"| {' | '.join(cells)} | {r['oracle']:.3f} |")
-    return "\n".join(lines) + "\n"
+        single, policies = r["best single tree"], [r[p] for p in POLICIES]
+        found = [f"{single:.3f} {r['single']}", f"{r['published 63-node tree']:.3f}"]
+        found += [f"{x:.3f} ({x / single:.3f})" for x in policies]
+        cells.append([r["traces"], *found, f"{r['oracle']:.3f}"])
+    return table(["traces", *ROWS], cells)
+
+
+def in_words(arch: str, costs: Costs) -> str:
+    """What passes and drafts cost."""
+    one = costs.curve()[0]
+    passes = " ".join(f"{n}:{us / r[1]:.2f}" for r in costs.verify.values() for n, us in sorted(r.items()))
+    drafts = " ".join(f"{us / one:.3f}" for us in costs.chain[1:])
+    return (
+        f"{arch}: a pass of one token takes {one / 1e3:.1f} ms; relative to it, passes by tokens\n"
+        f"{passes}; drafts by depth {drafts}\n"
+    )
 
 
 # what the confidence policy is changed in, to see what each part is worth
@@ -129,37 +127,34 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hits over 120 steps": {"hits_window": 120.0},
     "not adapting": {"adapt": False},
 }
+BINS = [(w, n, c) for w in (2.0, 8.0, 32.0) for n in (1, 4, 7) for c in ("ratio", "price")]
 
 
-def ablation(folder: str | Path, curve: str) -> dict[str, list[float]]:
-    """Speed of variants of the policies against the best single tree: one figure per trace file.
+def variants(fitted: Traces, held_out: Traces, costs: Costs) -> Iterator[tuple[str, float]]:
+    """(name, draft and verify time) of variants of the policies on held-out traces."""
+    for name, change in VARIANTS.items():
+        settings = {"window": 8.0} | change
+        adapt, window = settings.pop("adapt", True), settings["window"]
+        model = calibration.fit(fitted, **settings)
+        bank = Bank("", (PLAIN,), ema_window=window, costs=costs, calibration=model)
+        yield f"confidence, {name}", replay(held_out, bank, "confidence", adapt=adapt).us
+    for window, n_bins, criterion in BINS:
+        bank = search.bin_bank(fitted, costs, window, n_bins, criterion)
+        yield f"entropy, window {window:g}, {n_bins} bins, {criterion}", replay(held_out, bank, "entropy").us
 
-    Args:
-        curve: a key of CURVES.
-    """
-    verify, level = CURVES[curve]
-    costs = relative({n: float(c) for n, c in verify.items()}, [level * d for d in range(5)])
-    result: dict[str, list[float]] = {}
-    for file in sorted(Path(folder).glob("*.npz")):
-        fitted, held_out = Traces.load(file).split()
-        single = search.static(held_out, search.best_single(fitted, costs), costs).us
-        for name, change in VARIANTS.items():
-            settings = {"window": 8.0} | change
-            adapt = settings.pop("adapt", True)
-            bank = Bank(
-                "",
-                (PLAIN,),
-                ema_window=settings["window"],
-                costs=costs,
-                calibration=calibration.fit(fitted, **settings),
-            )
-            us = replay(held_out, bank, "confidence", adapt=adapt).us
-            result.setdefault(f"confidence, {name}", []).append(single / us)
-        for window in (2.0, 8.0, 32.0):
-            for n_bins in (1, 4, 7):
-                for criterion in ("ratio", "price"):
-                    bank = search.bin_bank(fitted, costs, window, n_bins, criterion)
-                    us = replay(held_out, bank, "entropy").us
-                    name = f"entropy, window {window:g}, {n_bins} bins, {criterion}"
-                    result.setdefault(name, []).append(single / us)
-    return result
+
+def ablate(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
+    """Speed of the variants against the best single tree: one figure per trace file."""
+    curve: str = args.curve or args.model
+    speeds: dict[str, list[float]] = {}
+    with stages() as advance:
+        for file, traces, _, costs in priced(args, curve, advance):
+            fitted, held_out = traces.split()
+            single = search.static(held_out, search.best_single(fitted, costs), costs).us
+            for i, (name, us) in enumerate(variants(fitted, held_out, costs), 1):
+                speeds.setdefault(name, []).append(single / us)
+                advance(file, i, len(VARIANTS) + len(BINS))
+    report |= {"ablation": speeds, "curve": curve}
+    rows = [[k, *(f"{x:.3f}" for x in (sum(v) / len(v), min(v), max(v)))] for k, v in speeds.items()]
+    text = table(["variant", "mean", "lowest", "highest"], rows)
+    yield f"Costs: {curve}; speed against the best single tree\n\n{text}"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..bank.bank import Bank
-from ..bank.costs import N_VERIFY
+from ..bank.costs import N_VERIFY, from_json
 from ..bank.tree import PLAIN, Tree
 from ..common.atomic import atomic_path
 
@@ -27,14 +27,8 @@ def pyplot() -> Any:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(
-        {
-            "figure.dpi": 130,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.alpha": 0.25,
-        }
-    )
+        {"figure.dpi": 130, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+    )  # fmt: skip
     return plt
 
 
@@ -103,15 +97,8 @@ def fronts(bank: Bank) -> Any:
     speed = front[:, 2] / front[0, 2]
     right.plot(front[:, 0], speed, ".-")
     best = int(np.argmax(speed))
-    right.plot(
-        front[best, 0],
-        speed[best],
-        "o",
-        ms=9,
-        mfc="none",
-        color="tab:red",
-        label=f"{front[best, 0]:.0f} nodes",
-    )
+    mark = {"ms": 9, "mfc": "none", "color": "tab:red", "label": f"{front[best, 0]:.0f} nodes"}
+    right.plot(front[best, 0], speed[best], "o", **mark)
     right.axhline(1.0, ls="--", color="gray", lw=1, label="plain decoding")
     right.set(xlabel="nodes", ylabel="speed against plain decoding", title="Throughput front", ylim=(0, None))
     right.legend(frameon=False)
@@ -188,57 +175,35 @@ def along_text(bank: Bank) -> Any:
 
 
 def plot_study(report: dict[str, Any], path: Path) -> Path:
-    """Bars of a `bench --study` report (its JSON): speed against plain decoding, live, with replay's prediction.
-
-    Raises:
-        ValueError: the file holds no studies.
-    """
+    """`bench study`: speed against plain decoding, live as bars, with replay's prediction."""
     plt = pyplot()
-    studies = report.get("studies") if isinstance(report, dict) else None
-    if not isinstance(studies, list) or not studies:
-        raise ValueError(f"{path.stem} holds no studies: python -m entmtp.bench --study -o FILE makes them")
-    shown = (
-        "published 63-node tree",
-        "best single tree",
-        "EntMTP, entropy",
-        "EntMTP, confidence",
-        "EntMTP, untuned",
-    )
+    shown = [
+        "published 63-node tree", "best single tree", "EntMTP, entropy", "EntMTP, confidence", "EntMTP, untuned",
+    ]  # fmt: skip
+    studies = report["studies"]
     labels = [f"{s['model'].removeprefix('demo-')}\n{s['heads']}\nT={s['temp']:g}" for s in studies]
     x = np.arange(len(studies))
     figure, axes = plt.subplots(figsize=(1.1 * len(studies) + 2.5, 4.2))
     for i, method in enumerate(shown):
         rows = [s["tasks"]["all"][method] for s in studies]
         at = x + 0.16 * (i - 2)
-        median, low, high = np.array([r["ratio"] for r in rows]).T
+        # where nothing could be compared there is no bar
+        median, low, high = np.array([r["ratio"] or [np.nan] * 3 for r in rows]).T
         axes.bar(at, median, 0.15, label=method)
         axes.errorbar(at, median, [median - low, high - median], fmt="none", ecolor="black", elinewidth=0.7)
         predicted = np.array([np.nan if r["predicted"] is None else r["predicted"] for r in rows])
         axes.plot(at, predicted, "_", color="black", ms=9)
     axes.axhline(1.0, ls="--", color="gray", lw=1)
-    axes.set(
-        xticks=x,
-        ylabel="speed against plain decoding",
-        ylim=(0, None),
-        title="Held-out prompts of three tasks",
-    )
+    axes.set(xticks=x, ylabel="speed against plain decoding", ylim=(0, None), title="Held-out prompts")
     axes.set_xticklabels(labels, fontsize=7)
     axes.legend(frameon=False, fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return save(figure, path)
 
 
 def plot_curves(report: dict[str, Any], path: Path) -> Path:
-    """The curves of a `bench --verify-curve` report (its JSON): cost of a pass, 1 for one token with the first kernels.
-
-    Raises:
-        ValueError: the file holds no curves.
-    """
+    """`bench curve`: cost of a pass, 1 for one token with the first kernels."""
     plt = pyplot()
     curves = report["curves"]
-    if not isinstance(curves, list) or not curves:
-        raise ValueError(
-            f"{path.stem} holds no curves: python -m entmtp.bench --verify-curve -o FILE makes them"
-        )
     contexts = sorted({p["context"] for c in curves for p in c["passes"]})
     columns = min(len(curves), 3)
     rows = -(-len(curves) // columns)
@@ -255,10 +220,8 @@ def plot_curves(report: dict[str, Any], path: Path) -> Path:
             base = next(p["ms"] for p in here if p["kernels"] == sets[0])
             for i, name in enumerate(sets):
                 at = [(p["n"], p["ms"] / base) for p in here if p["kernels"] == name]
-                color = ("tab:gray", "tab:blue", "tab:green")[i % 3]
-                axis.plot(
-                    *zip(*at, strict=True), style, marker=".", ms=4, color=color, label=f"{name}, {depth}"
-                )
+                look = {"color": ("tab:gray", "tab:blue", "tab:green")[i % 3], "marker": ".", "ms": 4}
+                axis.plot(*zip(*at, strict=True), style, label=f"{name}, {depth}", **look)
         axis.axhline(1.0, color="black", lw=0.6)
         axis.set(title=curve["model"], ylim=(0, None), xlim=(0, 33))
     for axis in axes[-1]:
@@ -271,15 +234,9 @@ def plot_curves(report: dict[str, Any], path: Path) -> Path:
 
 
 def plot_heads(report: dict[str, Any], path: Path) -> Path:
-    """A study of heads (`python -m entmtp.heads_study`): what a draft costs and brings, and the speed it gives.
-
-    Raises:
-        ValueError: the file holds no such study.
-    """
+    """`bench heads`: what a draft costs and brings, and the speed it gives."""
     plt = pyplot()
-    rows = report.get("heads")
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path.stem} holds no study: python -m entmtp.heads_study -o FILE makes one")
+    rows = report["heads"]
     kinds = list(dict.fromkeys((r["checkpoint"], r["form"]) for r in rows))
     types = list(dict.fromkeys(r["type"] for r in rows))
     colors = {kind: f"C{i % 10}" for i, kind in enumerate(kinds)}
@@ -289,16 +246,12 @@ def plot_heads(report: dict[str, Any], path: Path) -> Path:
         kind = (r["checkpoint"], r["form"])
         look = {"color": colors[kind], "marker": markers[r["type"]], "ls": "none", "ms": 6, "alpha": 0.85}
         left.plot(r["draft_us"][-1], r["chain"], **look)
-        error = [[r["speedup"] - r["speedup_low"]], [r["speedup_high"] - r["speedup"]]]
-        right.errorbar(r["bytes"] / 1e6, r["speedup"], yerr=error, elinewidth=0.6, **look)
+        if r["speedup"] is not None:
+            error = [[r["speedup"] - r["speedup_low"]], [r["speedup_high"] - r["speedup"]]]
+            right.errorbar(r["bytes"] / 1e6, r["speedup"], yerr=error, elinewidth=0.6, **look)
     depth = max(len(r["draft_us"]) for r in rows)
-    left.set(
-        xlabel=f"draft of {depth} levels, µs",
-        ylabel=f"tokens per step, chain of {depth}",
-        title="What a draft costs and brings",
-        xlim=(0, None),
-        ylim=(1, None),
-    )
+    left.set(xlabel=f"draft of {depth} levels, µs", ylabel=f"tokens per step, chain of {depth}",
+             title="What a draft costs and brings", xlim=(0, None), ylim=(1, None))  # fmt: skip
     right.axhline(1.0, ls="--", color="gray", lw=1)
     right.set(xlabel="heads file, MB", ylabel="speed against plain decoding", title="EntMTP", xlim=(0, None))
     several = len({name for name, _ in kinds}) > 1
@@ -309,3 +262,45 @@ def plot_heads(report: dict[str, Any], path: Path) -> Path:
     left.legend(frameon=False, fontsize=7)
     figure.suptitle(f"{report.get('model', '')}; {report.get('device', '')}", fontsize=9)
     return save(figure, path)
+
+
+def plot_gpu(report: dict[str, Any], path: Path) -> Path:
+    """`bench gpu`: cost curves, and tokens/s of EntMTP and of the 63-node tree against plain decoding."""
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    labels: list[str] = []
+    for m in report["gpu_study"]:
+        costs = from_json(m["costs"], m["model"])
+        for context in sorted(costs.verify):
+            curve = costs.curve(context)
+            n = max(costs.verify[context])
+            left.plot(range(1, n + 1), curve[:n] / curve[0], label=f"{m['model']}, {context}")
+            for source, found in m["speeds"][str(context)].items():
+                x = len(labels)
+                labels.append(f"{m['model']}, {context}\n{source}")
+                right.bar(x - 0.2, found["63 nodes"] / found["plain"], 0.38, color="tab:gray")
+                right.bar(x + 0.2, found["EntMTP"] / found["plain"], 0.38, color="tab:blue")
+    left.set(xlabel="nodes in one pass", ylabel="cost, 1 = one token", ylim=(0, None), title="Verify")
+    left.legend(frameon=False, fontsize=7)
+    right.axhline(1.0, ls="--", color="black", lw=0.7)
+    right.set(ylabel="tokens/s, 1 = plain decoding", title="By replay: 63 nodes (gray), EntMTP (blue)")
+    right.set_xticks(range(len(labels)))
+    right.set_xticklabels(labels, fontsize=6, rotation=90)
+    figure.suptitle(report["device"], fontsize=9)
+    return save(figure, path)
+
+
+# by the part of a report that they draw
+PLOTS = {"studies": plot_study, "curves": plot_curves, "heads": plot_heads, "gpu_study": plot_gpu}
+
+
+def draw(report: Any, path: Path) -> Path | None:
+    """The picture of a report of `entmtp bench` (its JSON) as PNG; None where it holds nothing that is drawn.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    for part, plot in PLOTS.items():
+        if isinstance(report, dict) and report.get(part):
+            return plot(report, path)
+    return None

@@ -1,0 +1,282 @@
+"""`entmtp bench gpu`: what EntMTP costs and brings on one device, from 1B to 32B.
+
+Costs are measured on random weights in the shape of real models, and on the demo model: passes by nodes and context,
+drafts by depth and width, what is left of a step, and what crosses between host and device. Acceptance is replayed:
+from traces of the demo model, and from what was published for Vicuna-7B with Hydra heads.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..bank.bank import Bank
+from ..bank.costs import Costs, from_json
+from ..bank.traces import Traces
+from ..bank.tree import PLAIN, Tree
+from ..common.machine import cpu_name, free_memory
+from ..common.progress import stages
+from ..llama import Llama
+from ..measure import search
+from ..measure.fitting import fit
+from ..measure.judge import judge
+from ..measure.rollouts import record
+from ..measure.timing import measure, measure_rest
+from ..measure.turns import Advance
+from ..models.shapes import SHAPES, cache_bytes, model_bytes
+from ..native.backends import backends
+from ..options import DEMO, load
+from ..report.tables import table
+from .inputs import changed, model_of, shape_of, trace_files
+from .passes import bandwidth, time_steps, weights_per_pass
+
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+SHOWN = (1, 2, 4, 8, 16, 32, 64)
+SPEEDS = ["plain", "63 nodes", "best single tree", "EntMTP", "EntMTP, confidence", "every depth known"]
+GB = 1e9
+HEADS_SHARE = 0.6  # what heads and buffers may take on top of a model, at most
+
+# Share of steps that accept 0 to 4 drafts: Vicuna-7B with Hydra heads, the fixed 63-node tree, temperature 0. Figures
+# of the public repository of EntMTP (arXiv 2606.27550)
+PUBLISHED_ACCEPTANCE = {
+    "HumanEval (published)": (0.037, 0.087, 0.188, 0.437, 0.251),
+    "LitBench (published)": (0.096, 0.167, 0.267, 0.336, 0.134),
+}
+
+
+class Device(NamedTuple):
+    """Where models are put: `n_gpu_layers`, a name, and bytes of memory that are free (None: unknown)."""
+
+    n_gpu_layers: int
+    name: str
+    free: int | None
+
+
+def find_device(wanted: str) -> Device:
+    """`cpu`, `gpu`, or `auto`: a GPU if there is one.
+
+    Raises:
+        ValueError: there is no GPU that this build can use.
+    """
+    gpus = [d for found in backends().values() for d in found if "GPU" in d.kind]
+    if wanted == "gpu" and not gpus:
+        raise ValueError(
+            f"--device gpu: this build finds no GPU (its backends: {', '.join(backends())}); build with CUDA=1, "
+            "METAL=1 or VULKAN=1 (docs/build.md), or give --device cpu"
+        )
+    if gpus and wanted != "cpu":
+        return Device(-1, f"{gpus[0].name}: {gpus[0].description}", gpus[0].free or None)
+    return Device(0, cpu_name(), free_memory())
+
+
+def why_not(shape: str, quant: str, n_ctx: int, device: Device) -> str | None:
+    """Why a model of random weights has no room here; None if it has."""
+    folder = tempfile.gettempdir()
+    size, disk = model_bytes(SHAPES[shape], quant) * (1 + HEADS_SHARE), shutil.disk_usage(folder).free
+    memory = size + cache_bytes(SHAPES[shape], n_ctx)
+    if device.free is not None and memory > device.free:
+        return (
+            f"it needs about {memory / GB:.1f} GB with a context of {n_ctx}, and {device.free / GB:.1f} GB of "
+            f"{device.name} are free; take another type of --types, or smaller --contexts"
+        )
+    if 2 * size > disk:  # weights go through a temporary file
+        return (
+            f"writing it takes about {2 * size / GB:.1f} GB of disk, and {disk / GB:.1f} GB are free in {folder}; set "
+            "TMPDIR to a larger one"
+        )
+    return None
+
+
+def study_model(args: Namespace, contexts: Sequence[int], advance: Advance) -> dict[str, Any]:
+    """Everything that is measured of one model; costs in microseconds."""
+    sizes, n_tokens = args.sizes or SIZES, min(args.tokens, 48)
+    wide = sorted({16, max(sizes)} - set(range(16)))
+    trees = [PLAIN, *(Tree.from_paths(f"n{n}", [[r] for r in range(n - 1)]) for n in wide)]
+    n_ctx = max(max(contexts) + max(*sizes, n_tokens * 6) + 64, args.ctx or 0)
+    with closing(load(args, policy="off", calibrate=False, n_ctx=n_ctx)) as llm:
+        costs = measure(llm, sizes, contexts, n_rounds=args.rounds, progress=advance)
+        costs = replace(measure_rest(llm, costs, temp=0.0), key=None)
+        steps = [
+            time_steps(llm, tree, min(contexts), n_tokens, **sampling)
+            for sampling in ({"temp": 0.0}, {"temp": 0.8, "top_k": 40})  # greedy first: it reduces to less
+            for tree in trees
+        ]
+        return {
+            "costs": costs.to_json(), "steps": steps, "bytes": weights_per_pass(args.model)[0],
+            "cache_bytes": {str(c): _cache_of(llm, c) for c in costs.verify}, "bytes_per_second": bandwidth(llm),
+            "outputs": str(llm.decoder.outputs), "heads": llm.draft_heads.info.device.decode(),
+            "vocabulary": llm.n_vocab(), "threads": llm.n_threads,
+        }  # fmt: skip
+
+
+def _cache_of(llm: Llama, n_ctx: int) -> int:
+    """Bytes of keys and values behind n_ctx tokens, f16."""
+    meta, arch = llm.metadata, llm.metadata["general.architecture"]
+    head = int(meta[f"{arch}.embedding_length"]) // int(meta[f"{arch}.attention.head_count"])
+    return 4 * int(meta[f"{arch}.block_count"]) * head * int(meta[f"{arch}.attention.head_count_kv"]) * n_ctx
+
+
+def demo_traces(args: Namespace) -> Traces:
+    """Greedy rollouts of the demo model with its Hydra heads."""
+    lines = (files("entmtp.trees") / "generic-prompts.jsonl").read_text("utf-8").splitlines()
+    items = [(item["task"], item["prompt"]) for item in map(json.loads, lines)]
+    tasks = list(dict.fromkeys(task for task, _ in items))
+    each = max(2, -(-args.limit // len(tasks)))  # one of every task to fit, one to test
+    chosen = [item for task in tasks for item in [i for i in items if i[0] == task][:each]]
+    demo = changed(args, model=DEMO, heads=None, n_gpu_layers=0, rpc=None, ctx=None)
+    with closing(load(demo, policy="off", calibrate=False)) as llm:
+        return record(llm, chosen, temps=(0.0,), n_tokens=args.tokens)
+
+
+def replayed(traces: Traces, costs: Costs) -> dict[str, float]:
+    """Tokens/s on the held-out half of the traces; trees are fitted to the other half."""
+    fitted, held_out = traces.split()
+    if not len(fitted.n_tokens) or not len(held_out.n_tokens):
+        raise ValueError(
+            "the traces hold one prompt per task; replay needs two, one to fit trees and one to test them"
+        )
+    judged = judge(held_out, fit(fitted, costs), search.best_single(fitted, costs))
+    names = {"published 63-node tree": "63 nodes", "entropy": "EntMTP", "confidence": "EntMTP, confidence"}
+    rows = ("plain", "published 63-node tree", "best single tree", "entropy", "confidence")
+    return {names.get(row, row): judged[row]["tokens_per_second"] for row in rows}
+
+
+def from_shares(shares: Sequence[float], costs: Costs) -> dict[str, float]:
+    """Tokens/s from the published shares of steps that accept 0 to 4 drafts.
+
+    They tell how deep the 63-node tree is accepted. So they tell everything about its first d levels as a tree, which
+    accepts as much, but at most d; and nothing about narrower trees. EntMTP is bounded from below by the best fixed
+    depth; to know every step's depth beforehand is the most that choosing a depth can give.
+    """
+    whole = Bank.load("mc_sim_7b_63").pruned(len(costs.chain) - 1).trees[1]
+    depths = np.arange(whole.max_depth + 1)
+    trees = [Tree.from_paths(f"depth {d}", [list(p) for p in whole.paths if len(p) <= d]) for d in depths]
+    share = np.array(shares) / sum(shares)
+    tokens = 1 + np.minimum(np.arange(len(share))[:, None], depths)  # [accepted by the whole tree, depth]
+    us = np.array([costs.step(t) for t in trees]) + costs.host + tokens * (costs.sample + costs.token)
+    speed = 1e6 * (share @ tokens) / (share @ us)
+    # the best depth of each step, at the price of time that makes it consistent (Dinkelbach 1967)
+    price = speed[0] / 1e6
+    for _ in range(20):
+        best = np.arange(len(share)), np.argmax(tokens - price * us, axis=1)
+        price = (share @ tokens[best]) / (share @ us[best])
+    found = {
+        "plain": speed[0],
+        "63 nodes": speed[-1],
+        "EntMTP": speed.max(),
+        "every depth known": 1e6 * price,
+    }
+    return {name: float(x) for name, x in found.items()}
+
+
+def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
+    device = find_device(args.device)
+    if args.rpc:
+        device = Device(-1, ", ".join(args.rpc), None)
+    layers = device.n_gpu_layers if args.n_gpu_layers is None else args.n_gpu_layers
+    args = changed(args, n_gpu_layers=layers, flash_attn=layers != 0 if args.flash_attn is None else args.flash_attn)
+    contexts = sorted({c for some in args.contexts for c in some})
+    names = [args.model] if args.model else [f"{s}:{t}" for s in args.shapes for t in args.types if s != DEMO]
+    names += [DEMO] * (not args.model and DEMO in args.shapes)
+    report |= {"device": device.name, "gpu_study": [], "skipped": []}
+    with stages() as advance:
+        sources = {f.stem: Traces.load(f) for f in trace_files(args.traces)} if args.traces else {}
+        sources = sources or {"demo traces": demo_traces(args)}
+        for name in names:
+            shape = shape_of(name)
+            label = "demo f32" if name == DEMO else name.replace(":", " ") if shape else name
+            if reason := why_not(*shape, max(contexts), device) if shape else None:
+                report["skipped"].append({"model": label, "why": reason})
+                print(f"entmtp.bench: {label} is left out: {reason}", file=sys.stderr)
+                continue
+            with model_of(args, name) as own:
+                found = study_model(own, contexts, advance)
+            costs = from_json(found["costs"], label)
+            found["speeds"] = {}
+            for c in sorted(costs.verify):
+                here = replace(costs, verify={c: costs.verify[c]}, context=c)
+                speeds = {source: replayed(traces, here) for source, traces in sources.items()}
+                speeds |= {task: from_shares(p, here) for task, p in PUBLISHED_ACCEPTANCE.items()}
+                found["speeds"][str(c)] = speeds
+            report["threads"] = found.pop("threads")
+            report["gpu_study"].append({"model": label} | found)
+    if not report["gpu_study"]:
+        raise ValueError("no model could be measured, for the reasons above")
+    yield markdown(report)
+
+
+def passes(m: dict[str, Any], costs: Costs) -> str:
+    """Cost of a pass by nodes and context, relative to one token, and the memory bandwidth of one token's pass."""
+    some, peak, rows = next(iter(costs.verify.values())), m["bytes_per_second"], []
+    sizes = [n for n in sorted(some) if n > 1 and (n in SHOWN or len(some) < len(SHOWN))]
+    for context in sorted(costs.verify):
+        curve = costs.curve(context)
+        read = (m["bytes"] + m["cache_bytes"][str(context)]) / (curve[0] / 1e6)
+        relative = [f"{curve[n - 1] / curve[0]:.2f}" for n in sizes]
+        share = f"{read / peak:.0%}" if peak else ""
+        rows.append([str(context), f"{curve[0] / 1e3:.3f}", *relative, f"{read / GB:.1f}", share])
+    head = ["context", "one token, ms", *(f"{n} nodes" for n in sizes), "GB/s", "of the device's"]
+    return table(head, rows)
+
+
+def drafts(costs: Costs) -> str:
+    """Cost of a draft by depth, and of one head after 1, 2 and 4 paths, ms."""
+    every = zip(costs.chain[1:], costs.level, strict=True)
+    rows = [[str(d), *(f"{us / 1e3:.3f}" for us in (chain, *row))] for d, (chain, row) in enumerate(every, 1)]
+    return table(["depth", "chain, ms", "its last head alone, 1 path", "2 paths", "4 paths"], rows)
+
+
+def steps(m: dict[str, Any]) -> str:
+    """Where the time of a step goes, and what crosses between host and device in it."""
+    rows = []
+    for s in m["steps"]:
+        t, split = s["traffic"], s["split"]
+        rows.append([
+            f"{s['nodes']} nodes, {s['sampling']}", f"{s['ms']:.3f}", f"{split['draft']:.0%}", f"{split['verify']:.0%}",
+            f"{split['sample'] + split['host'] + split['rest']:.1%}", f"{t['to_host']:.0f}", f"{t['to_device']:.0f}",
+            f"{t['on_device']:.0f}", f"{t['n_rows']:.2f}", f"{t['n_syncs']:.1f}",
+            f"{t['n_graphs'] + t['n_draft_graphs']:.2f}",
+        ])  # fmt: skip
+    head = [
+        "step", "ms", "draft", "verify", "besides", "bytes to host", "to device", "on device", "whole rows", "waits",
+        "graphs built",
+    ]  # fmt: skip
+    return table(head, rows)
+
+
+def speeds(m: dict[str, Any]) -> str:
+    """Tokens/s by context and source of the acceptance."""
+    rows = []
+    for source, context, found in [
+        (s, c, f) for c, sources in m["speeds"].items() for s, f in sources.items()
+    ]:
+        best = max(found["EntMTP"], found.get("EntMTP, confidence", 0.0))
+        cells = [f"{found[n]:.1f}" if n in found else "" for n in SPEEDS]
+        rows.append([f"{source}, {context}", *cells, f"{best / found['63 nodes']:.2f}"])
+    return table(["acceptance, context", *SPEEDS, "EntMTP / 63 nodes"], rows)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The whole report."""
+    parts = [f"Device: {report['device']}, {report['threads']} CPU threads.\n"]
+    for m in report["gpu_study"]:
+        costs = from_json(m["costs"], m["model"])
+        parts += [
+            f"### {m['model']}\n",
+            f"{m['bytes'] / GB:.3f} GB of weights in a pass, vocabulary {m['vocabulary']}, heads on {m['heads']}. "
+            f"The device moves {m['bytes_per_second'] / GB:.1f} GB/s. {m['outputs']}.\n",
+            passes(m, costs), drafts(costs), steps(m),
+            "Tokens/s, by replay; \"EntMTP\" under published acceptance is the best fixed depth, a lower bound:\n",
+            speeds(m),
+        ]  # fmt: skip
+    return "\n".join(parts + [f"Left out: {s['model']}: {s['why']}.\n" for s in report["skipped"]])

@@ -1,0 +1,204 @@
+"""`entmtp bench heads`: what smaller heads cost and bring.
+
+Every checkpoint is converted in every form (full, with a draft vocabulary, sharing the base model's projection, both)
+and type. Of each file: its size, what a draft takes by depth, how many tokens a step brings on held-out prompts (rank
+traces and replay: a chain of all heads, and the tree that is fastest here), and the speed of EntMTP against plain
+decoding, in turn in one process.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..bank.bank import Bank
+from ..bank.costs import Costs
+from ..bank.tree import PLAIN, Tree
+from ..common.errors import EntmtpError, UsageError
+from ..common.machine import cpu_name
+from ..common.progress import stages
+from ..convert import convert
+from ..convert.draft_vocab import make_vocab
+from ..llama import Llama
+from ..measure import search
+from ..measure.at_load import is_steady
+from ..measure.compare import Comparison, remark
+from ..measure.fitting import fit
+from ..measure.rollouts import record
+from ..measure.timing import measure, measure_rest
+from ..measure.turns import Advance, answering, in_turn
+from ..models.base import read_base
+from ..options import load
+from ..report.tables import figure, spread, table
+from .inputs import changed, load_plain, model_of, prompt_of, read_tasks
+
+TYPES = ("f16", "q8_0", "q4_0", "q4_k")
+# form of the heads: with a draft vocabulary, sharing the base's projection
+FORMS = {
+    "full": (False, False),
+    "vocab": (True, False),
+    "shared": (False, True),
+    "shared+vocab": (True, True),
+}
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16)  # passes that are timed
+
+
+def checkpoints(names: Sequence[str], forms: Sequence[str]) -> list[tuple[str, str, tuple[str, ...]]]:
+    """(name, folder, forms) of each `[NAME[:FORM,FORM]=]FOLDER`.
+
+    Raises:
+        UsageError: a form that is none, or a name that comes twice.
+    """
+    found = []
+    for text in names:
+        head, sep, folder = text.rpartition("=")
+        name, _, own = head.partition(":")
+        wanted = tuple(own.split(",")) if own else tuple(forms)
+        if unknown := [f for f in wanted if f not in FORMS]:
+            raise UsageError(f"{text}: there is no form {unknown[0]!r}; forms are {', '.join(FORMS)}")
+        found.append((name if sep else Path(folder).name, folder, wanted))
+    if len({name for name, _, _ in found}) < len(found):
+        raise UsageError("two checkpoints have the same name; name them: NAME=FOLDER")
+    return found
+
+
+def time_drafts(llm: Llama, curve: Costs | None, n_rounds: int) -> Costs:
+    """Costs of this variant. The base's passes are the same for all of them: measured once, with the first."""
+    if curve is None:
+        return measure_rest(llm, measure(llm, SIZES, (64, 256), n_rounds), temp=0.0)
+    own = measure(llm, (1, 2), (64,), n_rounds)
+    return replace(curve, chain=own.chain, level=own.level, key=own.key)
+
+
+def side_by_side(
+    args: Namespace, plain: Llama, llm: Llama, texts: Sequence[str], advance: Advance
+) -> Comparison:
+    """Plain decoding and EntMTP in turn, at every temperature.
+
+    Raises:
+        EntmtpError: two texts differ.
+    """
+    every = [(i, text, temp) for i, text in enumerate(texts) for temp in args.temp]
+    asked = [prompt_of(llm, text, args.tokens, temp=temp, seed=i) for i, text, temp in every]
+    found = Comparison(in_turn({"plain": answering(plain), "EntMTP": answering(llm)}, asked, 1, advance))
+    for (i, _, temp), answers in zip(every, found.turns, strict=True):
+        if answers["plain"].tokens != answers["EntMTP"].tokens:
+            raise EntmtpError(
+                f"prompt {i + 1}, temperature {temp:g}: the text with heads is another than without"
+            )
+    return found
+
+
+def measured(
+    args: Namespace, plain: Llama, llm: Llama, costs: Costs, prompts: Sequence[tuple[str, str]], advance: Advance
+) -> dict[str, Any]:  # fmt: skip
+    """Acceptance by replay, and speeds as measured; None where answers were too short."""
+    llm.set_trees(Bank("off", (PLAIN,)), policy="off")
+    fitted, held_out = record(llm, prompts, temps=args.temp, n_tokens=args.tokens).split()
+    if not len(held_out.n_tokens):
+        raise ValueError("too few prompts: at least two are needed, one to fit trees to, one to judge")
+    tree = search.best_single(fitted, costs)
+    deep = Tree.from_paths("chain", [[0] * (d + 1) for d in range(llm.draft_heads.n_heads)])
+    best, chain, none = (search.static(held_out, t, costs) for t in (tree, deep, PLAIN))
+    llm.set_trees(fit(fitted, costs), policy="entropy")
+    found = side_by_side(args, plain, llm, [prompts[i][1] for i in sorted(set(held_out.prompt))], advance)
+    live, alone = (found.row(label, "plain") for label in ("EntMTP", "plain"))
+    mid, low, high = live["ratio"] or [None] * 3
+    speed, plain_speed = ((r["tokens_per_second"] or [None])[0] for r in (live, alone))
+    return {
+        "chain": round(chain.tokens_per_step, 3), "tree": [list(p) for p in tree.paths],
+        "tokens_per_step": round(best.tokens_per_step, 3), "predicted": round(none.us_total / best.us_total, 3),
+        "speedup": mid, "speedup_low": low, "speedup_high": high, "overall": live["overall"],
+        "tokens_per_second": speed, "plain_tokens_per_second": plain_speed, "pairs": live["pairs"],
+        "answers": live["answers"],
+    }  # fmt: skip
+
+
+def study(
+    args: Namespace, prompts: Sequence[tuple[str, str]], vocab: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """One row per heads file, as they are measured.
+
+    Args:
+        prompts: (task, text) pairs; every other one fits the trees, and the rest is held out.
+        vocab: base tokens of the draft vocabulary.
+
+    Yields:
+        checkpoint, form, type; bytes of the file, and as memory those that the heads hold besides the base; draft_us of
+        a chain of 1, 2, .. heads in one graph; by replay tokens per step of the chain of all heads, the fastest tree,
+        its tokens per step and speed against plain decoding; and what `measured` adds.
+    """
+    costs: Costs | None = None
+    found = checkpoints(args.checkpoints, args.forms)
+    with tempfile.TemporaryDirectory(prefix="entmtp-heads-") as folder, closing(load_plain(args)) as plain:
+        for name, source, form, kind in [
+            (n, s, f, t) for n, s, forms in found for f in forms for t in args.types
+        ]:
+            file = Path(folder) / "heads.gguf"
+            small, shared = FORMS[form]
+            draft_vocab = vocab if small else None
+            convert(
+                source, args.model, file, kind, progress=False, share_lm_head=shared, draft_vocab=draft_vocab
+            )
+            with closing(load(changed(args, heads=str(file)), policy="off")) as llm, stages() as advance:
+                own = time_drafts(llm, costs, args.rounds)
+                if costs is None and not is_steady(own):
+                    say("note: timings differ widely; trees and speeds want a quiet machine")
+                costs = costs or own
+                row = {
+                    "checkpoint": name, "form": form, "type": kind, "bytes": file.stat().st_size,
+                    "memory": int(llm.draft_heads.info.n_bytes), "draft_us": [round(us, 1) for us in own.chain[1:]],
+                } | measured(args, plain, llm, own, prompts, advance)  # fmt: skip
+            yield row
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The study as a table."""
+    depth = max(len(r["draft_us"]) for r in rows)
+    head = [
+        "checkpoint", "heads", "type", "fastest tree", "MB", "draft of 1, µs", f"of {depth}, µs",
+        f"chain of {depth}, tokens/step", "the tree's", "by replay, × plain", "EntMTP, × plain", "overall", "tokens/s",
+        "plain",
+    ]  # fmt: skip
+    cells = [[
+        r["checkpoint"], r["form"], r["type"], search.name(Tree.from_paths("", r["tree"])), f"{r['bytes'] / 1e6:.2f}",
+        f"{r['draft_us'][0]:.0f}", f"{r['draft_us'][-1]:.0f}", f"{r['chain']:.2f}", f"{r['tokens_per_step']:.2f}",
+        f"{r['predicted']:.2f}", spread([r[f"speedup{x}"] for x in ("", "_low", "_high")] if r["pairs"] else None),
+        figure(r["overall"]), *(figure(r[f"{x}tokens_per_second"], "{:.0f}") for x in ("", "plain_")),
+    ] for r in rows]  # fmt: skip
+    fewest = min(rows, key=lambda r: r["pairs"])
+    return table(head, cells, n_text=4) + remark(fewest["pairs"], fewest["answers"])
+
+
+def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
+    if args.heads:
+        raise UsageError("heads come from the checkpoints, so --heads has no place here")
+    n_files = sum(len(forms) * len(args.types) for *_, forms in checkpoints(args.checkpoints, args.forms))
+    prompts = [(task, text) for task, texts in read_tasks(args).items() for text in texts]
+    rows: list[dict[str, Any]] = []
+    with model_of(args, args.model, drafts=False) as own:
+        vocab = make_vocab(read_base(Path(own.model)), args.draft_vocab, args.draft_text)
+        say(
+            f"draft vocabulary: {len(vocab.tokens)} tokens by {vocab.source}, {vocab.coverage:.1%} of unseen text"
+        )
+        for row in study(own, prompts, vocab.tokens.tolist()):
+            rows.append(row)
+            what = f"{row['checkpoint']} {row['form']} {row['type']}"
+            brings = f"{row['tokens_per_step']:.2f} tokens/step, {figure(row['speedup'])}x plain"
+            say(f"{len(rows)}/{n_files} {what}: {brings}")
+    report |= {
+        "heads": rows, "model": Path(own.model).name, "device": cpu_name(), "tokens": args.tokens, "temps": args.temp,
+        "draft_vocab": {"size": len(vocab.tokens), "coverage": vocab.coverage, "source": vocab.source},
+        "prompts": [Path(f).name for f in args.prompts],
+    }  # fmt: skip
+    yield markdown(rows)

@@ -1,0 +1,106 @@
+"""What the subcommands are given: prompts, traces, lists, and models, real ones or random weights by shape."""
+
+from __future__ import annotations
+
+import tempfile
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..common.prompts import read_prompts
+from ..llama import Llama
+from ..measure.turns import Prompt
+from ..models.shapes import SHAPES, write_heads, write_model
+from ..options import DEMO, load, model_files, no_heads
+
+
+def read_tasks(args: Namespace) -> dict[str, list[str]]:
+    """Texts of `--prompts` by the name of their file."""
+    tasks: dict[str, list[str]] = {}
+    for path in args.prompts:
+        tasks.setdefault(Path(path).stem, []).extend(read_prompts(path, args.limit))
+    return tasks
+
+
+def prompt_of(llm: Llama, text: str, n_tokens: int, **settings: Any) -> Prompt:
+    """A text as a prompt, cut to leave room for its answer."""
+    tokens = llm.tokenize(text.encode(), add_bos=True, special=True)[: llm.n_ctx() - n_tokens - 1]
+    return Prompt(tokens, n_tokens, **settings)
+
+
+def trace_files(path: str) -> list[Path]:
+    """The .npz files that `--traces` names: one, or a folder of them.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = [Path(path)] if Path(path).is_file() else sorted(Path(path).glob("*.npz"))
+    if not found:
+        raise ValueError(f"{path} holds no trace files (.npz): entmtp bench study --traces {path} makes them")
+    return found
+
+
+def context_lengths(text: str) -> list[int]:
+    """Tokens of context from `512,4k,32k`."""
+    found = []
+    for part in text.split(","):
+        number, factor = (part[:-1], 1024) if part.lower().endswith("k") else (part, 1)
+        if not number.isdecimal() or not 0 < int(number) * factor <= 1 << 24:
+            raise ArgumentTypeError(f"{part!r} is no number of tokens, like 512 or 4k")
+        found.append(int(number) * factor)
+    return found
+
+
+def some_of(names: Sequence[str]) -> Callable[[str], list[str]]:
+    """A comma-separated list of some of `names`."""
+
+    def parse(text: str) -> list[str]:
+        found = [part.strip().lower() for part in text.split(",")]
+        if unknown := [part for part in found if part not in names]:
+            raise ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(names)}")
+        return found
+
+    return parse
+
+
+def changed(args: Namespace, **other: Any) -> Namespace:
+    """The options with some replaced."""
+    return Namespace(**(vars(args) | other))
+
+
+def load_plain(args: Namespace, **more: Any) -> Llama:
+    """The model that the options name, without heads."""
+    return load(changed(args, draft="off", heads=None), **more)
+
+
+def shape_of(name: str) -> tuple[str, str] | None:
+    """Shape and type that a name like `1b:q4_k` or `1b` means; None of another name."""
+    shape, _, quant = name.partition(":")
+    return (shape, quant or "q4_0") if shape in SHAPES and name != DEMO and not Path(name).exists() else None
+
+
+@contextmanager
+def model_of(args: Namespace, name: str, drafts: bool = True, arch: str = "hydra") -> Iterator[Namespace]:
+    """The options with the model that `name` means: as everywhere, or random weights, which are deleted afterwards.
+
+    Args:
+        drafts: with heads, which random weights get, of the kind `arch`.
+
+    Raises:
+        ModelError: there is no such file, or there are no heads.
+    """
+    if shape := shape_of(name):
+        with tempfile.TemporaryDirectory(prefix="entmtp-shape-") as folder:
+            model = write_model(Path(folder) / "model.gguf", SHAPES[shape[0]], quant=shape[1])
+            heads = Path(folder) / "heads.gguf"
+            if drafts:
+                write_heads(heads, model, SHAPES[shape[0]], arch)
+            yield changed(args, model=str(model), heads=str(heads) if drafts else None)
+        return
+    own = changed(args, model=name) if drafts else changed(args, model=name, heads=None, draft="off")
+    model, found = model_files(own)
+    if drafts and not found:
+        raise no_heads("this", model)
+    yield changed(args, model=str(model), heads=str(found) if found else None)

@@ -1,0 +1,159 @@
+"""Single passes and steps, timed; and `entmtp bench curve`: what a pass over n tokens costs on this machine.
+
+That curve decides which tree pays. With several CPU kernels (ggml's own and ours) passes take turns in one process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from ..bank.bank import Bank
+from ..bank.tree import PLAIN, Tree
+from ..common.progress import stages
+from ..llama import Llama
+from ..measure.compare import time_split
+from ..measure.turns import Advance, Prompt, decode
+from ..native import abi, kernels
+from ..report.tables import table
+from .inputs import load_plain, model_of, shape_of
+
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 64)
+WARM_UP = 9  # tokens: a prompt as long as the tree is large takes the place of its graph
+
+
+def weights_per_pass(model: str | Path) -> tuple[int, int]:
+    """Bytes of weights that a pass reads, and multiply-adds per token, without attention."""
+    tensors = [t for t in gguf.GGUFReader(model).tensors if len(t.shape) == 2]
+    tied = all(t.name != "output.weight" for t in tensors)
+    used = [t for t in tensors if t.name != "token_embd.weight" or tied]
+    return sum(int(t.n_bytes) for t in used), sum(int(t.n_elements) for t in used)
+
+
+def bandwidth(llm: Llama) -> float:
+    """Bytes per second that the memory of the model's device gives."""
+    if llm.model_params.n_gpu_layers == 0:
+        return kernels.machine_peaks(llm.n_threads_batch)[0]
+    found = ctypes.c_double()
+    abi.check(abi.device_bandwidth(llm.model, ctypes.byref(found)))
+    return found.value
+
+
+def time_steps(
+    llm: Llama, tree: Tree, depth: int, n_tokens: int, temp: float, **sampling: Any
+) -> dict[str, Any]:
+    """A generation with one tree behind `depth` tokens: where the time goes, and what is copied, per step."""
+    bank = Bank("study", (PLAIN, tree) if tree.paths else (PLAIN,))
+    llm.set_trees(bank, **({"policy": "static", "tree": tree.name} if tree.paths else {"policy": "off"}))
+    prompt = Prompt([7 + i % 97 for i in range(depth)], WARM_UP + n_tokens, temp)
+    for _ in range(2):  # the first run builds the graphs
+        seconds = decode(llm, prompt, untimed=WARM_UP, past_end=True, **sampling).seconds
+    stats = llm.draft_stats
+    n_steps = max(stats.n_steps, 1)
+    return {
+        "tree": tree.name, "nodes": tree.n_nodes, "sampling": "top-k" if temp else "greedy", "steps": n_steps,
+        "ms": 1e3 * seconds / n_steps, "split": time_split([stats], seconds), "outputs": stats.outputs.mode,
+        "traffic": {k: v / n_steps for k, v in asdict(stats.traffic).items()},
+    }  # fmt: skip
+
+
+def time_passes(
+    models: dict[str, Llama], contexts: Sequence[int], sizes: Sequence[int], n_rounds: int, advance: Advance
+) -> list[dict[str, Any]]:
+    """Milliseconds of a pass by kernels, context and number of tokens, all in turn.
+
+    Args:
+        models: the same model, by the kernels that it was loaded with.
+        n_rounds: after a first one, which does not count.
+
+    Returns:
+        kernels, context, n, the median in ms, and as spread half of what lies between the quartiles, relative to it.
+    """
+    times: dict[tuple[str, int, int], list[float]] = {}
+    rng = np.random.default_rng(0)
+    n_vocab = next(iter(models.values())).n_vocab()
+    for at, depth in enumerate(contexts):
+        prompt = rng.integers(0, n_vocab, depth).tolist()
+        for name, llm in models.items():
+            with kernels.using(name):
+                llm.reset()
+                llm.eval(prompt)
+        for i in range(n_rounds + 1):
+            for n in sizes:
+                tokens = rng.integers(0, n_vocab, n).tolist()
+                for name, llm in models.items():
+                    with kernels.using(name):
+                        times.setdefault((name, depth, n), []).append(_pass_ms(llm, tokens, depth))
+            advance("passes", at * (n_rounds + 1) + i + 1, len(contexts) * (n_rounds + 1))
+    found = []
+    for (name, depth, n), samples in times.items():
+        low, mid, high = map(float, np.percentile(samples[1:], [25, 50, 75]))
+        found.append({"kernels": name, "context": depth, "n": n, "ms": mid, "spread": (high - low) / 2 / mid})
+    return found
+
+
+def _pass_ms(llm: Llama, tokens: list[int], depth: int) -> float:
+    for _ in range(2):  # the first pass of a size builds its graph
+        llm.decoder.settle()
+        start = time.perf_counter()
+        llm.decoder.eval(tokens, depth, all_outputs=True)
+        llm.decoder.logits(1)
+        elapsed = time.perf_counter() - start
+    return elapsed * 1e3
+
+
+def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
+    contexts, sizes = sorted({c for some in args.contexts for c in some}), args.sizes or SIZES
+    sets = args.kernels or (["auto"] if args.n_gpu_layers or args.rpc else ["off", "auto"])
+    n_ctx = max(max(contexts) + max(sizes) + 64, args.ctx or 0)
+    report["curves"] = []
+    for name in [args.model, *args.more_models]:
+        with ExitStack() as stack, stages() as advance:
+            found = stack.enter_context(model_of(args, name, drafts=False))
+            stack.enter_context(kernels.using(kernels.current()))  # back to these
+            models = {}
+            for k in sets:
+                llm = load_plain(found, kernels=k, stats=False, n_ctx=n_ctx)
+                models[k] = stack.enter_context(closing(llm))
+            n_bytes, n_macs = weights_per_pass(found.model)
+            passes = time_passes(models, contexts, sizes, args.rounds, advance)
+            report["threads"] = llm.n_threads
+            read, macs = kernels.machine_peaks(llm.n_threads_batch)
+        report["curves"].append({
+            "model": f"{name}, random weights" if shape_of(name) else Path(found.model).stem, "passes": passes,
+            "bytes": n_bytes, "macs": n_macs, "bytes_per_second": read, "macs_per_second": macs,
+        })  # fmt: skip
+        yield markdown(report["curves"][-1])
+
+
+def markdown(curve: dict[str, Any]) -> str:
+    """A table per context: ms by kernels, relative to the first kernels' pass of one token, and use of the machine."""
+    passes, read, peak = curve["passes"], curve["bytes_per_second"], curve["macs_per_second"]
+    sets, sizes, contexts = (list(dict.fromkeys(p[k] for p in passes)) for k in ("kernels", "n", "context"))
+    text = (
+        f"#### {curve['model']}: {curve['bytes'] / 1e6:.0f} MB, {curve['macs'] / 1e6:.0f} M multiply-adds per token\n\n"
+        f"This machine reads {read / 1e9:.0f} GB/s and does {peak / 1e9:.0f} G int8 multiply-adds/s.\n"
+    )
+    for depth in contexts:
+        by = {(p["kernels"], p["n"]): p for p in passes if p["context"] == depth}
+        base = by[sets[0], sizes[0]]["ms"]
+        head = [c for s in sets for c in (f"{s}, ms", "relative", "memory", "int8")]
+        rows = [[str(n), *(c for s in sets for c in _cells(by[s, n], base, curve))] for n in sizes]
+        text += "\n" + table([f"tokens, context {depth}", *head], rows, n_text=0)
+    return text
+
+
+def _cells(p: dict[str, Any], base: float, curve: dict[str, Any]) -> list[str]:
+    """A pass: time, relative to `base`, and share of what the machine can do, where that is known."""
+    amounts = (curve["bytes"], curve["bytes_per_second"]), (curve["macs"] * p["n"], curve["macs_per_second"])
+    shares = [f"{1e5 * amount / p['ms'] / peak:.0f} %" if peak else "" for amount, peak in amounts]
+    return [f"{p['ms']:.2f} ±{100 * p['spread']:.0f} %", f"{p['ms'] / base:.2f}", *shares]
