@@ -72,7 +72,7 @@ def test_study_of_small_models(tmp_path: Path, capsys: pytest.CaptureFixture[str
                 assert found["EntMTP"] >= max(found["plain"], found["63 nodes"]) * (1 - 1e-9)
                 assert found["every depth known"] >= found["EntMTP"] * (1 - 1e-9)
     text = out.with_suffix(".md").read_text()
-    assert text == gpu.markdown(report) and text.strip() in capsys.readouterr().out
+    assert text.startswith(gpu.markdown(report)) and text.strip() in capsys.readouterr().out
     assert "| 64 nodes, top-k |" in text and "| HumanEval (published), 512 |" in text
     assert out.with_suffix(".png").stat().st_size > 10_000
     out.with_suffix(".png").unlink()

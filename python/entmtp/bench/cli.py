@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,10 @@ from typing import Any, NamedTuple
 
 from ..common.errors import ConvertError, EntmtpError, UsageError
 from ..common.machine import cpu_name
+from ..common.version import __version__
+from ..convert.writer import OUTTYPES
 from ..models.shapes import QUANTS, SHAPES
+from ..native.backends import llama_commit
 from ..options import DEMO, add_model_options
 from ..report.plots import draw
 from ..report.tables import write
@@ -36,11 +41,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--sizes": {"type": int, "nargs": "+", "metavar": "N", "help": "numbers of tokens in a pass"},
     "--kernels": {"nargs": "+", "metavar": "NAME", "help": "CPU kernels to compare (default: off and auto)"},
     "--forms": {"nargs": "+", "choices": heads.FORMS, "help": "forms of the heads"},
-    "--types": {"nargs": "+", "metavar": "TYPE", "help": "types of the heads"},
+    "--types": {"type": some_of(tuple(OUTTYPES)), "nargs": "+", "metavar": "TYPE", "help": "of the weights"},
     "--draft-vocab": {"type": int, "metavar": "N", "help": "tokens of a draft vocabulary"},
     "--draft-text": {"nargs": "+", "metavar": "FILE", "help": "text to choose it by (default: the base's own)"},
     "--shapes": {"type": some_of(tuple(SHAPES)), "metavar": "NAME[,..]", "help": "models, unless --model is given"},
-    "--types ": {"type": some_of(tuple(QUANTS)), "metavar": "TYPE[,..]", "help": "types of their weights"},
     "--device": {"choices": ("auto", "cpu", "gpu"), "help": "where they run; auto: on a GPU, if there is one"},
     "checkpoints": {"nargs": "+", "metavar": "[NAME[:FORM,..]=]FOLDER", "help": "checkpoint as for entmtp convert; "
                     "forms of its own in place of --forms"},
@@ -87,12 +91,12 @@ COMMANDS = {
         heads.run, "heads of several forms and types: size, draft time, acceptance, tokens per second",
         "entmtp bench heads ./hydra -m model.gguf --prompts code.jsonl prose.jsonl -o heads.json",
         ANSWERS | {"checkpoints": None, "--limit": None, "--tokens": 128, "--rounds": 8, "--forms": list(heads.FORMS),
-                   "--types": list(heads.TYPES), "--draft-vocab": 1024, "--draft-text": []},
+                   "--types": [list(heads.TYPES)], "--draft-vocab": 1024, "--draft-text": []},
     ),
     "gpu": Command(
         gpu.run, "what passes, drafts and the rest of a step cost on one device, for shapes of real models, and replay",
         "entmtp bench gpu --shapes 7b --types q4_k --contexts 512,4k -o gpu.json",
-        {"--shapes": ["1b", "7b", "32b", DEMO], "--types ": ["f16", "q4_k"], "--device": "auto", "--traces": None,
+        {"--shapes": ["1b", "7b", "32b", DEMO], "--types": [["f16", "q4_k"]], "--device": "auto", "--traces": None,
          "--contexts": [[512, 4096, 32768]], "--sizes": None, "--rounds": 6, "--limit": 10, "--tokens": 200},
     ),
     "curve": Command(
@@ -111,7 +115,9 @@ COMMANDS = {
     "plot": Command(plot, "draw a report beside it", "entmtp bench plot study.json", {"report": None}),
 }  # fmt: skip
 # the options of before that are subcommands now
-OLD = {"--verify-curve": "curve", "--gpu-study": "gpu"} | {f"--{n}": n for n in ("study", "what-if", "ablate", "plot")}
+OLD = {"--verify-curve": "curve", "--gpu-study": "gpu"} | {
+    f"--{n}": n for n in ("study", "what-if", "ablate", "plot")
+}
 
 
 def modern(argv: list[str]) -> list[str]:
@@ -147,11 +153,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         for option, default in command.options.items():
             how = dict(OPTIONS[option])
             if default not in (None, [], ...):
-                shown = " ".join(map(str, default)) if isinstance(default, list) else default
-                how["help"] += f" (default: {shown})"
-            sub.add_argument(
-                *option.split(), **how, **({"default": default} if option.startswith("-") else {})
-            )
+                words = re.sub(r"[\[\]',]", "", str(default))
+                how["help"] += f" (default: {words})"
+            if option.startswith("-"):
+                how |= {"required": True} if default is ... else {"default": default}
+            sub.add_argument(*option.split(), **how)
     return parser
 
 
@@ -163,7 +169,14 @@ def main(argv: list[str] | None = None) -> int:
         for text in args.run(args, report):
             print(text, flush=True)
             texts.append(text)
-        if getattr(args, "outfile", None):
+        if args.run is plot:
+            return 0
+        threads = f", {report['threads']} threads" if "threads" in report else ""
+        texts.append(
+            f"{cpu_name()}{threads}, {platform.system()}; entmtp {__version__}, llama.cpp {llama_commit()[:9]}\n"
+        )
+        print(texts[-1], end="")
+        if args.outfile:
             write(report, "\n".join(texts), args.outfile)
     except (ConvertError, EntmtpError, ValueError, OSError) as e:
         print(f"entmtp.bench: {e}", file=sys.stderr)

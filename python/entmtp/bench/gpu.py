@@ -20,10 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..bank.bank import Bank
-from ..bank.costs import Costs, from_json
-from ..bank.traces import Traces
-from ..bank.tree import PLAIN, Tree
+from ..bank import PLAIN, Bank, Costs, Traces, Tree
+from ..bank.costs import from_json
 from ..common.machine import cpu_name, free_memory
 from ..common.progress import stages
 from ..llama import Llama
@@ -37,7 +35,7 @@ from ..models.shapes import SHAPES, cache_bytes, model_bytes
 from ..native.backends import backends
 from ..options import DEMO, load
 from ..report.tables import table
-from .inputs import changed, model_of, shape_of, trace_files
+from .inputs import changed, flat, model_of, shape_of, trace_files
 from .passes import bandwidth, time_steps, weights_per_pass
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -69,13 +67,13 @@ def find_device(wanted: str) -> Device:
         ValueError: there is no GPU that this build can use.
     """
     gpus = [d for found in backends().values() for d in found if "GPU" in d.kind]
-    if wanted == "gpu" and not gpus:
+    if gpus and wanted != "cpu":
+        return Device(-1, f"{gpus[0].name}: {gpus[0].description}", gpus[0].free or None)
+    if wanted == "gpu":
         raise ValueError(
             f"--device gpu: this build finds no GPU (its backends: {', '.join(backends())}); build with CUDA=1, "
             "METAL=1 or VULKAN=1 (docs/build.md), or give --device cpu"
         )
-    if gpus and wanted != "cpu":
-        return Device(-1, f"{gpus[0].name}: {gpus[0].description}", gpus[0].free or None)
     return Device(0, cpu_name(), free_memory())
 
 
@@ -85,15 +83,11 @@ def why_not(shape: str, quant: str, n_ctx: int, device: Device) -> str | None:
     size, disk = model_bytes(SHAPES[shape], quant) * (1 + HEADS_SHARE), shutil.disk_usage(folder).free
     memory = size + cache_bytes(SHAPES[shape], n_ctx)
     if device.free is not None and memory > device.free:
-        return (
-            f"it needs about {memory / GB:.1f} GB with a context of {n_ctx}, and {device.free / GB:.1f} GB of "
-            f"{device.name} are free; take another type of --types, or smaller --contexts"
-        )
+        needs = f"about {memory / GB:.1f} GB with a context of {n_ctx}, and {device.free / GB:.1f} GB of {device.name}"
+        return f"it needs {needs} are free; take another type of --types, or smaller --contexts"
     if 2 * size > disk:  # weights go through a temporary file
-        return (
-            f"writing it takes about {2 * size / GB:.1f} GB of disk, and {disk / GB:.1f} GB are free in {folder}; set "
-            "TMPDIR to a larger one"
-        )
+        needs = f"about {2 * size / GB:.1f} GB of disk, and {disk / GB:.1f} GB are free in {folder}"
+        return f"writing it takes {needs}; set TMPDIR to a larger one"
     return None
 
 
@@ -143,12 +137,11 @@ def replayed(traces: Traces, costs: Costs) -> dict[str, float]:
     fitted, held_out = traces.split()
     if not len(fitted.n_tokens) or not len(held_out.n_tokens):
         raise ValueError(
-            "the traces hold one prompt per task; replay needs two, one to fit trees and one to test them"
+            "the traces hold one prompt per task; replay needs two: to fit trees, and to test them"
         )
     judged = judge(held_out, fit(fitted, costs), search.best_single(fitted, costs))
-    names = {"published 63-node tree": "63 nodes", "entropy": "EntMTP", "confidence": "EntMTP, confidence"}
     rows = ("plain", "published 63-node tree", "best single tree", "entropy", "confidence")
-    return {names.get(row, row): judged[row]["tokens_per_second"] for row in rows}
+    return {name: judged[row]["tokens_per_second"] for name, row in zip(SPEEDS, rows, strict=False)}
 
 
 def from_shares(shares: Sequence[float], costs: Costs) -> dict[str, float]:
@@ -170,13 +163,8 @@ def from_shares(shares: Sequence[float], costs: Costs) -> dict[str, float]:
     for _ in range(20):
         best = np.arange(len(share)), np.argmax(tokens - price * us, axis=1)
         price = (share @ tokens[best]) / (share @ us[best])
-    found = {
-        "plain": speed[0],
-        "63 nodes": speed[-1],
-        "EntMTP": speed.max(),
-        "every depth known": 1e6 * price,
-    }
-    return {name: float(x) for name, x in found.items()}
+    found = zip(("plain", "63 nodes", "EntMTP"), (speed[0], speed[-1], speed.max()), strict=True)
+    return {name: float(x) for name, x in found} | {"every depth known": float(1e6 * price)}
 
 
 def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
@@ -184,9 +172,15 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
     if args.rpc:
         device = Device(-1, ", ".join(args.rpc), None)
     layers = device.n_gpu_layers if args.n_gpu_layers is None else args.n_gpu_layers
-    args = changed(args, n_gpu_layers=layers, flash_attn=layers != 0 if args.flash_attn is None else args.flash_attn)
-    contexts = sorted({c for some in args.contexts for c in some})
-    names = [args.model] if args.model else [f"{s}:{t}" for s in args.shapes for t in args.types if s != DEMO]
+    args = changed(
+        args, n_gpu_layers=layers, flash_attn=layers != 0 if args.flash_attn is None else args.flash_attn
+    )
+    contexts = sorted(set(flat(args.contexts)))
+    names = (
+        [args.model]
+        if args.model
+        else [f"{s}:{t}" for s in args.shapes for t in flat(args.types) if s != DEMO]
+    )
     names += [DEMO] * (not args.model and DEMO in args.shapes)
     report |= {"device": device.name, "gpu_study": [], "skipped": []}
     with stages() as advance:

@@ -12,14 +12,12 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..bank.bank import Bank
-from ..bank.costs import Costs
-from ..bank.tree import PLAIN, Tree
+from ..bank import PLAIN, Bank, Costs, Tree
 from ..common.errors import EntmtpError, UsageError
 from ..common.machine import cpu_name
 from ..common.progress import stages
@@ -36,7 +34,7 @@ from ..measure.turns import Advance, answering, in_turn
 from ..models.base import read_base
 from ..options import load
 from ..report.tables import figure, spread, table
-from .inputs import changed, load_plain, model_of, prompt_of, read_tasks
+from .inputs import changed, flat, load_plain, model_of, prompt_of, read_tasks
 
 TYPES = ("f16", "q8_0", "q4_0", "q4_k")
 # form of the heads: with a draft vocabulary, sharing the base's projection
@@ -71,34 +69,26 @@ def checkpoints(names: Sequence[str], forms: Sequence[str]) -> list[tuple[str, s
 def time_drafts(llm: Llama, curve: Costs | None, n_rounds: int) -> Costs:
     """Costs of this variant. The base's passes are the same for all of them: measured once, with the first."""
     if curve is None:
-        return measure_rest(llm, measure(llm, SIZES, (64, 256), n_rounds), temp=0.0)
+        first = measure_rest(llm, measure(llm, SIZES, (64, 256), n_rounds), temp=0.0)
+        if not is_steady(first):
+            print("note: timings differ widely; trees and speeds want a quiet machine", file=sys.stderr)
+        return first
     own = measure(llm, (1, 2), (64,), n_rounds)
     return replace(curve, chain=own.chain, level=own.level, key=own.key)
-
-
-def side_by_side(
-    args: Namespace, plain: Llama, llm: Llama, texts: Sequence[str], advance: Advance
-) -> Comparison:
-    """Plain decoding and EntMTP in turn, at every temperature.
-
-    Raises:
-        EntmtpError: two texts differ.
-    """
-    every = [(i, text, temp) for i, text in enumerate(texts) for temp in args.temp]
-    asked = [prompt_of(llm, text, args.tokens, temp=temp, seed=i) for i, text, temp in every]
-    found = Comparison(in_turn({"plain": answering(plain), "EntMTP": answering(llm)}, asked, 1, advance))
-    for (i, _, temp), answers in zip(every, found.turns, strict=True):
-        if answers["plain"].tokens != answers["EntMTP"].tokens:
-            raise EntmtpError(
-                f"prompt {i + 1}, temperature {temp:g}: the text with heads is another than without"
-            )
-    return found
 
 
 def measured(
     args: Namespace, plain: Llama, llm: Llama, costs: Costs, prompts: Sequence[tuple[str, str]], advance: Advance
 ) -> dict[str, Any]:  # fmt: skip
-    """Acceptance by replay, and speeds as measured; None where answers were too short."""
+    """Of one heads file: memory that it takes besides the base's, µs of a draft by depth; by replay tokens per step of
+    a chain of all heads, the fastest tree and its figures; and speeds side by side, None where answers were too short.
+
+    Args:
+        prompts: (task, text) pairs; every other one fits the trees, and the rest is held out.
+
+    Raises:
+        EntmtpError: a text with heads is another than without.
+    """
     llm.set_trees(Bank("off", (PLAIN,)), policy="off")
     fitted, held_out = record(llm, prompts, temps=args.temp, n_tokens=args.tokens).split()
     if not len(held_out.n_tokens):
@@ -107,59 +97,27 @@ def measured(
     deep = Tree.from_paths("chain", [[0] * (d + 1) for d in range(llm.draft_heads.n_heads)])
     best, chain, none = (search.static(held_out, t, costs) for t in (tree, deep, PLAIN))
     llm.set_trees(fit(fitted, costs), policy="entropy")
-    found = side_by_side(args, plain, llm, [prompts[i][1] for i in sorted(set(held_out.prompt))], advance)
-    live, alone = (found.row(label, "plain") for label in ("EntMTP", "plain"))
+    asked = [
+        prompt_of(llm, prompts[i][1], args.tokens, temp=temp, seed=i)
+        for i in sorted(set(held_out.prompt))
+        for temp in args.temp
+    ]
+    found = Comparison(in_turn({"plain": answering(plain), "EntMTP": answering(llm)}, asked, 1, advance))
+    for prompt, turn in zip(asked, found.turns, strict=True):
+        if turn["plain"].tokens != turn["EntMTP"].tokens:
+            where = f"prompt {prompt.seed + 1}, temperature {prompt.temp:g}"
+            raise EntmtpError(f"{where}: the text with heads is another than without")
+    alone, live = (found.row(label, "plain") for label in ("plain", "EntMTP"))
     mid, low, high = live["ratio"] or [None] * 3
-    speed, plain_speed = ((r["tokens_per_second"] or [None])[0] for r in (live, alone))
+    plain_speed, speed = ((r["tokens_per_second"] or [None])[0] for r in (alone, live))
     return {
+        "memory": int(llm.draft_heads.info.n_bytes), "draft_us": [round(us, 1) for us in costs.chain[1:]],
         "chain": round(chain.tokens_per_step, 3), "tree": [list(p) for p in tree.paths],
         "tokens_per_step": round(best.tokens_per_step, 3), "predicted": round(none.us_total / best.us_total, 3),
         "speedup": mid, "speedup_low": low, "speedup_high": high, "overall": live["overall"],
-        "tokens_per_second": speed, "plain_tokens_per_second": plain_speed, "pairs": live["pairs"],
-        "answers": live["answers"],
+        "tokens_per_second": speed, "plain_tokens_per_second": plain_speed,
+        "pairs": live["pairs"], "answers": live["answers"],
     }  # fmt: skip
-
-
-def study(
-    args: Namespace, prompts: Sequence[tuple[str, str]], vocab: Sequence[int]
-) -> Iterator[dict[str, Any]]:
-    """One row per heads file, as they are measured.
-
-    Args:
-        prompts: (task, text) pairs; every other one fits the trees, and the rest is held out.
-        vocab: base tokens of the draft vocabulary.
-
-    Yields:
-        checkpoint, form, type; bytes of the file, and as memory those that the heads hold besides the base; draft_us of
-        a chain of 1, 2, .. heads in one graph; by replay tokens per step of the chain of all heads, the fastest tree,
-        its tokens per step and speed against plain decoding; and what `measured` adds.
-    """
-    costs: Costs | None = None
-    found = checkpoints(args.checkpoints, args.forms)
-    with tempfile.TemporaryDirectory(prefix="entmtp-heads-") as folder, closing(load_plain(args)) as plain:
-        for name, source, form, kind in [
-            (n, s, f, t) for n, s, forms in found for f in forms for t in args.types
-        ]:
-            file = Path(folder) / "heads.gguf"
-            small, shared = FORMS[form]
-            draft_vocab = vocab if small else None
-            convert(
-                source, args.model, file, kind, progress=False, share_lm_head=shared, draft_vocab=draft_vocab
-            )
-            with closing(load(changed(args, heads=str(file)), policy="off")) as llm, stages() as advance:
-                own = time_drafts(llm, costs, args.rounds)
-                if costs is None and not is_steady(own):
-                    say("note: timings differ widely; trees and speeds want a quiet machine")
-                costs = costs or own
-                row = {
-                    "checkpoint": name, "form": form, "type": kind, "bytes": file.stat().st_size,
-                    "memory": int(llm.draft_heads.info.n_bytes), "draft_us": [round(us, 1) for us in own.chain[1:]],
-                } | measured(args, plain, llm, own, prompts, advance)  # fmt: skip
-            yield row
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -183,22 +141,36 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
     if args.heads:
         raise UsageError("heads come from the checkpoints, so --heads has no place here")
-    n_files = sum(len(forms) * len(args.types) for *_, forms in checkpoints(args.checkpoints, args.forms))
+    found = checkpoints(args.checkpoints, args.forms)
+    variants = [
+        (name, path, form, kind) for name, path, forms in found for form in forms for kind in flat(args.types)
+    ]
     prompts = [(task, text) for task, texts in read_tasks(args).items() for text in texts]
     rows: list[dict[str, Any]] = []
-    with model_of(args, args.model, drafts=False) as own:
-        vocab = make_vocab(read_base(Path(own.model)), args.draft_vocab, args.draft_text)
-        say(
-            f"draft vocabulary: {len(vocab.tokens)} tokens by {vocab.source}, {vocab.coverage:.1%} of unseen text"
-        )
-        for row in study(own, prompts, vocab.tokens.tolist()):
-            rows.append(row)
-            what = f"{row['checkpoint']} {row['form']} {row['type']}"
-            brings = f"{row['tokens_per_step']:.2f} tokens/step, {figure(row['speedup'])}x plain"
-            say(f"{len(rows)}/{n_files} {what}: {brings}")
+    costs: Costs | None = None
+    with ExitStack() as stack:
+        args = stack.enter_context(model_of(args, args.model, drafts=False))
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="entmtp-heads-"))) / "heads.gguf"
+        plain = stack.enter_context(closing(load_plain(args)))
+        vocab = make_vocab(read_base(Path(args.model)), args.draft_vocab, args.draft_text)
+        for name, path, form, kind in variants:
+            small, shared = FORMS[form]
+            vocabulary = vocab.tokens.tolist() if small else None
+            convert(
+                path, args.model, file, kind, progress=False, share_lm_head=shared, draft_vocab=vocabulary
+            )
+            with closing(load(changed(args, heads=str(file)), policy="off")) as llm, stages() as advance:
+                own = time_drafts(llm, costs, args.rounds)
+                costs = costs or own
+                row = {"checkpoint": name, "form": form, "type": kind, "bytes": file.stat().st_size}
+                rows.append(row | measured(args, plain, llm, own, prompts, advance))
+            done = f"{len(rows)}/{len(variants)} {name} {form} {kind}: {rows[-1]['tokens_per_step']:.2f} tokens/step"
+            print(f"{done}, {figure(rows[-1]['speedup'])}x plain", file=sys.stderr)
     report |= {
-        "heads": rows, "model": Path(own.model).name, "device": cpu_name(), "tokens": args.tokens, "temps": args.temp,
+        "heads": rows, "threads": plain.n_threads, "model": Path(args.model).name,
+        "device": f"{cpu_name()}, {plain.n_threads} threads",
         "draft_vocab": {"size": len(vocab.tokens), "coverage": vocab.coverage, "source": vocab.source},
-        "prompts": [Path(f).name for f in args.prompts],
+        "prompts": [Path(f).name for f in args.prompts], "tokens": args.tokens, "temps": args.temp,
     }  # fmt: skip
-    yield markdown(rows)
+    words = f"{len(vocab.tokens)} tokens by {vocab.source}, {vocab.coverage:.1%} of unseen text"
+    yield f"{markdown(rows)}\nDraft vocabulary: {words}.\n"

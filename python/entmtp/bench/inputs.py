@@ -65,6 +65,11 @@ def some_of(names: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def flat(lists: Sequence[Sequence[Any]]) -> list[Any]:
+    """One list of what was given with commas, blanks, or both."""
+    return list(dict.fromkeys(part for some in lists for part in some))
+
+
 def changed(args: Namespace, **other: Any) -> Namespace:
     """The options with some replaced."""
     return Namespace(**(vars(args) | other))

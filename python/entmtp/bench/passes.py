@@ -17,15 +17,14 @@ from typing import Any
 import gguf
 import numpy as np
 
-from ..bank.bank import Bank
-from ..bank.tree import PLAIN, Tree
+from ..bank import PLAIN, Bank, Tree
 from ..common.progress import stages
 from ..llama import Llama
 from ..measure.compare import time_split
 from ..measure.turns import Advance, Prompt, decode
 from ..native import abi, kernels
 from ..report.tables import table
-from .inputs import load_plain, model_of, shape_of
+from .inputs import flat, load_plain, model_of, shape_of
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 64)
 WARM_UP = 9  # tokens: a prompt as long as the tree is large takes the place of its graph
@@ -112,7 +111,7 @@ def _pass_ms(llm: Llama, tokens: list[int], depth: int) -> float:
 
 
 def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
-    contexts, sizes = sorted({c for some in args.contexts for c in some}), args.sizes or SIZES
+    contexts, sizes = sorted(set(flat(args.contexts))), args.sizes or SIZES
     sets = args.kernels or (["auto"] if args.n_gpu_layers or args.rpc else ["off", "auto"])
     n_ctx = max(max(contexts) + max(sizes) + 64, args.ctx or 0)
     report["curves"] = []

@@ -21,10 +21,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from ..bank.bank import Bank, dumps
-from ..bank.costs import Costs
-from ..bank.traces import Traces
-from ..bank.tree import PLAIN, Tree
+from ..bank import PLAIN, Bank, Costs, Traces, Tree, dumps
 from ..common.atomic import atomic_path
 from ..common.errors import UsageError
 from ..common.progress import stages
@@ -67,10 +64,8 @@ def answers(
     with ExitStack() as stack:
         loaded = {PLAIN_LABEL: stack.enter_context(closing(load_plain(args)))}
         loaded |= {k: stack.enter_context(closing(load(args, **more))) for k, more in settings.items()}
-        asked = [
-            prompt_of(loaded[PLAIN_LABEL], texts[i], args.tokens, temp=temp, seed=i) for i in held_out.prompt
-        ]
-        methods = {label: answering(llm) for label, llm in loaded.items()}
+        plain, methods = loaded[PLAIN_LABEL], {label: answering(llm) for label, llm in loaded.items()}
+        asked = [prompt_of(plain, texts[i], args.tokens, temp=temp, seed=i) for i in held_out.prompt]
         turns = in_turn(methods, asked, args.rounds, advance)
         return list(zip(held_out.task * args.rounds, turns, strict=True))
 
@@ -87,8 +82,9 @@ def predictions(judged: dict[str, Any], costs: Costs) -> dict[str, float]:
 
 def study(
     args: Namespace, tasks: dict[str, list[str]], temp: float, traces: Path | None, advance: Advance
-) -> tuple[Bank, dict[str, Any]]:
-    """One base, its heads and a temperature: the tuned bank; per task and for `all`, the figures of every method.
+) -> tuple[Bank, dict[str, Any], int]:
+    """One base, its heads and a temperature: the tuned bank; per task and for `all`, the figures of every method;
+    and the threads.
 
     Args:
         tasks: texts of the prompts by task; every other one is fitted to, the others are answered.
@@ -98,11 +94,10 @@ def study(
     with tempfile.TemporaryDirectory(prefix="entmtp-study-") as folder:
         file = traces or Path(folder) / "traces.npz"
         with closing(load(args, policy="off")) as llm:
-            bank = tune(
-                llm, prompts, name="study", temps=[temp], n_tokens=args.tokens, traces=file, progress=advance
-            )
-        texts = [text for _, text in prompts]
-        turns = answers(args, bank, Traces.load(file).split()[1], texts, temp, Path(folder), advance)
+            bank = tune(llm, prompts, temps=[temp], n_tokens=args.tokens, traces=file, progress=advance)
+            n_threads = llm.n_threads
+        held_out = Traces.load(file).split()[1]
+        turns = answers(args, bank, held_out, [text for _, text in prompts], temp, Path(folder), advance)
     tables = {}
     for task in [*tasks, "all"]:
         found = Comparison([turn for of, turn in turns if task in ("all", of)])
@@ -110,16 +105,15 @@ def study(
         foretold = predictions(judged.get(task, judged["all"]), bank.need_costs())  # one task is all
         tables[task] = {m: found.row(m, PLAIN_LABEL) | {"predicted": foretold.get(m)} for m in METHODS}
         tables[task]["oracle"] = {"predicted": foretold["oracle"]}
-    return bank, tables
+    return bank, tables, n_threads
 
 
 def markdown(title: str, tables: dict[str, Any]) -> str:
     """One study as a Markdown table: speed against plain decoding, live and (in brackets) by replay."""
     rows = []
     for m in METHODS:
-        cells = []
-        for r in (of_task[m] for of_task in tables.values()):
-            cells.append(spread(r["ratio"]) + (f" [{r['predicted']:.2f}]" if r["predicted"] else ""))
+        found = [of_task[m] for of_task in tables.values()]
+        cells = [spread(r["ratio"]) + (f" [{r['predicted']:.2f}]" if r["predicted"] else "") for r in found]
         r = tables["all"][m]
         cells += [figure(r["overall"]), figure(r["tokens_per_second_overall"], "{:.0f}")]
         rows.append([m, *cells, figure(r.get("tokens_per_step")), f"{r['identical']}/{r['answers']}"])
@@ -145,7 +139,7 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
             facts = {"model": Path(own.model).stem, "heads": Path(own.heads).stem, "temp": temp}
             name = f"{facts['model']}-{facts['heads']}-{temp:g}"
             traces = Path(args.traces, *([] if one_file else [f"{name}.npz"])) if args.traces else None
-            bank, tables = study(own, tasks, temp, traces, advance)
+            bank, tables, report["threads"] = study(own, tasks, temp, traces, advance)
         costs, tree = bank.need_costs(), bank.report["single"] or "plain decoding"
         report["studies"].append(facts | {"single": tree, "tasks": tables, "costs": costs.to_json()})
         if args.banks:

@@ -12,10 +12,8 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from ..bank.bank import Bank
-from ..bank.costs import Costs, relative
-from ..bank.traces import Traces
-from ..bank.tree import PLAIN
+from ..bank import PLAIN, Bank, Costs, Traces
+from ..bank.costs import relative
 from ..common.progress import stages
 from ..measure import calibration, search
 from ..measure.fitting import fit
@@ -33,14 +31,11 @@ from .inputs import model_of, trace_files
 CURVES: dict[str, tuple[dict[int, float], float]] = {
     # 2 cores, ggml's kernels, a 1B-shape model in Q8_0 (docs/benchmarks.md)
     "cpu-q8_0": (
-        {1: 1, 2: 1.26, 3: 1.51, 4: 1.77, 5: 2.41, 6: 2.63, 8: 2.28, 12: 2.97, 16: 3.8, 32: 7.0, 64: 14.0},
-        0.05,
+        {1: 1, 2: 1.26, 3: 1.51, 4: 1.77, 5: 2.41, 6: 2.63, 8: 2.28, 12: 2.97, 16: 3.8, 32: 7, 64: 14}, 0.05,
     ),
-    # the same if a pass cost what reading the weights once costs
-    "roofline": ({1: 1, 4: 1.05, 8: 1.86, 16: 3.7, 64: 14.8}, 0.05),
-    # a GPU: a pass of 64 tokens costs hardly more than one
-    "flat": ({1: 1, 64: 1.3}, 0.025),
-}
+    "roofline": ({1: 1, 4: 1.05, 8: 1.86, 16: 3.7, 64: 14.8}, 0.05),  # the same, bound by reading the weights once
+    "flat": ({1: 1, 64: 1.3}, 0.025),  # a GPU: a pass of 64 tokens costs hardly more than one
+}  # fmt: skip
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)  # passes that are timed
 POLICIES = ("entropy", "confidence")
 ROWS = ("best single tree", "published 63-node tree", *POLICIES, "oracle")
@@ -71,7 +66,7 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
     """Every policy on every trace file under each curve."""
     report["what_if"] = []
     for curve in args.curves or [args.model]:
-        rows, known = [], {}
+        rows, known = [], dict[str, Costs]()
         with stages() as advance:
             for name, traces, arch, costs in priced(args, curve, advance):
                 fitted, held_out = traces.split()
@@ -83,29 +78,29 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
                 known[arch] = costs
         shown = {arch: costs.to_json() for arch, costs in known.items()}
         report["what_if"].append({"curve": curve, "rows": rows, "costs": shown})
-        yield f"#### costs: {curve}\n\n" + "\n".join([markdown(rows), *map(in_words, known, known.values())])
+        yield f"#### costs: {curve}\n\n{markdown(rows, known)}"
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Speeds against plain decoding; the policies against the best single tree in brackets."""
+def markdown(rows: list[dict[str, Any]], known: dict[str, Costs]) -> str:
+    """Speeds against plain decoding, the policies against the best single tree in brackets; and the costs."""
     cells = []
     for r in rows:
-        single, policies = r["best single tree"], [r[p] for p in POLICIES]
-        found = [f"{single:.3f} {r['single']}", f"{r['published 63-node tree']:.3f}"]
-        found += [f"{x:.3f} ({x / single:.3f})" for x in policies]
-        cells.append([r["traces"], *found, f"{r['oracle']:.3f}"])
-    return table(["traces", *ROWS], cells)
-
-
-def in_words(arch: str, costs: Costs) -> str:
-    """What passes and drafts cost."""
-    one = costs.curve()[0]
-    passes = " ".join(f"{n}:{us / r[1]:.2f}" for r in costs.verify.values() for n, us in sorted(r.items()))
-    drafts = " ".join(f"{us / one:.3f}" for us in costs.chain[1:])
-    return (
-        f"{arch}: a pass of one token takes {one / 1e3:.1f} ms; relative to it, passes by tokens\n"
-        f"{passes}; drafts by depth {drafts}\n"
-    )
+        single, published = r["best single tree"], r["published 63-node tree"]
+        policies = [f"{r[p]:.3f} ({r[p] / single:.3f})" for p in POLICIES]
+        cells.append([
+            r["traces"], f"{single:.3f} {r['single']}", f"{published:.3f}", *policies, f"{r['oracle']:.3f}"
+        ])  # fmt: skip
+    text = table(["traces", *ROWS], cells)
+    for arch, c in known.items():
+        one = c.curve()[0]
+        passes = " ".join(
+            f"{n}:{us / row[1]:.2f}" for row in c.verify.values() for n, us in sorted(row.items())
+        )
+        text += (
+            f"\n{arch}: a pass of one token takes {one / 1e3:.1f} ms; relative to it, passes by tokens\n{passes}; "
+            f"drafts by depth {' '.join(f'{us / one:.3f}' for us in c.chain[1:])}\n"
+        )
+    return text
 
 
 # what the confidence policy is changed in, to see what each part is worth

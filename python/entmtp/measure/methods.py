@@ -4,29 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..bank.bank import Bank, names
-from ..bank.tree import PLAIN
+from ..bank import PLAIN, Bank, names
 from ..native.arrays import PUBLISHED, SCORES
 from .subject import Subject
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to decode with a model that has heads.
+    """One way to decode with a model that has heads."""
 
-    Attributes:
-        label: how it is called in tables.
-        bank: name of the bank, None for the generic one of the heads' kind.
-        tree: one tree of the bank, for the static policy.
-        policy: as in `entmtp.Llama`.
-        score: what a published policy follows.
-    """
-
-    label: str
-    bank: str | None
-    policy: str
-    tree: str | None = None
-    score: str = "entropy"
+    label: str  # how it is called in tables
+    bank: str | None  # its name, None for the generic one of the heads' kind
+    policy: str  # as in `entmtp.Llama`
+    tree: str | None = None  # one tree of the bank, for the static policy
+    score: str = "entropy"  # what a published policy follows
 
     def apply(self, llm: Subject) -> None:
         """Decode with this method from now on."""
@@ -46,9 +37,7 @@ CONFIDENCE = Method("EntMTP, confidence", None, "confidence")
 
 def comparison() -> list[Method]:
     """The published policies with every score they know."""
-    return [
-        Method(f"{policy}, {score}", None, policy, score=score) for policy in PUBLISHED for score in SCORES
-    ]
+    return [Method(f"{p}, {score}", None, p, score=score) for p in PUBLISHED for score in SCORES]
 
 
 def published() -> list[Method]:

@@ -21,12 +21,9 @@ def sparkline(values: Any, width: int = 60) -> str:
     """Values as bars, averaged down to `width` characters."""
     bars = " ▁▂▃▄▅▆▇█"
     values = [float(v) for v in values]
-    if not values:
-        return ""
     n = min(width, len(values))
-    chunks = [values[i * len(values) // n : (i + 1) * len(values) // n] for i in range(n)]
-    means = [sum(c) / len(c) for c in chunks]
-    top = max(means) or 1.0
+    means = [fmean(values[i * len(values) // n : (i + 1) * len(values) // n]) for i in range(n)]
+    top = max(means, default=0.0) or 1.0
     return "".join(bars[round(m / top * (len(bars) - 1))] for m in means)
 
 
@@ -71,25 +68,17 @@ class PlainPass:
 
 def _single(stats: DraftStats) -> list[float]:
     """Passes over one token, microseconds."""
-    times: list[float] = stats.steps["t_verify_us"][stats.steps["n_nodes"] == 1].tolist()
-    return times
+    return [float(us) for us in stats.steps["t_verify_us"][stats.steps["n_nodes"] == 1]]
 
 
 @dataclass
 class Speed:
-    """Figures of an answer.
+    """Figures of an answer."""
 
-    Attributes:
-        n_tokens: tokens drawn.
-        seconds: from the first of them to the last.
-        first: seconds until the first token.
-        speedup: against plain decoding, None if that is not known.
-    """
-
-    n_tokens: int
-    seconds: float
-    first: float
-    speedup: float | None
+    n_tokens: int  # tokens drawn
+    seconds: float  # from the first of them to the last
+    first: float  # seconds until the first token
+    speedup: float | None  # against plain decoding, None if that is not known
     stats: DraftStats
 
     @property
@@ -135,13 +124,10 @@ class Meter:
 
     def speed(self) -> Speed:
         """The figures so far."""
-        stats = self.llm.draft_stats
-        seconds = self.last - self.first
-        speedup = None
-        n = stats.n_steps + stats.n_accepted
-        plain_us = self.plain.during(stats)
+        stats, seconds, speedup = self.llm.draft_stats, self.last - self.first, None
+        n, plain_us = stats.n_steps + stats.n_accepted, self.plain.during(stats)
         if plain_us is not None and n and seconds > 0:
-            split = stats.time_split
-            rest = max(seconds - split["draft"] - split["verify"], 0.0)
-            speedup = (n * plain_us / 1e6 + rest) / (split["draft"] + split["verify"] + rest)
+            passes = stats.time_split["draft"] + stats.time_split["verify"]
+            rest = max(seconds - passes, 0.0)
+            speedup = (n * plain_us / 1e6 + rest) / (passes + rest)
         return Speed(self.n_tokens, seconds, self.first - self.begin, speedup, stats)
