@@ -69,9 +69,7 @@ def plot(args: argparse.Namespace, report: dict[str, Any]) -> Iterator[str]:
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{args.report}: {e}") from e
     if drawn is None:
-        raise ValueError(
-            f"{args.report} holds no studies, curves, heads or GPU study: entmtp bench study -o FILE …"
-        )
+        raise ValueError(f"{args.report} holds no studies, curves, heads or GPU study to draw")
     yield f"wrote {drawn}"
 
 
@@ -115,9 +113,8 @@ COMMANDS = {
     "plot": Command(plot, "draw a report beside it", "entmtp bench plot study.json", {"report": None}),
 }  # fmt: skip
 # the options of before that are subcommands now
-OLD = {"--verify-curve": "curve", "--gpu-study": "gpu"} | {
-    f"--{n}": n for n in ("study", "what-if", "ablate", "plot")
-}
+OLD = {f"--{n}": n for n in ("study", "what-if", "ablate", "plot")}
+OLD |= {"--verify-curve": "curve", "--gpu-study": "gpu"}
 
 
 def modern(argv: list[str]) -> list[str]:
@@ -171,10 +168,8 @@ def main(argv: list[str] | None = None) -> int:
             texts.append(text)
         if args.run is plot:
             return 0
-        threads = f", {report['threads']} threads" if "threads" in report else ""
-        texts.append(
-            f"{cpu_name()}{threads}, {platform.system()}; entmtp {__version__}, llama.cpp {llama_commit()[:9]}\n"
-        )
+        device = cpu_name() + (f", {report['threads']} threads" if "threads" in report else "")
+        texts.append(f"{device}, {platform.system()}; entmtp {__version__}, llama.cpp {llama_commit()[:9]}\n")
         print(texts[-1], end="")
         if args.outfile:
             write(report, "\n".join(texts), args.outfile)

@@ -1,8 +1,7 @@
 """`entmtp bench gpu`: what EntMTP costs and brings on one device, from 1B to 32B.
 
-Costs are measured on random weights in the shape of real models, and on the demo model: passes by nodes and context,
-drafts by depth and width, what is left of a step, and what crosses between host and device. Acceptance is replayed:
-from traces of the demo model, and from what was published for Vicuna-7B with Hydra heads.
+Costs are measured: passes by nodes and context, drafts by depth and width, what is left of a step, and what crosses
+between host and device. Acceptance is replayed: from traces, and from figures of Vicuna-7B with published Hydra heads.
 """
 
 from __future__ import annotations
@@ -25,9 +24,6 @@ from ..bank.costs import from_json
 from ..common.machine import cpu_name, free_memory
 from ..common.progress import stages
 from ..llama import Llama
-from ..measure import search
-from ..measure.fitting import fit
-from ..measure.judge import judge
 from ..measure.rollouts import record
 from ..measure.timing import measure, measure_rest
 from ..measure.turns import Advance
@@ -37,10 +33,15 @@ from ..options import DEMO, load
 from ..report.tables import table
 from .inputs import changed, flat, model_of, shape_of, trace_files
 from .passes import bandwidth, time_steps, weights_per_pass
+from .whatif import replayed
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 SHOWN = (1, 2, 4, 8, 16, 32, 64)
-SPEEDS = ["plain", "63 nodes", "best single tree", "EntMTP", "EntMTP, confidence", "every depth known"]
+# what is shown of replay, by the names of `entmtp.measure.judge`
+SPEEDS = {
+    "plain": "plain", "63 nodes": "published 63-node tree", "best single tree": "best single tree", "EntMTP": "entropy",
+    "EntMTP, confidence": "confidence", "every depth known": None,
+}  # fmt: skip
 GB = 1e9
 HEADS_SHARE = 0.6  # what heads and buffers may take on top of a model, at most
 
@@ -132,18 +133,6 @@ def demo_traces(args: Namespace) -> Traces:
         return record(llm, chosen, temps=(0.0,), n_tokens=args.tokens)
 
 
-def replayed(traces: Traces, costs: Costs) -> dict[str, float]:
-    """Tokens/s on the held-out half of the traces; trees are fitted to the other half."""
-    fitted, held_out = traces.split()
-    if not len(fitted.n_tokens) or not len(held_out.n_tokens):
-        raise ValueError(
-            "the traces hold one prompt per task; replay needs two: to fit trees, and to test them"
-        )
-    judged = judge(held_out, fit(fitted, costs), search.best_single(fitted, costs))
-    rows = ("plain", "published 63-node tree", "best single tree", "entropy", "confidence")
-    return {name: judged[row]["tokens_per_second"] for name, row in zip(SPEEDS, rows, strict=False)}
-
-
 def from_shares(shares: Sequence[float], costs: Costs) -> dict[str, float]:
     """Tokens/s from the published shares of steps that accept 0 to 4 drafts.
 
@@ -172,16 +161,12 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
     if args.rpc:
         device = Device(-1, ", ".join(args.rpc), None)
     layers = device.n_gpu_layers if args.n_gpu_layers is None else args.n_gpu_layers
-    args = changed(
-        args, n_gpu_layers=layers, flash_attn=layers != 0 if args.flash_attn is None else args.flash_attn
-    )
+    flash_attn = layers != 0 if args.flash_attn is None else args.flash_attn
+    args = changed(args, n_gpu_layers=layers, flash_attn=flash_attn)
     contexts = sorted(set(flat(args.contexts)))
-    names = (
-        [args.model]
-        if args.model
-        else [f"{s}:{t}" for s in args.shapes for t in flat(args.types) if s != DEMO]
-    )
-    names += [DEMO] * (not args.model and DEMO in args.shapes)
+    names = [args.model] if args.model else [
+        name for s in args.shapes for name in ([DEMO] if s == DEMO else [f"{s}:{t}" for t in flat(args.types)])
+    ]  # fmt: skip
     report |= {"device": device.name, "gpu_study": [], "skipped": []}
     with stages() as advance:
         sources = {f.stem: Traces.load(f) for f in trace_files(args.traces)} if args.traces else {}
@@ -199,7 +184,10 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
             found["speeds"] = {}
             for c in sorted(costs.verify):
                 here = replace(costs, verify={c: costs.verify[c]}, context=c)
-                speeds = {source: replayed(traces, here) for source, traces in sources.items()}
+                speeds = {}
+                for source, traces in sources.items():
+                    _, judged = replayed(traces, here)
+                    speeds[source] = {s: judged[row]["tokens_per_second"] for s, row in SPEEDS.items() if row}
                 speeds |= {task: from_shares(p, here) for task, p in PUBLISHED_ACCEPTANCE.items()}
                 found["speeds"][str(c)] = speeds
             report["threads"] = found.pop("threads")
@@ -251,9 +239,7 @@ def steps(m: dict[str, Any]) -> str:
 def speeds(m: dict[str, Any]) -> str:
     """Tokens/s by context and source of the acceptance."""
     rows = []
-    for source, context, found in [
-        (s, c, f) for c, sources in m["speeds"].items() for s, f in sources.items()
-    ]:
+    for context, source, found in [(c, s, f) for c, by in m["speeds"].items() for s, f in by.items()]:
         best = max(found["EntMTP"], found.get("EntMTP, confidence", 0.0))
         cells = [f"{found[n]:.1f}" if n in found else "" for n in SPEEDS]
         rows.append([f"{source}, {context}", *cells, f"{best / found['63 nodes']:.2f}"])

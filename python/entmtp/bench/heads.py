@@ -1,9 +1,8 @@
 """`entmtp bench heads`: what smaller heads cost and bring.
 
 Every checkpoint is converted in every form (full, with a draft vocabulary, sharing the base model's projection, both)
-and type. Of each file: its size, what a draft takes by depth, how many tokens a step brings on held-out prompts (rank
-traces and replay: a chain of all heads, and the tree that is fastest here), and the speed of EntMTP against plain
-decoding, in turn in one process.
+and type. Of each file: its size, the time of a draft by depth, tokens per step on held-out prompts by replay (a chain
+of all heads, and the tree that is fastest here), and the speed of EntMTP against plain decoding, in turn.
 """
 
 from __future__ import annotations
@@ -143,7 +142,7 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
         raise UsageError("heads come from the checkpoints, so --heads has no place here")
     found = checkpoints(args.checkpoints, args.forms)
     variants = [
-        (name, path, form, kind) for name, path, forms in found for form in forms for kind in flat(args.types)
+        (name, path, f, kind) for name, path, forms in found for f in forms for kind in flat(args.types)
     ]
     prompts = [(task, text) for task, texts in read_tasks(args).items() for text in texts]
     rows: list[dict[str, Any]] = []
@@ -155,10 +154,8 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
         vocab = make_vocab(read_base(Path(args.model)), args.draft_vocab, args.draft_text)
         for name, path, form, kind in variants:
             small, shared = FORMS[form]
-            vocabulary = vocab.tokens.tolist() if small else None
-            convert(
-                path, args.model, file, kind, progress=False, share_lm_head=shared, draft_vocab=vocabulary
-            )
+            tokens = vocab.tokens.tolist() if small else None
+            convert(path, args.model, file, kind, progress=False, share_lm_head=shared, draft_vocab=tokens)
             with closing(load(changed(args, heads=str(file)), policy="off")) as llm, stages() as advance:
                 own = time_drafts(llm, costs, args.rounds)
                 costs = costs or own

@@ -47,15 +47,13 @@ def bandwidth(llm: Llama) -> float:
     return found.value
 
 
-def time_steps(
-    llm: Llama, tree: Tree, depth: int, n_tokens: int, temp: float, **sampling: Any
-) -> dict[str, Any]:
+def time_steps(llm: Llama, tree: Tree, depth: int, n_tokens: int, temp: float, **more: Any) -> dict[str, Any]:
     """A generation with one tree behind `depth` tokens: where the time goes, and what is copied, per step."""
     bank = Bank("study", (PLAIN, tree) if tree.paths else (PLAIN,))
     llm.set_trees(bank, **({"policy": "static", "tree": tree.name} if tree.paths else {"policy": "off"}))
     prompt = Prompt([7 + i % 97 for i in range(depth)], WARM_UP + n_tokens, temp)
     for _ in range(2):  # the first run builds the graphs
-        seconds = decode(llm, prompt, untimed=WARM_UP, past_end=True, **sampling).seconds
+        seconds = decode(llm, prompt, untimed=WARM_UP, past_end=True, **more).seconds
     stats = llm.draft_stats
     n_steps = max(stats.n_steps, 1)
     return {

@@ -2,8 +2,7 @@
 tree, live and by replay.
 
 For one base, one heads file and one temperature: tune on half of the prompts, then answer the other half with every
-method in turn, in one process. Replay's prediction stands beside what was measured, and the oracle that knows the
-future beside both.
+method in turn. Beside what was measured stand replay's prediction, and the oracle that knows the future.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from ..bank import PLAIN, Bank, Costs, Traces
+from ..bank import PLAIN, Bank, Costs, Traces, Tree
 from ..bank.costs import relative
 from ..common.progress import stages
 from ..measure import calibration, search
@@ -62,6 +62,15 @@ def priced(args: Namespace, curve: str, advance: Advance) -> Iterator[tuple[str,
         yield file.stem, traces, arch, known[arch]
 
 
+def replayed(traces: Traces, costs: Costs) -> tuple[Tree, dict[str, Any]]:
+    """The best single tree, and what `judge` finds on the half of the prompts that nothing is fitted to."""
+    fitted, held_out = traces.split()
+    if not len(fitted.n_tokens) or not len(held_out.n_tokens):
+        raise ValueError("the traces hold one prompt per task, and two are needed: to fit trees, and to test")
+    single = search.best_single(fitted, costs)
+    return single, judge(held_out, fit(fitted, costs), single)
+
+
 def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
     """Every policy on every trace file under each curve."""
     report["what_if"] = []
@@ -69,12 +78,9 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
         rows, known = [], dict[str, Costs]()
         with stages() as advance:
             for name, traces, arch, costs in priced(args, curve, advance):
-                fitted, held_out = traces.split()
-                single = search.best_single(fitted, costs)
-                judged = judge(held_out, fit(fitted, costs), single)
-                rows.append(
-                    {"traces": name, "single": search.name(single), **{r: judged[r]["speed"] for r in ROWS}}
-                )
+                single, judged = replayed(traces, costs)
+                found = {r: judged[r]["speed"] for r in ROWS}
+                rows.append({"traces": name, "single": search.name(single), **found})
                 known[arch] = costs
         shown = {arch: costs.to_json() for arch, costs in known.items()}
         report["what_if"].append({"curve": curve, "rows": rows, "costs": shown})
@@ -87,15 +93,13 @@ def markdown(rows: list[dict[str, Any]], known: dict[str, Costs]) -> str:
     for r in rows:
         single, published = r["best single tree"], r["published 63-node tree"]
         policies = [f"{r[p]:.3f} ({r[p] / single:.3f})" for p in POLICIES]
-        cells.append([
-            r["traces"], f"{single:.3f} {r['single']}", f"{published:.3f}", *policies, f"{r['oracle']:.3f}"
-        ])  # fmt: skip
+        rest = [f"{published:.3f}", *policies, f"{r['oracle']:.3f}"]
+        cells.append([r["traces"], f"{single:.3f} {r['single']}", *rest])
     text = table(["traces", *ROWS], cells)
     for arch, c in known.items():
         one = c.curve()[0]
-        passes = " ".join(
-            f"{n}:{us / row[1]:.2f}" for row in c.verify.values() for n, us in sorted(row.items())
-        )
+        curves = [(n, us / row[1]) for row in c.verify.values() for n, us in sorted(row.items())]
+        passes = " ".join(f"{n}:{cost:.2f}" for n, cost in curves)
         text += (
             f"\n{arch}: a pass of one token takes {one / 1e3:.1f} ms; relative to it, passes by tokens\n{passes}; "
             f"drafts by depth {' '.join(f'{us / one:.3f}' for us in c.chain[1:])}\n"

@@ -77,8 +77,6 @@ class Comparison:
 def remark(pairs: int, answers: int) -> str:
     """Which prompts the speeds of a table are of, if not of all."""
     if not pairs:
-        return (
-            f"No prompt got more than {LEAST} tokens from every method, so there are no speeds to compare.\n"
-        )
+        return f"No prompt got more than {LEAST} tokens from every method: there are no speeds to compare.\n"
     these = f"Speeds are of the {pairs} of {answers} prompts that got more than {LEAST} tokens from every method.\n"
     return these if pairs < answers else ""

@@ -64,8 +64,7 @@ def answering(llm: Any, method: Method | None = None, kernels: str | None = None
     """How a model answers in turn: eight tokens first, to build graphs and to wake threads, then the answer.
 
     Args:
-        method: set before every answer, where several share the model; None: it stays as it was loaded, and only its
-            first answer needs the eight tokens.
+        method: set before every answer, where several share the model; without, only the first needs the eight tokens.
         kernels: CPU kernels that it was loaded with, where models in turn have different ones.
     """
     warm = False
