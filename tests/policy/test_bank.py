@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entmtp.bank.bank import Bank, dumps, from_json, names, to_json
-from entmtp.bank.tree import Tree
+from entmtp.bank.bank import Bank, dumps, from_json, load_bank, names, to_json
+from entmtp.bank.tree import PLAIN, Tree
 from entmtp.common.errors import BankError
 
 GOOD: dict[str, Any] = {
@@ -76,6 +77,84 @@ def test_round_trip() -> None:
     assert [bank.need_costs().step(t) for t in bank.trees] == pytest.approx([100, 220, 130])
 
 
+def test_a_file_is_for_people_too() -> None:
+    """Numbers, paths and their lists on one line; what there is nothing to say of is left out."""
+    assert (
+        dumps(Bank("tiny", (PLAIN, Tree.from_paths("a", [[0], [1], [0, 0]])), "here"))
+        == """\
+{
+ "version": 2,
+ "name": "tiny",
+ "source": "here",
+ "trees": [
+  {
+   "name": "plain",
+   "paths": []
+  },
+  {
+   "name": "a",
+   "paths": [[0], [1], [0, 0]]
+  }
+ ]
+}
+"""
+    )
+    text = dumps(from_json(GOOD, "x"))
+    assert '\n  "chain": [0.0, 10.0, 20.0],\n' in text
+    assert '"level": [[10.0, 10.0, 10.0], [10.0, 10.0, 10.0]]' in text
+    named = replace(from_json(GOOD, "x"), task="t", heads="h", device="d")
+    assert [to_json(named)[key] for key in ("task", "heads", "device")] == ["t", "h", "d"]
+    assert from_json(to_json(named), "x") == named
+
+
+def test_what_a_file_leaves_out() -> None:
+    bank = from_json({"version": 2, "trees": [{"name": "plain", "paths": []}]}, "x")
+    assert bank == Bank("x", (PLAIN,))
+    assert (bank.ema_window, bank.criterion, bank.bin_edges) == (8.0, "ratio", ())
+    with pytest.raises(BankError, match="bank x has no costs: only policy static"):
+        bank.need_costs()
+    with pytest.raises(BankError, match="bank x has no calibration"):
+        bank.expected()
+
+
+def test_trees_by_name(tmp_path: Path) -> None:
+    bank = from_json(GOOD, "x")
+    assert [bank.index(name) for name in ("plain", "a", "b")] == [0, 1, 2]
+    with pytest.raises(BankError, match="bank good has no tree c; it has plain, a, b"):
+        bank.index("c")
+
+    path = tmp_path / "a:b.json"  # a file's name may hold a colon
+    path.write_text(dumps(bank))
+    for there in (path, str(path), bank):
+        assert load_bank(there) == (bank, None)
+    (tmp_path / "good.json").write_text(dumps(bank))
+    assert load_bank(f"{tmp_path}/good.json:b") == (bank, "b")
+    assert load_bank("mc_sim_7b_63:b") == (Bank.load("mc_sim_7b_63"), "b")
+    assert load_bank("mc_sim_7b_63") == (Bank.load("mc_sim_7b_63"), None)
+    for missing in ("c:/trees/good.json", "c:\\trees\\good.json", tmp_path / "x:y"):
+        with pytest.raises(BankError, match=r"good\.json: No such file|no tree bank .*x:y"):
+            load_bank(missing)
+
+
+def test_as_many_trees_as_a_bank_may_hold() -> None:
+    def of(n: int) -> dict[str, Any]:
+        return {"version": 2, "trees": [{"name": str(i), "paths": [[i]] if i else []} for i in range(n)]}
+
+    assert len(from_json(of(1), "x").trees) == 1
+    assert len(from_json(of(64), "x").trees) == 64
+    with pytest.raises(BankError, match="trees must be a list of 1 to 64 trees"):
+        from_json(of(65), "x")
+
+
+def test_as_many_nodes_and_ranks_as_a_tree_may_hold() -> None:
+    assert Tree.from_paths("t", [[i] for i in range(511)]).n_nodes == 512
+    with pytest.raises(BankError, match="513 nodes are more than 512"):
+        Tree.from_paths("t", [[i] for i in range(512)])
+    assert Tree.from_paths("t", [[999]]).rank == [0, 999]
+    with pytest.raises(BankError, match="rank path"):
+        Tree.from_paths("t", [[1000]])
+
+
 def test_pruning_drops_deep_nodes_and_what_becomes_equal() -> None:
     data = copy.deepcopy(GOOD)
     data["trees"][2]["paths"] = [[0], [1]]
@@ -84,6 +163,7 @@ def test_pruning_drops_deep_nodes_and_what_becomes_equal() -> None:
     bank = from_json(data, "x").pruned(1)
     assert [t.paths for t in bank.trees] == [(), ((0,), (1,))]
     assert bank.expected().tolist() == [[0.0, 0.8], [0.0, 0.5]]
+    assert Bank("x", (PLAIN, Tree.from_paths("a", [[0], [0, 0]]))).pruned(1).trees[1].paths == ((0,),)
 
 
 BROKEN = {
@@ -91,6 +171,9 @@ BROKEN = {
     "no version": (lambda d: d.pop("version"), "version"),
     "unknown field": (lambda d: d.update(colour="red"), "colour"),
     "no trees": (lambda d: d.update(trees=[]), "trees"),
+    "tree no object": (lambda d: d["trees"].__setitem__(1, 3), r"trees\[1\] must be an object"),
+    "tree without name": (lambda d: d["trees"][1].pop("name"), r"trees\[1\] must be an object"),
+    "tree with more": (lambda d: d["trees"][1].update(x=1), r"trees\[1\] must be an object"),
     "trees no list": (lambda d: d.update(trees={"a": 1}), "trees"),
     "first tree not plain": (lambda d: d["trees"].pop(0), "acceptance|trees\\[0\\]"),
     "same names": (lambda d: d["trees"][2].update(name="a"), "different names"),
@@ -106,6 +189,10 @@ BROKEN = {
         lambda d: d.update(bin_edges=[1.0, 0.5], acceptance=GOOD["acceptance"] + [GOOD["acceptance"][0]]),
         "increasing",
     ),
+    "edges equal": (
+        lambda d: d.update(bin_edges=[0.5, 0.5], acceptance=GOOD["acceptance"] + [GOOD["acceptance"][0]]),
+        "increasing",
+    ),
     "edges text": (lambda d: d.update(bin_edges=["1"]), "bin_edges"),
     "edge nan": (lambda d: d.update(bin_edges=[float("nan")]), "bin_edges"),
     "a bin is missing": (lambda d: d["acceptance"].pop(), "acceptance"),
@@ -119,8 +206,21 @@ BROKEN = {
     "calibration": (lambda d: d.update(calibration={"accept": 1}), "calibration"),
     "report": (lambda d: d.update(report=[]), "report"),
     "score": (lambda d: d.update(published={"luck": {}}), "published"),
+    "published no object": (lambda d: d.update(published=["entropy"]), "published must be an object"),
     "ladder": (lambda d: d["published"]["entropy"].pop("edges"), "published.entropy"),
     "ladder edges": (lambda d: d["published"]["entropy"].update(edges=[1.0, 0.5]), "published.entropy.edges"),
+    "ladder edges equal": (
+        lambda d: d["published"]["entropy"].update(edges=[0.5, 0.5]),
+        "published.entropy.edges",
+    ),
+    "ladder without trees": (
+        lambda d: d["published"]["entropy"].update(edges=[], trees=[]),
+        "published.entropy.trees",
+    ),
+    "negative ladder tree": (
+        lambda d: d["published"]["entropy"].update(trees=[-1, 1, 2]),
+        "published.entropy.trees",
+    ),
     "ladder trees": (lambda d: d["published"]["entropy"].update(trees=[0, 1, 3]), "published.entropy.trees"),
     "name": (lambda d: d.update(name=3), "name"),
 }
@@ -155,6 +255,10 @@ def test_missing_files_and_names(tmp_path: Path) -> None:
         Bank.load(tmp_path / "none.json")
     with pytest.raises(BankError, match="mc_sim_7b_63"):
         Bank.load("no-such-bank")
+    with open(tmp_path / "large.json", "wb") as file:
+        file.truncate((64 << 20) + 1)
+    with pytest.raises(BankError, match=r"large\.json is larger than 64 MB"):
+        Bank.load(tmp_path / "large.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BankError, match="UTF-8"):
         Bank.load(tmp_path / "binary.json")

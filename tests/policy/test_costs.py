@@ -45,6 +45,25 @@ def test_curves_between_sizes_and_depths() -> None:
     assert c.curve(1280 - 128)[0] == pytest.approx(300)  # and on beyond the last one
     assert c.curve()[4] == pytest.approx(235)  # the last slope goes on
     assert (np.diff(c.curve()) > 0).all()
+    deeper = replace(c, verify=c.verify | {1024: {1: 300.0, 64: 600.0}})
+    assert deeper.curve(512 - 128)[0] == pytest.approx(150)  # between the two around, not the last two
+    # 1024 reads 1280 rows: half way from the 768 of 512
+    assert deeper.curve(1024 - 128)[0] == pytest.approx(250)
+    assert deeper.curve(1280 - 128)[63] == pytest.approx(600)
+    assert len(c.curve()) == 64
+
+
+def test_a_curve_of_one_depth_and_one_size() -> None:
+    assert relative({1: 2.0}, [0.0]).curve().tolist() == [2000.0] * 64
+    assert relative({1: 1.0, 64: 64.0}, [0.0]).curve() == pytest.approx(1000 * np.arange(1, 65))
+    # falling costs do not fall below nothing
+    assert relative({1: 9.0, 2: 1.0}, [0.0]).curve()[1:].tolist() == [1000.0] * 63
+
+
+def test_trees_larger_than_the_table_cost_in_proportion() -> None:
+    c = relative({1: 1.0, 64: 8.0}, [0.0, 0.5])
+    assert c.step(Tree.from_paths("t", [[i] for i in range(63)])) == pytest.approx(8000 + 500)
+    assert c.step(Tree.from_paths("t", [[i] for i in range(127)])) == pytest.approx(16000 + 500)
 
 
 def test_drafts_by_depth_and_width() -> None:
@@ -59,7 +78,12 @@ def test_drafts_by_depth_and_width() -> None:
     assert c.step(two) == pytest.approx(235 + 32)
     wide = Tree.from_paths("t", [[r] for r in range(6)] + [[r, 0] for r in range(6)])
     assert c.draft(wide) == pytest.approx(30 + (30 - 20) + 2 * (30 - 22) / 2)
-    with pytest.raises(BankError, match="heads were timed"):
+    four = Tree.from_paths("t", [[r] for r in range(4)] + [[r, 0] for r in range(4)])
+    assert c.draft(four) == pytest.approx(30 + (30 - 20))
+    five = Tree.from_paths("t", [[r] for r in range(5)] + [[r, 0] for r in range(5)])
+    assert c.draft(five) == pytest.approx(30 + (30 - 20) + (30 - 22) / 2)
+    assert Costs({0: {1: 1.0}}, (0.0,), ()).draft(PLAIN) == 0.0
+    with pytest.raises(BankError, match="tree t is 3 deep, but only 2 heads were timed"):
         c.draft(Tree.from_paths("t", [[0], [0, 0], [0, 0, 0]]))
 
 
@@ -67,6 +91,31 @@ def test_relative_costs() -> None:
     c = relative({1: 1.0, 4: 2.0}, [0.0, 0.1, 0.3])
     assert c.curve()[:4] / 1000 == pytest.approx([1, 4 / 3, 5 / 3, 2])
     assert c.draft(Tree.from_paths("t", [[0], [0, 0]])) == pytest.approx(300)
+    assert np.array(c.level) == pytest.approx(np.array([[100.0] * 3, [200.0] * 3]))
+
+
+def test_what_costs_leave_out() -> None:
+    few = {"verify": {"0": {"1": 1.0}}, "chain": [0.0], "level": []}
+    assert from_json(few, "x") == Costs({0: {1: 1.0}}, (0.0,), ())
+    assert from_json(few, "x").context == 256
+
+
+def test_how_deep_and_wide_costs_may_be_tabulated() -> None:
+    def of(depth: int, size: int, n_heads: int = 0) -> dict[str, Any]:
+        rows = [[1.0] * 3] * n_heads
+        return {
+            "verify": {str(depth): {"1": 1.0, str(size): 1.0}},
+            "chain": [0.0] * (n_heads + 1),
+            "level": rows,
+        }
+
+    assert from_json(of(1 << 24, 512, 64), "x").verify == {1 << 24: {1: 1.0, 512: 1.0}}
+    for field, wrong in (("verify", of((1 << 24) + 1, 2)), ("chain", of(0, 2, 65))):
+        with pytest.raises(BankError, match=f"field {field} must be"):
+            from_json(wrong, "x")
+    for size in (0, 513):
+        with pytest.raises(BankError, match=r"field verify\.0 must be"):
+            from_json(of(0, size), "x")
 
 
 BROKEN = {
