@@ -137,6 +137,20 @@ def test_doctor_with_a_model(models: dict[str, Path], tmp_path: Path) -> None:
     assert checks["tuned trees"]["status"] == "note" and "entmtp tune" in checks["tuned trees"]["mend"]
 
 
+def test_doctor_loads_with_the_options(models: dict[str, Path], tmp_path: Path) -> None:
+    """What is said of how to run the model and how to draft holds where it is loaded, too."""
+    named = ("-m", str(models["f32"]), "--heads", str(models["hydra"]))
+    how = ("--ctx", "256", "--outputs", "rows", "--draft", "static", "--no-adapt", "--accept", "typical")
+    code, checks = doctor(*named, *how, "--trees", "generic-hydra:n4", ENTMTP_CACHE=str(tmp_path))
+    assert code == 0
+    assert "loads with a context of 256" in checks["model"]["found"]
+    assert "rows of logits stay where they are" in checks["logits"]["found"]
+    code, checks = doctor(*named, *how, "--trees", "generic-hydra:n99", ENTMTP_CACHE=str(tmp_path))
+    assert code == 1 and "has no tree n99" in checks["model"]["found"] + checks.get("heads", {}).get(
+        "found", ""
+    )
+
+
 def test_doctor_finds_a_tuned_bank(models: dict[str, Path], tmp_path: Path) -> None:
     from entmtp.measure.known import machine_key
 

@@ -137,6 +137,22 @@ def test_a_batch_is_resumed(generate: Run, prompts: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_a_lossy_batch_is_another(generate: Run, prompts: Path, tmp_path: Path) -> None:
+    """Text that typical acceptance shaped depends on the threshold and the trees, and says so."""
+    out = tmp_path / "answers.jsonl"
+    options = ("--prompts", prompts, "--limit", 1, "-n", 4, "--draft", "static", "-o", out)
+    typical = ("--accept", "typical", "--typical-epsilon", "0.2", "--trees", "generic-hydra:n4")
+    assert generate(*options, *typical)[0] == 0
+    settings = answers(out)[0]["settings"]
+    assert settings == settings | {"accept": "typical", "typical_epsilon": 0.2, "trees": "generic-hydra:n4"}
+    for other in (("--accept", "lossless"), ("--typical-epsilon", "0.3"), ("--trees", "generic-hydra:n8")):
+        status, _, err = generate(*options, *typical, *other)
+        assert status == 2 and "other settings" in err
+    out.unlink()
+    assert generate(*options, "--trees", "generic-hydra:n4", "--no-adapt", "--outputs", "rows")[0] == 0
+    assert answers(out)[0]["settings"].keys() == {"model", "tokens"}
+
+
 def test_ctrl_c_keeps_what_is_done(demo_cache: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     grammar = tmp_path / "long.gbnf"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,24 @@ def test_mistakes_are_told_in_a_sentence(
     error = capsys.readouterr().err
     assert match in error and "Traceback" not in error
     assert not (tmp_path / "bank.json").exists()
+
+
+def test_heads_beside_the_model(
+    tuned: dict[str, Path], models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --heads they are looked for; where there are none it says so."""
+    model = tmp_path / "m.gguf"
+    shutil.copy(models["q8_0"], model)
+    arguments = [str(a) for a in tuned["arguments"]]  # type: ignore[attr-defined]
+    arguments[arguments.index("--model") + 1] = str(model)
+    arguments[arguments.index("-o") + 1] = str(tmp_path / "bank.json")
+    at = arguments.index("--heads")
+    del arguments[at : at + 2]
+    assert main(arguments) == 1
+    assert f"tuning needs draft heads, and none beside {model} fit it" in capsys.readouterr().err
+    shutil.copy(models["hydra"], tmp_path / "h.gguf")
+    assert main([*arguments, "--kernels", "auto", "--outputs", "host"]) == 0
+    assert Bank.load(tmp_path / "bank.json").heads == "hydra: h.gguf"
 
 
 def test_interrupted_runs_leave_no_bank(
