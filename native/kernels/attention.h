@@ -4,6 +4,13 @@
 // The maximum and the sum of the probabilities are exact. So the cells of other branches of a tree, wherever they lie,
 // leave no trace in the result.
 
+static inline simd::vf load_weights(const uint16_t * p) {
+    return simd::load_f16(p);
+}
+static inline simd::vf load_weights(const float * p) {
+    return simd::loadf(p);
+}
+
 // exp(x) for x <= 0, relative error below 2e-7; 0 below -87
 static inline simd::vf exp_neg(simd::vf x) {
     const simd::vf y = simd::maxf(simd::set1f(-88.0f), x); // NaN stays NaN: see maxf

@@ -25,15 +25,26 @@ static const kernel_set & kernels() {
 
 // -- packed weights --
 
+// ggml multiplies rows of this type by tokens, one by one
+static bool is_row_product(ggml_type type) {
+    const ggml_type_traits_cpu * t = ggml_get_type_traits_cpu(type);
+    return t->vec_dot &&
+           (t->vec_dot_type == GGML_TYPE_F32 || ggml_get_type_traits_cpu(t->vec_dot_type)->from_float != nullptr);
+}
+
 static size_t hook_packed_size(const ggml_tensor * t) {
     const weight_type type = packed_type(t->type);
     return type == W_COUNT ? ggml_nbytes(t) : packed_size(type, t->ne[0], ggml_nrows(t));
 }
 
 static void hook_pack(ggml_tensor * t, const void * data) {
-    const weight_type type     = packed_type(t->type);
-    const int64_t     n_panels = (t->ne[1] + PANEL - 1) / PANEL;
-    const int64_t     n_tasks = std::min<int64_t>(std::max(1u, std::thread::hardware_concurrency()), n_panels / 64 + 1);
+    const weight_type type = packed_type(t->type);
+    if (type == W_COUNT) {
+        memcpy(t->data, data, ggml_nbytes(t));
+        return;
+    }
+    const int64_t n_panels = (t->ne[1] + PANEL - 1) / PANEL;
+    const int64_t n_tasks  = std::min<int64_t>(std::max(1u, std::thread::hardware_concurrency()), n_panels / 64 + 1);
 
     std::vector<std::thread> threads;
     for (int64_t i = 1; i < n_tasks; ++i) {
@@ -49,8 +60,9 @@ static void hook_pack(ggml_tensor * t, const void * data) {
 // Weights that are loaded stay ours; whether new ones (without data yet) become ours is for the switch to say.
 static bool hook_supports_op(const ggml_tensor * op) {
     const ggml_tensor * w = op->src[0];
-    return (g_enabled || w->data) && op->op == GGML_OP_MUL_MAT && packed_type(w->type) != W_COUNT &&
-           ggml_n_dims(w) <= 2 && ggml_is_contiguous(w) && op->src[1]->type == GGML_TYPE_F32 && op->op_params[1] == 0;
+    return (g_enabled || w->data) && op->op == GGML_OP_MUL_MAT &&
+           (packed_type(w->type) != W_COUNT || is_row_product(w->type)) && ggml_n_dims(w) <= 2 &&
+           ggml_is_contiguous(w) && op->src[1]->type == GGML_TYPE_F32 && op->op_params[1] == 0;
 }
 
 // Activations in the work buffer: groups of up to `group` tokens, each [n_blocks][n]
@@ -81,6 +93,12 @@ static activations group_activations(weight_type type, const work_layout & w, ui
 constexpr int64_t QUANTIZE_ALONE = 4096;
 constexpr size_t  CHUNK_BYTES    = 256 << 10; // weights that stay in the second cache while groups of tokens go by
 
+// row i of all rows of a tensor of floats
+static float * row_of(const ggml_tensor * t, int64_t i) {
+    const int64_t i1 = i % t->ne[1], i2 = i / t->ne[1] % t->ne[2], i3 = i / t->ne[1] / t->ne[2];
+    return (float *) ((char *) t->data + i1 * t->nb[1] + i2 * t->nb[2] + i3 * t->nb[3]);
+}
+
 static void compute_packed(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     const kernel_set &    set  = kernels();
     const ggml_tensor *   w    = op->src[0];
@@ -100,17 +118,13 @@ static void compute_packed(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     const auto group_start = [&](int64_t g) {
         return n_tokens * g / n_groups;
     };
-    const auto row = [](const ggml_tensor * t, int64_t i) {
-        const int64_t i1 = i % t->ne[1], i2 = i / t->ne[1] % t->ne[2], i3 = i / t->ne[1] / t->ne[2];
-        return (float *) ((char *) t->data + i1 * t->nb[1] + i2 * t->nb[2] + i3 * t->nb[3]);
-    };
 
     for (int64_t g = 0; g < n_groups; ++g) {
         const int64_t first = group_start(g);
         const int     n     = (int) (group_start(g + 1) - first);
         const float * rows[16];
         for (int i = 0; i < n; ++i) {
-            rows[i] = row(x, first + i);
+            rows[i] = row_of(x, first + i);
         }
         const int64_t b0 = alone ? 0 : work.n_blocks * task->ith / task->nth;
         const int64_t b1 = alone ? work.n_blocks : work.n_blocks * (task->ith + 1) / task->nth;
@@ -148,10 +162,47 @@ static void compute_packed(const ggml_cpu_hook_task * task, ggml_tensor * op) {
                     set.matmul(type, (const uint8_t *) w->data + p * panel_bytes, work.n_blocks, n, a, out);
                     const size_t bytes = std::min<int64_t>(PANEL, n_rows - p * PANEL) * sizeof(float);
                     for (int i = 0; i < n; ++i) {
-                        memcpy(row(op, first + i) + p * PANEL, out + PANEL * i, bytes);
+                        memcpy(row_of(op, first + i) + p * PANEL, out + PANEL * i, bytes);
                     }
                 }
             }
+        }
+    }
+}
+
+// -- types without panels --
+//
+// Rows stay as ggml lays them out, and each row's product with each token is ggml's own product of one token: as fast with
+// one token as ggml, slower than panels with several, and the same bits whatever else is in the pass.
+
+static size_t row_activations(ggml_type type, int64_t k) { // bytes of a token
+    return (ggml_row_size(ggml_get_type_traits_cpu(type)->vec_dot_type, k) + 63) / 64 * 64;
+}
+
+static void compute_rows(const ggml_cpu_hook_task * task, ggml_tensor * op) {
+    const ggml_tensor *          w    = op->src[0];
+    const ggml_tensor *          x    = op->src[1];
+    const ggml_type_traits_cpu * type = ggml_get_type_traits_cpu(w->type);
+    const ggml_type_traits_cpu * with = ggml_get_type_traits_cpu(type->vec_dot_type);
+
+    const int64_t k = w->ne[0], n_rows = w->ne[1], n_tokens = ggml_nrows(x);
+    const size_t  token     = row_activations(w->type, k);
+    uint8_t *     quantised = (uint8_t *) task->wdata; // [n_tokens]
+
+    for (int64_t i = task->ith; i < n_tokens; i += task->nth) {
+        const float * row = row_of(x, i);
+        if (type->vec_dot_type == GGML_TYPE_F32) {
+            memcpy(quantised + i * token, row, k * sizeof(float));
+        } else {
+            with->from_float(row, quantised + i * token, k);
+        }
+    }
+    ggml_cpu_hook_barrier(task);
+
+    for (int64_t r = n_rows * task->ith / task->nth; r < n_rows * (task->ith + 1) / task->nth; ++r) {
+        for (int64_t i = 0; i < n_tokens; ++i) { // the row stays in the first cache
+            type->vec_dot((int) k, row_of(op, i) + r, 0, (const char *) w->data + r * w->nb[1], 0,
+                          quantised + i * token, 0, 1);
         }
     }
 }
@@ -340,8 +391,14 @@ static bool hook_work_size(int n_threads, const ggml_tensor * op, size_t * size)
         const ggml_tensor *k = op->src[1], *v = op->src[2];
         *size = n_threads * attention_scratch((int) k->ne[1], (int) k->ne[0], (int) v->ne[0]) * sizeof(float);
     } else if (op->op == GGML_OP_MUL_MAT && is_packed(op->src[0])) {
-        const work_layout work(packed_type(op->src[0]->type), op);
-        const bool        alone = work.n_tokens * op->src[0]->ne[0] <= QUANTIZE_ALONE;
+        const ggml_tensor * w    = op->src[0];
+        const weight_type   type = packed_type(w->type);
+        if (type == W_COUNT) {
+            *size = ggml_nrows(op->src[1]) * row_activations(w->type, w->ne[0]);
+            return true;
+        }
+        const work_layout work(type, op);
+        const bool        alone = work.n_tokens * w->ne[0] <= QUANTIZE_ALONE;
         *size                   = (size_t) work.n_tokens * work.token * (alone ? n_threads : 1);
     } else {
         *size = 0;
@@ -352,7 +409,13 @@ static bool hook_work_size(int n_threads, const ggml_tensor * op, size_t * size)
 static bool hook_compute(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     switch (op->op) {
         case GGML_OP_MUL_MAT:
-            is_packed(op->src[0]) ? compute_packed(task, op) : compute_ordered(task, op);
+            if (!is_packed(op->src[0])) {
+                compute_ordered(task, op);
+            } else if (packed_type(op->src[0]->type) == W_COUNT) {
+                compute_rows(task, op);
+            } else {
+                compute_packed(task, op);
+            }
             return true;
         case GGML_OP_FLASH_ATTN_EXT:
             compute_attention(task, op);

@@ -12,7 +12,7 @@ namespace {
 
 using namespace entmtp;
 #include "matmul.h"
-// needs load_weights of matmul.h
+// needs prefetch of matmul.h
 #include "attention.h"
 #include "peak.h"
 } // namespace

@@ -15,23 +15,49 @@ namespace entmtp {
 // instruction that multiplies 4 bytes per lane finds 16 rows in its lanes.
 constexpr int PANEL = 16;
 
-enum weight_type { W_Q4_0, W_Q8_0, W_Q4_K, W_Q6_K, W_F16, W_F32, W_COUNT };
+enum weight_type {
+    W_Q4_0,
+    W_Q4_1,
+    W_Q5_0,
+    W_Q5_1,
+    W_Q8_0,
+    W_IQ4_NL,
+    W_MXFP4,
+    W_Q4_K,
+    W_Q5_K,
+    W_Q6_K,
+    W_F16,
+    W_BF16,
+    W_F32,
+    W_COUNT
+};
 
 struct weight_layout {
     int block;       // k per block
     int panel_bytes; // bytes of one block of one panel
     int sums;        // int32 kept with each block of activations
     int bits;        // of the weights of integer types; 0: float, activations stay float
+    int offset;      // taken from the integers as they are held; MINIMUM: none, weights have a minimum instead
 };
+
+constexpr int BYTE    = 128; // added to weights of 8 bits, where the instruction set wants them positive
+constexpr int MINIMUM = -1;
 
 // [W_COUNT]
 constexpr weight_layout LAYOUTS[] = {
-    { 32, PANEL * 18, 1, 4 },    // d f16, 4 lines of nibbles: line j holds lines j and j + 4
-    { 32, PANEL * 34, 1, 8 },    // d f16, 8 lines of bytes with 128 added
-    { 256, PANEL * 144, 4, 4 },  // d f16, dmin f16, 12 x 16 bytes of 6-bit scales and mins, 32 lines of nibbles
-    { 256, PANEL * 210, 16, 6 }, // d f16, 16 x 16 int8 scales, 8 times 4 lines of nibbles and 2 lines of upper bits
-    { 32, PANEL * 64, 0, 0 },    // [32 k][16 rows] f16
-    { 32, PANEL * 128, 0, 0 },   // [32 k][16 rows] f32
+    { 32, PANEL * 18, 1, 4, 8 },         // d f16, 4 lines of nibbles: line j holds lines j and j + 4
+    { 32, PANEL * 20, 1, 4, MINIMUM },   // d f16, m f16, 4 lines of nibbles
+    { 32, PANEL * 22, 1, 5, 16 },        // d f16, 4 lines of nibbles, 1 line of upper bits: bit j is of line j
+    { 32, PANEL * 24, 1, 5, MINIMUM },   // d f16, m f16, 4 lines of nibbles, 1 line of upper bits
+    { 32, PANEL * 34, 1, 8, BYTE },      // d f16, 8 lines of bytes with 128 added
+    { 32, PANEL * 18, 1, 8, BYTE },      // d f16, 4 lines of nibbles, which stand for bytes
+    { 32, PANEL * 17, 1, 8, BYTE },      // exponent of the scale, 4 lines of nibbles, which stand for bytes
+    { 256, PANEL * 144, 4, 4, MINIMUM }, // d f16, dmin f16, 12 x 16 bytes of 6-bit scales and mins, 32 lines of nibbles
+    { 256, PANEL * 176, 4, 5, MINIMUM }, // the same, with 1 line of upper bits after every 4 lines of nibbles
+    { 256, PANEL * 210, 16, 6, 32 },     // d f16, 16 x 16 int8 scales, 8 times 4 lines of nibbles and 2 of upper bits
+    { 32, PANEL * 64, 0, 0, 0 },         // [32 k][16 rows] f16
+    { 32, PANEL * 64, 0, 0, 0 },         // [32 k][16 rows] bf16
+    { 32, PANEL * 128, 0, 0, 0 },        // [32 k][16 rows] f32
 };
 
 // Activations of n tokens, block after block, tokens side by side: [n_blocks][n][block]

@@ -49,7 +49,7 @@ void quantize_block(const float * x, int offset, int8_t * q, float * d, int32_t 
 static void
 quantize(weight_type type, const float * const * x, int n, int64_t k, int64_t b0, int64_t b1, const activations & a) {
     const int block  = LAYOUTS[type].block;
-    const int offset = type == W_Q4_0 ? 8 : type == W_Q8_0 ? simd::OFF8 : 32;
+    const int offset = LAYOUTS[type].offset == BYTE ? simd::OFF8 : LAYOUTS[type].offset;
     for (int64_t b = b0; b < b1; ++b) {
         for (int i = 0; i < n; ++i) {
             const float * xb = x[i] + b * block;
@@ -118,12 +118,59 @@ static inline void unpack_nibbles(const uint8_t * lines, simd::vb w[8]) {
     }
 }
 
-// blocks of 32 with one scale: Q4_0 and Q8_0
-//   sum = fma(float(integer sum of the block), d_w*d_x, sum)
-template <int bits, int n>
+// 1 line of upper bits: bit j of a byte belongs to line j
+static inline void add_upper_bits(const uint8_t * line, simd::vb w[8]) {
+    const simd::vb x = simd::loadb(line);
+    w[0]             = simd::orb(w[0], simd::mid1<0>(x));
+    w[1]             = simd::orb(w[1], simd::mid1<1>(x));
+    w[2]             = simd::orb(w[2], simd::mid1<2>(x));
+    w[3]             = simd::orb(w[3], simd::mid1<3>(x));
+    w[4]             = simd::orb(w[4], simd::mid1<4>(x));
+    w[5]             = simd::orb(w[5], simd::mid1<5>(x));
+    w[6]             = simd::orb(w[6], simd::mid1<6>(x));
+    w[7]             = simd::orb(w[7], simd::mid1<7>(x));
+}
+
+// what nibbles stand for, with 128 added: IQ4_NL of llama.cpp, and twice the E2M1 of OCP's microscaling formats
+alignas(16) constexpr uint8_t IQ4_NL_VALUES[16] = { 1,   24,  45,  63,  79,  93,  106, 118,
+                                                    129, 141, 153, 166, 181, 197, 217, 241 };
+alignas(16) constexpr uint8_t MXFP4_VALUES[16]  = { 128, 129, 130, 131, 132, 134, 136, 140,
+                                                    128, 127, 126, 125, 124, 122, 120, 116 };
+
+// the 8 lines of a block of 32
+template <weight_type type>
+void unpack_32(const uint8_t * lines, simd::vb w[8]) {
+    if constexpr (type == W_Q8_0) {
+        for (int j = 0; j < 8; ++j) {
+            w[j] = simd::loadb(lines + 4 * PANEL * j);
+        }
+        return;
+    }
+    unpack_nibbles(lines, w);
+    if constexpr (LAYOUTS[type].bits == 5) {
+        add_upper_bits(lines + 4 * PANEL * 4, w);
+    }
+    if constexpr (type == W_IQ4_NL || type == W_MXFP4) {
+        for (int j = 0; j < 8; ++j) {
+            w[j] = simd::lookup(w[j], type == W_IQ4_NL ? IQ4_NL_VALUES : MXFP4_VALUES);
+        }
+    }
+}
+
+// dot16 knows sums of 4, 6 and 8 bits that do not overflow
+constexpr int dot_bits(int bits) {
+    return bits == 5 ? 6 : bits;
+}
+
+// blocks of 32 with one scale
+//   sum = fma(float(integer sum of the block), d_w*d_x, sum), and with a minimum then fma(m_w, d_x*float(sum of x), sum)
+template <weight_type type, int n>
 void matmul_32(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
-    constexpr int bytes = PANEL * (2 + 4 * bits);
-    constexpr int nv    = vectors(n, simd::SUMS);
+    constexpr int  bytes   = LAYOUTS[type].panel_bytes;
+    constexpr bool has_min = LAYOUTS[type].offset == MINIMUM;
+    constexpr int  lines   = type == W_MXFP4 ? PANEL : has_min ? 4 * PANEL : 2 * PANEL; // where they start
+    constexpr int  bits    = dot_bits(LAYOUTS[type].bits);
+    constexpr int  nv      = vectors(n, simd::SUMS);
     for (int sub = 0; sub < PANEL; sub += nv * simd::R) {
         simd::vf sum[nv][n];
         for (int i = 0; i < nv * n; ++i) {
@@ -138,27 +185,28 @@ void matmul_32(const uint8_t * panel, int64_t n_blocks, const activations & a, f
 
 #pragma GCC unroll 4
             for (int v = 0; v < nv; ++v) {
-                const int       row = sub + v * simd::R;
-                const simd::vf  d   = simd::load_f16((const uint16_t *) p + row);
-                const uint8_t * l   = p + 2 * PANEL + 4 * row;
+                const int row = sub + v * simd::R;
+                simd::vf  d, m;
+                if constexpr (type == W_MXFP4) {
+                    d = simd::power2(simd::load_u8(p + row));
+                } else {
+                    d = simd::load_f16((const uint16_t *) p + row);
+                }
+                if constexpr (has_min) {
+                    m = simd::load_f16((const uint16_t *) p + PANEL + row);
+                }
 
                 simd::vb w[8];
-                for (int j = 0; j < 4; ++j) {
-                    if (bits == 4) {
-                        const simd::vb t = simd::loadb(l + 4 * PANEL * j);
-                        w[j]             = simd::low4(t);
-                        w[j + 4]         = simd::high4(t);
-                    } else {
-                        w[j]     = simd::loadb(l + 4 * PANEL * j);
-                        w[j + 4] = simd::loadb(l + 4 * PANEL * (j + 4));
-                    }
-                }
+                unpack_32<type>(p + lines + 4 * row, w);
 #pragma GCC unroll 16
                 for (int i = 0; i < n; ++i) {
-                    simd::vi t = simd::set1i(s[i]);
+                    simd::vi t = simd::set1i(has_min ? 0 : s[i]);
                     t          = simd::dot16<bits>(t, w, q + 32 * i);
                     t          = simd::dot16<bits>(t, w + 4, q + 32 * i + 16);
                     sum[v][i]  = simd::fma(simd::cvt(t), simd::mulf(d, simd::set1f(dx[i])), sum[v][i]);
+                    if constexpr (has_min) {
+                        sum[v][i] = simd::fma(m, simd::set1f(dx[i] * (float) s[i]), sum[v][i]);
+                    }
                     end_token(sum[v][i]);
                 }
             }
@@ -187,11 +235,13 @@ static inline void unpack_scales(const uint8_t * packed, uint8_t scales[8][PANEL
     }
 }
 
-// Q4_K: blocks of 256, eight scales and mins in integers
+// Q4_K and Q5_K: blocks of 256, eight scales and mins in integers
 //   sum = fma(float(sum of scale*q*x), d_w*d_x, sum), then fma(float(sum of min*x), -(dmin*d_x), sum)
-template <int n>
+template <weight_type type, int n>
 void matmul_q4_k(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
-    constexpr int bytes = PANEL * 144;
+    constexpr int bytes = LAYOUTS[type].panel_bytes;
+    constexpr int bits  = dot_bits(LAYOUTS[type].bits);
+    constexpr int group = PANEL * (type == W_Q5_K ? 20 : 16); // bytes of 32 k
     constexpr int nv    = vectors(n, simd::SUMS);
     for (int sub = 0; sub < PANEL; sub += nv * simd::R) {
         simd::vf sum[nv][n];
@@ -213,18 +263,21 @@ void matmul_q4_k(const uint8_t * panel, int64_t n_blocks, const activations & a,
                 t[i / n][i % n] = simd::set1i(0);
             }
             for (int g = 0; g < 8; ++g) { // 32 k
-                const uint8_t * l = p + PANEL * (16 + 16 * g) + 4 * sub;
+                const uint8_t * l = p + PANEL * 16 + group * g + 4 * sub;
                 prefetch(p + AHEAD + bytes / 8 * g, bytes / 8);
 
 #pragma GCC unroll 4
                 for (int v = 0; v < nv; ++v) {
                     simd::vb w[8];
                     unpack_nibbles(l + 4 * v * simd::R, w);
+                    if constexpr (type == W_Q5_K) {
+                        add_upper_bits(l + 4 * PANEL * 4 + 4 * v * simd::R, w);
+                    }
                     const simd::vi scale = simd::load_u8(scales[g] + sub + v * simd::R);
 #pragma GCC unroll 16
                     for (int i = 0; i < n; ++i) {
-                        simd::vi u = simd::dot16<4>(simd::set1i(0), w, q + 256 * i + 32 * g);
-                        u          = simd::dot16<4>(u, w + 4, q + 256 * i + 32 * g + 16);
+                        simd::vi u = simd::dot16<bits>(simd::set1i(0), w, q + 256 * i + 32 * g);
+                        u          = simd::dot16<bits>(u, w + 4, q + 256 * i + 32 * g + 16);
                         t[v][i]    = simd::addi(t[v][i], simd::muli(u, scale));
                         end_token(t[v][i]);
                     }
@@ -319,25 +372,28 @@ void matmul_q6_k(const uint8_t * panel, int64_t n_blocks, const activations & a,
     }
 }
 
-static inline simd::vf load_weights(const uint16_t * p) {
-    return simd::load_f16(p);
-}
-static inline simd::vf load_weights(const float * p) {
-    return simd::loadf(p);
+template <weight_type type>
+simd::vf load_floats(const uint8_t * p) {
+    if constexpr (type == W_F32) {
+        return simd::loadf((const float *) p);
+    } else {
+        return type == W_F16 ? simd::load_f16((const uint16_t *) p) : simd::load_bf16((const uint16_t *) p);
+    }
 }
 
-// F16 and F32: each block of 32 k has a sum of its own, in order, which is then added to the whole
-template <class T, int n>
+// F16, BF16 and F32: each block of 32 k has a sum of its own, in order, which is then added to the whole
+template <weight_type type, int n>
 void matmul_float(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
-    constexpr int nv = vectors(n, simd::SUMS_F);
+    constexpr int size = LAYOUTS[type].panel_bytes / (32 * PANEL); // of a weight, bytes
+    constexpr int nv   = vectors(n, simd::SUMS_F);
     for (int sub = 0; sub < PANEL; sub += nv * simd::R) {
         simd::vf sum[nv][n];
         for (int i = 0; i < nv * n; ++i) {
             sum[i / n][i % n] = simd::set1f(0.0f);
         }
         for (int64_t b = 0; b < n_blocks; ++b) {
-            const T * w = (const T *) panel + b * 32 * PANEL + sub;
-            prefetch((const uint8_t *) w + AHEAD, 32 * PANEL * (int) sizeof(T));
+            const uint8_t * w = panel + size * (b * 32 * PANEL + sub);
+            prefetch(w + AHEAD, 32 * PANEL * size);
 
             const float * x = a.f + b * n * 32;
             simd::vf      t[nv][n];
@@ -348,7 +404,7 @@ void matmul_float(const uint8_t * panel, int64_t n_blocks, const activations & a
             for (int k = 0; k < 32; ++k) {
 #pragma GCC unroll 4
                 for (int v = 0; v < nv; ++v) {
-                    const simd::vf wk = load_weights(w + k * PANEL + v * simd::R);
+                    const simd::vf wk = load_floats<type>(w + size * (k * PANEL + v * simd::R));
 #pragma GCC unroll 16
                     for (int i = 0; i < n; ++i) {
                         t[v][i] = simd::fma(wk, simd::set1f(x[32 * i + k]), t[v][i]);
@@ -372,17 +428,31 @@ template <int n>
 void matmul_n(weight_type type, const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
     switch (type) {
         case W_Q4_0:
-            return matmul_32<4, n>(panel, n_blocks, a, out);
+            return matmul_32<W_Q4_0, n>(panel, n_blocks, a, out);
+        case W_Q4_1:
+            return matmul_32<W_Q4_1, n>(panel, n_blocks, a, out);
+        case W_Q5_0:
+            return matmul_32<W_Q5_0, n>(panel, n_blocks, a, out);
+        case W_Q5_1:
+            return matmul_32<W_Q5_1, n>(panel, n_blocks, a, out);
         case W_Q8_0:
-            return matmul_32<8, n>(panel, n_blocks, a, out);
+            return matmul_32<W_Q8_0, n>(panel, n_blocks, a, out);
+        case W_IQ4_NL:
+            return matmul_32<W_IQ4_NL, n>(panel, n_blocks, a, out);
+        case W_MXFP4:
+            return matmul_32<W_MXFP4, n>(panel, n_blocks, a, out);
         case W_Q4_K:
-            return matmul_q4_k<n>(panel, n_blocks, a, out);
+            return matmul_q4_k<W_Q4_K, n>(panel, n_blocks, a, out);
+        case W_Q5_K:
+            return matmul_q4_k<W_Q5_K, n>(panel, n_blocks, a, out);
         case W_Q6_K:
             return matmul_q6_k<n>(panel, n_blocks, a, out);
         case W_F16:
-            return matmul_float<uint16_t, (n <= simd::GF ? n : 1)>(panel, n_blocks, a, out);
+            return matmul_float<W_F16, (n <= simd::GF ? n : 1)>(panel, n_blocks, a, out);
+        case W_BF16:
+            return matmul_float<W_BF16, (n <= simd::GF ? n : 1)>(panel, n_blocks, a, out);
         case W_F32:
-            return matmul_float<float, (n <= simd::GF ? n : 1)>(panel, n_blocks, a, out);
+            return matmul_float<W_F32, (n <= simd::GF ? n : 1)>(panel, n_blocks, a, out);
         default:
             return;
     }

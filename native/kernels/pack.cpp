@@ -13,10 +13,34 @@ struct q8_0 {
     uint16_t d;
     int8_t   qs[32];
 };
+struct q4_1 {
+    uint16_t d, m;
+    uint8_t  qs[16];
+};
+struct q5_0 {
+    uint16_t d;
+    uint8_t  qh[4]; // the upper bit of k is bit k
+    uint8_t  qs[16];
+};
+struct q5_1 {
+    uint16_t d, m;
+    uint8_t  qh[4];
+    uint8_t  qs[16];
+};
+struct mxfp4 {
+    uint8_t e; // the scale is 2^(e - 128), for values that are doubled
+    uint8_t qs[16];
+};
 struct q4_k {
     uint16_t d, dmin;
     uint8_t  scales[12]; // 6-bit scales and mins
     uint8_t  qs[128];    // for each 64 k: k in the low nibble, k + 32 in the high one
+};
+struct q5_k {
+    uint16_t d, dmin;
+    uint8_t  scales[12];
+    uint8_t  qh[32]; // the upper bit of k is bit k / 32 of byte k % 32
+    uint8_t  qs[128];
 };
 struct q6_k {
     uint8_t  ql[128];
@@ -26,19 +50,36 @@ struct q6_k {
 };
 
 static_assert(sizeof(q4_0) == 18 && sizeof(q8_0) == 34 && sizeof(q4_k) == 144 && sizeof(q6_k) == 210, "ggml's layouts");
+static_assert(sizeof(q4_1) == 20 && sizeof(q5_0) == 22 && sizeof(q5_1) == 24 && sizeof(mxfp4) == 17 &&
+                  sizeof(q5_k) == 176,
+              "ggml's layouts");
 
 weight_type packed_type(ggml_type type) {
     switch (type) {
         case GGML_TYPE_Q4_0:
             return W_Q4_0;
+        case GGML_TYPE_Q4_1:
+            return W_Q4_1;
+        case GGML_TYPE_Q5_0:
+            return W_Q5_0;
+        case GGML_TYPE_Q5_1:
+            return W_Q5_1;
         case GGML_TYPE_Q8_0:
             return W_Q8_0;
+        case GGML_TYPE_IQ4_NL:
+            return W_IQ4_NL;
+        case GGML_TYPE_MXFP4:
+            return W_MXFP4;
         case GGML_TYPE_Q4_K:
             return W_Q4_K;
+        case GGML_TYPE_Q5_K:
+            return W_Q5_K;
         case GGML_TYPE_Q6_K:
             return W_Q6_K;
         case GGML_TYPE_F16:
             return W_F16;
+        case GGML_TYPE_BF16:
+            return W_BF16;
         case GGML_TYPE_F32:
             return W_F32;
         default:
@@ -57,11 +98,49 @@ static void put(uint8_t * lines, int r, int k, uint8_t low, uint8_t high) { // n
     lines[k / 4 * 4 * PANEL + 4 * r + k % 4] = (uint8_t) (low | high << 4);
 }
 
+// 32 k in nibbles: 4 lines
+template <class T>
+static void pack_nibbles(const T & b, int r, uint8_t * lines) {
+    for (int k = 0; k < 16; ++k) {
+        put(lines, r, k, b.qs[k] & 15, b.qs[k] >> 4);
+    }
+}
+
+// the line of upper bits of 32 k. bit(k): 0 or 1
+template <class F>
+static void put_upper_bits(uint8_t * line, int r, F bit) {
+    for (int k = 0; k < 32; ++k) {
+        line[4 * r + k % 4] |= (uint8_t) (bit(k) << (k / 4));
+    }
+}
+
 static void pack_block(const q4_0 & b, int r, uint8_t * dst) {
     memcpy(dst + 2 * r, &b.d, 2);
-    for (int k = 0; k < 16; ++k) {
-        put(dst + 2 * PANEL, r, k, b.qs[k] & 15, b.qs[k] >> 4);
-    }
+    pack_nibbles(b, r, dst + 2 * PANEL);
+}
+
+static void pack_block(const q4_1 & b, int r, uint8_t * dst) {
+    memcpy(dst + 2 * r, &b.d, 2);
+    memcpy(dst + 2 * PANEL + 2 * r, &b.m, 2);
+    pack_nibbles(b, r, dst + 4 * PANEL);
+}
+
+static void pack_block(const q5_0 & b, int r, uint8_t * dst) {
+    memcpy(dst + 2 * r, &b.d, 2);
+    pack_nibbles(b, r, dst + 2 * PANEL);
+    put_upper_bits(dst + 18 * PANEL, r, [&](int k) { return b.qh[k / 8] >> k % 8 & 1; });
+}
+
+static void pack_block(const q5_1 & b, int r, uint8_t * dst) {
+    memcpy(dst + 2 * r, &b.d, 2);
+    memcpy(dst + 2 * PANEL + 2 * r, &b.m, 2);
+    pack_nibbles(b, r, dst + 4 * PANEL);
+    put_upper_bits(dst + 20 * PANEL, r, [&](int k) { return b.qh[k / 8] >> k % 8 & 1; });
+}
+
+static void pack_block(const mxfp4 & b, int r, uint8_t * dst) {
+    dst[r] = b.e;
+    pack_nibbles(b, r, dst + PANEL);
 }
 
 static void pack_block(const q8_0 & b, int r, uint8_t * dst) {
@@ -71,7 +150,9 @@ static void pack_block(const q8_0 & b, int r, uint8_t * dst) {
     }
 }
 
-static void pack_block(const q4_k & b, int r, uint8_t * dst) {
+// Q4_K, and Q5_K with a line of upper bits after every 4 lines of nibbles
+template <class T>
+static void pack_super_block(const T & b, int r, int group, uint8_t * dst) {
     memcpy(dst + 2 * r, &b.d, 2);
     memcpy(dst + 2 * PANEL + 2 * r, &b.dmin, 2);
 
@@ -87,12 +168,23 @@ static void pack_block(const q4_k & b, int r, uint8_t * dst) {
         upper           = i % 2 == 0 ? min >> 2 : (uint8_t) (upper | min >> 2 << 4);
     }
     for (int g = 0; g < 8; ++g) {
-        uint8_t * lines = dst + PANEL * (16 + 16 * g);
+        uint8_t * lines = dst + 16 * PANEL + group * g;
         for (int k = 0; k < 16; ++k) {
             const uint8_t * q     = b.qs + 32 * (g / 2) + k;
             const int       shift = g % 2 * 4;
             put(lines, r, k, q[0] >> shift & 15, q[16] >> shift & 15);
         }
+    }
+}
+
+static void pack_block(const q4_k & b, int r, uint8_t * dst) {
+    pack_super_block(b, r, 16 * PANEL, dst);
+}
+
+static void pack_block(const q5_k & b, int r, uint8_t * dst) {
+    pack_super_block(b, r, 20 * PANEL, dst);
+    for (int g = 0; g < 8; ++g) {
+        put_upper_bits(dst + 16 * PANEL + 20 * PANEL * g + 16 * PANEL, r, [&](int k) { return b.qh[k] >> g & 1; });
     }
 }
 
@@ -141,18 +233,35 @@ void pack_panels(weight_type type, const void * src, int64_t k, int64_t n_rows, 
             const uint8_t * s   = (const uint8_t *) src;
             switch (type) {
                 case W_Q4_0:
+                case W_IQ4_NL: // the same, its nibbles stand for other values
                     pack_row<q4_0>(s + row * n_blocks * sizeof(q4_0), n_blocks, r, l.panel_bytes, panel);
+                    break;
+                case W_Q4_1:
+                    pack_row<q4_1>(s + row * n_blocks * sizeof(q4_1), n_blocks, r, l.panel_bytes, panel);
+                    break;
+                case W_Q5_0:
+                    pack_row<q5_0>(s + row * n_blocks * sizeof(q5_0), n_blocks, r, l.panel_bytes, panel);
+                    break;
+                case W_Q5_1:
+                    pack_row<q5_1>(s + row * n_blocks * sizeof(q5_1), n_blocks, r, l.panel_bytes, panel);
                     break;
                 case W_Q8_0:
                     pack_row<q8_0>(s + row * n_blocks * sizeof(q8_0), n_blocks, r, l.panel_bytes, panel);
                     break;
+                case W_MXFP4:
+                    pack_row<mxfp4>(s + row * n_blocks * sizeof(mxfp4), n_blocks, r, l.panel_bytes, panel);
+                    break;
                 case W_Q4_K:
                     pack_row<q4_k>(s + row * n_blocks * sizeof(q4_k), n_blocks, r, l.panel_bytes, panel);
+                    break;
+                case W_Q5_K:
+                    pack_row<q5_k>(s + row * n_blocks * sizeof(q5_k), n_blocks, r, l.panel_bytes, panel);
                     break;
                 case W_Q6_K:
                     pack_row<q6_k>(s + row * n_blocks * sizeof(q6_k), n_blocks, r, l.panel_bytes, panel);
                     break;
                 case W_F16:
+                case W_BF16:
                     for (int64_t i = 0; i < k; ++i) {
                         memcpy(panel + 2 * (i * PANEL + r), s + 2 * (row * k + i), 2);
                     }
@@ -176,10 +285,17 @@ struct item_run {
 // [W_COUNT] as LAYOUTS tells
 constexpr item_run ITEMS[W_COUNT][3] = {
     { { 2, 1 }, { 4, 4 } },             // Q4_0: d, lines
+    { { 2, 2 }, { 4, 4 } },             // Q4_1: d and m, lines
+    { { 2, 1 }, { 4, 5 } },             // Q5_0: d, lines
+    { { 2, 2 }, { 4, 5 } },             // Q5_1: d and m, lines
     { { 2, 1 }, { 4, 8 } },             // Q8_0: d, lines
+    { { 2, 1 }, { 4, 4 } },             // IQ4_NL: d, lines
+    { { 1, 1 }, { 4, 4 } },             // MXFP4: exponent, lines
     { { 2, 2 }, { 1, 12 }, { 4, 32 } }, // Q4_K: d and dmin, scales and mins, lines
+    { { 2, 2 }, { 1, 12 }, { 4, 40 } }, // Q5_K: the same
     { { 2, 1 }, { 1, 16 }, { 4, 48 } }, // Q6_K: d, scales, lines
     { { 2, 32 } },                      // F16
+    { { 2, 32 } },                      // BF16
     { { 4, 32 } },                      // F32
 };
 

@@ -27,9 +27,13 @@ struct simd {
     static vf   fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
     static vf   maxf(vf a, vf b) /* a > b ? a : b */ { return _mm256_max_ps(a, b); }
     static vf   load_f16(const uint16_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
-    static vf   cvt(vi a) { return _mm256_cvtepi32_ps(a); }
-    static vi   round(vf a) { return _mm256_cvtps_epi32(a); }
-    static vf   exp2i(vi n) {
+    static vf   load_bf16(const uint16_t * p) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p)), 16));
+    }
+    static vf power2(vi e) { return mulf(_mm256_castsi256_ps(_mm256_slli_epi32(e, 23)), set1f(0.5f)); }
+    static vf cvt(vi a) { return _mm256_cvtepi32_ps(a); }
+    static vi round(vf a) { return _mm256_cvtps_epi32(a); }
+    static vf exp2i(vi n) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
     }
     static vf zero_if_less(vf x, float limit, vf y) {
@@ -68,6 +72,17 @@ struct simd {
     static vb low4(vb a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
     static vb high4(vb a) { return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15)); }
     static vb orb(vb a, vb b) { return _mm256_or_si256(a, b); }
+
+    static vb lookup(vb i, const uint8_t * table) {
+        return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *) table)), i);
+    }
+
+    template <int j>
+    static vb mid1(vb a) {
+        const vb m = _mm256_set1_epi8(0x10);
+        return j < 4 ? _mm256_and_si256(_mm256_slli_epi16(a, j < 4 ? 4 - j : 0), m)
+                     : _mm256_and_si256(_mm256_srli_epi16(a, j < 4 ? 0 : j - 4), m);
+    }
 
     template <int j>
     static vb mid2(vb a) {

@@ -23,9 +23,16 @@ struct simd {
     static vf   fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
     static vf   maxf(vf a, vf b) /* a > b ? a : b */ { return _mm512_max_ps(a, b); }
     static vf   load_f16(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
-    static vf   cvt(vi a) { return _mm512_cvtepi32_ps(a); }
-    static vi   round(vf a) { return _mm512_cvtps_epi32(a); }
-    static vf   exp2i(vi n) {
+    static vf   load_bf16(const uint16_t * p) {
+        return _mm512_castsi512_ps(
+            _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16));
+    }
+    static vf power2(vi e) /* 2^(e - 128) */ {
+        return mulf(_mm512_castsi512_ps(_mm512_slli_epi32(e, 23)), set1f(0.5f));
+    }
+    static vf cvt(vi a) { return _mm512_cvtepi32_ps(a); }
+    static vi round(vf a) { return _mm512_cvtps_epi32(a); }
+    static vf exp2i(vi n) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
     }
     static vf zero_if_less(vf x, float limit, vf y) {
@@ -49,6 +56,18 @@ struct simd {
     static vb low4(vb a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
     static vb high4(vb a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
     static vb orb(vb a, vb b) { return _mm512_or_si512(a, b); }
+
+    static vb lookup(vb i, const uint8_t * table) {
+        return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *) table)), i);
+    }
+
+    // one bit of every byte, moved to bit 4. j: which
+    template <int j>
+    static vb mid1(vb a) {
+        const vb m = _mm512_set1_epi8(0x10);
+        return j < 4 ? _mm512_and_si512(_mm512_slli_epi16(a, j < 4 ? 4 - j : 0), m)
+                     : _mm512_and_si512(_mm512_srli_epi16(a, j < 4 ? 0 : j - 4), m);
+    }
 
     // two bits of every byte, moved to bits 4 and 5. j: which two
     template <int j>

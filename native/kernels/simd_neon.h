@@ -27,6 +27,8 @@ struct simd {
     static vf   fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
     static vf   maxf(vf a, vf b) /* a > b ? a : b */ { return vbslq_f32(vcgtq_f32(a, b), a, b); }
     static vf   load_f16(const uint16_t * p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+    static vf   load_bf16(const uint16_t * p) { return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(p)), 16)); }
+    static vf   power2(vi e) { return mulf(vreinterpretq_f32_s32(vshlq_n_s32(e, 23)), set1f(0.5f)); }
     static vf   cvt(vi a) { return vcvtq_f32_s32(a); }
     static vi   round(vf a) { // the instruction saturates, and makes NaN 0
         const uint32x4_t fits = vcaltq_f32(a, set1f(2147483648.0f));
@@ -59,6 +61,20 @@ struct simd {
     static vb low4(vb a) { return vandq_u8(a, vdupq_n_u8(15)); }
     static vb high4(vb a) { return vshrq_n_u8(a, 4); }
     static vb orb(vb a, vb b) { return vorrq_u8(a, b); }
+
+    static vb lookup(vb i, const uint8_t * table) { return vqtbl1q_u8(vld1q_u8(table), i); }
+
+    template <int j>
+    static vb mid1(vb a) {
+        const vb m = vdupq_n_u8(0x10);
+        if constexpr (j < 4) {
+            return vandq_u8(vshlq_n_u8(a, 4 - j), m);
+        } else if constexpr (j > 4) {
+            return vandq_u8(vshrq_n_u8(a, j - 4), m);
+        } else {
+            return vandq_u8(a, m);
+        }
+    }
 
     template <int j>
     static vb mid2(vb a) {

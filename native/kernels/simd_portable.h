@@ -57,6 +57,22 @@ struct simd {
     }
 
     // halves to even, as the instructions of processors do; what does not fit becomes INT32_MIN
+    static vf load_bf16(const uint16_t * p) {
+        return each<vf>([&](int i) {
+            const uint32_t bits = (uint32_t) p[i] << 16;
+            float          x;
+            memcpy(&x, &bits, 4);
+            return x;
+        });
+    }
+    static vf power2(vi e) {
+        return each<vf>([&](int i) {
+            const uint32_t bits = (uint32_t) e.v[i] << 23;
+            float          x;
+            memcpy(&x, &bits, 4);
+            return x * 0.5f;
+        });
+    }
     static vi round(vf a) {
         return each<vi>(
             [&](int i) { return std::fabs(a.v[i]) < 2147483648.0f ? (int32_t) std::nearbyint(a.v[i]) : INT32_MIN; });
@@ -131,6 +147,15 @@ struct simd {
     }
     static vb orb(vb a, vb b) {
         return each_byte([&](int i, int j) { return a.v[i][j] | b.v[i][j]; });
+    }
+
+    static vb lookup(vb a, const uint8_t * table) {
+        return each_byte([&](int i, int j) { return table[a.v[i][j]]; });
+    }
+
+    template <int k>
+    static vb mid1(vb a) {
+        return each_byte([&](int i, int j) { return (a.v[i][j] >> k & 1) << 4; });
     }
 
     template <int k>

@@ -6,6 +6,8 @@
 
 #include "ggml-cpu.h"
 
+#include <cstring>
+
 namespace entmtp {
 
 static ggml_backend_buffer_type_t buffer_type(const ggml_tensor * t) {
@@ -50,8 +52,16 @@ bool rows_are_packed(const ggml_tensor * projection) {
 
 void copy_rows(const ggml_tensor * projection, const std::vector<int32_t> & ids, ggml_tensor * rows) {
     if (is_packed(projection)) { // as they are: rows go from panels to panels
-        copy_packed_rows(packed_type(projection->type), projection->ne[0], (const uint8_t *) projection->data,
-                         ids.data(), (int64_t) ids.size(), (uint8_t *) rows->data);
+        const weight_type type = packed_type(projection->type);
+        if (type == W_COUNT) {   // these are not in panels
+            for (size_t i = 0; i < ids.size(); ++i) {
+                memcpy((char *) rows->data + i * rows->nb[1],
+                       (const char *) projection->data + ids[i] * projection->nb[1], projection->nb[1]);
+            }
+            return;
+        }
+        copy_packed_rows(type, projection->ne[0], (const uint8_t *) projection->data, ids.data(), (int64_t) ids.size(),
+                         (uint8_t *) rows->data);
         return;
     }
     const size_t         size = ggml_row_size(projection->type, projection->ne[0]);
