@@ -172,7 +172,7 @@ def test_tables() -> None:
     text = table(["a", "b"], [["x", "1"], ["y", "2"]])
     assert text == "| a | b |\n| --- | --: |\n| x | 1 |\n| y | 2 |\n"
     assert (figure(None), figure(1.234), spread(None)) == ("–", "1.23", "–")
-    assert spread([1.0, 0.5, 2.0], "{:.1f}×") == "1.0× (0.5×–2.0×)"
+    assert spread([1.0, 0.5, 2.0], "{:.1f}", "×") == "1.0× (0.5–2.0)"
 
 
 #

@@ -137,7 +137,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         epilog=f"examples:\n{''.join(f'  {c.example}' + chr(10) for c in COMMANDS.values())}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
+    subparsers = parser.add_subparsers(dest="subcommand", required=True)
     for name, command in COMMANDS.items():
         # resolve: curve has a --kernels of its own
         sub = subparsers.add_parser(name, help=command.does, description=command.does, conflict_handler="resolve",
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
             texts.append(text)
         if args.run is plot:
             return 0
-        device = cpu_name() + (f", {report['threads']} threads" if "threads" in report else "")
+        device = cpu_name() + (f", threads: {report['threads']}" if "threads" in report else "")
         texts.append(f"{device}, {platform.system()}; entmtp {__version__}, llama.cpp {llama_commit()[:9]}\n")
         print(texts[-1], end="")
         if args.outfile:

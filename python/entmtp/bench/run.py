@@ -70,13 +70,14 @@ def judged(found: Comparison, labels: list[str]) -> list[dict[str, Any]]:
 
 def markdown(title: str, rows: list[dict[str, Any]]) -> str:
     """A task's rows as a Markdown table."""
+    bases = {rows[0]["method"]: "ratio", PLAIN_LOOP.label: "ratio_plain"}  # over RPC both are the plain loop
     head = [
-        "method", "tokens/s", "overall", f"against {rows[0]['method']}", "against plain", "tokens/step", "draft",
-        "verify", "sample", "host", "rest", "identical",
+        "method", "tokens/s", "overall", *(f"against {base}" for base in bases), "tokens/step", "draft", "verify",
+        "sample", "host", "rest", "identical",
     ]  # fmt: skip
     cells = [[
         r["method"], spread(r["tokens_per_second"], "{:.1f}"), figure(r["tokens_per_second_overall"], "{:.1f}"),
-        spread(r["ratio"], "{:.2f}×"), spread(r["ratio_plain"], "{:.2f}×"), figure(r.get("tokens_per_step", 1.0)),
+        *(spread(r[key], unit="×") for key in bases.values()), figure(r.get("tokens_per_step", 1.0)),
         *(f"{x:.0%}" for x in r.get("time_split", {}).values()), *([] if "time_split" in r else [""] * 5),
         f"{r['identical']}/{r['answers']}",
     ] for r in rows]  # fmt: skip

@@ -98,7 +98,7 @@ def study(
         held_out = Traces.load(file).split()[1]
         turns = answers(args, bank, held_out, [text for _, text in prompts], temp, Path(folder), advance)
     tables = {}
-    for task in [*tasks, "all"]:
+    for task in [*dict.fromkeys(of for of, _ in turns), "all"]:
         found = Comparison([turn for of, turn in turns if task in ("all", of)])
         judged = bank.report["held_out"]
         foretold = predictions(judged.get(task, judged["all"]), bank.need_costs())  # one task is all

@@ -23,9 +23,9 @@ def figure(value: float | None, form: str = "{:.2f}") -> str:
     return "–" if value is None else form.format(value)
 
 
-def spread(values: Sequence[float] | None, form: str = "{:.2f}") -> str:
+def spread(values: Sequence[float] | None, form: str = "{:.2f}", unit: str = "") -> str:
     """A median and, in brackets, its quartiles."""
-    return "–" if values is None else f"{form} ({form}–{form})".format(*values)
+    return "–" if values is None else f"{form}{unit} ({form}–{form})".format(*values)
 
 
 def write(report: dict[str, Any], text: str, path: Path) -> None:
