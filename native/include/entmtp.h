@@ -409,6 +409,10 @@ ENTMTP_API const char * entmtp_kernels_current(void);
 // kernels that this processor can run, best first; NULL after the last
 ENTMTP_API const char * entmtp_kernels_name(int32_t i);
 
+// How products with matrices of a ggml_type are computed while kernels are on: 2: from panels, cheap for a few tokens;
+// 1: row by row with ggml's own product of one token, the same bits for any number of them; 0: by ggml, in its own ways.
+ENTMTP_API int32_t entmtp_kernels_of(int32_t type);
+
 // Products on the CPU that ggml computed itself since the start of the process, because the kernels do not know the type
 // or the op. A model whose passes leave it unchanged gives equal bits in passes of any size.
 ENTMTP_API uint64_t entmtp_kernels_missed(void);

@@ -446,6 +446,13 @@ void kernels_disable() {
     g_enabled = false;
 }
 
+int kernels_of(int type) {
+    if (type < 0 || type >= GGML_TYPE_COUNT) {
+        return 0;
+    }
+    return packed_type((ggml_type) type) != W_COUNT ? 2 : is_row_product((ggml_type) type) ? 1 : 0;
+}
+
 uint64_t kernels_missed() {
     return g_missed;
 }

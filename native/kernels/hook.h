@@ -13,6 +13,9 @@ void kernels_disable();               // models that are loaded keep their kerne
 
 const kernel_set * kernels_current(); // null while disabled
 
+// 2: matrices of the ggml_type lie in panels, 1: its rows are multiplied one by one, 0: ggml does it
+int kernels_of(int type);
+
 // products that ggml computed itself, counted once per thread and op
 uint64_t kernels_missed();
 

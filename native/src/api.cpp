@@ -421,6 +421,10 @@ const char * entmtp_kernels_name(int32_t i) {
     return nullptr;
 }
 
+int32_t entmtp_kernels_of(int32_t type) {
+    return entmtp::kernels_of(type);
+}
+
 uint64_t entmtp_kernels_missed(void) {
     return entmtp::kernels_missed();
 }

@@ -12,11 +12,13 @@ import pytest
 
 from entmtp import Llama
 from entmtp.measure.methods import CONFIDENCE, ENTMTP, generic, published
+from entmtp.models.assets import assets
 from entmtp.models.gguf_expand import expand
 from entmtp.native import kernels
+from helpers.policies import apply
 from helpers.settings import prompts
 
-DEMO = Path(__file__).parents[2] / "python" / "entmtp" / "assets" / "demo-base-q8_0.gguf"
+DEMO = assets() / "demo-base-q8_0.gguf"
 SIZES = (2, 3, 5, 8, 13, 17, 64)
 TYPES = ("f32", "f16", "q8_0", "q4_0", "q4_k", "q6_k")
 
@@ -131,7 +133,7 @@ def test_drafting_is_bitwise_lossless(
     """Tokens, and the logits that each was drawn from: plain decoding and every method, on quantised models too."""
     settings = {"n_ctx": 512, "n_threads": 1, "verbose": False, "flash_attn": flash_attn, "kernels": "auto"}
     plain = Llama(typed(dtype), **settings)
-    llm = Llama(typed(dtype), draft="entmtp", heads=models["hydra"], calibrate=False, **settings)
+    llm = Llama(typed(dtype), draft="entmtp", heads=models["hydra"], calibrate=False, adapt=False, **settings)
 
     def answer(model: Llama, prompt: list[int], n: int, temp: float) -> tuple[list[int], np.ndarray]:
         model.reset()
@@ -145,18 +147,18 @@ def test_drafting_is_bitwise_lossless(
             logits.append(model._decoder.logits(model.n_vocab()).copy())
         return tokens, np.stack(logits)
 
-    accepted = 0
+    accepted = dict.fromkeys((method.label for method in METHODS), 0)
     for text, temp in ((prompts()[50], 0.8), (prompts()[90], 0.0)):
         prompt = plain.tokenize(text.encode(), special=True)
         tokens, logits = answer(plain, prompt, 80, temp)
         for method in METHODS:
-            method.apply(llm)
+            apply(method, llm)
             llm.reset_draft_stats()
             tokens_, logits_ = answer(llm, prompt, 80, temp)
             assert tokens_ == tokens, method.label
             np.testing.assert_array_equal(logits_.view(np.int32), logits.view(np.int32), method.label)
-            accepted += llm.draft_stats.n_accepted
-    assert accepted > 200, "hardly anything was drafted: this run proves nothing"
+            accepted[method.label] += llm.draft_stats.n_accepted
+    assert min(accepted.values()) > 20, f"hardly anything was drafted: {accepted}"
     plain.close()
     llm.close()
 

@@ -16,6 +16,7 @@ import pytest
 from entmtp import Llama
 from entmtp.measure.methods import CONFIDENCE, ENTMTP, Method, comparison, generic, published
 from entmtp.native import kernels
+from helpers.policies import apply
 from helpers.settings import prompts
 
 TREES = [m for m in generic("hydra")]
@@ -78,8 +79,8 @@ def greedy(
 def test_greedy_is_token_identical(
     heads: str, method: Method, greedy: list[tuple[list[int], list[int]]], load: Callable[..., Llama]
 ) -> None:
-    llm, plain = load(heads=heads), load()
-    method.apply(llm)
+    llm, plain = load(heads=heads, adapt=False), load()
+    apply(method, llm)
     llm.reset_draft_stats()
     assert len(greedy) == 100
     ties = 0
@@ -91,8 +92,7 @@ def test_greedy_is_token_identical(
             assert gap < TIE["f32"], f"token {at} differs and is no tie: logits {gap:.6f} apart"
             ties += 1
     assert ties <= 2, "more ties than chance allows: something else is wrong"
-    if method.policy == "static":
-        assert llm.draft_stats.n_accepted > 1000, "hardly anything was drafted: this run proves nothing"
+    assert llm.draft_stats.n_accepted > 1000, "hardly anything was drafted: this run proves nothing"
 
 
 @pytest.mark.parametrize("method", published(), ids=lambda m: m.label)
@@ -100,9 +100,11 @@ def test_greedy_is_token_identical(
 def test_published_trees_are_token_identical(heads: str, method: Method, load: Callable[..., Llama]) -> None:
     llm, plain = load(heads=heads), load()
     method.apply(llm)
+    llm.reset_draft_stats()
     for text in prompts()[::33]:
         prompt = plain.tokenize(text.encode(), special=True)
         assert decode(llm, prompt, 64, temp=0.0) == decode(plain, prompt, 64, temp=0.0)
+    assert llm.draft_stats.n_accepted > 50
 
 
 @pytest.mark.parametrize("method", comparison(), ids=lambda m: m.label)
@@ -110,8 +112,8 @@ def test_published_trees_are_token_identical(heads: str, method: Method, load: C
 def test_published_policies_are_token_identical(
     heads: str, method: Method, load: Callable[..., Llama]
 ) -> None:
-    llm, plain = load(heads=heads), load()
-    method.apply(llm)
+    llm, plain = load(heads=heads, adapt=False), load()
+    apply(method, llm)
     llm.reset_draft_stats()
     for i, text in enumerate(prompts()[::33]):
         prompt = plain.tokenize(text.encode(), special=True)
@@ -121,19 +123,22 @@ def test_published_policies_are_token_identical(
                 model.set_seed(i)
                 answers.append(decode(model, prompt, 64, temp=temp))
             assert answers[0] == answers[1]
-    if method.policy != "best-depth":  # it knows costs: on the machine of the bank, nothing pays
-        assert llm.draft_stats.n_accepted > 50
+    assert llm.draft_stats.n_accepted > 50
 
 
-@pytest.mark.parametrize("method", [ENTMTP, CONFIDENCE, TREES[1]], ids=lambda m: m.label)
+@pytest.mark.parametrize(
+    ("method", "adapt"),
+    [(ENTMTP, False), (ENTMTP, True), (CONFIDENCE, False), (CONFIDENCE, True), (TREES[1], True)],
+    ids=lambda x: x.label if isinstance(x, Method) else "adapting" if x else "",
+)
 @pytest.mark.parametrize("heads", ["medusa", "hydra"])
 def test_sampling_with_a_seed_is_token_identical(
-    heads: str, method: Method, load: Callable[..., Llama]
+    heads: str, method: Method, adapt: bool, load: Callable[..., Llama]
 ) -> None:
-    llm, plain = load(heads=heads), load()
-    method.apply(llm)
+    llm, plain = load(heads=heads, adapt=adapt), load()
+    apply(method, llm)
     texts = prompts()
-    accepted = 0
+    drafted = accepted = 0
     for seed in range(50):
         prompt = plain.tokenize(texts[2 * seed].encode(), special=True)
         answers = []
@@ -142,9 +147,14 @@ def test_sampling_with_a_seed_is_token_identical(
             model.reset_draft_stats()
             answers.append(decode(model, prompt, 96, temp=0.8, top_p=0.95))
         assert answers[0] == answers[1], f"seed {seed}"
+        drafted += llm.draft_stats.n_drafted
         accepted += llm.draft_stats.n_accepted
-    if method.policy == "static":
-        assert accepted > 500
+    if (
+        adapt and method.policy != "static"
+    ):  # it may find that on this machine nothing pays, but not before it tried
+        assert drafted > 0
+    else:
+        assert accepted > 500, "hardly anything was drafted: this run proves nothing"
 
 
 def chi_square_z(counts: dict[Any, int], expected: dict[Any, float], n: int) -> float:

@@ -14,6 +14,7 @@ from test_lossless import GRAMMAR, decode
 from entmtp import Llama
 from entmtp.measure.methods import CONFIDENCE, ENTMTP, Method, generic
 from entmtp.native.backends import backends
+from helpers.policies import apply
 from helpers.rpc import rpc_server
 from helpers.settings import F32, prompts
 
@@ -64,13 +65,20 @@ def test_tokens_are_the_same(heads: str, chain: str, load: Callable[..., Llama])
 
 @pytest.mark.parametrize("method", [ENTMTP, CONFIDENCE], ids=lambda m: m.label)
 def test_policies_choose_alike(method: Method, load: Callable[..., Llama]) -> None:
-    """The entropy of a graph is that of the host, so near that text and trees agree."""
-    plain, llm = load(), load(heads="hydra", outputs="device", adapt=False)
-    method.apply(llm)
-    for text in prompts("humaneval")[:2]:
-        assert answer(llm, text, temp=0.0) == answer(plain, text, temp=0.0)
-    assert llm.draft_stats.traffic.n_rows == 0
-    assert 0.0 < llm.draft_stats.mean_entropy < 8.0
+    """The entropy of a graph is that of the host, so near that text and trees agree, step by step."""
+    plain = load()
+    host, device = (load(heads="hydra", outputs=mode, adapt=False) for mode in ("host", "device"))
+    for llm in (host, device):
+        apply(method, llm)
+        llm.reset_draft_stats()
+        for text in prompts("humaneval")[:2]:
+            assert answer(llm, text, temp=0.0) == answer(plain, text, temp=0.0)
+    expected, steps = host.draft_stats.steps, device.draft_stats.steps
+    np.testing.assert_allclose(steps["entropy"], expected["entropy"], rtol=1e-4, atol=1e-4)
+    assert steps["n_nodes"].tolist() == expected["n_nodes"].tolist()
+    assert steps["n_accepted"].tolist() == expected["n_accepted"].tolist()
+    assert len(set(steps["n_nodes"])) > 1 and sum(steps["n_accepted"]) > 20, "nothing was chosen"
+    assert device.draft_stats.traffic.n_rows == 0 < host.draft_stats.traffic.n_rows
 
 
 @pytest.mark.parametrize("sampling", [{"temp": 0.0}, {"temp": 0.8}], ids=["greedy", "top-k"])

@@ -28,7 +28,9 @@ def test_all_that_is_needed_is_there(models: dict[str, Path]) -> None:
     assert hasattr(stock._ctx, "get_logits")
     assert hasattr(stock._init_sampler(temp=0.0), "sampler")
     stock.close()
-    assert "self.model_params = " in inspect.getsource(llama_cpp.Llama.__init__)  # once, before it loads the model
+    assert "self.model_params = " in inspect.getsource(
+        llama_cpp.Llama.__init__
+    )  # once, before it loads the model
     # `generate` asks the flag, and these set it
     for name in ("generate", "reset", "eval", "load_state", "__init__"):
         assert "_requires_eval" in inspect.getsource(getattr(llama_cpp.Llama, name)), name

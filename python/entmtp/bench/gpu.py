@@ -42,6 +42,13 @@ SPEEDS = {
     "plain": "plain", "63 nodes": "published 63-node tree", "best single tree": "best single tree", "EntMTP": "entropy",
     "EntMTP, confidence": "confidence", "every depth known": None,
 }  # fmt: skip
+# columns of a step
+STEPS = {
+    "step": "{nodes} nodes, {sampling}", "ms": "{ms:.3f}", "draft": "{split[draft]:.0%}", "verify": "{split[verify]:.0%}",
+    "besides": "{besides:.1%}", "bytes to host": "{traffic[to_host]:.0f}", "to device": "{traffic[to_device]:.0f}",
+    "on device": "{traffic[on_device]:.0f}", "whole rows": "{traffic[n_rows]:.2f}", "waits": "{traffic[n_syncs]:.1f}",
+    "graphs built": "{graphs:.2f}",
+}  # fmt: skip
 GB = 1e9
 HEADS_SHARE = 0.6  # what heads and buffers may take on top of a model, at most
 
@@ -220,20 +227,12 @@ def drafts(costs: Costs) -> str:
 
 def steps(m: dict[str, Any]) -> str:
     """Where the time of a step goes, and what crosses between host and device in it."""
-    rows = []
-    for s in m["steps"]:
-        t, split = s["traffic"], s["split"]
-        rows.append([
-            f"{s['nodes']} nodes, {s['sampling']}", f"{s['ms']:.3f}", f"{split['draft']:.0%}", f"{split['verify']:.0%}",
-            f"{split['sample'] + split['host'] + split['rest']:.1%}", f"{t['to_host']:.0f}", f"{t['to_device']:.0f}",
-            f"{t['on_device']:.0f}", f"{t['n_rows']:.2f}", f"{t['n_syncs']:.1f}",
-            f"{t['n_graphs'] + t['n_draft_graphs']:.2f}",
-        ])  # fmt: skip
-    head = [
-        "step", "ms", "draft", "verify", "besides", "bytes to host", "to device", "on device", "whole rows", "waits",
-        "graphs built",
-    ]  # fmt: skip
-    return table(head, rows)
+    cells = [[
+        form.format(**s, besides=sum(s["split"][k] for k in ("sample", "host", "rest")),
+                    graphs=s["traffic"]["n_graphs"] + s["traffic"]["n_draft_graphs"])
+        for form in STEPS.values()
+    ] for s in m["steps"]]  # fmt: skip
+    return table(list(STEPS), cells)
 
 
 def speeds(m: dict[str, Any]) -> str:

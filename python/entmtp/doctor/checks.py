@@ -277,6 +277,7 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
     yield ok(
         "model", f"{found['name']}, {found['architecture']}, loads with a context of {found['n_ctx']} tokens"
     )
+    yield check_weights(found["weights"])
     if "outputs" in found:
         yield Check("logits", "note" if found["outputs_note"] else "ok", found["outputs"])
     if heads is None:
@@ -293,6 +294,29 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
             "tuned trees", "note", "none for this model, heads and machine: generic trees are used",
             f"entmtp tune --model {model} --heads {heads} --prompts my.jsonl finds better ones",
         )  # fmt: skip
+
+
+BY = {"panels": "in panels", "rows": "row by row", "ggml": "by ggml"}
+
+
+def check_weights(rows: list[dict[str, Any]]) -> Check:
+    """Which kernels compute how much of the model on the CPU, and what that means for drafts and for the text."""
+    text = ", ".join(f"{r['tensors']} {r['type']} ({r['bytes'] / 1e6:.0f} MB) {BY[r['by']]}" for r in rows)
+    total = sum(r["bytes"] for r in rows) or 1
+    share = {by: sum(r["bytes"] for r in rows if r["by"] == by) / total for by in BY}
+    if share["ggml"]:
+        return Check(
+            "weights", "note", text,
+            f"ggml computes {share['ggml']:.0%} of them, and rounds otherwise for several tokens than for one: where "
+            "two tokens are within that, drafting may take the other (docs/how-it-works.md); drafts gain less",
+        )  # fmt: skip
+    if share["rows"] > 0.2:
+        return Check(
+            "weights", "note", text,
+            f"{share['rows']:.0%} of them cost as much again for every token of a pass, so drafts gain little; a file "
+            "in Q4_K, Q5_K, Q8_0 or another type with panels (docs/kernels.md) gains more",
+        )  # fmt: skip
+    return ok("weights", text)
 
 
 def with_files(args: argparse.Namespace, model: Path, heads: Path | None) -> argparse.Namespace:

@@ -73,6 +73,27 @@ def selftest(n_tokens: int = 48) -> dict[str, Any]:
     return {"same": tokens[0] == tokens[1], "tokens": n_tokens, "tokens_per_step": round(per_step, 2)}
 
 
+def weights(path: Path) -> list[dict[str, Any]]:
+    """The matrices of a model's products by type and by how the CPU multiplies them, the largest share first."""
+    import gguf
+
+    from ..native import kernels
+
+    found: dict[tuple[str, str], list[int]] = {}
+    tensors = gguf.GGUFReader(path).tensors
+    tied = all(t.name != "output.weight" for t in tensors)  # the embeddings are the output projection, too
+    for tensor in tensors:
+        if len(tensor.shape) < 2 or (tensor.name == "token_embd.weight" and not tied):
+            continue
+        plain = len(tensor.shape) == 2 and kernels.current() != kernels.OFF  # experts have three dimensions
+        how = kernels.of_type(int(tensor.tensor_type)) if plain else "ggml"
+        sums = found.setdefault((tensor.tensor_type.name, how), [0, 0])
+        sums[0] += 1
+        sums[1] += int(tensor.n_bytes)
+    rows = [{"type": t, "by": how, "tensors": n, "bytes": size} for (t, how), (n, size) in found.items()]
+    return sorted(rows, key=lambda row: -row["bytes"])
+
+
 def model(arguments: list[str]) -> dict[str, Any]:
     """Load the model and the heads that options name (options/model.py)."""
     from ..common.errors import EntmtpError, ModelError
@@ -88,6 +109,7 @@ def model(arguments: list[str]) -> dict[str, Any]:
     except EntmtpError as e:  # heads are loaded after the model
         return {"heads_error": str(e)}
     result: dict[str, Any] = {
+        "weights": weights(Path(llm.model_path)),
         "name": llm.metadata.get("general.name") or Path(llm.model_path).name,
         "architecture": llm.metadata.get("general.architecture", "?"),
         "n_ctx": llm.n_ctx(),

@@ -358,6 +358,9 @@ kernels_current = _bind("entmtp_kernels_current", c_char_p)
 # const char * entmtp_kernels_name(int32_t i);
 kernels_name = _bind("entmtp_kernels_name", c_char_p, c_int32)
 
+# int32_t entmtp_kernels_of(int32_t type);
+kernels_of = _bind("entmtp_kernels_of", c_int32, c_int32)
+
 # uint64_t entmtp_kernels_missed(void);
 kernels_missed = _bind("entmtp_kernels_missed", c_uint64)
 

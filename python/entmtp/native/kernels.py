@@ -56,6 +56,16 @@ def using(name: str) -> Iterator[None]:
         use(before)
 
 
+def of_type(number: int) -> str:
+    """How products with matrices of a `ggml_type` are computed while kernels are on.
+
+    Returns:
+        `"panels"`: by kernels for passes of few tokens; `"rows"`: row by row, as ggml with one token, so that several
+        tokens cost several times as much; both give the same bits in a pass of any size. `"ggml"`: in ggml's own ways.
+    """
+    return ("ggml", "rows", "panels")[abi.kernels_of(number)]
+
+
 def missed() -> int:
     """Products on the CPU that ggml computed itself so far, while kernels were on."""
     return int(abi.kernels_missed())
