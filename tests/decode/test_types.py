@@ -16,7 +16,7 @@ from entmtp import Llama
 from entmtp.models.gguf_expand import expand
 from entmtp.native import kernels
 from helpers.settings import prompts
-from helpers.types import TYPES, write_typed
+from helpers.typed import TYPES, write_typed
 
 pytestmark = needs_kernels
 

@@ -44,10 +44,10 @@ SPEEDS = {
 }  # fmt: skip
 # columns of a step
 STEPS = {
-    "step": "{nodes} nodes, {sampling}", "ms": "{ms:.3f}", "draft": "{split[draft]:.0%}", "verify": "{split[verify]:.0%}",
-    "besides": "{besides:.1%}", "bytes to host": "{traffic[to_host]:.0f}", "to device": "{traffic[to_device]:.0f}",
-    "on device": "{traffic[on_device]:.0f}", "whole rows": "{traffic[n_rows]:.2f}", "waits": "{traffic[n_syncs]:.1f}",
-    "graphs built": "{graphs:.2f}",
+    "step": "{nodes} nodes, {sampling}", "ms": "{ms:.3f}", "draft": "{split[draft]:.0%}",
+    "verify": "{split[verify]:.0%}", "besides": "{besides:.1%}", "bytes to host": "{traffic[to_host]:.0f}",
+    "to device": "{traffic[to_device]:.0f}", "on device": "{traffic[on_device]:.0f}",
+    "whole rows": "{traffic[n_rows]:.2f}", "waits": "{traffic[n_syncs]:.1f}", "graphs built": "{graphs:.2f}",
 }  # fmt: skip
 GB = 1e9
 HEADS_SHARE = 0.6  # what heads and buffers may take on top of a model, at most
