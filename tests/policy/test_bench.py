@@ -145,7 +145,8 @@ def test_nothing_to_compare_is_said() -> None:
     )
     assert "time_split" not in row and (row["identical"], row["pairs"]) == (1, 0)
     text = run.markdown("t", run.judged(found, ["plain", "EntMTP"]))
-    assert "| EntMTP | – | – | – | – |" in text and "nan" not in text.lower()
+    assert "| EntMTP | – | – | – | 1.00 |" in text and "nan" not in text.lower()
+    assert text.count("against plain") == 1, "the first method is the plain loop: no column twice"
     assert f"No prompt got more than {LEAST} tokens" in text
     json.dumps(row, allow_nan=False)
 
