@@ -28,11 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # the fast tests that cover a package, likely killers first
 TESTS = {
     "bank": [
-        "policy/test_bank.py", "policy/test_traces.py", "policy/test_costs.py::test_round_trip",
-        "policy/test_costs.py::test_curves_between_sizes_and_depths",
-        "policy/test_costs.py::test_drafts_by_depth_and_width", "policy/test_costs.py::test_relative_costs",
-        "policy/test_costs.py::test_every_broken_field_is_named",
-        "policy/test_replay.py::test_broken_calibrations_name_the_field", "policy/test_search.py",
+        "policy/test_bank.py", "policy/test_costs.py", "policy/test_calibration.py", "policy/test_traces.py",
+        "policy/test_replay.py::test_broken_calibrations_name_the_field",
     ],
     "convert": [
         "convert/test_convert_layouts.py", "convert/test_convert_cheap.py", "convert/test_convert_inspect.py",
