@@ -32,9 +32,11 @@ def test_round_trip() -> None:
         assert getattr(tables, key).tolist() == data[key]
     # rounded to what it says something about
     data["accept"][0][0], data["hits"] = 0.123456, 0.512345
+    data["ahead"][0][0] = data["edges"][0][0] = 0.123456
     data["scenarios"][0][0][0][0][0] = 0.12345
     again = from_json(data, "x").to_json()
     assert (again["accept"][0][0], again["hits"]) == (0.1235, 0.5123)
+    assert again["ahead"][0][0] == again["edges"][0][0] == 0.1235
     assert again["scenarios"][0][0][0][0][0] == 0.123
 
 

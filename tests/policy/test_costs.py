@@ -52,6 +52,7 @@ def test_curves_between_sizes_and_depths() -> None:
 def test_a_curve_of_one_depth_and_one_size() -> None:
     assert relative({1: 2.0}, [0.0]).curve().tolist() == [2000.0] * 64
     assert relative({1: 1.0, 64: 64.0}, [0.0]).curve() == pytest.approx(1000 * np.arange(1, 65))
+    assert relative({1: 1.0, 2: 2.0}, [0.0]).curve() == pytest.approx(1000 * np.arange(1, 65))
     # falling costs do not fall below nothing
     assert relative({1: 9.0, 2: 1.0}, [0.0]).curve()[1:].tolist() == [1000.0] * 63
 
@@ -94,6 +95,7 @@ def test_what_costs_leave_out() -> None:
     few = {"verify": {"0": {"1": 1.0}}, "chain": [0.0], "level": []}
     assert from_json(few, "x") == Costs({0: {1: 1.0}}, (0.0,), ())
     assert from_json(few, "x").context == 256
+    assert from_json(few | {"context": 0}, "x").context == 0
 
 
 def test_how_deep_and_wide_costs_may_be_tabulated() -> None:

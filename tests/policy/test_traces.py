@@ -93,6 +93,8 @@ def test_halves_alternate_by_the_prompts_of_a_task() -> None:
     first, second = traces.split()
     assert same(first, traces.pick([0, 1, 3]))
     assert same(second, traces.pick([2, 4]))
+    three = replace(traces.pick([0, 2, 3]), prompt=(1, 2, 3))
+    assert [half.prompt for half in three.split()] == [(1, 3), (2,)]
 
 
 def test_joined_traces() -> None:
@@ -149,6 +151,18 @@ def test_heads_up_to_64() -> None:
     of(64).check("x")
     with pytest.raises(ValueError, match="damaged"):
         of(65).check("x")
+
+
+def test_a_file_that_cannot_be_trusted(tmp_path: Path) -> None:
+    path = tmp_path / "t.npz"
+    make().save(path)
+    good = dict(np.load(path))
+    np.savez(path, **good | {"ranks": good["ranks"][1:]})
+    with pytest.raises(ValueError, match=r"t\.npz: these traces are damaged"):
+        Traces.load(path)
+    np.savez(path, **good | {"ranks": good["ranks"].astype(object)})  # a pickle, which could run anything
+    with pytest.raises(ValueError, match=r"t\.npz holds no rank traces: .*pickle"):
+        Traces.load(path)
 
 
 def test_another_version(tmp_path: Path) -> None:
