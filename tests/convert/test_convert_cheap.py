@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 
 from entmtp.common.errors import ConvertError
 from entmtp.convert import convert, inspect_heads, main
-from entmtp.convert.draft_vocab import STEP, choose_vocab, make_vocab, read_text, write_sample
+from entmtp.convert.draft_vocab import STEP, choose_vocab, make_vocab, read_text, tokenize, write_sample
 from entmtp.models.assets import assets
 from entmtp.models.base import read_base
 from helpers.checkpoints import (
@@ -109,7 +109,7 @@ def test_checkpoints_without_projections(tmp_path, base):
 BAD_VOCABULARIES = {
     "empty": ([], "empty"),
     "below": ([1, -1], "token -1"),
-    "beyond": ([1, N_VOCAB], f"token {N_VOCAB}"),
+    "beyond": ([0, 1, N_VOCAB], f"token {N_VOCAB},"),
     "twice": ([5, 1, 5], "token 5 twice"),
     "too large": (N_VOCAB + 1, "cannot be"),
     "none": (0, "cannot be"),
@@ -174,6 +174,16 @@ def test_values_too_large_for_k_quants(tmp_path, outtype):
     write_checkpoint(folder, state, medusa_config(1))
     with pytest.raises(ConvertError, match="too large for " + outtype):
         convert(folder, base, tmp_path / "h.gguf", outtype)
+    # what a block's scale in float16 can hold, see the layouts of ggml's K-quants
+    most = 65504.0 * {"q6_k": 127 * 32, "q5_k": 63 * 31, "q4_k": 63 * 15}[outtype]
+    state["0.1.weight"][3, 5] = 1.001 * most
+    write_checkpoint(folder, state, medusa_config(1))
+    with pytest.raises(ConvertError, match="too large for " + outtype):
+        convert(folder, base, tmp_path / "h.gguf", outtype)
+    state["0.1.weight"][3, 5] = 0.9 * most
+    write_checkpoint(folder, state, medusa_config(1))
+    heads = read_heads(convert(folder, base, tmp_path / "h.gguf", outtype).outfile)
+    assert np.isfinite(heads.tensors["head.0.output.weight"]).all()
     state["0.1.weight"][3, 5] = 1e6  # large, and can be held
     write_checkpoint(folder, state, medusa_config(1))
     heads = read_heads(convert(folder, base, tmp_path / "h.gguf", outtype).outfile)
@@ -206,6 +216,37 @@ def test_frequent_tokens_are_chosen():
         choose_vocab(text[:511], n_vocab, 256, "a text")
 
 
+def test_each_half_of_the_text_is_foretold_by_the_other():
+    """Four pieces of 256 tokens, one token in each: tokens 0 and 2 against 1 and 3."""
+    text = np.repeat([0, 1, 2, 3], 256)
+    # by their half 0, 2, then the unseen ones in order: 1, 3; by the other 1, 3, 0, 2
+    for size, coverage in ((1, 0.0), (2, 0.0), (3, 0.5), (4, 1.0)):
+        chosen = choose_vocab(text, 8, size, "")
+        assert chosen.tokens.tolist() == list(range(size)) and chosen.coverage == coverage
+
+
+def test_as_many_tokens_as_it_takes_and_no_step_more():
+    """Token STEP - 1 is frequent in one half alone, so coverage jumps with the last token of a step."""
+    rare = np.arange(STEP)
+    first = np.concatenate([rare, rare[:-1], [0]])  # every token twice, but the last one
+    second = np.full(256, STEP - 1)
+    text = np.concatenate([first[:256], second, first[256:512], second])
+    assert len(choose_vocab(text, 4 * STEP, None, "").tokens) == STEP
+
+
+def test_vocabularies_by_a_text(tmp_path):
+    base = read_base(assets() / "demo-base-q8_0.gguf")
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(prompts()), encoding="utf-8")
+    whole = make_vocab(base, base.n_vocab, [text])
+    assert whole.tokens.tolist() == list(range(base.n_vocab))
+    assert (whole.coverage, whole.source) == (1.0, "text.txt")
+    with pytest.raises(ConvertError, match=f"of {base.n_vocab + 1} tokens cannot be"):
+        make_vocab(base, base.n_vocab + 1, [text])
+    with pytest.raises(ConvertError, match=r"text\.txt: its vocabulary cannot be loaded"):
+        list(tokenize(text, ["a"]))
+
+
 def test_tokens_of_texts_and_prompts(tmp_path, load):
     base = read_base(assets() / "demo-base-q8_0.gguf")
     (tmp_path / "a.txt").write_text("def f(x):\n    return x\n", encoding="utf-8")
@@ -225,7 +266,7 @@ def test_the_base_writes_the_same_text_again():
     seen: list[tuple[str, int, int]] = []
     tokens = write_sample(base, lambda *step: seen.append(step), n_tokens=600)
     assert 300 < len(tokens) <= 768 and len(set(tokens)) > 100
-    assert seen[-1][1:] == (600, 600)
+    assert [step[1:] for step in seen] == [(256, 600), (512, 600), (600, 600)]
     assert write_sample(base, n_tokens=600) == tokens
 
 
@@ -261,6 +302,12 @@ def test_command(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "drafts 1,024 of 4,096 tokens with the base model's projection" in shown
     assert "d2t" in shown and "medusa.shared_output" in shown
+
+    assert main([*command, "--draft-vocab", "none", "--outtype", "q4_k"]) == 0
+    assert f"{out}: 4 medusa heads, q4_k, {out.stat().st_size / 1e6:.1f} MB" in capsys.readouterr().out
+    assert "d2t" not in read_heads(out).tensors
+    assert main(["--inspect", str(out)]) == 0
+    assert "drafts all 4,096 tokens with projections of their own" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from entmtp.convert import main
+from entmtp.common.errors import ConvertError
+from entmtp.convert import convert, main
 from helpers.checkpoints import (
     hydra_config,
     hydra_state,
@@ -87,6 +88,70 @@ def test_every_tensor_is_needed(tmp_path, run, kind):
         if not any(word in name for word in optional):
             missing = {key: array for key, array in state.items() if key != name}
             failed(run(write_checkpoint(tmp_path / "c", missing, config)), f"'{name}'", "missing")
+
+
+@pytest.mark.parametrize("present", [(0, 1, 3), (0, 2), (1,)])
+def test_a_head_missing_in_between(tmp_path, run, present):
+    state = {name: array for name, array in medusa_state(4).items() if int(name[0]) in present}
+    gap = next(i for i in range(4) if i not in present)
+    failed(
+        run(write_checkpoint(tmp_path / "c", state, medusa_config(4))), f"'{gap}.0.linear.weight' is missing"
+    )
+
+
+@pytest.mark.parametrize(
+    ("extra", "config", "words"),
+    [
+        ("0.1.linear.weight", medusa_config(2), "before its output"),
+        ("hydra_mlp.1.0.res_connection.weight", hydra_config(2, grounded=False), "block 0 of an ungrounded head"),
+        ("hydra_mlp.0.2.linear.weight", hydra_config(2, prefix=True), "whose blocks have odd numbers"),
+    ],
+)  # fmt: skip
+def test_tensors_that_heads_of_this_kind_lack(tmp_path, run, extra, config, words):
+    if "medusa_num_heads" in config:
+        state = medusa_state(2)
+    else:
+        state = hydra_state(2, 1, config["grounded_heads"], config["hydra_head_arch"] == "prefix-mlp")
+    state[extra] = np.ones((32, 32), np.float32)
+    failed(run(write_checkpoint(tmp_path / "c", state, config)), f"'{extra}'", words)
+
+
+def test_heads_without_a_part(tmp_path, run):
+    whole = hydra_state(2)
+    blocks = {name: array for name, array in whole.items() if "lm_head" not in name}
+    outputs = {name: array for name, array in whole.items() if "hydra_mlp" not in name}
+    one = {name: array for name, array in whole.items() if name != "hydra_lm_head.1.weight"}
+    for state, missing in (
+        (blocks, "hydra_lm_head.0.weight"),
+        (outputs, "hydra_mlp.0.0.linear.weight"),
+        (one, "hydra_lm_head.1.weight"),
+    ):
+        failed(run(write_checkpoint(tmp_path / "c", state, hydra_config(2))), f"'{missing}' is missing")
+    failed(run(write_checkpoint(tmp_path / "c", {}, medusa_config(2))), "the file holds no tensors")
+
+
+@pytest.mark.parametrize("values", [(1.0, 0.1, 0.0, 0.001), (1.0, 0.1, -0.01, 0.001), (1.0, 1.0, 1.0, 1.0)])
+def test_no_rotary_frequencies(tmp_path, run, values):
+    state = hydra_state(1, prefix=True)
+    name = "prefix_embeding_layer.layers.0.self_attn.rotary_emb.inv_freq"
+    state[name] = np.array(values, np.float32)
+    folder = write_checkpoint(tmp_path / "c", state, hydra_config(1, prefix=True))
+    failed(run(folder), "holds no rotary frequencies")
+
+
+@pytest.mark.parametrize("heads", [(0, 0), (4, 0), (4, 3), (5, 5)])
+def test_attention_heads_that_do_not_divide(tmp_path, run, heads):
+    base = tiny_base(
+        tmp_path / "b.gguf", skip=("attention.head_count", "attention.head_count_kv"),
+        attention__head_count=heads[0], attention__head_count_kv=heads[1],
+    )  # fmt: skip
+    folder = write_checkpoint(tmp_path / "c", hydra_state(1, prefix=True), hydra_config(1, prefix=True))
+    failed(run(folder, base), f"{heads[0]} attention heads ({heads[1]} for keys) do not divide a width of 32")
+
+
+def test_an_outtype_that_is_not_known(tmp_path, medusa, base):
+    with pytest.raises(ConvertError, match="outtype 'q3' is not known; use one of f32, "):
+        convert(medusa, base, tmp_path / "h.gguf", "q3")
 
 
 def test_last_head_missing_is_believed_with_a_note(tmp_path, run):

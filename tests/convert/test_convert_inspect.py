@@ -99,6 +99,8 @@ BAD = {
     "unknown tensor": ({}, {"head.0.extra": ZEROS(3, np.float32)}, "'head.0.extra' is not part"),
     "map of floats": ({}, {"d2t": ZEROS(48, np.float32)}, "'d2t' is not a list"),
     "map outside": ({}, {"d2t": np.full(48, 48, np.int64)}, "tokens that the base model lacks"),
+    "map with a token twice": ({}, {"d2t": np.array([*range(47), 0])}, "names a token twice"),
+    "not grounded, nor ungrounded": ({"hydra.grounded": None}, {}, "'hydra.grounded'"),
     "map too short": ({}, {"d2t": np.arange(47)}, "shape [32, 48] in place of [32, 47]"),
 }
 

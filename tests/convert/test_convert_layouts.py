@@ -267,6 +267,46 @@ def test_rope_base(tmp_path, base, dtype, theta, buffer, expected):
     assert read_heads(tmp_path / "h.gguf").keys["hydra.rope.freq_base"] == expected
 
 
+@pytest.mark.parametrize("kind", ["medusa", "hydra"])
+def test_another_number_of_blocks_is_told(tmp_path, base, kind):
+    state = medusa_state(2) if kind == "medusa" else hydra_state(2)
+    for told, notes in (
+        (1, ()), (None, ()),
+        (3, ("config.json says 3 residual blocks per head, and the checkpoint holds 1: using 1",)),
+    ):  # fmt: skip
+        config = medusa_config(2) if kind == "medusa" else hydra_config(2)
+        config[f"{kind}_num_layers"] = told
+        done = convert(write_checkpoint(tmp_path / "c", state, config), base, tmp_path / "h.gguf")
+        assert done.notes == notes
+        assert read_heads(tmp_path / "h.gguf").keys[f"{kind}.block_count"] == 1
+
+
+def test_hydra_outputs_without_bias(tmp_path, base):
+    state = hydra_state(2)
+    for i in range(2):
+        del state[f"hydra_lm_head.{i}.bias"]
+    convert(write_checkpoint(tmp_path / "c", state, hydra_config(2)), base, tmp_path / "h.gguf", "f32")
+    found = read_heads(tmp_path / "h.gguf").tensors
+    assert [name for name in found if "output" in name] == [f"head.{i}.output.weight" for i in range(2)]
+
+
+@pytest.mark.parametrize("n_head_kv", [1, None])
+def test_heads_of_keys_and_values(tmp_path, n_head_kv):
+    """One for all queries; as many as there are queries, where the base model does not say."""
+    skip = ("attention.head_count_kv",)
+    more = {"attention__head_count_kv": n_head_kv} if n_head_kv else {}
+    base = tiny_base(tmp_path / "base.gguf", skip=skip, **more)
+    state = hydra_state(1, prefix=True)
+    width = N_EMBD // 4 * (n_head_kv or 4)
+    for name in ("k_proj", "v_proj"):
+        key = f"prefix_embeding_layer.layers.0.self_attn.{name}.weight"
+        state[key] = np.arange(width * N_EMBD, dtype=np.float32).reshape(width, N_EMBD)
+    convert(write_checkpoint(tmp_path / "h", state, hydra_config(1, prefix=True)), base, tmp_path / "h.gguf")
+    keys = read_heads(tmp_path / "h.gguf").keys
+    assert keys["hydra.attention.head_count"] == 4
+    assert keys["hydra.attention.head_count_kv"] == (n_head_kv or 4)
+
+
 def fnv1a(data: bytes) -> int:
     h = 14695981039346656037
     for byte in data:
@@ -284,6 +324,7 @@ def test_fingerprint_and_base_name(tmp_path, tokens):
     assert keys["entmtp.tokenizer.fingerprint"] == f"{fnv1a(b''.join(t + bytes(1) for t in tokens)):016x}"
     assert keys["entmtp.base.name"] == ""
     assert keys["entmtp.base.architecture"] == "llama"
+    assert not [key for key in keys if "url" in key or "license" in key], "there is nothing to say"
 
 
 def test_weight_file_given_directly_and_licence(tmp_path, base, monkeypatch):
