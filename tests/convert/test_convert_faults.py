@@ -126,8 +126,9 @@ def test_heads_without_a_part(tmp_path, run):
         (outputs, "hydra_mlp.0.0.linear.weight"),
         (one, "hydra_lm_head.1.weight"),
     ):
-        failed(run(write_checkpoint(tmp_path / "c", state, hydra_config(2))), f"'{missing}' is missing")
-    failed(run(write_checkpoint(tmp_path / "c", {}, medusa_config(2))), "the file holds no tensors")
+        folder = tmp_path / missing
+        failed(run(write_checkpoint(folder, state, hydra_config(2))), f"'{missing}' is missing")
+    failed(run(write_checkpoint(tmp_path / "m", {}, medusa_config(2))), "the file holds no tensors")
 
 
 @pytest.mark.parametrize("values", [(1.0, 0.1, 0.0, 0.001), (1.0, 0.1, -0.01, 0.001), (1.0, 1.0, 1.0, 1.0)])

@@ -325,8 +325,10 @@ def tiny_base(
         writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
     for key, value in more.items():
         key = f"{arch}.{key.replace('__', '.')}"
-        add = {str: writer.add_string, int: writer.add_uint32}.get(type(value), writer.add_array)
-        add(key, value)
+        if isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_string(key, value) if isinstance(value, str) else writer.add_array(key, value)
     if "tokens" not in skip:
         writer.add_tokenizer_model("llama")
         writer.add_token_list(tokens)
