@@ -36,7 +36,7 @@ TESTS = {
         "convert/test_convert_faults.py", "convert/test_convert_reference.py",
     ],
     "measure": [
-        "policy/test_search.py", "policy/test_costs.py", "policy/test_replay.py", "policy/test_tune.py",
+        "policy/test_search.py", "policy/test_timing.py", "policy/test_replay.py", "policy/test_tune.py",
     ],
 }  # fmt: skip
 

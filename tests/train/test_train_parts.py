@@ -11,10 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from entmtp.train import heads as train_heads
-from entmtp.train import loss as train_loss
-from entmtp.train import text as train_text
-
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (the train extra)")
 torch.set_num_threads(1)  # xdist workers share the cores
 
@@ -24,6 +20,9 @@ from entmtp.common.errors import ModelError  # noqa: E402
 from entmtp.measure.rollouts import rollout  # noqa: E402
 from entmtp.measure.search import expected, node_probabilities  # noqa: E402
 from entmtp.native.heads import Heads  # noqa: E402
+from entmtp.train import heads as train_heads  # noqa: E402
+from entmtp.train import loss as train_loss  # noqa: E402
+from entmtp.train import text as train_text  # noqa: E402
 from entmtp.train.base import Base, read_matrices  # noqa: E402
 from entmtp.train.evaluation import Teacher, acceptance, ranks_of  # noqa: E402
 from entmtp.train.export import export, rounded  # noqa: E402
