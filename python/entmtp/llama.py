@@ -348,22 +348,12 @@ class Llama(Upstream):
     ) -> int:
         """Sample the token after the evaluated ones; arguments as in `llama_cpp.Llama.sample`."""
         settings = {
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "typical_p": typical_p,
-            "temp": temp,
-            "repeat_penalty": repeat_penalty,
-            "frequency_penalty": frequency_penalty,
-            "presence_penalty": presence_penalty,
-            "tfs_z": tfs_z,
-            "mirostat_mode": mirostat_mode,
-            "mirostat_eta": mirostat_eta,
-            "mirostat_tau": mirostat_tau,
-            "penalize_nl": penalize_nl,
-            "logits_processor": logits_processor,
-            "grammar": grammar,
-        }
+            "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p, "temp": temp,
+            "repeat_penalty": repeat_penalty, "frequency_penalty": frequency_penalty,
+            "presence_penalty": presence_penalty, "tfs_z": tfs_z, "mirostat_mode": mirostat_mode,
+            "mirostat_eta": mirostat_eta, "mirostat_tau": mirostat_tau, "penalize_nl": penalize_nl,
+            "logits_processor": logits_processor, "grammar": grammar,
+        }  # fmt: skip
         with self._use:
             return self._sample(settings, idx)
 

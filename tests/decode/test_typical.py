@@ -63,7 +63,7 @@ def test_every_token_is_typical_or_drawn(
     reference = load(logits_all=True)
     reference.reset()
     reference.eval(prompt + text)
-    rows = reference.scores[len(prompt) - 1 :].astype(np.float64)
+    rows = reference.scores[len(prompt) - 1 : len(prompt) + N].astype(np.float64)
     n_drafted = n_drawn = 0
     for i, (token, drafted) in enumerate(said[:N]):
         assert token == text[i]
