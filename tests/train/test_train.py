@@ -48,7 +48,11 @@ def arguments(model: Path, outfile: Path, *more: str) -> list[str]:
 
 def start(model: Path, outfile: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "entmtp.train", *arguments(model, outfile, *more)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        # a run in the background ignores Ctrl-C, and would pass that on
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) if os.name == "posix" else None,
+    )  # fmt: skip
 
 
 def checkpoint_step(work: Path) -> int:
