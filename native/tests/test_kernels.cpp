@@ -156,7 +156,23 @@ static void check_product(ggml_type type, int64_t k, int64_t n_rows, int n, std:
     }
     const bool alike =
         type != GGML_TYPE_F16 && type != GGML_TYPE_BF16 && type != GGML_TYPE_Q4_1 && type != GGML_TYPE_Q5_1;
-    if (alike && !CHECK(difference <= 1e-6 * std::sqrt((double) k))) {
+    double allowed = 1e-6 * std::sqrt((double) k);
+#ifdef __aarch64__
+    // compilers fuse the product and the rounding in ggml's plain C++ for blocks of 256, so that a tie may go the other way:
+    // one integer of one activation, times a weight
+    if (ggml_blck_size(type) == 256) {
+        float top = 0.0f;
+        for (float v : x) {
+            top = std::max(top, std::fabs(v));
+        }
+        float most = 0.0f;
+        for (float v : m.values) {
+            most = std::max(most, std::fabs(v));
+        }
+        allowed += top / 127 * most;
+    }
+#endif
+    if (alike && !CHECK(difference <= allowed)) {
         fprintf(stderr, "%s %d x %d: %g from ggml's; errors %g and %g\n", ggml_type_name(type), (int) n_rows, (int) k,
                 difference, ours, theirs);
     }
