@@ -424,46 +424,21 @@ void matmul_float(const uint8_t * panel, int64_t n_blocks, const activations & a
 
 // -- dispatch by type and number of tokens --
 
-template <int n>
-void matmul_n(weight_type type, const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
-    switch (type) {
-        case W_Q4_0:
-            return matmul_32<W_Q4_0, n>(panel, n_blocks, a, out);
-        case W_Q4_1:
-            return matmul_32<W_Q4_1, n>(panel, n_blocks, a, out);
-        case W_Q5_0:
-            return matmul_32<W_Q5_0, n>(panel, n_blocks, a, out);
-        case W_Q5_1:
-            return matmul_32<W_Q5_1, n>(panel, n_blocks, a, out);
-        case W_Q8_0:
-            return matmul_32<W_Q8_0, n>(panel, n_blocks, a, out);
-        case W_IQ4_NL:
-            return matmul_32<W_IQ4_NL, n>(panel, n_blocks, a, out);
-        case W_MXFP4:
-            return matmul_32<W_MXFP4, n>(panel, n_blocks, a, out);
-        case W_Q4_K:
-            return matmul_q4_k<W_Q4_K, n>(panel, n_blocks, a, out);
-        case W_Q5_K:
-            return matmul_q4_k<W_Q5_K, n>(panel, n_blocks, a, out);
-        case W_Q6_K:
-            return matmul_q6_k<n>(panel, n_blocks, a, out);
-        case W_F16:
-            return matmul_float<W_F16, (n <= simd::GF ? n : 1)>(panel, n_blocks, a, out);
-        case W_BF16:
-            return matmul_float<W_BF16, (n <= simd::GF ? n : 1)>(panel, n_blocks, a, out);
-        case W_F32:
-            return matmul_float<W_F32, (n <= simd::GF ? n : 1)>(panel, n_blocks, a, out);
-        default:
-            return;
-    }
-}
+// [W_COUNT] as LAYOUTS tells; floats have no kernels for more than simd::GF tokens
+template <int n, int nf = n <= simd::GF ? n : 1>
+constexpr void (*PRODUCTS[W_COUNT])(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) = {
+    matmul_32<W_Q4_0, n>,    matmul_32<W_Q4_1, n>,   matmul_32<W_Q5_0, n>,    matmul_32<W_Q5_1, n>,
+    matmul_32<W_Q8_0, n>,    matmul_32<W_IQ4_NL, n>, matmul_32<W_MXFP4, n>,   matmul_q4_k<W_Q4_K, n>,
+    matmul_q4_k<W_Q5_K, n>,  matmul_q6_k<n>,         matmul_float<W_F16, nf>, matmul_float<W_BF16, nf>,
+    matmul_float<W_F32, nf>,
+};
 
 static void
 matmul(weight_type type, const uint8_t * panel, int64_t n_blocks, int n, const activations & a, float * out) {
 #define CASE(i)                                                \
     case i:                                                    \
         if constexpr (i <= simd::G) {                          \
-            return matmul_n<i>(type, panel, n_blocks, a, out); \
+            return PRODUCTS<i>[type](panel, n_blocks, a, out); \
         }                                                      \
         return
     switch (n) {

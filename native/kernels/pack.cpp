@@ -212,14 +212,32 @@ static void pack_block(const q6_k & b, int r, uint8_t * dst) {
     }
 }
 
-template <class T>
-static void pack_row(const void * src, int64_t n_blocks, int r, int panel_bytes, uint8_t * dst) {
+// Row `row` of a matrix of k columns into row r of its panel, which is zero before
+template <weight_type type, class T>
+static void pack_row(const uint8_t * src, int64_t row, int64_t k, int r, uint8_t * panel) {
+    const int64_t n_blocks = k / LAYOUTS[type].block;
     for (int64_t b = 0; b < n_blocks; ++b) {
         T block;
-        memcpy(&block, (const uint8_t *) src + b * sizeof(T), sizeof(T));
-        pack_block(block, r, dst + b * panel_bytes);
+        memcpy(&block, src + (row * n_blocks + b) * sizeof(T), sizeof(T));
+        pack_block(block, r, panel + b * LAYOUTS[type].panel_bytes);
     }
 }
+
+// the same for floats of `size` bytes, whose rows may end within a block
+template <int size>
+static void pack_floats(const uint8_t * src, int64_t row, int64_t k, int r, uint8_t * panel) {
+    for (int64_t i = 0; i < k; ++i) {
+        memcpy(panel + size * (i * PANEL + r), src + size * (row * k + i), size);
+    }
+}
+
+// [W_COUNT] as LAYOUTS tells
+static void (*const PACK[W_COUNT])(const uint8_t * src, int64_t row, int64_t k, int r, uint8_t * panel) = {
+    pack_row<W_Q4_0, q4_0>,   pack_row<W_Q4_1, q4_1>,   pack_row<W_Q5_0, q5_0>, pack_row<W_Q5_1, q5_1>,
+    pack_row<W_Q8_0, q8_0>,   pack_row<W_IQ4_NL, q4_0>, // its nibbles lie as Q4_0's do and stand for other values
+    pack_row<W_MXFP4, mxfp4>, pack_row<W_Q4_K, q4_k>,   pack_row<W_Q5_K, q5_k>, pack_row<W_Q6_K, q6_k>,
+    pack_floats<2>,           pack_floats<2>,           pack_floats<4>,
+};
 
 void pack_panels(weight_type type, const void * src, int64_t k, int64_t n_rows, int64_t p0, int64_t p1, uint8_t * dst) {
     const weight_layout & l        = LAYOUTS[type];
@@ -229,49 +247,7 @@ void pack_panels(weight_type type, const void * src, int64_t k, int64_t n_rows, 
         uint8_t * panel = dst + (size_t) p * n_blocks * l.panel_bytes;
         memset(panel, 0, (size_t) n_blocks * l.panel_bytes);
         for (int r = 0; r < PANEL && p * PANEL + r < n_rows; ++r) {
-            const int64_t   row = p * PANEL + r;
-            const uint8_t * s   = (const uint8_t *) src;
-            switch (type) {
-                case W_Q4_0:
-                case W_IQ4_NL: // the same, its nibbles stand for other values
-                    pack_row<q4_0>(s + row * n_blocks * sizeof(q4_0), n_blocks, r, l.panel_bytes, panel);
-                    break;
-                case W_Q4_1:
-                    pack_row<q4_1>(s + row * n_blocks * sizeof(q4_1), n_blocks, r, l.panel_bytes, panel);
-                    break;
-                case W_Q5_0:
-                    pack_row<q5_0>(s + row * n_blocks * sizeof(q5_0), n_blocks, r, l.panel_bytes, panel);
-                    break;
-                case W_Q5_1:
-                    pack_row<q5_1>(s + row * n_blocks * sizeof(q5_1), n_blocks, r, l.panel_bytes, panel);
-                    break;
-                case W_Q8_0:
-                    pack_row<q8_0>(s + row * n_blocks * sizeof(q8_0), n_blocks, r, l.panel_bytes, panel);
-                    break;
-                case W_MXFP4:
-                    pack_row<mxfp4>(s + row * n_blocks * sizeof(mxfp4), n_blocks, r, l.panel_bytes, panel);
-                    break;
-                case W_Q4_K:
-                    pack_row<q4_k>(s + row * n_blocks * sizeof(q4_k), n_blocks, r, l.panel_bytes, panel);
-                    break;
-                case W_Q5_K:
-                    pack_row<q5_k>(s + row * n_blocks * sizeof(q5_k), n_blocks, r, l.panel_bytes, panel);
-                    break;
-                case W_Q6_K:
-                    pack_row<q6_k>(s + row * n_blocks * sizeof(q6_k), n_blocks, r, l.panel_bytes, panel);
-                    break;
-                case W_F16:
-                case W_BF16:
-                    for (int64_t i = 0; i < k; ++i) {
-                        memcpy(panel + 2 * (i * PANEL + r), s + 2 * (row * k + i), 2);
-                    }
-                    break;
-                default: // W_F32
-                    for (int64_t i = 0; i < k; ++i) {
-                        memcpy(panel + 4 * (i * PANEL + r), s + 4 * (row * k + i), 4);
-                    }
-                    break;
-            }
+            PACK[type]((const uint8_t *) src, p * PANEL + r, k, r, panel);
         }
     }
 }

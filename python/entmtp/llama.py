@@ -271,24 +271,27 @@ class Llama(Upstream):
             raise ValueError(f"score is {score!r}, must be one of {', '.join(SCORES)}")
         assert self.bank is not None
         bank, named = (self.bank, None) if trees is None else load_bank(trees)
-        before = self.bank, self.tree, self.policy, self._settings["score"]
-        try:
-            self._settings["score"] = score
-            self._set_bank(bank, tree or named, policy)
-        except (EntmtpError, ValueError):
-            self._settings["score"] = before[3]
-            self._set_bank(*before[:3])
-            raise
+        with self._use:
+            before = self.bank, self.tree, self.policy, self._settings["score"]
+            try:
+                self._settings["score"] = score
+                self._set_bank(bank, tree or named, policy)
+            except (EntmtpError, ValueError):
+                self._settings["score"] = before[3]
+                self._set_bank(*before[:3])
+                raise
 
     @property
     def draft_stats(self) -> DraftStats:
         """What the steps since the last `reset_draft_stats` did."""
-        return self._decoder.stats() if self._decoder else DraftStats()
+        with self._use:
+            return self._decoder.stats() if self._decoder else DraftStats()
 
     def reset_draft_stats(self) -> None:
         """Start counting anew."""
-        if self._decoder:
-            self._decoder.reset_stats()
+        with self._use:
+            if self._decoder:
+                self._decoder.reset_stats()
 
     def cancel(self) -> None:
         """Stop the running generation within one pass of the model, from any thread. What was generated stays."""

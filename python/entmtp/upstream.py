@@ -46,7 +46,6 @@ STOPPED = (b"compute status: 1\n", b"failed with error 1\n")
 # at that at once could leave them there
 _loading = threading.Lock()
 
-
 _shown = False  # the last message
 
 
@@ -186,9 +185,15 @@ def check_request(llm: Upstream, settings: dict[str, Any]) -> None:
     form = settings.get("response_format") or {}
     if form.get("type") == "json_object" and form.get("schema") is not None:
         grammar_of_schema(form["schema"])
+    functions = {}
+    for tool in settings.get("tools") or []:
+        function = tool.get("function") or {}
+        if not function.get("name"):
+            raise ValueError(f"tools: {tool!r} names no function")
+        functions[function["name"]] = function
     choice = settings.get("tool_choice")
     if isinstance(choice, dict):
-        wanted = choice.get("function", {}).get("name")
-        for tool in settings.get("tools") or []:
-            if tool["function"]["name"] == wanted:
-                grammar_of_schema(tool["function"].get("parameters", {"type": "object"}))
+        wanted = (choice.get("function") or {}).get("name")
+        if wanted not in functions:
+            raise ValueError(f"tool_choice: there is no {wanted!r} in tools")
+        grammar_of_schema(functions[wanted].get("parameters", {"type": "object"}))

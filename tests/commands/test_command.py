@@ -15,6 +15,7 @@ import pytest
 
 import entmtp
 from entmtp.cli import COMMANDS
+from helpers.typed import write_typed
 
 ROOT = Path(__file__).parents[2]
 
@@ -135,6 +136,22 @@ def test_doctor_with_a_model(models: dict[str, Path], tmp_path: Path) -> None:
     assert "4 hydra heads" in checks["heads"]["found"]
     assert "loads with a context of 1024" in checks["model"]["found"]
     assert checks["tuned trees"]["status"] == "note" and "entmtp tune" in checks["tuned trees"]["mend"]
+    assert checks["weights"]["status"] == "ok" and checks["weights"]["found"].endswith(" MB) in panels")
+
+
+def test_doctor_tells_how_weights_are_computed(tmp_path: Path) -> None:
+    """Each way in turn, on files of that type; a split file is counted whole."""
+    slow = str(write_typed(tmp_path / "slow.gguf", "Q3_K"))
+    _, checks = doctor("--model", slow)
+    assert checks["weights"]["status"] == "note" and "Q3_K" in checks["weights"]["found"]
+    assert "row by row" in checks["weights"]["found"] and "Q4_K" in checks["weights"]["mend"]
+    _, checks = doctor("--model", slow, "--kernels", "off")
+    assert "Q3_K (2 MB) by ggml" in checks["weights"]["found"] and "by row" not in checks["weights"]["found"]
+    assert "ggml computes 100% of them" in checks["weights"]["mend"]
+    _, whole = doctor("--model", str(write_typed(tmp_path / "whole.gguf", "Q5_1")))
+    _, split = doctor("--model", str(write_typed(tmp_path / "split.gguf", "Q5_1", per_file=20)))
+    assert len(list(tmp_path.glob("split-*.gguf"))) > 1
+    assert split["weights"] == whole["weights"] and "in panels" in whole["weights"]["found"]
 
 
 def test_doctor_loads_with_the_options(models: dict[str, Path], tmp_path: Path) -> None:

@@ -52,6 +52,21 @@ def test_what_no_answer_can_be_to(llm: Llama) -> None:
         llm("Hello", grammar=LlamaGrammar.from_string("root ::= ("))
 
 
+@pytest.mark.parametrize(
+    ("tools", "words"),
+    [
+        ([{"type": "function"}], "names no function"),
+        ([{"type": "function", "function": {"parameters": {}}}], "names no function"),
+        ([{"type": "function", "function": {"name": "g", "parameters": {}}}], "there is no 'f' in tools"),
+        (None, "there is no 'f' in tools"),
+    ],
+)
+def test_tools_that_are_none(llm: Llama, tools: Any, words: str) -> None:
+    choice: Any = {"type": "function", "function": {"name": "f"}}
+    with pytest.raises(ValueError, match=words):
+        llm.create_chat_completion(QUESTION, tools=tools, tool_choice=choice)
+
+
 @pytest.mark.parametrize("keyword", sorted(UNFOLLOWED))
 def test_keywords_that_no_grammar_follows(llm: Llama, keyword: str) -> None:
     """Each of them is passed over in silence by the converter, or ends in any JSON at all."""

@@ -39,11 +39,14 @@ def _quantise(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     return out
 
 
-def write_typed(path: Path, name: str) -> Path:
-    """The demo base with the matrices of its products in a type; embeddings, which are looked up, stay f16."""
+def write_typed(path: Path, name: str, per_file: int = 0) -> Path:
+    """The demo base with the matrices of its products in a type; embeddings, which are looked up, stay f16.
+
+    With `per_file` it is split into files of as many tensors, and the first is returned.
+    """
     kind = GGMLQuantizationType[name]
     reader = GGUFReader(DEMO)
-    writer = GGUFWriter(path, reader.fields["general.architecture"].contents())
+    writer = GGUFWriter(path, reader.fields["general.architecture"].contents(), split_max_tensors=per_file)
     for key, field in reader.fields.items():
         if key.startswith("GGUF.") or key in ("general.architecture", "general.file_type"):
             continue
@@ -61,4 +64,4 @@ def write_typed(path: Path, name: str) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return min(path.parent.glob(f"{path.stem}*{path.suffix}")) if per_file else path

@@ -277,7 +277,8 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
     yield ok(
         "model", f"{found['name']}, {found['architecture']}, loads with a context of {found['n_ctx']} tokens"
     )
-    yield check_weights(found["weights"])
+    if "weights" in found:
+        yield check_weights(found["weights"])
     if "outputs" in found:
         yield Check("logits", "note" if found["outputs_note"] else "ok", found["outputs"])
     if heads is None:

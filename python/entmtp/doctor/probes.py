@@ -74,13 +74,19 @@ def selftest(n_tokens: int = 48) -> dict[str, Any]:
 
 
 def weights(path: Path) -> list[dict[str, Any]]:
-    """The matrices of a model's products by type and by how the CPU multiplies them, the largest share first."""
+    """The matrices of a model's products by type and by how the CPU multiplies them, the largest share first.
+
+    Args:
+        path: the model, or its first part.
+    """
     import gguf
 
+    from ..models import hub
     from ..native import kernels
 
     found: dict[tuple[str, str], list[int]] = {}
-    tensors = gguf.GGUFReader(path).tensors
+    files = [path.with_name(name) for name in hub.parts(path.name)]
+    tensors = [tensor for file in files for tensor in gguf.GGUFReader(file).tensors]
     tied = all(t.name != "output.weight" for t in tensors)  # the embeddings are the output projection, too
     for tensor in tensors:
         if len(tensor.shape) < 2 or (tensor.name == "token_embd.weight" and not tied):
@@ -109,11 +115,12 @@ def model(arguments: list[str]) -> dict[str, Any]:
     except EntmtpError as e:  # heads are loaded after the model
         return {"heads_error": str(e)}
     result: dict[str, Any] = {
-        "weights": weights(Path(llm.model_path)),
         "name": llm.metadata.get("general.name") or Path(llm.model_path).name,
         "architecture": llm.metadata.get("general.architecture", "?"),
         "n_ctx": llm.n_ctx(),
     }
+    if llm.model_params.n_gpu_layers == 0:
+        result["weights"] = weights(Path(llm.model_path))
     if llm._decoder is not None:
         outputs = llm._decoder.outputs
         result |= {"outputs": str(outputs), "outputs_note": outputs.note}
