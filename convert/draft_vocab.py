@@ -109,12 +109,16 @@ def make_vocab(
 
 def read_text(base: BaseModel, files: Sequence[str | Path]) -> list[int]:
     """The tokens of text files and of the prompts in .jsonl files, by the base model's vocabulary."""
-    from entmtp.common.prompts import read_prompts
+    from entmtp.common.prompts import read_questions
 
     texts: list[str] = []
     for file in map(Path, files):
         try:
-            texts += read_prompts(file) if file.suffix == ".jsonl" else [file.read_text("utf-8")]
+            texts += (
+                [q.text for q in read_questions(file)]
+                if file.suffix == ".jsonl"
+                else [file.read_text("utf-8")]
+            )
         except UnicodeDecodeError as e:
             raise ConvertError(f"{file}: this is no UTF-8 text; give plain text or .jsonl prompts") from e
         except ValueError as e:

@@ -26,10 +26,11 @@ from . import options
 from .common.atomic import atomic_path
 from .common.errors import EntmtpError, UsageError
 from .common.interrupt import ctrl_c_stops
-from .common.prompts import read_items
+from .common.prompts import FORMS, Question, read_questions
 from .common.sampling import add_sampling_options, sampling
 from .llama import Llama
 from .measure.speed import Meter, PlainPass, Speed
+from .models.templates import has_template
 from .options.grammar import grammar
 
 
@@ -62,7 +63,7 @@ class Generator:
         self.plain = PlainPass.of(llm) if args.stats else PlainPass()
 
     def answer(
-        self, prompt: str, stopped: threading.Event, write: Callable[[str], None] | None = None
+        self, question: Question, stopped: threading.Event, write: Callable[[str], None] | None = None
     ) -> Answer:
         """The answer to one prompt; `write` gets it piece by piece.
 
@@ -82,10 +83,10 @@ class Generator:
         stream: Any
         if self.chat:
             head = [{"role": "system", "content": self.system}] if self.system else []
-            messages: Any = [*head, {"role": "user", "content": prompt}]
+            messages: Any = [*head, *question.messages]
             stream = llm.create_chat_completion(messages, **settings)
         else:
-            stream = llm.create_completion(prompt, **settings)
+            stream = llm.create_completion(question.text, **settings)
         parts: list[str] = []
         reason = "length"
         try:
@@ -137,7 +138,7 @@ def one(generator: Generator, prompt: str, args: Namespace) -> int:
 
     with ctrl_c_stops(generator.llm.cancel) as stopped:
         try:
-            answer = generator.answer(prompt, stopped, None if args.outfile else write)
+            answer = generator.answer(Question("", (prompt,)), stopped, None if args.outfile else write)
         except Stopped:
             if not args.outfile:
                 write("\n")
@@ -188,16 +189,16 @@ def settings_of(args: Namespace, model: Path) -> dict[str, Any]:
     return {k: v for k, v in facts.items() if k not in known or v != known[k]}
 
 
-def resume(path: Path, settings: dict[str, Any], items: list[tuple[str, str]]) -> set[str]:
+def resume(path: Path, settings: dict[str, Any], questions: list[Question]) -> set[str]:
     """The ids that a file of answers has already. A half-written last line is cut off.
 
     Args:
-        items: all of the prompts file, even where --limit takes fewer.
+        questions: all of the prompts file, even where --limit takes fewer.
 
     Raises:
         UsageError: the file is something else, or its answers have other settings; the text says which.
     """
-    prompts = dict(items)
+    prompts = {q.id: q.text for q in questions}
     data = path.read_bytes()
     done: set[str] = set()
     keep = 0
@@ -248,17 +249,15 @@ def progress_bar(done: int, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(job)
 
 
-def batch(
-    generator: Generator, items: list[tuple[str, str]], args: Namespace, settings: dict[str, Any]
-) -> int:
+def batch(generator: Generator, questions: list[Question], args: Namespace, settings: dict[str, Any]) -> int:
     """Answer all prompts that have no answer yet."""
     path: Path | None = args.outfile
     done: set[str] = set()
     if path and path.exists() and not args.overwrite:
-        done = resume(path, settings, items)
-    items = items[: args.limit]
-    done &= {name for name, _ in items}
-    todo = [(name, prompt) for name, prompt in items if name not in done]
+        done = resume(path, settings, questions)
+    questions = questions[: args.limit]
+    done &= {q.id for q in questions}
+    todo = [q for q in questions if q.id not in done]
     speeds: list[Speed] = []
     failed = 0
     with contextlib.ExitStack() as stack:
@@ -267,16 +266,16 @@ def batch(
             if path
             else sys.stdout
         )
-        advance = stack.enter_context(progress_bar(len(done), len(items)))
+        advance = stack.enter_context(progress_bar(len(done), len(questions)))
         stopped = stack.enter_context(ctrl_c_stops(generator.llm.cancel))
-        for name, prompt in todo:
-            row: dict[str, Any] = {"id": name, "prompt": prompt}
+        for question in todo:
+            row: dict[str, Any] = {"id": question.id, "prompt": question.text}
             try:
-                answer = generator.answer(prompt, stopped)
+                answer = generator.answer(question, stopped)
             except Stopped:
                 break
             except ValueError as e:  # this prompt is too long; others may not be
-                print(f"entmtp.generate: {name}: {e}", file=sys.stderr)
+                print(f"entmtp.generate: {question.id}: {e}", file=sys.stderr)
                 failed += 1
                 continue
             row |= {"text": answer.text, "finish_reason": answer.finish_reason, "settings": settings}
@@ -288,14 +287,14 @@ def batch(
             advance()
     n = len(done) + len(speeds)
     if stopped.is_set():
-        where = f"{n} of {len(items)} answers are in {path}; the same command goes on from there" if path else (
-            f"{n} of {len(items)} answers were written; with -o FILE a run can be resumed"
+        where = f"{n} of {len(questions)} answers are in {path}; the same command goes on from there" if path else (
+            f"{n} of {len(questions)} answers were written; with -o FILE a run can be resumed"
         )  # fmt: skip
         print(f"entmtp.generate: stopped: {where}", file=sys.stderr)
         return 130
     if path:
         had = f", {len(done)} of them from before" if done else ""
-        print(f"{n} of {len(items)} answers in {path}{had}", file=sys.stderr)
+        print(f"{n} of {len(questions)} answers in {path}{had}", file=sys.stderr)
     if args.stats and speeds:
         print(summary(speeds), file=sys.stderr)
     return 1 if failed else 0
@@ -324,20 +323,21 @@ def summary(speeds: list[Speed]) -> str:
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m entmtp.generate",
-        description="Go on with a prompt, or answer a file of prompts.",
-        epilog="examples: python -m entmtp.generate 'def fibonacci(n):' --stats; "
-        "python -m entmtp.generate -m model.gguf --prompts questions.jsonl --chat -o answers.jsonl. "
+        description="Answer a question, or a file of them. A model without a chat template goes on with the text.",
+        epilog="examples: python -m entmtp.generate -m model.gguf 'Why is the sky blue?' --stats; "
+        "python -m entmtp.generate -m model.gguf --raw 'def fibonacci(n):'; "
+        "python -m entmtp.generate -m model.gguf --prompts questions.jsonl -o answers.jsonl. "
         "Without a prompt it is read from stdin. A batch that was stopped goes on when the same command is given "
         "again.",
     )
-    parser.add_argument("text", nargs="?", metavar="PROMPT", help="text to go on with")
+    parser.add_argument("text", nargs="?", metavar="PROMPT", help="question, or text to go on with")
     parser.add_argument("-p", "--prompt", help="the same, as an option")
     parser.add_argument("-f", "--file", type=Path, help="file with the prompt; - for stdin")
     parser.add_argument(
         "--prompts",
         type=Path,
         metavar="JSONL",
-        help="a prompt per line: objects with a field prompt, and an id if any",
+        help=f"a question per line: objects with {FORMS}, and an id if any",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts of --prompts")
     parser.add_argument(
@@ -350,12 +350,15 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--stats", action="store_true", help="figures on stderr, and with every answer of a batch"
     )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--chat", action="store_true",
+        help="the prompt is a question: put it into the model's chat template (default where the model has one)",
+    )  # fmt: skip
+    how.add_argument("--raw", action="store_true", help="the prompt is text to go on with")
+    parser.add_argument("--system", metavar="TEXT", help="system message, in a chat template")
     parser.add_argument(
-        "--chat", action="store_true", help="the prompt is a question: put it into the model's chat template"
-    )
-    parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
-    parser.add_argument(
-        "-n", "--tokens", type=int, default=256, metavar="N",
+        "-n", "--tokens", "--max-tokens", "--n-predict", type=int, default=256, metavar="N",
         help="most tokens of an answer, 0 for as many as fit (default: 256)",
     )  # fmt: skip
     parser.add_argument(
@@ -387,8 +390,8 @@ def check(args: Namespace) -> None:
         )
     if args.limit is not None and args.prompts is None:
         raise UsageError("--limit is for --prompts")
-    if args.system and not args.chat:
-        raise UsageError("--system needs --chat")
+    if args.system and args.raw:
+        raise UsageError("--system has no place with --raw")
     if args.tokens < 0:
         raise UsageError(f"--tokens is {args.tokens}, it must be 0 or more")
 
@@ -400,9 +403,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         check(args)
-        items = read_items(args.prompts) if args.prompts else []
-        if len(dict(items)) < len(items):
-            names = [name for name, _ in items]
+        questions = read_questions(args.prompts) if args.prompts else []
+        names = [q.id for q in questions]
+        if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise UsageError(
                 f"{args.prompts}: two prompts have the id {twice}; answers could not be told apart"
@@ -411,9 +414,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.outfile and not args.outfile.absolute().parent.is_dir():
             raise UsageError(f"{args.outfile}: there is no folder {args.outfile.parent}")
         with contextlib.closing(options.load(args)) as llm:
+            args.chat = args.chat or (has_template(llm) and not args.raw)
+            if args.system and not args.chat:
+                raise UsageError("--system needs a model with a chat template, or --chat")
             generator = Generator(llm, args)
             if args.prompts:
-                return batch(generator, items, args, settings_of(args, Path(llm.model_path)))
+                return batch(generator, questions, args, settings_of(args, Path(llm.model_path)))
             return one(generator, prompt, args)
     except UsageError as e:
         print(f"entmtp.generate: {e}", file=sys.stderr)

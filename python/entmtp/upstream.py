@@ -110,6 +110,11 @@ class Upstream(llama_cpp.Llama):
         return bool(self._logits_all)
 
     @property
+    def _scores(self) -> npt.NDArray[np.single]:
+        """Rows of logits up to the last token; its last row is read even where there is none."""
+        return self.scores[: max(self.n_tokens, 1)]
+
+    @property
     def vocab_size(self) -> int:
         """Width of a row of logits."""
         return int(self._n_vocab)
@@ -117,6 +122,10 @@ class Upstream(llama_cpp.Llama):
     def create_completion(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         """As `llama_cpp.Llama.create_completion`; what it would pass over in silence is a ValueError."""
         check_request(self, kwargs)
+        if stops := kwargs.get(
+            "stopping_criteria"
+        ):  # asked also where an answer was cancelled before its first token
+            kwargs["stopping_criteria"] = lambda tokens, logits: len(tokens) > 0 and stops(tokens, logits)
         return super().create_completion(prompt, *args, **kwargs)
 
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:

@@ -12,8 +12,10 @@ import pytest
 from entmtp import Llama
 from entmtp.common.errors import ModelError
 from entmtp.convert import convert
+from entmtp.models import beside
+from entmtp.models.assets import assets
 from entmtp.models.base import context_length
-from entmtp.models.beside import find_heads
+from entmtp.models.beside import find_heads, heads_keys
 from entmtp.models.names import resolve
 from entmtp.options.demo import demo_files
 from helpers.checkpoints import medusa_config, medusa_state, tiny_base, write_checkpoint
@@ -58,6 +60,34 @@ def test_only_heads_that_fit(folder: Path, models: dict[str, Path]) -> None:
     assert find_heads(folder / "model.gguf", never) == mine
     assert find_heads(folder / "broken.gguf", never) is None
     assert find_heads(folder / "no-such.gguf", never) is None
+
+
+def test_bundled_heads_are_for_their_model(
+    folder: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the very name, and after those beside the model."""
+    bundled = folder / "assets" / "heads"
+    bundled.mkdir(parents=True)
+    monkeypatch.setattr(beside, "assets", lambda: folder / "assets")
+    foreign = renamed(models["hydra"], bundled / "foreign.gguf", "Another 7B")
+    assert find_heads(folder / "model.gguf", never) is None
+    own = Path(shutil.copy(models["hydra"], bundled / "own.gguf"))
+    assert find_heads(folder / "model.gguf", never) == own
+    foreign.unlink()
+    mine = Path(shutil.copy(models["medusa"], folder / "mine.gguf"))
+    assert find_heads(folder / "model.gguf", never) == mine
+
+
+def test_the_bundled_heads() -> None:
+    """Files that are what docs/train.md says of them."""
+    [path] = (assets() / "heads").glob("*.gguf")
+    keys = heads_keys(path)
+    assert keys is not None and path.stat().st_size < 12e6
+    assert (
+        keys["entmtp.base.name"] == "Smollm2 135M 8k Lc100K Mix1 Ep2"
+        and keys["hydra.embedding_length"] == 576
+    )
+    assert keys["entmtp.train.chain"] > 1.6
 
 
 def test_from_inside_the_folder(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from entmtp.common.prompts import read_items
+from entmtp.common.prompts import Question, read_questions
 from entmtp.generate import UsageError, main, resume
 
 PROMPT = "Question: Tom has 12 boxes with 8 apples each. How many apples does he have?\nAnswer:"
@@ -150,7 +150,7 @@ def test_a_lossy_batch_is_another(generate: Run, prompts: Path, tmp_path: Path) 
         assert status == 2 and "other settings" in err
     out.unlink()
     assert generate(*options, "--trees", "generic-hydra:n4", "--no-adapt", "--outputs", "rows")[0] == 0
-    assert answers(out)[0]["settings"].keys() == {"model", "tokens"}
+    assert answers(out)[0]["settings"].keys() == {"model", "tokens", "chat"}
 
 
 def test_ctrl_c_keeps_what_is_done(demo_cache: Path, prompts: Path, tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_prompt_too_long_stops_no_batch(generate: Run, tmp_path: Path) -> None
 def test_mistakes(generate: Run, prompts: Path, tmp_path: Path) -> None:
     for options, status, said in [
         (("a", "--prompt", "b"), 2, "PROMPT and --prompt are given"),
-        (("a", "--system", "b"), 2, "--system needs --chat"),
+        (("a", "--system", "b", "--raw"), 2, "--system has no place with --raw"),
         (("a", "--limit", 3), 2, "--limit"),
         (("a", "-n", -1), 2, "--tokens"),
         (("-f", tmp_path / "none"), 1, "none: No such file"),
@@ -207,7 +207,7 @@ def test_mistakes(generate: Run, prompts: Path, tmp_path: Path) -> None:
 
 def test_resume_reads_only_its_own_files(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    items = [("1", "a"), ("2", "b")]
+    items = [Question("1", ("a",)), Question("2", ("b",))]
     good = json.dumps({"id": "1", "prompt": "a", "text": "", "settings": {}}) + "\n"
     for data in (b"", b"{", b'{"id"', good.encode(), good.encode() + b'{"id": "2", "pro'):
         path.write_bytes(data)
@@ -234,8 +234,32 @@ def test_prompt_files(tmp_path: Path) -> None:
         '{"id": "x", "prompt": "e"}',
     ]
     path.write_text("\n".join(lines), "utf-8")
-    assert read_items(path) == [("1", "a\u2028b"), ("7", "c"), ("x", "e")]
-    for text in ("", "{}", "3", '{"prompt": 3}', "no"):
+    found = read_questions(path)
+    assert [(q.id, q.turns) for q in found] == [("1", ("a\u2028b",)), ("7", ("c", "d")), ("x", ("e",))]
+    said = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+    again = {"role": "user", "content": "c"}
+    path.write_text(json.dumps({"messages": [*said, again]}) + "\n" + json.dumps({"messages": said}) + "\n")
+    assert [q.messages for q in read_questions(path)] == [[*said, again], said[:2]]
+    bad = (
+        "",
+        "{}",
+        "3",
+        '{"prompt": 3}',
+        "no",
+        '{"messages": []}',
+        '{"turns": [1]}',
+        '{"turns": []}',
+        '{"turns": "a"}',
+    )
+    for text in (
+        *bad,
+        '{"messages": [{"role": "user"}]}',
+        '{"messages": [{"role": "system", "content": "a"}]}',
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"p\.jsonl"):
-            read_items(path)
+            read_questions(path)

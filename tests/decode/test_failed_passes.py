@@ -81,6 +81,19 @@ def test_a_stop_in_the_answer_then_the_same_prompt(llm: Llama) -> None:
     assert first(llm, prompt) == expected
 
 
+def test_a_chat_that_is_stopped_before_its_first_token(llm: Llama) -> None:
+    """With a template's own ends of text, which are asked for after the last token: there is none."""
+    stop = Stop(llm)
+    llm.reset()
+    stop.arm(0)
+    messages = [{"role": "user", "content": "How many apples are in 3 boxes of 4 apples?"}]
+    stopped = llm.create_chat_completion(messages, max_tokens=8, temperature=0.0)
+    assert stopped["choices"][0]["message"]["content"] == ""
+    stop.arm(-1)
+    whole = llm.create_chat_completion(messages, max_tokens=8, temperature=0.0)
+    assert whole["choices"][0]["message"]["content"]
+
+
 def test_full_context_then_what_fits(llm: Llama) -> None:
     prompt = llm.tokenize(b"def add(a, b):\n    return")
     expected = first(llm, prompt)

@@ -30,15 +30,16 @@ TEMPS = (0.0, 0.8)
 COSTS = relative({1: 1.0, 2: 1.05, 4: 1.15, 8: 1.5, 16: 2.6, 64: 9.0}, [0, 0.03, 0.06, 0.09, 0.12])
 
 
-def texts() -> list[tuple[str, str]]:
-    return [(f"task{i % 2}", p) for i, p in enumerate(prompts()[::24])]
+def asked(llm: Llama, texts: list[str]) -> list[tuple[str, list[int]]]:
+    """Task and tokens of each text."""
+    return [(f"task{i % 2}", llm.tokenize(text.encode())) for i, text in enumerate(texts)]
 
 
 @pytest.fixture(scope="module", params=["medusa", "hydra"])
 def traced(request: pytest.FixtureRequest, load: Callable[..., Llama]) -> tuple[Llama, Traces]:
     llm = load(heads=request.param)
     llm.set_trees(Bank("off", (PLAIN,)), policy="off")
-    return llm, record(llm, texts(), temps=TEMPS, n_tokens=N_TOKENS)
+    return llm, record(llm, asked(llm, prompts()[::24]), temps=TEMPS, n_tokens=N_TOKENS)
 
 
 def bank_of(llm: Llama, traces: Traces) -> Bank:
@@ -64,7 +65,7 @@ def live(llm: Llama, bank: Bank, policy: str, static_tree: int = 0, **settings: 
     llm.reset()
     llm._decoder.set_bank(bank, policy, static_tree, **settings)
     llm.reset_draft_stats()
-    for i, (_, text) in enumerate(texts()):
+    for i, text in enumerate(prompts()[::24]):
         prompt = llm.tokenize(text.encode(), add_bos=True, special=True)
         for temp in TEMPS:
             llm.reset()
@@ -113,7 +114,7 @@ def test_ranks_are_those_of_the_heads_logits(traced: tuple[Llama, Traces]) -> No
     """Independent of the top-k graphs: full logits of each head, sorted by numpy."""
     llm, traces = traced
     assert llm._heads is not None and llm._decoder is not None
-    prompt = llm.tokenize(texts()[0][1].encode(), add_bos=True, special=True)
+    prompt = llm.tokenize(prompts()[0].encode(), add_bos=True, special=True)
     llm.set_trees(Bank("off", (PLAIN,)), policy="off")
     llm.reset()
     llm.set_seed(0)
@@ -208,7 +209,7 @@ def test_an_interrupted_recording_goes_on(load: Callable[..., Llama], tmp_path: 
     llm = load(heads="medusa")
     llm.set_trees(Bank("off", (PLAIN,)), policy="off")
     path = tmp_path / "t.npz"
-    many = [("t", p) for p in prompts()[:10]]
+    many = [("t", tokens) for _, tokens in asked(llm, prompts()[:10])]
     expected = record(llm, many, temps=(0.8,), n_tokens=8, top_k=30)
 
     class Stop(Exception):

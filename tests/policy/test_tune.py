@@ -12,7 +12,7 @@ import pytest
 
 from entmtp import Bank, Llama
 from entmtp.bank.traces import Traces
-from entmtp.common.prompts import read_prompts
+from entmtp.common.prompts import read_questions
 from entmtp.measure.replay import replay
 from entmtp.tune.cli import main
 from helpers.settings import N_THREADS
@@ -189,5 +189,5 @@ def test_without_arguments_usage_is_shown(capsys: pytest.CaptureFixture[str]) ->
 def test_prompt_files(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a"}\n\n{"turns": ["b", "c"]}\n')
-    assert read_prompts(path) == ["a", "b"]
-    assert read_prompts(path, 1) == ["a"]
+    assert [q.turns for q in read_questions(path)] == [("a",), ("b", "c")]
+    assert [q.text for q in read_questions(path, 1)] == ["a"]

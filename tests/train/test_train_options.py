@@ -19,6 +19,7 @@ FLAGS = {
     "--draft-vocab": ("draft_vocab", "100", 100), "--share-lm-head": ("share_lm_head", None, True),
     "--data": ("data", "a.txt", ("a.txt",)), "--tokens": ("n_tokens", "500k", 500_000),
     "--seq-len": ("seq_len", "64", 64), "--own": ("own", "0.5", 0.5), "--temps": ("temps", "0,1", (0.0, 1.0)),
+    "--raw": ("raw", None, True), "--made-up": ("made_up", "0.25", 0.25),
     "--held-out": ("n_held_out", "6", 6), "--epochs": ("epochs", "1.5", 1.5),
     "--batch-tokens": ("batch_tokens", "300", 300), "--lr": ("lr", "0.01", 0.01),
     "--schedule": ("schedule", "linear", "linear"), "--weight-decay": ("weight_decay", "0", 0.0),

@@ -22,14 +22,18 @@ from entmtp.measure.search import expected, node_probabilities  # noqa: E402
 from entmtp.native.heads import Heads  # noqa: E402
 from entmtp.train import heads as train_heads  # noqa: E402
 from entmtp.train import loss as train_loss  # noqa: E402
-from entmtp.train import text as train_text  # noqa: E402
+from entmtp.train import writing  # noqa: E402
 from entmtp.train.base import Base, read_matrices  # noqa: E402
+from entmtp.train.data import Data, read_data  # noqa: E402
 from entmtp.train.evaluation import Teacher, acceptance, ranks_of  # noqa: E402
 from entmtp.train.export import export, rounded  # noqa: E402
 from entmtp.train.heads import Shape, before_projection, initial, prefix_layer  # noqa: E402
+from entmtp.train.jobs import Job, plan_jobs  # noqa: E402
 from entmtp.train.loop import Trainer  # noqa: E402
 from entmtp.train.options import Settings  # noqa: E402
-from entmtp.train.states import Layout, record  # noqa: E402
+from entmtp.train.rows import rows_of  # noqa: E402
+from entmtp.train.states import Layout, States, Store, Texts  # noqa: E402
+from entmtp.train.text import gather  # noqa: E402
 from helpers.heads_reference import hydra_logits, medusa_logits, prefix_forward  # noqa: E402
 from helpers.models import model_path  # noqa: E402
 
@@ -185,28 +189,34 @@ def test_heads_begin_as_the_base(arch: str) -> None:
 #
 
 
-@pytest.mark.parametrize("kept", [None, [3, 9, 10, 11, 40, 41, 42, 100, 319]])
-def test_teacher_against_the_model(base: Base, tmp_path: Path, kept: list[int] | None) -> None:
-    """Hidden states and distributions are those of plain decoding with the same file."""
+def stored(folder: Path, base: Base, jobs: Iterator[Job], n_tokens: int, k: int = 8) -> tuple[Texts, States]:
+    """Texts and states of so many tokens."""
+    with contextlib.closing(Store(folder, Layout(n_tokens + SEQ_LEN, base.n_embd, k))) as store:
+        gather(base, jobs, n_tokens, store, 3, lambda n: None)
+        return store.opened()
+
+
+def test_teacher_against_the_model(base: Base, tmp_path: Path) -> None:
+    """Hidden states and distributions are those of plain decoding with the same file: of documents, which are read, and
+    of what is written side by side."""
     rng = np.random.default_rng(0)
-    lengths = [SEQ_LEN, 20, 1, 33]
-    tokens = rng.integers(0, base.n_vocab, sum(lengths)).astype(np.int32)
-    texts = train_text.Texts(tokens, np.array(lengths), np.array(lengths), np.zeros(4, bool))
-    layout = Layout(len(tokens), base.n_embd, 4)
-    states = record(base, texts, layout, tmp_path, kept, lambda n: None)
+    given = [tuple(map(int, rng.integers(0, base.n_vocab, n))) for n in (SEQ_LEN, 20, 8, 33, 9, 12)]
+    temps = (None, None, None, None, 0.0, 1.0)
+    jobs = [Job(tokens, temp, False) for tokens, temp in zip(given, temps, strict=True)]
+    texts, states = stored(tmp_path, base, iter(jobs), 10000, 4)
+    assert texts.lengths[:4].tolist() == texts.given[:4].tolist() == [SEQ_LEN, 20, 8, 33]
+    assert len(texts.lengths) == 6 and all(texts.lengths[4:] > texts.given[4:])
     _, output = read_matrices(Path(base.llm.model_path))
     with opened(
         base.llm.model_path, n_ctx=128, n_threads=1, n_threads_batch=1, verbose=False, logits_all=True
     ) as llm:
-        start = 0
-        for length in lengths:
-            part = slice(start, start + length)
+        for start, length in zip(texts.starts, texts.lengths, strict=False):
+            part = slice(int(start), int(start + length))
             llm.reset()
-            llm.eval(tokens[part].tolist())
+            llm.eval(texts.tokens[part].tolist())
             logits = llm.scores[:length].astype(np.float64)
             p = np.exp(logits - logits.max(1, keepdims=True))
             p /= p.sum(1, keepdims=True)
-            p = p if kept is None else p[:, kept]
             order = np.argsort(-p, axis=1)[:, :4]
             assert np.array_equal(np.take_along_axis(p, states.ids[part], 1), np.take_along_axis(p, order, 1))
             np.testing.assert_allclose(states.p[part, :4], np.take_along_axis(p, order, 1), rtol=2e-3)
@@ -214,22 +224,43 @@ def test_teacher_against_the_model(base: Base, tmp_path: Path, kept: list[int] |
             np.testing.assert_allclose(states.p[part, 4], rest, rtol=2e-3)
             # the hidden state is the input of the LM head
             np.testing.assert_allclose(states.hidden[part].astype(np.float32) @ output.T, logits, atol=0.05)
-            start += length
 
 
-def test_states_go_on_where_they_stopped(base: Base, tmp_path: Path) -> None:
-    rng = np.random.default_rng(1)
-    tokens = rng.integers(0, base.n_vocab, 3 * SEQ_LEN).astype(np.int32)
-    texts = train_text.Texts(tokens, np.full(3, SEQ_LEN), np.full(3, SEQ_LEN), np.zeros(3, bool))
-    layout = Layout(len(tokens), base.n_embd, 4)
-    whole = record(base, texts, layout, tmp_path, None, lambda n: None)
-    hidden = np.array(whole.hidden)
-    with open(tmp_path / "states.hidden", "r+b") as file:  # the second and third sequence are lost
-        file.seek(SEQ_LEN * base.n_embd * 2)
-        file.write(b"\0" * (2 * SEQ_LEN * base.n_embd * 2))
-    (tmp_path / "states.json").write_text(json.dumps({"sequences": 1}))
-    again = record(base, texts, layout, tmp_path, None, lambda n: None)
-    assert np.array_equal(again.hidden, hidden)
+@pytest.mark.parametrize("n_vocab", [5, 64, 320, 1000, 49152])
+def test_most_probable_tokens(n_vocab: int) -> None:
+    """The blocks that are looked through hold all of them, also where logits are equal."""
+    rng = np.random.default_rng(n_vocab)
+    logits = rng.normal(0, 3, (11, n_vocab)).astype(np.float32)
+    logits[3] = np.round(logits[3])
+    logits[4, :] = 1.5
+    k = min(8, n_vocab)
+    rows = rows_of(np.zeros((11, 4), np.float32), logits.copy(), k)
+    z = logits.astype(np.float64)
+    p = np.exp(z - z.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    for row in range(11):
+        order = np.argsort(-logits[row], kind="stable")[:k]
+        assert np.array_equal(logits[row, rows.ids[row]], logits[row, order])
+        assert len(set(rows.ids[row])) == k
+        np.testing.assert_allclose(rows.p[row, :k], p[row, rows.ids[row]], rtol=1e-4)
+        np.testing.assert_allclose(rows.p[row, k], 1 - p[row, rows.ids[row]].sum(), atol=1e-4)
+
+
+def test_rows_behind_the_last_shard_are_written_over(base: Base, tmp_path: Path) -> None:
+    """A killed run leaves rows that no shard tells of; the run after it ends with the same text and states."""
+
+    def jobs() -> Iterator[Job]:
+        return plan_jobs(Data((), ()), base, 2000, 2, (0.0, 1.0), 0.5, 0.0, 3, False)
+
+    texts, states = stored(tmp_path, base, jobs(), 2000)
+    whole = {name: np.array(getattr(states, name)) for name in ("hidden", "ids", "p")}
+    for path in tmp_path.glob("text-*.npz"):
+        path.unlink()
+    with open(tmp_path / "states.hidden", "r+b") as file:
+        file.write(b"\x55" * 4096)
+    again, states = stored(tmp_path, base, jobs(), 2000)
+    assert np.array_equal(again.tokens, texts.tokens)
+    assert all(np.array_equal(getattr(states, name), whole[name]) for name in whole)
 
 
 #
@@ -240,10 +271,11 @@ def test_states_go_on_where_they_stopped(base: Base, tmp_path: Path) -> None:
 def test_written_text_is_the_models_own(base: Base) -> None:
     """Side by side and at temperature 0: what plain greedy decoding writes."""
     rng = np.random.default_rng(2)
-    jobs = [train_text.Job(tuple(map(int, rng.integers(0, 256, 8 + i))), 0.0, False) for i in range(6)]
+    jobs = [Job(tuple(map(int, rng.integers(0, 256, 8 + i))), 0.0, False) for i in range(6)]
     with opened(base.llm.model_path, n_ctx=128, n_threads=1, n_threads_batch=1, verbose=False) as llm:
         seen = 0
-        for index, job, tokens in train_text.write(base, iter(jobs), 0, 0):
+        for index, job, tokens, n_given, rows in writing.write(base, iter(jobs), 0, 0, 4):
+            assert n_given == len(job.tokens) and len(rows.ids) == len(tokens)
             plain = list(job.tokens)
             for token in llm.generate(job.tokens, temp=0.0):
                 plain.append(token)
@@ -256,40 +288,54 @@ def test_written_text_is_the_models_own(base: Base) -> None:
 
 
 def test_written_text_does_not_depend_on_its_neighbours(base: Base) -> None:
-    jobs = [train_text.Job((5, i + 1), 1.0, False) for i in range(12)]
-    together = {i: tokens for i, _, tokens in train_text.write(base, iter(jobs), 0, 7)}
-    late = {i: tokens for i, _, tokens in train_text.write(base, iter(jobs[8:]), 8, 7)}
+    jobs = [Job((5, i + 1), 1.0, False) for i in range(12)]
+    together = {w.number: w.tokens for w in writing.write(base, iter(jobs), 0, 7, 4)}
+    late = {w.number: w.tokens for w in writing.write(base, iter(jobs[8:]), 8, 7, 4)}
     assert late == {i: together[i] for i in range(8, 12)}
-    other = {i: tokens for i, _, tokens in train_text.write(base, iter(jobs), 0, 8)}
+    other = {w.number: w.tokens for w in writing.write(base, iter(jobs), 0, 8, 4)}
     assert other != together
 
 
-def test_draws_follow_the_distribution() -> None:
-    logits = np.log(np.array([[0.5, 0.25, 0.125, 0.125]], dtype=np.float32))
+@pytest.mark.parametrize("top", [[0], [0, 1], [0, 1, 2, 3]])
+def test_draws_follow_the_distribution(top: list[int]) -> None:
+    """However many of the tokens are laid out first."""
+    logits = np.log(np.array([0.5, 0.25, 0.125, 0.125], dtype=np.float32))
     counts = np.zeros(4)
     for i in range(4000):
-        slot = train_text._Slot(train_text.Job((1, 2), 1.0, False), i, [1, 2])
-        counts[train_text._draw(logits.copy(), [slot], 0)[0]] += 1
+        u = writing.uniform(0, i, 2)
+        counts[writing.draw(logits, np.array(top, np.int32), 1.0, u)] += 1
     np.testing.assert_allclose(counts / 4000, [0.5, 0.25, 0.125, 0.125], atol=0.03)
+    assert writing.draw(logits, np.array(top, np.int32), 0.0, 0.99) == 0
+
+
+def test_a_model_asks_itself(base: Base) -> None:
+    """The question ends at an end of text or when it is long, then comes what stands between it and the answer."""
+    closing = (7, 8, 9)
+    for w in writing.write(base, iter([Job((5, 6), 0.8, False, closing)] * 6), 0, 1, 4):
+        if w.n_given == len(w.tokens) == SEQ_LEN:  # no room for an answer
+            continue
+        at = w.n_given - len(closing)
+        assert tuple(w.tokens[at : w.n_given]) == closing
+        assert not base.eog & set(w.tokens[2:at])
 
 
 def test_loops_are_found() -> None:
-    assert train_text._loops([1, 2, 3] * 16)
-    assert train_text._loops([9, 8, *([7] * 54)])
-    assert not train_text._loops(list(range(48)))
-    assert not train_text._loops([1, 2, 3] * 15)  # too short to say
+    assert writing.loops([1, 2, 3] * 16)
+    assert writing.loops([9, 8, *([7] * 54)])
+    assert not writing.loops(list(range(48)))
+    assert not writing.loops([1, 2, 3] * 15)  # too short to say
 
 
 def test_gather_goes_on_and_drops_copies(base: Base, tmp_path: Path) -> None:
-    data = train_text.Data(tuple(f"the text number {i} " * 6 for i in range(8)), ())
+    data = Data(tuple(f"the text number {i} " * 6 for i in range(8)), ())
 
-    def jobs() -> Iterator[train_text.Job]:
-        return train_text.plan_jobs(data, base, 2000, 2, (0.0, 1.0), 0.5, 3)
+    def jobs() -> Iterator[Job]:
+        return plan_jobs(data, base, 2000, 2, (0.0, 1.0), 0.5, 0.0, 3, False)
 
-    whole = train_text.gather(base, jobs(), 2000, tmp_path, 3, lambda n: None)
-    again = train_text.gather(base, jobs(), 2000, tmp_path, 3, lambda n: None)
+    whole, _ = stored(tmp_path, base, jobs(), 2000)
+    again, _ = stored(tmp_path, base, jobs(), 2000)
     assert np.array_equal(whole.tokens, again.tokens)
-    more = train_text.gather(base, jobs(), 3000, tmp_path, 3, lambda n: None)
+    more, _ = stored(tmp_path, base, jobs(), 3000)
     assert np.array_equal(more.tokens[: len(whole.tokens)], whole.tokens)
     assert len(more.tokens) >= 3000
     copies = [more[i].tobytes() for i in range(len(more.lengths))]
@@ -306,7 +352,7 @@ def test_gather_goes_on_and_drops_copies(base: Base, tmp_path: Path) -> None:
     [
         ("a.txt", b"", "there is no text in it"),
         ("a.txt", b"\xff\xfe\x00", "no UTF-8 text"),
-        ("a.jsonl", b'{"prompt": 3}', "line 1: expected a JSON object with a text field"),
+        ("a.jsonl", b'{"prompt": 3}', "line 1: expected a JSON object with text"),
         ("a.jsonl", b'{"text": "fine"}\n[1]', "line 2"),
         ("a.jsonl", b"{", "line 1"),
         ("a.jsonl", b'{"turns": []}', "line 1"),
@@ -315,7 +361,7 @@ def test_gather_goes_on_and_drops_copies(base: Base, tmp_path: Path) -> None:
 def test_bad_data(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelError, match=said):
-        train_text.read_data([str(tmp_path / name)])
+        read_data([str(tmp_path / name)])
 
 
 def test_a_folder_of_data(tmp_path: Path) -> None:
@@ -324,11 +370,14 @@ def test_a_folder_of_data(tmp_path: Path) -> None:
     (tmp_path / "inner" / "b.py").write_text("two")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\xff")
     (tmp_path / "p.jsonl").write_text('{"prompt": "three"}\n\n{"turns": ["four", "x"]}\n{"text": "five"}\n')
-    data = train_text.read_data([str(tmp_path / "inner"), str(tmp_path / "p.jsonl")])
-    assert data == train_text.Data(("two", "five"), ("three", "four"))
-    assert set(train_text.read_data([str(tmp_path)]).documents) >= {"one", "two"}
+    data = read_data([str(tmp_path / "inner"), str(tmp_path / "p.jsonl")])
+    assert data.documents == ("two", "five") and [q.turns for q in data.prompts] == [
+        ("three",),
+        ("four", "x"),
+    ]
+    assert set(read_data([str(tmp_path)]).documents) >= {"one", "two"}
     with pytest.raises(ModelError, match="no such file or folder"):
-        train_text.read_data([str(tmp_path / "missing")])
+        read_data([str(tmp_path / "missing")])
 
 
 #
@@ -340,9 +389,8 @@ def test_a_folder_of_data(tmp_path: Path) -> None:
 def prepared(base: Base, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Teacher]:
     """Texts, states and teacher of the tiny model."""
     folder = tmp_path_factory.mktemp("work")
-    jobs = train_text.plan_jobs(train_text.Data((), ()), base, 4000, 6, (0.0, 1.0), 0.5, 0)
-    texts = train_text.gather(base, jobs, 4000, folder, 0, lambda n: None)
-    states = record(base, texts, Layout(len(texts.tokens), base.n_embd, 8), folder, None, lambda n: None)
+    jobs = plan_jobs(Data((), ()), base, 4000, 6, (0.0, 1.0), 0.5, 0.0, 0, False)
+    texts, states = stored(folder, base, jobs, 4000)
     embedding, output = map(torch.from_numpy, read_matrices(Path(base.llm.model_path)))
     return texts, states, Teacher(embedding, output, None)
 

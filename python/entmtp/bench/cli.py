@@ -26,6 +26,7 @@ from .inputs import context_lengths, some_of
 SHAPE = f"random weights by shape ({', '.join(SHAPES)}) and type ({', '.join(QUANTS)}), as 1b:q4_k"
 OPTIONS: dict[str, dict[str, Any]] = {
     "--prompts": {"nargs": "+", "metavar": "JSONL", "help": "files of prompts, one task each"},
+    "--raw": {"action": "store_true", "help": "prompts are text to go on with: no chat template"},
     "--limit": {"type": int, "metavar": "N", "help": "prompts of each task, at most"},
     "--tokens": {"type": int, "metavar": "N", "help": "tokens of an answer, at most"},
     "--temp --temps": {"type": float, "nargs": "+", "metavar": "T", "help": "temperatures"},
@@ -73,7 +74,14 @@ def plot(args: argparse.Namespace, report: dict[str, Any]) -> Iterator[str]:
     yield f"wrote {drawn}"
 
 
-ANSWERS = {"--prompts": ..., "--limit": 10, "--tokens": 200, "--temp --temps": [0.0, 0.8], "--rounds": 1}
+ANSWERS = {
+    "--prompts": ...,
+    "--raw": False,
+    "--limit": 10,
+    "--tokens": 200,
+    "--temp --temps": [0.0, 0.8],
+    "--rounds": 1,
+}
 COMMANDS = {
     "run": Command(
         run.run, "llama-cpp-python, our plain loop, static trees and EntMTP side by side",
@@ -149,7 +157,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
                              help="write the figures, beside them their tables as Markdown, and a picture")  # fmt: skip
         for option, default in command.options.items():
             how = dict(OPTIONS[option])
-            if default not in (None, [], ...):
+            if default not in (None, [], ..., False):
                 words = re.sub(r"[\[\]',]", "", str(default))
                 how["help"] += f" (default: {words})"
             if option.startswith("-"):

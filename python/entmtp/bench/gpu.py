@@ -137,7 +137,8 @@ def demo_traces(args: Namespace) -> Traces:
     chosen = [item for task in tasks for item in [i for i in items if i[0] == task][:each]]
     demo = changed(args, model=DEMO, heads=None, n_gpu_layers=0, rpc=None, ctx=None)
     with closing(load(demo, policy="off", calibrate=False)) as llm:
-        return record(llm, chosen, temps=(0.0,), n_tokens=args.tokens)
+        asked = [(task, llm.tokenize(text.encode())) for task, text in chosen]
+        return record(llm, asked, temps=(0.0,), n_tokens=args.tokens)
 
 
 def from_shares(shares: Sequence[float], costs: Costs) -> dict[str, float]:

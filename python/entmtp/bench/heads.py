@@ -29,11 +29,11 @@ from ..measure.compare import Comparison, remark
 from ..measure.fitting import fit
 from ..measure.rollouts import record
 from ..measure.timing import measure, measure_rest
-from ..measure.turns import Advance, answering, in_turn
+from ..measure.turns import Advance, Prompt, answering, in_turn
 from ..models.base import read_base
 from ..options import load
 from ..report.tables import figure, spread, table
-from .inputs import changed, flat, load_plain, model_of, prompt_of, read_tasks
+from .inputs import asked_of, changed, flat, load_plain, model_of, read_tasks
 
 TYPES = ("f16", "q8_0", "q4_0", "q4_k")
 # form of the heads: with a draft vocabulary, sharing the base's projection
@@ -77,13 +77,13 @@ def time_drafts(llm: Llama, curve: Costs | None, n_rounds: int) -> Costs:
 
 
 def measured(
-    args: Namespace, plain: Llama, llm: Llama, costs: Costs, prompts: Sequence[tuple[str, str]], advance: Advance
+    args: Namespace, plain: Llama, llm: Llama, costs: Costs, prompts: Sequence[tuple[str, list[int]]], advance: Advance
 ) -> dict[str, Any]:  # fmt: skip
     """Of one heads file: memory that it takes besides the base's, µs of a draft by depth; by replay tokens per step of
     a chain of all heads, the fastest tree and its figures; and speeds side by side, None where answers were too short.
 
     Args:
-        prompts: (task, text) pairs; every other one fits the trees, and the rest is held out.
+        prompts: (task, tokens) pairs; every other one fits the trees, and the rest is held out.
 
     Raises:
         EntmtpError: a text with heads is another than without.
@@ -97,7 +97,7 @@ def measured(
     best, chain, none = (search.static(held_out, t, costs) for t in (tree, deep, PLAIN))
     llm.set_trees(fit(fitted, costs), policy="entropy")
     asked = [
-        prompt_of(llm, prompts[i][1], args.tokens, temp=temp, seed=i)
+        Prompt(prompts[i][1], args.tokens, temp, seed=i)
         for i in sorted(set(held_out.prompt))
         for temp in args.temp
     ]
@@ -144,13 +144,14 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
     variants = [
         (name, path, f, kind) for name, path, forms in found for f in forms for kind in flat(args.types)
     ]
-    prompts = [(task, text) for task, texts in read_tasks(args).items() for text in texts]
+    tasks = read_tasks(args)
     rows: list[dict[str, Any]] = []
     costs: Costs | None = None
     with ExitStack() as stack:
         args = stack.enter_context(model_of(args, args.model, drafts=False))
         file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="entmtp-heads-"))) / "heads.gguf"
         plain = stack.enter_context(closing(load_plain(args)))
+        prompts = asked_of(plain, tasks, args)
         vocab = make_vocab(read_base(Path(args.model)), args.draft_vocab, args.draft_text)
         for name, path, form, kind in variants:
             small, shared = FORMS[form]

@@ -9,25 +9,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..common.prompts import read_prompts
+from ..common.prompts import Question, read_questions
 from ..llama import Llama
-from ..measure.turns import Prompt
 from ..models.shapes import SHAPES, write_heads, write_model
+from ..models.templates import fitting_tokens
 from ..options import DEMO, load, model_files, no_heads
 
 
-def read_tasks(args: Namespace) -> dict[str, list[str]]:
-    """Texts of `--prompts` by the name of their file."""
-    tasks: dict[str, list[str]] = {}
+def read_tasks(args: Namespace) -> dict[str, list[Question]]:
+    """Questions of `--prompts` by the name of their file."""
+    tasks: dict[str, list[Question]] = {}
     for path in args.prompts:
-        tasks.setdefault(Path(path).stem, []).extend(read_prompts(path, args.limit))
+        tasks.setdefault(Path(path).stem, []).extend(read_questions(path, args.limit))
     return tasks
 
 
-def prompt_of(llm: Llama, text: str, n_tokens: int, **settings: Any) -> Prompt:
-    """A text as a prompt, cut to leave room for its answer."""
-    tokens = llm.tokenize(text.encode(), add_bos=True, special=True)[: llm.n_ctx() - n_tokens - 1]
-    return Prompt(tokens, n_tokens, **settings)
+def tokens_of(llm: Llama, question: Question, args: Namespace) -> list[int]:
+    """A question as the model is asked it, cut to leave room for an answer of `--tokens`."""
+    return fitting_tokens(llm, question, llm.n_ctx() - args.tokens - 1, args.raw)
+
+
+def asked_of(llm: Llama, tasks: dict[str, list[Question]], args: Namespace) -> list[tuple[str, list[int]]]:
+    """Task and tokens of every question."""
+    return [(task, tokens_of(llm, question, args)) for task in tasks for question in tasks[task]]
 
 
 def trace_files(path: str) -> list[Path]:

@@ -15,11 +15,11 @@ from ..common.progress import stages
 from ..llama import Llama
 from ..measure.compare import Comparison, remark
 from ..measure.methods import CONFIDENCE, ENTMTP, PLAIN_LOOP, Method, comparison, generic, published
-from ..measure.turns import Answering, answering, in_turn
+from ..measure.turns import Answering, Prompt, answering, in_turn
 from ..native import kernels
 from ..options import load
 from ..report.tables import figure, spread, table
-from .inputs import load_plain, model_of, prompt_of, read_tasks
+from .inputs import load_plain, model_of, read_tasks, tokens_of
 
 STOCK = "llama-cpp-python"
 GGML = Method("EntMTP, ggml's kernels", None, "entropy")  # as ENTMTP, but for the CPU kernels
@@ -92,7 +92,7 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
         plain, methods = contestants(args, stack)
         report["threads"] = plain.n_threads
         for task, temp in [(task, temp) for task in tasks for temp in args.temp]:
-            prompts = [prompt_of(plain, text, args.tokens, temp=temp) for text in tasks[task]]
+            prompts = [Prompt(tokens_of(plain, q, args), args.tokens, temp) for q in tasks[task]]
             with stages() as advance:
                 rows = judged(Comparison(in_turn(methods, prompts, args.rounds, advance)), list(methods))
             report["tasks"].append({"task": task, "temp": temp, "rows": rows})

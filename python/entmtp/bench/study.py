@@ -24,12 +24,13 @@ from ..bank import PLAIN, Bank, Costs, Traces, Tree, dumps
 from ..common.atomic import atomic_path
 from ..common.errors import UsageError
 from ..common.progress import stages
+from ..common.prompts import Question
 from ..measure.compare import Comparison, remark
 from ..measure.tuning import tune
-from ..measure.turns import Advance, Answer, answering, in_turn
+from ..measure.turns import Advance, Answer, Prompt, answering, in_turn
 from ..options import load
 from ..report.tables import figure, spread, table
-from .inputs import changed, load_plain, model_of, prompt_of, read_tasks
+from .inputs import asked_of, changed, load_plain, model_of, read_tasks
 
 PLAIN_LABEL, SINGLE, PUBLISHED_TREE = "plain", "best single tree", "published 63-node tree"
 ENTROPY, CONFIDENCE = "EntMTP, entropy", "EntMTP, confidence"
@@ -49,9 +50,10 @@ def make_useless(heads: str | Path, target: Path) -> Path:
 
 
 def answers(
-    args: Namespace, bank: Bank, held_out: Traces, texts: Sequence[str], temp: float, folder: Path, advance: Advance
+    args: Namespace, bank: Bank, held_out: Traces, prompts: Sequence[list[int]], temp: float, folder: Path,
+    advance: Advance,
 ) -> list[tuple[str, dict[str, Answer]]]:  # fmt: skip
-    """Answers of all methods to the held-out prompts, with their tasks."""
+    """Answers of all methods to the held-out ones of all prompts, with their tasks."""
     single = Tree("single", tuple(tuple(p) for p in bank.report["single"]))
     one_tree = replace(bank, trees=(PLAIN, single), acceptance=None, published={})
     settings: dict[str, dict[str, Any]] = {
@@ -63,8 +65,8 @@ def answers(
     with ExitStack() as stack:
         loaded = {PLAIN_LABEL: stack.enter_context(closing(load_plain(args)))}
         loaded |= {k: stack.enter_context(closing(load(args, **more))) for k, more in settings.items()}
-        plain, methods = loaded[PLAIN_LABEL], {label: answering(llm) for label, llm in loaded.items()}
-        asked = [prompt_of(plain, texts[i], args.tokens, temp=temp, seed=i) for i in held_out.prompt]
+        methods = {label: answering(llm) for label, llm in loaded.items()}
+        asked = [Prompt(prompts[i], args.tokens, temp, seed=i) for i in held_out.prompt]
         turns = in_turn(methods, asked, args.rounds, advance)
         return list(zip(held_out.task * args.rounds, turns, strict=True))
 
@@ -80,23 +82,23 @@ def predictions(judged: dict[str, Any], costs: Costs) -> dict[str, float]:
 
 
 def study(
-    args: Namespace, tasks: dict[str, list[str]], temp: float, traces: Path | None, advance: Advance
+    args: Namespace, tasks: dict[str, list[Question]], temp: float, traces: Path | None, advance: Advance
 ) -> tuple[Bank, dict[str, Any], int]:
     """One base, its heads and a temperature: the tuned bank; per task and for `all`, the figures of every method;
     and the threads.
 
     Args:
-        tasks: texts of the prompts by task; every other one is fitted to, the others are answered.
+        tasks: questions by task; every other one is fitted to, the others are answered.
         traces: file that keeps the rank traces.
     """
-    prompts = [(task, text) for task, texts in tasks.items() for text in texts]
     with tempfile.TemporaryDirectory(prefix="entmtp-study-") as folder:
         file = traces or Path(folder) / "traces.npz"
         with closing(load(args, policy="off")) as llm:
+            prompts = asked_of(llm, tasks, args)
             bank = tune(llm, prompts, temps=[temp], n_tokens=args.tokens, traces=file, progress=advance)
             n_threads = llm.n_threads
         held_out = Traces.load(file).split()[1]
-        turns = answers(args, bank, held_out, [text for _, text in prompts], temp, Path(folder), advance)
+        turns = answers(args, bank, held_out, [tokens for _, tokens in prompts], temp, Path(folder), advance)
     tables = {}
     for task in [*dict.fromkeys(of for of, _ in turns), "all"]:
         found = Comparison([turn for of, turn in turns if task in ("all", of)])

@@ -23,6 +23,8 @@ TABLE: dict[str, tuple[Any, str, Any, str]] = {
     "--mirostat-eta": (float, "mirostat_eta", 0.1, "its learning rate"),
 }
 
+ALIASES = {"--temp": ("--temperature",)}
+
 
 def add_sampling_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """`--temp`, `--top-k` and their kin; `sampling` takes the result.
@@ -34,7 +36,13 @@ def add_sampling_options(parser: argparse.ArgumentParser, **defaults: Any) -> No
     for option, (kind, name, default, text) in TABLE.items():
         value = defaults.get(name, default)
         group.add_argument(
-            option, dest=name, type=kind, default=value, metavar="X", help=f"{text} (default: {value})"
+            option,
+            *ALIASES.get(option, ()),
+            dest=name,
+            type=kind,
+            default=value,
+            metavar="X",
+            help=f"{text} (default: {value})",
         )
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text"

@@ -94,7 +94,7 @@ def _guesses(heads: Any, state: npt.NDArray[np.float32], root: int) -> npt.NDArr
 
 def record(
     llm: Subject,
-    prompts: Sequence[tuple[str, str]],
+    prompts: Sequence[tuple[str, Sequence[int]]],
     *,
     temps: Sequence[float] = (0.0, 0.8),
     n_tokens: int = 128,
@@ -107,14 +107,15 @@ def record(
     """Trace rollouts of prompts at several temperatures.
 
     Args:
-        prompts: (task, text) pairs.
+        prompts: (task, tokens) pairs.
         temps: sampling temperatures; the other sampling settings are `sampling`.
         seed: of the first prompt; the others count on from there.
         partial: a file that keeps finished rollouts, so that an interrupted recording goes on where it stopped.
         advance: called with the number of finished rollouts.
         save_every: rollouts after which `partial` is written.
     """
-    facts = [list(prompts), list(temps), n_tokens, seed, sampling, heads_identity(llm)]
+    texts = [list(tokens) for _, tokens in prompts]
+    facts = [[task for task, _ in prompts], texts, list(temps), n_tokens, seed, sampling, heads_identity(llm)]
     about = {
         "digest": hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:20],
         "temps": list(temps),
@@ -122,10 +123,6 @@ def record(
         "seed": seed,
         "heads": heads_identity(llm),
     }
-    texts = [
-        llm.tokenize(text.encode(), add_bos=True, special=True)[: llm.n_ctx() - n_tokens - 1]
-        for _, text in prompts
-    ]
     about["context"] = int(np.mean([len(t) for t in texts]) + n_tokens / 2)  # mean depth of the rollouts
     done: list[Traces] = []
     if partial is not None and Path(partial).exists():

@@ -52,7 +52,7 @@ def sample_text(traces: Traces, bank: Bank) -> dict[str, Any]:
 
 def tune(
     llm: Subject,
-    prompts: Sequence[tuple[str, str]],
+    prompts: Sequence[tuple[str, Sequence[int]]],
     *,
     name: str = "tuned",
     task: str | None = None,
@@ -70,7 +70,7 @@ def tune(
 
     Args:
         llm: the model with its heads, policy off; its trees are others afterwards.
-        prompts: (task, text) pairs; every other one is held out.
+        prompts: (task, tokens) pairs; every other one is held out.
         temps: sampling temperatures of the rollouts.
         n_tokens: tokens per rollout.
         traces: file of rank traces: used if it holds traces of these heads, else written (and an interrupted recording

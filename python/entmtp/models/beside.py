@@ -1,4 +1,4 @@
-"""The heads files beside a model that were made for it: their keys decide, not their names."""
+"""The heads files that were made for a model, beside it or bundled: their keys decide, not their names."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from ..common.errors import ConvertError
 from . import hub
+from .assets import assets
 from .base import read_base
 from .formats.gguf_header import read_gguf_header, read_gguf_keys
 from .names import Say, resolve, warn
@@ -23,15 +24,15 @@ class FoundHeads:
     same_name: bool  # as the model's
 
 
-def matching_heads(model: Path) -> list[FoundHeads]:
-    """The heads files in the model's folder that fit it, best first.
+def matching_heads(model: Path, folder: Path | None = None) -> list[FoundHeads]:
+    """The heads files in a folder, the model's own unless another is given, that fit it, best first.
 
     First those that were made for a model of this name, then Hydra before Medusa, then the latest. A model that
     cannot be read has none.
     """
     found = []
     base = None
-    for path in sorted(model.absolute().parent.glob("*.gguf")):
+    for path in sorted((folder or model.absolute().parent).glob("*.gguf")):
         if path.name == model.name or (keys := heads_keys(path)) is None:
             continue
         if base is None:  # takes a moment, for its fingerprint
@@ -68,20 +69,22 @@ def heads_keys(path: Path) -> dict[str, Any] | None:
 
 
 def find_heads(model: Path, say: Say = warn) -> Path | None:
-    """The heads file beside a model that was made for it; None if there is none.
+    """The heads file beside a model that was made for it, or a bundled one; None if there is none.
 
     The file's keys decide (docs/heads-gguf.md), not its name. Where several fit, see `matching_heads` for the order.
 
     Args:
         say: called with a sentence about a choice between several, or a model of another name.
     """
-    found = matching_heads(Path(model))
+    model = Path(model)
+    # bundled ones only for the very model: of another one with its vocabulary they might guess badly
+    found = matching_heads(model) or [h for h in matching_heads(model, assets() / "heads") if h.same_name]
     if not found:
         return None
     best = found[0]
     if len(found) > 1:
         others = ", ".join(heads.path.name for heads in found[1:])
-        say(f"{len(found)} heads files fit {Path(model).name}: using {best.path.name}, not {others}")
+        say(f"{len(found)} heads files fit {model.name}: using {best.path.name}, not {others}")
     if not best.same_name and best.base_name:
         say(f"{best.path.name} was made for {best.base_name}, which has the same vocabulary and width")
     return best.path

@@ -37,6 +37,9 @@ SHAPES = {
 }
 
 
+DRAWN = 1 << 22  # numbers: matrices of f16 repeat rows that were drawn
+
+
 @dataclass(frozen=True)
 class Quant:
     """Blocks of a quantisation: where f16 scales lie, and the root mean square of random bytes in units of a scale."""
@@ -87,8 +90,10 @@ class _Writer:
         q, kind = QUANTS[self.quant], gguf.GGMLQuantizationType[self.quant.upper()]
         scale = np.array([1.0 / (q.deviation * np.sqrt(n_in))], dtype=np.float16)
         if not q.scales:
-            weights = self.rng.standard_normal((n_out, n_in), dtype=np.float32) * np.float32(scale[0])
-            self.gguf.add_tensor(name, weights.astype(np.float16))
+            # drawing 7e9 numbers takes minutes; the output's rows must differ, or their logits are equal
+            rows = n_out if name == "output.weight" else min(n_out, max(1, DRAWN // n_in))
+            drawn = self.rng.standard_normal((rows, n_in), dtype=np.float32) * np.float32(scale[0])
+            self.gguf.add_tensor(name, np.resize(drawn.astype(np.float16), (n_out, n_in)))
             return
         n_weights, n_bytes = gguf.GGML_QUANT_SIZES[kind]
         blocks = self.rng.integers(0, 256, (n_out, n_in // n_weights, n_bytes), dtype=np.uint8)

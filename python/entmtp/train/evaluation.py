@@ -15,8 +15,7 @@ import torch
 from ..bank.traces import MAX_RANK
 from ..measure import search
 from .heads import Shape, State, before_projection, prefix_layer
-from .states import States
-from .text import Texts
+from .states import States, Texts
 
 TREE_NODES = 16
 
@@ -56,6 +55,19 @@ class Teacher:
         if shape.share:
             return self.output, None
         return state[f"{shape.output(head)}.weight"], state.get(f"{shape.output(head)}.bias")
+
+    def rows(self, ids: torch.Tensor, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens as rows of `output`, -1 those that heads cannot propose, whose probability is 0 then.
+
+        Args:
+            ids: base tokens, [n, k].
+            p: their probabilities and the rest's, [n, k + 1].
+        """
+        if self.draft_index is None:
+            return ids, p
+        rows = self.draft_index[ids]
+        known = torch.cat([rows >= 0, torch.ones_like(p[:, -1:], dtype=torch.bool)], 1)
+        return rows, p * known
 
 
 @torch.no_grad()

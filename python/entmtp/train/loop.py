@@ -21,8 +21,7 @@ from .evaluation import Acceptance, Teacher, evaluate
 from .heads import Shape, State, before_projection, initial, prefix_layer
 from .loss import piece_rows, projected_loss
 from .options import Settings
-from .states import States
-from .text import Texts
+from .states import States, Texts
 
 BETAS = (0.9, 0.95)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch calls them
@@ -178,7 +177,7 @@ class Trainer:
     def targets(self, batch: Batch, at: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What heads shall say of the token after position t: the base model's distribution, or the text's token."""
         if self.settings.loss == "teacher":
-            return batch.ids[at, t], batch.p[at, t]
+            return self.teacher.rows(batch.ids[at, t], batch.p[at, t])
         last = (t + 1 >= batch.lengths[at])[:, None]
         token = batch.tokens[at, (t + 1).clamp_max(batch.tokens.shape[1] - 1)]
         if self.teacher.draft_index is not None:

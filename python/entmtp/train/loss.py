@@ -17,6 +17,7 @@ import torch
 
 PIECE_BYTES = 1 << 23
 TINY = 1e-30
+NEVER = -1e30  # a logit
 
 
 def piece_rows(n_vocab: int) -> int:
@@ -43,16 +44,20 @@ class _ProjectedLoss(torch.autograd.Function):
         db = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         loss = x.new_zeros(())
         # the pieces share their memory: it would be taken and given back a hundred times a step, and fray
-        n_rows = min(n, piece_rows(len(weight)))
-        logits, product = x.new_empty(n_rows, len(weight)), w.new_empty(n_rows, len(weight))
+        n_rows, width = min(n, piece_rows(len(weight))), len(weight)
+        # one column more than there are rows of `weight`: there stands whatever is none of them
+        logits, product = x.new_empty(n_rows, width + 1), w.new_empty(n_rows, width)
+        ids = torch.where(ids < 0, width, ids)
         for begin in range(0, n, n_rows):
             part = slice(begin, min(begin + n_rows, n))
             size = part.stop - begin
             xs, at = x[part].to(dtype), ids[part]
             ps, r = p[part, :-1], p[part, -1:]
-            z = logits[:size].copy_(torch.mm(xs, w.T, out=product[:size]))
+            z = logits[:size]
+            z[:, :width] = torch.mm(xs, w.T, out=product[:size])
             if bias is not None:
-                z += bias
+                z[:, :width] += bias
+            z[:, width] = NEVER
             zk = z.gather(1, at)
             top = z.amax(1, keepdim=True)
             e = z.sub_(top).exp_()
@@ -66,7 +71,8 @@ class _ProjectedLoss(torch.autograd.Function):
             # d loss / d z: q mass - p for the k tokens, q (mass - r / (1 - sum_k q_k)) for the others
             e *= mass / total - r / rest
             e.scatter_(1, at, ek * (mass / total) - ps)
-            g = product[:size].copy_(e.mul_(1 / count))
+            e = e[:, :width].mul_(1 / count)
+            g = product[:size].copy_(e)
             dx[part] = (g @ w).to(dx.dtype)
             if dw is not None:
                 dw += g.T @ xs  # summed in full precision over the pieces
@@ -97,7 +103,7 @@ def projected_loss(
         x: [n, n_embd]
         weight: [n_vocab, n_embd]
         bias: [n_vocab], or None.
-        ids: the teacher's k tokens, as rows of `weight`, int64 [n, k].
+        ids: the teacher's k tokens, as rows of `weight`, int64 [n, k]; -1 for none, with a probability of 0.
         p: their probabilities and the rest's, [n, k + 1]; their sum may be below 1, if the vocabulary was cut.
         dtype: in which products are computed.
         count: rows to average over, if some only fill up (with p = 0).

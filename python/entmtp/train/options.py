@@ -189,9 +189,12 @@ class Options(Settings):
     n_layers: int = option("--layers", "heads", "residual blocks per head", 1, type=_positive, metavar="N")
     data: tuple[str, ...] = option(
         "--data", "text",
-        "text files, folders, .jsonl with a field text (documents) or prompt (the model answers them)", (),
-        "none, the model writes all text by itself", type=str, nargs="+", metavar="PATH",
+        "text files, folders, .jsonl with a field text (documents), or prompt, messages or turns (the model answers)",
+        (), "none, the model writes all text by itself", type=str, nargs="+", metavar="PATH",
     )  # fmt: skip
+    raw: bool = option(
+        "--raw", "text", "prompts are text to go on with, also where the model has a chat template", False
+    )
     n_tokens: int = option(
         "--tokens", "text", "of training text, as 500k or 2M", 2_000_000, "2M", type=_count, metavar="N"
     )
@@ -199,6 +202,10 @@ class Options(Settings):
     own: float = option(
         "--own", "text",
         "share of the documents of which only the beginning is read, and the model writes the rest", 0.4,
+        type=_share, metavar="SHARE",
+    )  # fmt: skip
+    made_up: float = option(
+        "--made-up", "text", "share of the sequences that the model makes up besides those of --data", 0.0,
         type=_share, metavar="SHARE",
     )  # fmt: skip
     temps: tuple[float, ...] = option(

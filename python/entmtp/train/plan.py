@@ -14,11 +14,11 @@ import torch
 
 from ..common.errors import ModelError
 from ..models.base import BaseModel, read_base
+from .data import Data, read_data
 from .heads import Shape
 from .loss import PIECE_BYTES
 from .options import Options, Settings
 from .states import Layout
-from .text import Data, read_data
 
 MARGIN = 64 << 20  # bytes of disk to leave free
 TEXT = 24  # bytes of memory per token of text
@@ -33,7 +33,8 @@ class Plan:
         options: with `bf16` decided.
         data: the user's.
         work: folder of cache and checkpoints.
-        layout: of the hidden states, for as many tokens of text as will be made.
+        n_tokens: of text that will be made, at least; the last sequence may go beyond.
+        layout: of the hidden states, with room for that.
         n_draft: tokens that heads can propose, as far as it is known before there is text.
         text_digest: of all that the text depends on.
     """
@@ -43,13 +44,14 @@ class Plan:
     shape: Shape
     data: Data
     work: Path
+    n_tokens: int
     layout: Layout
     n_draft: int
     text_digest: str
 
     @property
     def n_steps(self) -> int:
-        return self.options.n_steps(self.layout.n_tokens)
+        return self.options.n_steps(self.n_tokens)
 
     @property
     def needs(self) -> Needs:
@@ -72,16 +74,18 @@ def make(options: Options) -> Plan:
     facts = read_base(o.model)
     data = read_data(o.data)
     n_draft = o.draft_vocab if isinstance(o.draft_vocab, int) else facts.n_vocab
-    k = min(o.k, n_draft)
+    k = min(o.k, facts.n_vocab)
     per_token = Layout(1, facts.n_embd, k).bytes_per_token
     n_tokens = min(o.n_tokens, int(o.cache_gb * 1e9 / per_token) - o.seq_len)
     if n_tokens < 8 * o.seq_len:
         raise ModelError(f"--cache-gb {o.cache_gb:g} holds too few hidden states; give more")
     identity = (facts.fingerprint, o.model.stat().st_size)
-    of_text = digest(*identity, data, n_tokens, o.seq_len, o.own, o.temps, o.n_held_out, o.seed)
+    of_text = digest(
+        *identity, data, n_tokens, o.seq_len, o.own, o.made_up, o.temps, o.n_held_out, o.seed, o.raw, k
+    )
     work = o.work or o.outfile.with_name(o.outfile.name + ".train")
-    layout = Layout(n_tokens, facts.n_embd, k)
-    return Plan(o, facts, _shape(o, facts), data, work, layout, n_draft, of_text)
+    layout = Layout(n_tokens + o.seq_len, facts.n_embd, k)
+    return Plan(o, facts, _shape(o, facts), data, work, n_tokens, layout, n_draft, of_text)
 
 
 def _shape(o: Options, facts: BaseModel) -> Shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,11 +16,12 @@ from . import plan
 from .base import Base
 from .evaluation import Acceptance, Teacher, evaluate
 from .export import export, rounded
+from .jobs import plan_jobs
 from .loop import Report, Trainer
 from .plan import Plan
 from .screen import Screen, with_speed
-from .states import Layout, States, record
-from .text import Texts, gather, plan_jobs
+from .states import States, Store, Texts
+from .text import gather
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def announce(p: Plan, without_base: int, screen: Screen) -> None:
     Raises:
         ModelError: the disk is too full.
     """
-    o, size, n_tokens = p.options, p.needs, p.layout.n_tokens
+    o, size, n_tokens = p.options, p.needs, p.n_tokens
     memory = size.text + max(plan.resident(), without_base + size.training)
     screen.say(
         f"{o.arch}: {o.n_heads} heads, {plan.n_parameters(p.shape, p.n_draft) / 1e6:.1f}M parameters, "
@@ -63,22 +65,15 @@ def announce(p: Plan, without_base: int, screen: Screen) -> None:
 
 def prepare(p: Plan, base: Base, screen: Screen) -> Lesson:
     """Text, and what the base model thinks of it: made, or found in the work folder."""
-    texts = _text(p, base, screen)
+    o = p.options
+    with closing(Store(p.work, p.layout)) as store:
+        with screen.phase("text ", p.n_tokens) as advance:
+            jobs = plan_jobs(p.data, base, p.n_tokens, o.n_held_out, o.temps, o.own, o.made_up, o.seed, o.raw)
+            gather(base, jobs, p.n_tokens, store, o.seed, with_speed(advance))
+        texts, states = store.opened()
     draft_vocab = _draft_vocab(p, texts, screen)
     kept = None if draft_vocab is None else draft_vocab.tolist()
-    layout = Layout(len(texts.tokens), p.layout.n_embd, p.layout.k)
-    digest = plan.digest(p.text_digest, layout, kept)
-    plan.claim(p.work, "states", digest)
-    with screen.phase("states", layout.n_tokens) as advance:
-        states = record(base, texts, layout, p.work, kept, with_speed(advance))
-    return Lesson(texts, states, draft_vocab, digest)
-
-
-def _text(p: Plan, base: Base, screen: Screen) -> Texts:
-    o, n_tokens = p.options, p.layout.n_tokens
-    with screen.phase("text  ", n_tokens) as advance:
-        jobs = plan_jobs(p.data, base, n_tokens, o.n_held_out, o.temps, o.own, o.seed)
-        return gather(base, jobs, n_tokens, p.work, o.seed, with_speed(advance))
+    return Lesson(texts, states, draft_vocab, plan.digest(p.text_digest, len(texts.tokens), kept))
 
 
 def _draft_vocab(p: Plan, texts: Texts, screen: Screen) -> npt.NDArray[np.int64] | None:
@@ -86,7 +81,10 @@ def _draft_vocab(p: Plan, texts: Texts, screen: Screen) -> npt.NDArray[np.int64]
     if asked is None:
         return None
     size = None if asked == "auto" else int(asked)
-    vocab = choose_vocab(texts.tokens, p.facts.n_vocab, size, "training text")
+    # of answers alone, and of documents: questions are nobody's to guess
+    given = np.where(texts.given < texts.lengths, texts.given, 0)
+    own = [texts[i][int(n) :] for i, n in enumerate(given)]
+    vocab = choose_vocab(np.concatenate(own), p.facts.n_vocab, size, "training text")
     screen.say(f"draft vocabulary: {len(vocab.tokens)} tokens, {vocab.coverage:.1%} of the text")
     return vocab.tokens
 

@@ -1,35 +1,53 @@
-"""What the base model thinks of the training text: hidden states and its distributions, in files that are mapped.
+"""The training text and what the base model thinks of it, in files that grow as text is written, and are mapped.
 
 Per token, in the order of the texts:
     hidden   f2 [n_embd]  the input of the LM head at this token
-    ids      i4 [k]       the k most probable next tokens (of the draft vocabulary, if there is one)
-    p        f4 [k + 1]   their probabilities, and the mass of the rest (of the draft vocabulary)
+    ids      i4 [k]       the k most probable next tokens
+    p        f4 [k + 1]   their probabilities, and the mass of the rest
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ..common.atomic import atomic_path
-from ..common.errors import ModelError
-from .base import Base
-from .text import Texts
+from .writing import Written
 
-SAVE_EVERY = 1 << 15  # tokens
+
+@dataclass(frozen=True)
+class Texts:
+    """Sequences one after the other.
+
+    Attributes:
+        tokens: i4 [n]
+        lengths: tokens of each sequence, [n_seqs].
+        given: how many of them are not the model's answer, [n_seqs].
+        held_out: not trained on, [n_seqs].
+    """
+
+    tokens: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int64]
+    given: npt.NDArray[np.int64]
+    held_out: npt.NDArray[np.bool_]
+
+    @property
+    def starts(self) -> npt.NDArray[np.int64]:
+        return np.concatenate([[0], np.cumsum(self.lengths)])
+
+    def __getitem__(self, i: int) -> npt.NDArray[np.int32]:
+        start = int(self.starts[i])
+        return self.tokens[start : start + int(self.lengths[i])]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape of the cache."""
+    """Shape of the files."""
 
     n_tokens: int
     n_embd: int
@@ -50,82 +68,84 @@ class Layout:
 
 @dataclass(frozen=True)
 class States:
-    """The cache, mapped into memory: pages come and go as the system likes."""
+    """The files, mapped into memory: pages come and go as the system likes."""
 
     hidden: npt.NDArray[np.float16]
     ids: npt.NDArray[np.int32]
     p: npt.NDArray[np.float32]
 
 
-def record(
-    base: Base,
-    texts: Texts,
-    layout: Layout,
-    folder: Path,
-    draft_vocab: Sequence[int] | None,
-    advance: Callable[[int], None],
-) -> States:
-    """Evaluate the texts, or what an interrupted run left to do.
+class Store:
+    """Sequences on disk: files of rows, and shards that say which tokens they are of.
+
+    What a shard tells of is there; rows behind the last shard are what a killed run left, and are written over.
 
     Args:
-        draft_vocab: base tokens that heads can propose, None for all.
-        advance: called with the number of tokens so far.
+        folder: where the files are, or will be.
+        layout: n_tokens: room for so many is taken at once, so that a full disk is found now, not in the middle.
 
     Raises:
-        ModelError: hidden states that are no numbers, or too large for half precision.
         OSError: the disk is full.
     """
-    progress = folder / "states.json"
-    done = _read_progress(progress)
-    keep = None if draft_vocab is None else torch.tensor(list(draft_vocab))
-    starts = texts.starts
-    out = {name: os.open(folder / f"states.{name}", os.O_RDWR | os.O_CREAT, 0o666) for name in layout.files()}
-    try:
-        for fd, (dtype, width) in zip(out.values(), layout.files().values(), strict=True):
-            if hasattr(os, "posix_fallocate"):  # a full disk is found now, not in the middle
+
+    def __init__(self, folder: Path, layout: Layout):
+        self.folder, self.layout = folder, layout
+        self.shards: list[Texts] = []
+        self.upcoming = 0  # index of the first job that no shard tells of
+        for path in sorted(folder.glob("text-*.npz")):
+            with np.load(path, allow_pickle=False) as a:
+                self.shards.append(Texts(a["tokens"], a["lengths"], a["given"], a["held_out"]))
+                self.upcoming = int(a["next"])
+        self.n_tokens = sum(len(t.tokens) for t in self.shards)
+        self._unsaved: list[Written] = []
+        self._files: dict[str, int] = {}
+        for name, (dtype, width) in layout.files().items():
+            self._files[name] = fd = os.open(folder / f"states.{name}", os.O_RDWR | os.O_CREAT, 0o666)
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(fd, 0, layout.n_tokens * width * np.dtype(dtype).itemsize)
 
-        def save(count: int) -> None:
-            for fd in out.values():
-                os.fsync(fd)
-            with atomic_path(progress) as temporary:
-                temporary.write_text(json.dumps({"sequences": count}))
+    def add(self, sequence: Written) -> None:
+        for name, fd in self._files.items():
+            rows = getattr(sequence.rows, name)
+            _write(fd, rows, self.n_tokens * rows.itemsize * rows.shape[1])
+        self._unsaved.append(sequence)
+        self.n_tokens += len(sequence.tokens)
 
-        unsaved = 0
-        advance(int(starts[done]))
-        for i in range(done, len(texts.lengths)):
-            for part, hidden, logits in base.states(texts[i]):
-                rows = {"hidden": _half(hidden), **_teacher(logits, layout.k, keep)}
-                for name, (dtype, width) in layout.files().items():
-                    size = width * np.dtype(dtype).itemsize
-                    _write(out[name], rows[name], (int(starts[i]) + part.start) * size)
-            unsaved += int(texts.lengths[i])
-            if unsaved >= SAVE_EVERY:
-                save(i + 1)
-                unsaved = 0
-                advance(int(starts[i + 1]))
-        save(len(texts.lengths))
-        advance(layout.n_tokens)
-    finally:
-        for fd in out.values():
+    def save(self, upcoming: int) -> None:
+        """Keep what was added; the first job after it is `upcoming`."""
+        if not self._unsaved:
+            return
+        for fd in self._files.values():
+            os.fsync(fd)
+        new = self._unsaved
+        texts = Texts(
+            np.concatenate([np.array(s.tokens, dtype=np.int32) for s in new]),
+            np.array([len(s.tokens) for s in new], dtype=np.int64),
+            np.array([s.n_given for s in new], dtype=np.int64),
+            np.array([s.job.held_out for s in new], dtype=bool),
+        )
+        path = self.folder / f"text-{len(self.shards):05}.npz"
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **texts.__dict__, next=np.array(upcoming))
+        self.shards.append(texts)
+        self._unsaved = []
+
+    def opened(self) -> tuple[Texts, States]:
+        """All that was saved."""
+        done = self.shards
+        names = ("tokens", "lengths", "given", "held_out")
+        texts = Texts(*(np.concatenate([getattr(t, name) for t in done]) for name in names))
+        shape = {name: (len(texts.tokens), width) for name, (_, width) in self.layout.files().items()}
+        maps: dict[str, Any] = {
+            name: np.memmap(self.folder / f"states.{name}", dtype, "r", shape=shape[name])
+            for name, (dtype, _) in self.layout.files().items()
+        }
+        return texts, States(**maps)
+
+    def close(self) -> None:
+        for fd in self._files.values():
             os.close(fd)
-    return open_states(layout, folder)
-
-
-def open_states(layout: Layout, folder: Path) -> States:
-    """Map the cache, which is complete."""
-    maps = {
-        name: np.memmap(folder / f"states.{name}", dtype, "r", shape=(layout.n_tokens, width))
-        for name, (dtype, width) in layout.files().items()
-    }
-    return States(**maps)
-
-
-def _read_progress(path: Path) -> int:
-    try:
-        return int(json.loads(path.read_text())["sequences"])
-    except FileNotFoundError:
-        return 0
+        self._files = {}
 
 
 def _write(fd: int, rows: npt.NDArray[Any], offset: int) -> None:
@@ -133,27 +153,3 @@ def _write(fd: int, rows: npt.NDArray[Any], offset: int) -> None:
     while data:
         n = os.pwrite(fd, data, offset)
         data, offset = data[n:], offset + n
-
-
-def _half(hidden: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
-    with np.errstate(over="ignore"):
-        half = hidden.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise ModelError(
-            "the base model gives hidden states that are no numbers or beyond half precision, so heads cannot be "
-            "trained for it"
-        )
-    return half
-
-
-def _teacher(
-    logits: npt.NDArray[np.float32], k: int, keep: torch.Tensor | None
-) -> dict[str, npt.NDArray[Any]]:
-    """The k most probable tokens of each row, their probabilities under the whole distribution, and the rest's."""
-    p = torch.softmax(torch.from_numpy(logits), 1)
-    if keep is not None:
-        p = p[:, keep]
-    top, ids = torch.topk(p, k, dim=1)
-    # not one minus the sum: a small rest would be rounding
-    rest = p.scatter_(1, ids, 0.0).sum(1, keepdim=True)
-    return {"ids": ids.to(torch.int32).numpy(), "p": torch.cat([top, rest], 1).numpy()}

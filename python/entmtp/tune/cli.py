@@ -16,9 +16,10 @@ from ..bank.tree import PLAIN
 from ..common.atomic import atomic_path
 from ..common.errors import EntmtpError
 from ..common.progress import stages
-from ..common.prompts import read_prompts
+from ..common.prompts import FORMS, read_questions
 from ..measure.known import tuned_path
 from ..measure.tuning import tune
+from ..models.templates import fitting_tokens
 
 
 def show(console: Console, bank: Bank) -> None:
@@ -66,7 +67,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     options.add_model_options(parser, drafting=False, model=None, ctx=2048)
     parser.add_argument(
-        "--prompts", nargs="+", help="JSONL files, one object with a field prompt per line; one task each"
+        "--prompts", nargs="+", metavar="JSONL", help=f"files of prompts, one task each; a line has {FORMS}"
+    )
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="prompts are text to go on with, also where the model has a chat template",
     )
     parser.add_argument(
         "-o",
@@ -116,13 +122,15 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if not (args.model and args.prompts):
             parser.error("--model and --prompts are needed, or --plot")
-        prompts = [(Path(p).stem, text) for p in args.prompts for text in read_prompts(p, args.limit)]
+        questions = [(Path(p).stem, q) for p in args.prompts for q in read_questions(p, args.limit)]
         name = args.name or (Path(args.outfile).stem if args.outfile else "tuned")
         model, heads = options.model_files(args)
         if heads is None:
             raise options.no_heads("tuning", model)
         args.model, args.heads = str(model), str(heads)
         with contextlib.closing(options.load(args, policy="off")) as llm, stages() as advance:
+            room = llm.n_ctx() - args.tokens - 1
+            prompts = [(task, fitting_tokens(llm, q, room, args.raw)) for task, q in questions]
             bank = tune(
                 llm, prompts, name=name, task=args.task, temps=args.temp, n_tokens=args.tokens, seed=args.seed,
                 traces=args.traces, contexts=args.contexts, n_rounds=args.rounds, sizes=args.sizes, progress=advance,

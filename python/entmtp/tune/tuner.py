@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..bank import Bank
+from ..common.prompts import Question
 from ..llama import Llama
 from ..measure import tuning
+from ..models.templates import fitting_tokens
 
 
 def tune(
@@ -25,7 +27,7 @@ def tune(
     """A bank tuned for a base model, its heads, a task and this machine.
 
     Args:
-        prompts: (task, text) pairs; every other one is held out.
+        prompts: (task, text) pairs; every other one is held out. A chat model is asked them by its template.
         n_threads: for passes of any size; None: as `Llama` does.
         settings: further arguments of `Llama`.
         kwargs: of `entmtp.measure.tuning.tune`.
@@ -37,4 +39,6 @@ def tune(
     if n_threads:
         loaded |= {"n_threads": n_threads, "n_threads_batch": n_threads}
     with closing(Llama(model, draft="entmtp", heads=heads, policy="off", **loaded)) as llm:
-        return tuning.tune(llm, prompts, **kwargs)
+        room = llm.n_ctx() - kwargs.get("n_tokens", 128) - 1
+        asked = [(task, fitting_tokens(llm, Question("", (text,)), room)) for task, text in prompts]
+        return tuning.tune(llm, asked, **kwargs)
