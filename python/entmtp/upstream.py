@@ -122,9 +122,8 @@ class Upstream(llama_cpp.Llama):
     def create_completion(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         """As `llama_cpp.Llama.create_completion`; what it would pass over in silence is a ValueError."""
         check_request(self, kwargs)
-        if stops := kwargs.get(
-            "stopping_criteria"
-        ):  # asked also where an answer was cancelled before its first token
+        # asked also where an answer was cancelled before its first token
+        if stops := kwargs.get("stopping_criteria"):
             kwargs["stopping_criteria"] = lambda tokens, logits: len(tokens) > 0 and stops(tokens, logits)
         return super().create_completion(prompt, *args, **kwargs)
 

@@ -504,7 +504,8 @@ def test_acceptance_against_traces(load: Any, models: dict[str, Path], tmp_path:
     base = Base(models["f32"], 256, 1)
     try:
         tokens = np.array(written, dtype=np.int32)
-        hidden = torch.cat([torch.from_numpy(h.copy()) for _, h, _ in base.states(tokens)])
+        base.eval(tokens.tolist(), range(len(tokens)), [0] * len(tokens))
+        hidden = torch.from_numpy(base.hidden(len(tokens)).copy())
     finally:
         base.close()
     plain = {k: t.float() for k, t in state.items()}

@@ -21,13 +21,11 @@ class Question:
     Attributes:
         turns: of the user, in their order; each is asked after the answer to the one before.
         before: messages in front of the first turn.
-        task: the line's own, if it has one.
     """
 
     id: str
     turns: tuple[str, ...]
     before: tuple[Message, ...] = ()
-    task: str = ""
 
     @property
     def text(self) -> str:
@@ -58,11 +56,11 @@ def question_of(item: Any, name: str) -> Question:
         turns = [last["content"]]
     else:
         turns = item["turns"]
-    texts = [*turns, *(m["content"] for m in before), item.get("task", "")]
+    texts = [*turns, *(m["content"] for m in before)]
     if not turns or not isinstance(turns, list) or not all(isinstance(t, str) for t in texts):
         raise TypeError("no text")
     name = str(next((item[k] for k in IDS if k in item), name))
-    return Question(name, tuple(turns), tuple(before), item.get("task", ""))
+    return Question(name, tuple(turns), tuple(before))
 
 
 def read_questions(path: str | Path, limit: int | None = None) -> list[Question]:

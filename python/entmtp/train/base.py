@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,17 +147,6 @@ class Base:
     def forget(self, seq: int) -> None:
         """Empty a sequence."""
         llama_cpp.llama_memory_seq_rm(self.memory, seq, -1, -1)
-
-    def states(
-        self, tokens: npt.NDArray[np.int32]
-    ) -> Iterator[tuple[slice, npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
-        """Evaluate one sequence: (positions, hidden states, logits) of each pass, valid until the next."""
-        self.forget(0)
-        for begin in range(0, len(tokens), self.n_batch):
-            part = slice(begin, min(begin + self.n_batch, len(tokens)))
-            size = part.stop - begin
-            logits = self.eval(tokens[part].tolist(), range(begin, part.stop), [0] * size)
-            yield part, self.hidden(size), logits
 
     def close(self) -> None:
         self._stack.close()
