@@ -29,17 +29,11 @@ from entmtp.bank.bank import Bank  # noqa: E402
 from entmtp.bank.tree import PLAIN, Tree  # noqa: E402
 from entmtp.convert import convert  # noqa: E402
 from entmtp.train.cli import main  # noqa: E402
-from helpers.models import model_path, write_encoder  # noqa: E402
+from helpers.models import write_encoder  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
 TINY = ("--tokens", "3000", "--seq-len", "64", "--held-out", "6", "--batch-tokens", "300", "--heads", "2")
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Path:
-    """A llama of 64 dimensions and 320 tokens with random weights."""
-    return model_path("llama")
 
 
 def arguments(model: Path, outfile: Path, *more: str) -> list[str]:
