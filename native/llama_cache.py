@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Part of every key: raise it when the recipe below changes what it produces.
 RECIPE = 1
@@ -32,12 +34,18 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "entmtp"
 
 
-def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _wheels() -> Any:
+    """The package's module for downloads: by its path, as the package is not installed where it is built."""
+    path = Path(__file__).resolve().parents[1] / "python" / "entmtp" / "common" / "wheels.py"
+    spec = importlib.util.spec_from_file_location("entmtp_wheels", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+pip_download = _wheels().pip_download
+sha256_file = _wheels().sha256_file
 
 
 def make_key(parts: object) -> str:

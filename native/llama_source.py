@@ -7,14 +7,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from native.llama_cache import RECIPE, BuildError, file_lock, log, make_key, sha256_file
+from native.llama_cache import RECIPE, BuildError, file_lock, log, make_key, pip_download, sha256_file
 from native.llama_patches import apply_patches, patches_id, unapply_patches
 
 PIN_FILE = Path(__file__).resolve().parent / "llama.cpp.pin.json"
@@ -46,15 +44,8 @@ def download_sdist(package: str, version: str | None, folder: Path) -> Path | No
     """The source distribution that pip puts into the folder, the newest without a version; None if it cannot."""
     requirement = f"{package}=={version}" if version else package
     log(f"downloading the source of {requirement} (76 MB)")
-    # --no-binary names the one package: with :all: pip would compile its build tools from source, too.
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
-    pip += ["--no-binary", package, "--dest", str(folder), requirement]
-    # pip asks the package for its metadata; options meant for our own build must not reach that.
-    env = {k: v for k, v in os.environ.items() if k not in ("CMAKE_ARGS", "CMAKE_GENERATOR")}
-    env = {k: v for k, v in env.items() if not k.startswith("SKBUILD_")}
-    result = subprocess.run(pip, env=env, stdin=subprocess.DEVNULL, stdout=sys.stderr)
-    found = sorted(folder.glob("*.tar.gz"))
-    return found[0] if result.returncode == 0 and found else None
+    found: Path | None = pip_download(requirement, folder, source=True)
+    return found
 
 
 def fetch_sdist(cache: Path, pin: dict[str, str]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from entmtp.models.assets import assets
 from entmtp.models.gguf_expand import expand
 from entmtp.options.demo import demo_files
 from helpers.settings import F32
+
+os.environ["ENTMTP_MODEL"] = "demo"  # of commands without --model: no test depends on a network
 
 # the same examples in every run, however busy the machine is
 settings.register_profile(

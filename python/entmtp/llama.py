@@ -20,6 +20,7 @@ from .measure.at_load import quick
 from .measure.known import machine_key, tuned_path
 from .models.beside import heads_of
 from .models.hub import PREFIX as HUB
+from .models.known import is_known
 from .models.names import resolve
 from .models.tokenizer import Tokenizer
 from .native import kernels as cpu_kernels
@@ -121,7 +122,7 @@ class Llama(Upstream):
         outputs = outputs or os.environ.get("ENTMTP_OUTPUTS") or "auto"
         if outputs not in OUTPUTS:
             raise ValueError(f"outputs is {outputs!r}, must be one of {', '.join(OUTPUTS)}")
-        if str(model_path).startswith(HUB):
+        if str(model_path).startswith(HUB) or is_known(str(model_path)):
             model_path = resolve(model_path)
         if draft is not None:
             heads = heads_of(model_path, heads)

@@ -129,7 +129,7 @@ def test_wrong_sha256_is_an_error_and_the_file_goes(cache):
 
 def test_failed_download_says_what_to_do(cache, monkeypatch):
     pin = write_sdist(cache / "elsewhere.tar.gz")
-    monkeypatch.setattr(llama_source.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1))
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1))
     with pytest.raises(llama_cache.BuildError, match="ENTMTP_LLAMA_CPP_DIR"):
         llama_source.fetch_sdist(cache, pin)
 

@@ -47,8 +47,8 @@ def filter_lines(chat: Chat) -> int:
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m entmtp.chat",
-        description="Talk with a model. Without arguments: with a small bundled demo, which knows simple arithmetic "
-        "and little else. /help lists what can be typed.",
+        description="Talk with a model. Without arguments: with SmolLM2-135M-Instruct, which is fetched once. "
+        "/help lists what can be typed.",
         epilog="example: python -m entmtp.chat -m model.gguf --heads heads.gguf --show-drafts. "
         "Ctrl-C stops an answer, Ctrl-D leaves. Where stdin or stdout is no terminal, every line of stdin is a "
         "question, and only answers are printed: echo 'Tom has 3 boxes ...' | python -m entmtp.chat. "

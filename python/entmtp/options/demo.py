@@ -1,8 +1,10 @@
-"""The bundled demo as files: what a command uses when no model is named."""
+"""What a command uses when no model is named: a small real model, or the bundled demo where there is no network."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 from ..common.cache import cache_folder
@@ -11,6 +13,28 @@ from ..common.version import __version__
 from ..models.assets import assets
 
 DEMO = "demo"  # the name of the bundled model
+AUTO = "auto"  # whatever `first_model` names
+
+
+def first_model(say: Callable[[str], None]) -> str:
+    """Name of the model for who has none: $ENTMTP_MODEL, else SmolLM2-135M-Instruct, fetched once, else the demo.
+
+    Args:
+        say: called with a sentence where it is the demo because the other one cannot be had.
+
+    Raises:
+        OSError: the disk is full or cannot be written to.
+    """
+    from ..models.known import fetch_known
+
+    if named := os.environ.get("ENTMTP_MODEL"):
+        return named
+    try:
+        fetch_known("smollm2")
+    except ModelError as e:
+        say(f"{e}. Going on with the bundled toy, which knows simple arithmetic and little else")
+        return DEMO
+    return "smollm2"
 
 
 def demo_files() -> tuple[Path, Path]:

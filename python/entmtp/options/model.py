@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.errors import ConvertError, ModelError
 from ..models.names import resolve
-from .demo import DEMO, demo_files
+from .demo import AUTO, DEMO, demo_files, first_model
 from .table import CONTEXT, OPTIONS
 
 if TYPE_CHECKING:
@@ -75,10 +75,11 @@ def model_files(args: argparse.Namespace) -> tuple[Path, Path | None]:
     from ..models.beside import find_heads
 
     heads: Path | None
-    if args.model == DEMO and not Path(DEMO).exists():
+    name = first_model(note) if args.model == AUTO and not Path(AUTO).exists() else args.model
+    if name == DEMO and not Path(DEMO).exists():
         model, heads = demo_files()
     else:
-        model, heads = resolve(args.model, "model", note), None
+        model, heads = resolve(name, "model", note), None
     if args.heads:
         heads = resolve(args.heads, "heads", note)
     elif args.draft == "off":

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .demo import DEMO
+from .demo import AUTO
 
 CONTEXT = 4096  # tokens
 
@@ -111,8 +111,9 @@ def _shares(word: str) -> list[float]:
 
 OPTIONS = (
     Option(
-        "model", ("model_path",), "files", "base model: a GGUF file or hf:owner/repo[/file][@revision]",
-        "a small bundled demo", also=("-m",), default=DEMO,
+        "model", ("model_path",), "files",
+        "base model: a GGUF file, hf:owner/repo[/file][@revision], or a small one by name: smollm2, gemma3-270m, demo",
+        "ENTMTP_MODEL, else smollm2, fetched once", also=("-m",), default=AUTO,
     ),
     Option(
         "heads", ("heads",), "files", "its draft heads, named alike", "those beside the model, if any",

@@ -40,7 +40,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         prog="python -m entmtp.serve",
         usage="python -m entmtp.serve [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Serve a model with OpenAI's API, drafting with its heads. Without options: the bundled demo.",
+        description="Serve a model with OpenAI's API, drafting with its heads. Without options: SmolLM2-135M-Instruct, "
+        "fetched once.",
         epilog=EXAMPLE,
     )
     parser.add_argument(
@@ -84,11 +85,16 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(argv: Sequence[str] | None) -> None:
+    from ..options.demo import AUTO, first_model
+    from ..options.model import note
     from .settings import config_path, from_options, read_config
 
     args = setup_arg_parser().parse_args(spelled(sys.argv[1:] if argv is None else argv))
     config = config_path(args.config_file)
     server, settings = read_config(config) if config else from_options(vars(args))
+    for model in settings:
+        if model.model == AUTO:
+            model.model = first_model(note)
     with listen(server.host, server.port) as listener:
         host, port = listener.getsockname()[:2]
 

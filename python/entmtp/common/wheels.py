@@ -1,0 +1,60 @@
+"""Packages from the package index, by pip: one file of a pinned version, its SHA-256 compared.
+
+Also read by the build (native/llama_source.py), where entmtp is not installed: standard library only, no imports of
+this package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+_CHUNK = 1 << 20
+
+
+def pip_download(
+    requirement: str, folder: Path, *, source: bool, timeout: float | None = None
+) -> Path | None:
+    """The file that pip puts into the folder, with pip's progress bar on stderr; None if it cannot.
+
+    Args:
+        requirement: as pip takes it, `name==1.0` for a pinned version.
+        source: the source distribution; else the wheel.
+        timeout: seconds that pip waits for an answer, without trying again; None: as pip does.
+    """
+    name = requirement.partition("==")[0]
+    # --no-binary names the one package: with :all: pip would compile its build tools from source, too
+    how = ["--no-binary", name] if source else ["--only-binary", ":all:"]
+    calm = [] if sys.stderr.isatty() else ["--quiet"]
+    patience = [] if timeout is None else ["--retries", "0", "--timeout", f"{timeout:g}"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "download",
+        "--no-deps",
+        *how,
+        *patience,
+        *calm,
+    ]
+    # pip asks a source package for its metadata; options meant for our own build must not reach that
+    env = {k: v for k, v in os.environ.items() if k not in ("CMAKE_ARGS", "CMAKE_GENERATOR")}
+    env = {k: v for k, v in env.items() if not k.startswith("SKBUILD_")}
+    result = subprocess.run(
+        [*pip, "--dest", str(folder), requirement], env=env, stdin=subprocess.DEVNULL, stdout=sys.stderr
+    )
+    found = sorted(folder.glob("*.tar.gz" if source else "*.whl"))
+    return found[0] if result.returncode == 0 and found else None
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
