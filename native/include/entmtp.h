@@ -137,7 +137,23 @@ enum entmtp_policy {
     ENTMTP_POLICY_LADDER     = 4, // tree ladder[bin of the score]
     ENTMTP_POLICY_HYSTERESIS = 5, // ladder[0] from a score below edge 0 on, ladder[1] from a score above edge 1 on
     ENTMTP_POLICY_BEST_DEPTH = 6, // argmax of (1 + a + a^2 + ... + a^depth) / cost, with acceptance a from the score
+    // one tree grown from all drafters, the text, rows seen before and heads if there are any, while the next node pays
+    ENTMTP_POLICY_AUTO       = 7,
 };
+
+// drafters: bits of entmtp_policy_params.drafters, and of what entmtp_decoder_drafted_by() says
+enum entmtp_source {
+    ENTMTP_SOURCE_TEXT  = 1, // what followed when the last tokens of the text came before
+    ENTMTP_SOURCE_ROWS  = 2, // the most probable tokens after a token when the model last saw it (token recycling)
+    ENTMTP_SOURCE_HEADS = 4,
+};
+#define ENTMTP_N_SOURCES 3
+
+// the acceptance model of the auto policy: a logistic model for each set of drafters (its bits are the index)
+//   inputs: 1, log2(tokens that match) - 2, ln(share of the places that match), ln(1 + rank of the match), ln p and
+//           ln(1 - p) of the row, logit of the heads, running entropy, ln(depth), hits of text, of rows and of heads
+#define ENTMTP_N_SETS 8
+#define ENTMTP_N_INPUTS 12
 
 // what a published policy looks at. For best depth, a is exp(-H), p, and the geometric mean of the p
 enum entmtp_score {
@@ -201,8 +217,11 @@ struct entmtp_policy_params {
     int32_t         score;                   // (published policies)
     const int32_t * ladder;                  // [n_bins] trees (ladder, hysteresis)
 
-    const struct entmtp_costs *       costs; // entropy, confidence, best depth
-    const struct entmtp_calibration * calibration; // confidence
+    const struct entmtp_costs *       costs; // entropy, confidence, best depth, auto
+    const struct entmtp_calibration * calibration; // confidence; auto, if heads draft
+
+    uint32_t      drafters;                        // enum entmtp_source (auto)
+    const float * acceptance; // [ENTMTP_N_SETS][ENTMTP_N_INPUTS] to begin with (auto); NULL: what the library has
 
     bool adapt; // costs and acceptance follow what is seen, and drafting stops where it loses against plain decoding
 };
@@ -233,6 +252,19 @@ ENTMTP_API int32_t entmtp_decoder_sample_typical(struct entmtp_decoder * dec,
 // The token is a draft that was right: it is in the verified tree, after the tokens evaluated so far, so that evaluating it
 // next takes no pass.
 ENTMTP_API bool entmtp_decoder_is_drafted(const struct entmtp_decoder * dec, int32_t token);
+
+// By which drafters: enum entmtp_source; 0: by none.
+ENTMTP_API uint32_t entmtp_decoder_drafted_by(const struct entmtp_decoder * dec, int32_t token);
+
+// The text that is in the memory, where it did not come through entmtp_decoder_eval() (a state was loaded): for drafting
+// from it.
+ENTMTP_API void entmtp_decoder_set_text(struct entmtp_decoder * dec, const int32_t * tokens, int32_t n);
+
+// Forget all that drafters remember of other texts than the one in the memory, so that not even their speed tells of it.
+ENTMTP_API void entmtp_decoder_forget(struct entmtp_decoder * dec);
+
+// Weights [ENTMTP_N_SETS][ENTMTP_N_INPUTS] of the acceptance model as they are now (auto).
+ENTMTP_API int32_t entmtp_decoder_get_acceptance(const struct entmtp_decoder * dec, float * weights);
 
 // Leave in the memory exactly what plain decoding would have there: the evaluated tokens, no drafts.
 ENTMTP_API int32_t entmtp_decoder_settle(struct entmtp_decoder * dec);
@@ -318,13 +350,14 @@ ENTMTP_API void entmtp_decoder_resume(struct entmtp_decoder * dec);
 
 struct entmtp_step {
     float   entropy; // running estimate when the tree was chosen, nats
-    int32_t tree;    // index in the bank, 0 if nothing was drafted; n_trees: grown by the confidence policy
+    int32_t tree;    // index in the bank, 0 if nothing was drafted; n_trees: grown for this step
     int32_t n_nodes; // tokens in the verify pass, the root among them
     int32_t n_accepted;
     int32_t t_draft_us;
     int32_t t_verify_us;
     int32_t t_sample_us;
-    int32_t t_host_us; // everything else of ours: entropy, choice, batch, commit
+    int32_t t_host_us;              // everything else of ours: entropy, choice, batch, commit
+    int32_t n_by[ENTMTP_N_SOURCES]; // accepted tokens by drafter: what several proposed counts for the first of them
 };
 
 // of steps that have no record any more
@@ -337,6 +370,7 @@ struct entmtp_step_sums {
     int64_t t_verify_us;
     int64_t t_sample_us;
     int64_t t_host_us;
+    int64_t n_by[ENTMTP_N_SOURCES];
 };
 
 // Off by default: then nothing is timed or kept. The latest 65,536 steps since the last reset have a record each, older

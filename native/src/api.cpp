@@ -248,6 +248,32 @@ bool entmtp_decoder_is_drafted(const entmtp_decoder * dec, int32_t token) {
     return dec && dec->impl.is_drafted(token);
 }
 
+uint32_t entmtp_decoder_drafted_by(const entmtp_decoder * dec, int32_t token) {
+    return dec ? dec->impl.drafted_by(token) : 0;
+}
+
+void entmtp_decoder_set_text(entmtp_decoder * dec, const int32_t * tokens, int32_t n) {
+    guarded(dec, [&](entmtp::decoder & d) {
+        d.set_text(tokens, tokens ? n : 0);
+        return (int32_t) ENTMTP_OK;
+    });
+}
+
+void entmtp_decoder_forget(entmtp_decoder * dec) {
+    if (dec) {
+        dec->impl.forget();
+    }
+}
+
+int32_t entmtp_decoder_get_acceptance(const entmtp_decoder * dec, float * weights) {
+    if (!dec || !weights) {
+        return fail("no decoder, or no room for the weights");
+    }
+    const auto & w = dec->impl.acceptance_weights();
+    std::copy(w.begin(), w.end(), weights);
+    return ENTMTP_OK;
+}
+
 int32_t entmtp_decoder_settle(entmtp_decoder * dec) {
     return guarded(dec, [&](entmtp::decoder & d) { return d.settle(); });
 }

@@ -69,6 +69,31 @@ double cost_model::level(int32_t l, int32_t n) const {
     return levels[l].us[n <= 1 ? 0 : n <= 2 ? 1 : 2] * std::exp(speed + drafts);
 }
 
+void cost_model::fees(double price, int32_t n_max_pass, std::vector<double> & fee) const {
+    fee.clear();
+    for (int32_t n = 1; n <= std::min(n_max_pass, n_max()); ++n) {
+        fee.push_back(price * verify(n));
+    }
+}
+
+double best_pass(const std::vector<float> & probs, const std::vector<double> & fee, int32_t * n_best) {
+    double       best = -1e30;
+    double       sum  = 1.0;
+    const size_t n    = std::min(probs.size() + 1, fee.size());
+    for (size_t i = 0; i < n; ++i) {
+        if (i > 0) {
+            sum += probs[i - 1];
+        }
+        if (sum - fee[i] > best) {
+            best = sum - fee[i];
+            if (n_best) {
+                *n_best = (int32_t) i + 1;
+            }
+        }
+    }
+    return best;
+}
+
 void cost_model::observe(int32_t n, double t_verify, double t_draft, double expected) {
     if (!adapt || n < 1 || n > n_max()) {
         return;

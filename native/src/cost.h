@@ -24,6 +24,9 @@ class cost_model {
     double level(int32_t l, int32_t n) const;  // head l after n paths
     double plain() const { return verify(1); } // a step of plain decoding
 
+    // passes over 1 .. n_max tokens, at a price in tokens per us
+    void fees(double price, int32_t n_max, std::vector<double> & fee) const;
+
     int32_t n_max() const { return (int32_t) table.size(); }
     int32_t n_levels() const { return (int32_t) levels.size(); }
 
@@ -64,5 +67,11 @@ class cost_model {
     int64_t              n_seen     = 0;
     int64_t              last_plain = 0;
 };
+
+// Tokens expected from the best pass over a root and candidates, less what the pass costs.
+//   probs  of the candidates' paths, decreasing
+//   fee    of passes over 1, 2, .. tokens, in tokens
+//   n_best result, if it is not null: tokens of that pass, the root among them
+double best_pass(const std::vector<float> & probs, const std::vector<double> & fee, int32_t * n_best = nullptr);
 
 } // namespace entmtp

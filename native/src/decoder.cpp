@@ -33,15 +33,13 @@ decoder::decoder(llama_context * ctx, heads * h) :
         }
     }
 
-    llama_set_graph_slots(ctx, draft_heads ? n_graph_slots : 0);
+    llama_set_graph_slots(ctx, verify.can_tree() ? n_graph_slots : 0);
     llama_set_abort_callback(ctx, is_cancelled, &cancelled);
 }
 
 decoder::~decoder() {
     llama_set_abort_callback(ctx, nullptr, nullptr);
-    if (draft_heads) {
-        llama_set_graph_slots(ctx, 0);
-    }
+    llama_set_graph_slots(ctx, 0);
 }
 
 entmtp_traffic decoder::traffic() const {
@@ -60,9 +58,6 @@ void decoder::set_trees(std::vector<tree> trees) {
     size_t deepest = 0;
     for (const auto & t : trees) {
         deepest = std::max(deepest, t.levels.size());
-    }
-    if (deepest > 0 && !draft_heads) {
-        throw std::runtime_error("bank: trees need draft heads");
     }
     if (deepest > 0 && !verify.can_tree()) {
         throw std::runtime_error(verify.why_no_tree());
@@ -105,6 +100,13 @@ void decoder::set_policy(const entmtp_policy_params & p) {
         const size_t n = (size_t) draft_heads->n_heads() * grower::max_width * grower::n_guess;
         guess.assign(n, 0);
         log_p.assign(n, 0.0f);
+    }
+    if (next.mixes() && !verify.can_tree()) {
+        throw std::runtime_error(verify.why_no_tree());
+    }
+    if (next.mixes() && (p.drafters & ENTMTP_SOURCE_HEADS) &&
+        (!draft_heads || draft_heads->n_vocab_draft() < mixer::n_guess)) {
+        throw std::runtime_error("policy: heads are to draft, but there are none, or they know fewer than 8 tokens");
     }
     policy  = std::move(next);
     running = ema(policy.window());
@@ -197,6 +199,7 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
         return ENTMTP_ERROR;
     }
     n_past = past;
+    text.truncate(past);
 
     live    = false;
     is_seen = false;
@@ -239,6 +242,9 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
 
     n_past = past + n;
     live   = true;
+    for (int32_t i = 0; i < n; ++i) {
+        text.append(toks[i]);
+    }
     return ENTMTP_OK;
 }
 
@@ -252,6 +258,7 @@ int32_t decoder::advance(int32_t token) {
             is_seen = false;
             if (in_list) {
                 steps.back().n_accepted++;
+                steps.back().n_by[first_of(sources.empty() ? (uint32_t) ENTMTP_SOURCE_HEADS : sources[child])]++;
             }
             return ENTMTP_OK;
         }
@@ -283,6 +290,8 @@ int32_t decoder::step(int32_t token) {
 
     const int64_t t0 = timed ? ggml_time_us() : 0;
 
+    text.truncate(n_past);
+    text.append(token);
     int32_t id = draft(token);
 
     const int64_t t1 = timed ? ggml_time_us() : 0;
@@ -292,6 +301,7 @@ int32_t decoder::step(int32_t token) {
         // no room for the tree in this memory: the token alone may still fit
         id = 0;
         tokens.resize(1);
+        sources.clear();
         status = verify_tree(id);
     }
     if (timed) {
@@ -299,6 +309,7 @@ int32_t decoder::step(int32_t token) {
     }
     if (const int32_t res = decode_status(status); res != ENTMTP_OK) {
         verify.truncate(n_past);
+        text.truncate(n_past);
         return res;
     }
 
@@ -334,12 +345,15 @@ int32_t decoder::settle(int32_t next) {
     }
 
     if (in_step) {
-        const int32_t id = tree_id == (int32_t) bank.size() ? scheduler::grow_tree : tree_id;
+        const int32_t id         = tree_id == (int32_t) bank.size() ? scheduler::grow_tree : tree_id;
+        const int32_t next_token = next;
         if (path.size() > 1) {
             next = tokens[path[1]];
         }
-        const int32_t hit = id == scheduler::grow_tree && next >= 0 ? (next == guess[0] ? 1 : 0) : -1;
-        policy.observe(id, topology(tree_id).n_nodes(), path, hit, t_draft, t_verify);
+        const int32_t hit =
+            id == scheduler::grow_tree && !policy.mixes() && next >= 0 ? (next == guess[0] ? 1 : 0) : -1;
+        policy.observe(id, topology(tree_id).n_nodes(),
+                       { path, hit, next_token, policy.mixes() ? t_heads : t_draft, t_verify });
     }
 
     const bool is_tree = topology(tree_id).n_nodes() > 1;
@@ -357,6 +371,10 @@ int32_t decoder::settle(int32_t next) {
         run_prefix(path, n_past);
     }
 
+    text.truncate(n_past);
+    for (const int32_t node : path) {
+        text.append(tokens[node]);
+    }
     n_past += (int32_t) path.size();
     leave_tree();
     return ENTMTP_OK;
@@ -380,6 +398,8 @@ void decoder::invalidate(int32_t past) {
     is_seen = false;
     row     = -1;
     n_past  = std::max(past, 0);
+    text.truncate(0); // it may be another one
+    text.truncate(n_past);
     running.reset();
     if (draft_heads && draft_heads->prefix()) {
         draft_heads->prefix()->truncate(0);
@@ -400,10 +420,43 @@ const float * decoder::hidden() {
 
 // the entropy of the distribution that the next token is drawn from
 void decoder::begin_token() {
-    if ((policy.needs_signals() || stats) && !is_seen && live) {
-        seen    = out.describe(row);
-        is_seen = true;
-        running.add(seen.entropy);
+    if ((policy.needs_signals() || stats || uses_rows()) && !is_seen && live) {
+        look();
+    }
+}
+
+// what the last evaluated token's logits tell
+void decoder::look() {
+    seen    = out.describe(row);
+    is_seen = true;
+    running.add(seen.entropy);
+    if (uses_rows()) {
+        int32_t       best[successors::k];
+        float         log_p[successors::k];
+        const int32_t n = out.best(row, successors::k, best, log_p);
+        for (int32_t i = 0; i < n; ++i) {
+            log_p[i] -= seen.log_sum;
+        }
+        rows.see(n_vocab, tree_id >= 0 ? tokens[path.back()] : text.back(), best, log_p, n);
+    }
+}
+
+uint32_t decoder::drafted_by(int32_t token) const {
+    if (!live || tree_id < 0) {
+        return 0;
+    }
+    const int32_t child = topology(tree_id).find_child(path.back(), tokens, token);
+    return child < 0 ? 0 : sources.empty() ? (uint32_t) ENTMTP_SOURCE_HEADS : sources[child];
+}
+
+void decoder::set_text(const int32_t * toks, int32_t n) {
+    if (tree_id >= 0 || n != n_past) {
+        throw std::runtime_error("the text is not the one in the memory: " + std::to_string(n) + " tokens for " +
+                                 std::to_string(n_past));
+    }
+    text.truncate(0);
+    for (int32_t i = 0; i < n; ++i) {
+        text.append(toks[i]);
     }
 }
 
@@ -412,10 +465,7 @@ entmtp_signals decoder::signals(int32_t token) {
         throw std::runtime_error("there is no evaluated token");
     }
     if (!is_seen) {
-        // the caller did not sample here: the token is his own
-        seen    = out.describe(row);
-        is_seen = true;
-        running.add(seen.entropy);
+        look(); // the caller did not sample here: the token is his own
     }
     return { seen.entropy, std::exp(seen.log_max), out.logit(row, token) - seen.log_sum };
 }

@@ -9,6 +9,8 @@
 #include "remote.h"
 #include "scheduler.h"
 #include "steps.h"
+#include "successors.h"
+#include "text.h"
 #include "tree.h"
 #include "verify.h"
 
@@ -49,6 +51,14 @@ class decoder {
     bool is_drafted(int32_t token) const {
         return live && tree_id >= 0 && topology(tree_id).find_child(path.back(), tokens, token) >= 0;
     }
+
+    // by which drafters, enum entmtp_source; 0: by none
+    uint32_t drafted_by(int32_t token) const;
+
+    void set_text(const int32_t * tokens, int32_t n); // what is in the memory, for drafting from it
+    void forget() { rows.forget(); }                  // what drafters remember of other texts
+
+    const std::vector<float> & acceptance_weights() const { return policy.model().get(); }
 
     void                set_outputs(int32_t mode) { out.set_mode(mode); }
     entmtp_outputs_info outputs_info() const { return out.info(); }
@@ -95,6 +105,10 @@ class decoder {
         return draft_heads->prefix() ? draft_heads->prefix()->output() : out.hidden_states({ row });
     }
 
+    void          look();
+    bool          uses_rows() const { return policy.mixes() || (!draft_heads && policy.is_static()); }
+    void          draft_from_rows(const tree & topology);
+    void          mix(const entmtp_signals & s);
     const float * expand(int32_t l, int32_t n);
     float         greedy_path();
     int32_t       draft(int32_t token);
@@ -110,6 +124,8 @@ class decoder {
     tree                 grown;   // of the step, where the policy grows its own
     scheduler            policy;
     ema                  running;
+    text_index           text;            // the settled tokens, and the root of the step that is being made
+    successors           rows;            // most probable tokens after those that were seen
     distribution         seen;            // of the last evaluated token's logits
     bool                 is_seen = false; // it was looked at
 
@@ -118,10 +134,11 @@ class decoder {
     int32_t row    = -1;                  // its index in the last batch
 
     // the verified tree, while it is being walked
-    int32_t              tree_id = -1; // in the bank; n_trees: the grown one; -1: none
-    std::vector<int32_t> tokens;       // [n_nodes]
-    std::vector<int32_t> path;         // visited nodes, the root first
-    std::vector<int32_t> typical;      // path chosen by typical acceptance, empty if none was
+    int32_t               tree_id = -1; // in the bank; n_trees: the grown one; -1: none
+    std::vector<int32_t>  tokens;       // [n_nodes]
+    std::vector<uint32_t> sources;      // [n_nodes] who proposed them, where drafters are mixed; else empty
+    std::vector<int32_t>  path;         // visited nodes, the root first
+    std::vector<int32_t>  typical;      // path chosen by typical acceptance, empty if none was
 
     // guesses of the heads, level by level, while a tree is grown
     std::vector<int32_t> guess; // [n_heads][max_width][n_guess]
@@ -131,6 +148,7 @@ class decoder {
     bool   in_step  = false; // a step was verified and is being walked
     bool   in_list  = false; // it is the last of steps
     double t_draft  = 0;     // us
+    double t_heads  = 0;     // us of them, in the heads
     double t_verify = 0;     // us
 
     std::atomic<bool> cancelled{ false };

@@ -2,6 +2,8 @@
 
 #include "decoder.h"
 
+#include "ggml.h"
+
 #include <cmath>
 
 namespace entmtp {
@@ -40,6 +42,41 @@ float decoder::greedy_path() {
     return std::exp(sum);
 }
 
+// a fixed tree without heads: each node is a successor of its parent's token (Token Recycling, arXiv 2408.08696)
+void decoder::draft_from_rows(const tree & topology) {
+    sources.assign(topology.n_nodes(), ENTMTP_SOURCE_ROWS);
+    for (int32_t i = 1; i < topology.n_nodes(); ++i) {
+        const int32_t           parent = tokens[topology.parent[i]];
+        const successors::row * row    = rows.after(parent);
+        // without a successor of that rank: a guess that is as good as none, but takes its place in the pass
+        tokens[i]                      = row && topology.rank[i] < row->n ? row->token[topology.rank[i]] : parent;
+    }
+}
+
+void decoder::mix(const entmtp_signals & s) {
+    const auto expand = [&](int32_t l, const std::vector<int32_t> & paths, int32_t n, int32_t * best,
+                            float * best_log_p) {
+        const int64_t t0 = ggml_time_us();
+        draft_heads->expand(l, draft_input(), paths.data(), n, mixer::n_guess, best, best_log_p);
+        t_heads += (double) (ggml_time_us() - t0);
+    };
+    const int32_t n_heads = draft_heads ? draft_heads->n_heads() : 0;
+    const auto &  nodes =
+        policy.mix(text, rows, s, running.get(), room(), n_heads, draft_heads && draft_heads->sees_path(), expand);
+
+    grown.parent.assign(1, -1);
+    grown.rank.assign(1, 0);
+    grown.depth.assign(1, 0);
+    sources.assign(1, 0);
+    for (const auto & node : nodes) {
+        grown.parent.push_back(node.parent);
+        grown.rank.push_back(0);
+        grown.depth.push_back(node.depth);
+        tokens.push_back(node.token);
+        sources.push_back(node.sources);
+    }
+}
+
 // choose a topology and fill in its tokens; returns its id
 int32_t decoder::draft(int32_t token) {
     entmtp_signals s = {};
@@ -48,16 +85,24 @@ int32_t decoder::draft(int32_t token) {
     }
 
     tokens.assign(1, token);
+    sources.clear();
+    t_heads = 0.0;
 
     const float   product = policy.needs_path() ? greedy_path() : 0.0f;
     const int32_t id      = policy.choose(s, running.get(), product, room(), n_nodes, depth);
 
     if (id != scheduler::grow_tree) {
         tokens.resize(bank[id].n_nodes());
-        if (bank[id].n_nodes() > 1) {
+        if (bank[id].n_nodes() > 1 && draft_heads) {
             draft_heads->draft(bank[id], draft_input(), tokens);
+        } else if (bank[id].n_nodes() > 1) {
+            draft_from_rows(bank[id]);
         }
         return id;
+    }
+    if (policy.mixes()) {
+        mix(s);
+        return (int32_t) bank.size();
     }
 
     const bool   sees_path = draft_heads->sees_path();

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
-#include <string>
 
 namespace entmtp {
 
@@ -33,52 +31,13 @@ int32_t expanded_parent(int32_t l, int32_t index) {
     return index == l ? 0 : index;
 }
 
-static float sigmoid(float z) {
-    return 1.0f / (1.0f + std::exp(-z));
-}
-
-static float dot(const float * w, const float * x, int32_t n) {
-    float sum = 0.0f;
-    for (int32_t i = 0; i < n; ++i) {
-        sum += w[i] * x[i];
-    }
-    return sum;
-}
-
-grower::grower(const entmtp_calibration & c, bool adapt) :
-    adapt(adapt), n_levels(c.n_levels), n_bins(c.n_bins), n_scenarios(c.n_scenarios) {
-    if (n_levels < 1 || n_levels > 64 || n_bins < 1 || n_bins > 64 || n_scenarios < 1 || n_scenarios > 64 ||
-        !c.accept || !c.ahead || !c.scenarios || (n_bins > 1 && !c.edges)) {
-        throw std::runtime_error("calibration: a table is missing");
-    }
-
-    const auto copy = [](std::vector<float> & to, const float * from, size_t n, float low, float high) {
-        for (size_t i = 0; i < n; ++i) {
-            if (!(from[i] >= low && from[i] <= high)) {
-                throw std::runtime_error("calibration: a number is out of range");
-            }
-            to.push_back(from[i]);
-        }
-    };
-    if (!(c.hits >= 0.0f && c.hits <= 1.0f && c.hits_window >= 1.0f && c.hits_window <= 1e6f)) {
-        throw std::runtime_error("calibration: hits are out of range");
-    }
-    hits_start = hits = c.hits;
-    hits_rate         = 2.0f / (c.hits_window + 1.0f);
-
-    copy(accept, c.accept, (size_t) n_levels * ENTMTP_N_ACCEPT, -1e3f, 1e3f);
-    copy(ahead, c.ahead, (size_t) n_levels * ENTMTP_N_AHEAD, -1e3f, 1e3f);
-    copy(edges, c.edges, (size_t) n_levels * (n_bins - 1), 0.0f, 1.0f);
-    copy(scenarios, c.scenarios, (size_t) n_levels * n_bins * n_scenarios * n_levels * 3, 0.0f, 1.0f);
-
+grower::grower(const entmtp_calibration & c, bool adapt) : adapt(adapt), cal(c), n_levels(cal.n_levels) {
     bias.assign(n_levels, 0.0f);
 }
 
 // calibrated probabilities of the guesses of head l after its first n expanded paths; stride 0: the same guesses for all
 void grower::add_level(
     int32_t l, int32_t n, const float * log_p, int32_t stride, const entmtp_signals & s, float running) {
-    const float * w = &accept[(size_t) l * ENTMTP_N_ACCEPT];
-
     const size_t begin = found.size();
     first[l]           = (int32_t) begin;
     width[l]           = n;
@@ -95,20 +54,11 @@ void grower::add_level(
             above_p             = found[above].p;
             above_raw           = raw[above];
         }
-        float spread = 0.0f; // entropy of the best guesses
-        for (int32_t r = 0; r < n_guess; ++r) {
-            const float lp = log_p[c * stride + r];
-            spread -= std::exp(lp) * lp;
-        }
+        const float spread = spread_of(log_p + (ptrdiff_t) c * stride, n_guess);
         for (int32_t r = 0; r < n_guess; ++r) {
             const float lp = log_p[c * stride + r];
 
-            const float x[ENTMTP_N_ACCEPT] = {
-                1.0f,      lp,        std::log1p(-std::min(std::exp(lp), 0.9999f)),
-                running,   s.entropy, std::log((float) (1 + r)),
-                above_raw, hits,      spread,
-            };
-            const float q = sigmoid(dot(w, x, ENTMTP_N_ACCEPT) + bias[l]);
+            const float q = sigmoid(cal.logit(l, r, lp, above_raw, spread, s, running) + bias[l]);
             found.push_back({ l + 1, c, r, q, above_p * q, -1 });
             raw.push_back(above_raw + lp);
             probs.push_back(above_p * q);
@@ -117,57 +67,27 @@ void grower::add_level(
     std::sort(probs.begin(), probs.end(), std::greater<float>());
 }
 
-// tokens expected from the best pass over candidates of these probabilities (decreasing), less what the pass costs
-double grower::worth(std::vector<float> & p, int32_t * n_best) const {
-    double       best = -1e30;
-    double       sum  = 1.0;
-    const size_t n    = std::min(p.size() + 1, fee.size());
-    for (size_t i = 0; i < n; ++i) {
-        if (i > 0) {
-            sum += p[i - 1];
-        }
-        if (sum - fee[i] > best) {
-            best = sum - fee[i];
-            if (n_best) {
-                *n_best = (int32_t) i + 1;
-            }
-        }
-    }
-    return best;
-}
-
-// the same, if heads l .. to - 1 were run down the greedy path first; their cost is not taken off
+// what the best pass over the candidates is worth, if heads l .. to - 1 were run down the greedy path first; their cost
+// is not taken off
 double grower::look_ahead(int32_t l, int32_t to, const entmtp_signals & s, float running) {
     const candidate * last = l > 0 ? &found[first[l - 1]] : nullptr; // the greedy path so far
 
-    const float x[ENTMTP_N_AHEAD] = {
-        1.0f,
-        running,
-        s.entropy,
-        s.log_root,
-        hits,
-        l > 0 ? raw[first[l - 1]] : 0.0f,
-        l > 0 ? raw[first[l - 1]] - (l > 1 ? raw[first[l - 2]] : 0.0f) : 0.0f,
-    };
-    const float a = sigmoid(dot(&ahead[(size_t) l * ENTMTP_N_AHEAD], x, ENTMTP_N_AHEAD) + bias[l]);
+    const float path = l > 0 ? raw[first[l - 1]] : 0.0f;
+    const float a    = sigmoid(cal.foresee(l, path, path - (l > 1 ? raw[first[l - 2]] : 0.0f), s, running) + bias[l]);
+    const float p    = last ? last->p : 1.0f;
 
-    const float * e   = edges.data() + (size_t) l * (n_bins - 1);
-    const int32_t bin = (int32_t) (std::upper_bound(e, e + n_bins - 1, a) - e);
-    const float   p   = last ? last->p : 1.0f;
-
-    const size_t  size = (size_t) n_levels * 3;
-    const float * row  = &scenarios[((size_t) l * n_bins + bin) * n_scenarios * size];
+    const float * row = cal.foreseen(l, a);
 
     double sum = 0.0;
-    for (int32_t i = 0; i < n_scenarios; ++i, row += size) {
+    for (int32_t i = 0; i < cal.n_scenarios; ++i, row += (size_t) n_levels * 3) {
         trial = probs;
         for (int32_t j = 3 * l; j < 3 * to; ++j) {
             const float x_new = p * row[j];
             trial.insert(std::upper_bound(trial.begin(), trial.end(), x_new, std::greater<float>()), x_new);
         }
-        sum += worth(trial, nullptr);
+        sum += best_pass(trial, fee);
     }
-    return sum / n_scenarios;
+    return sum / cal.n_scenarios;
 }
 
 const std::vector<grower::node> & grower::grow(const entmtp_signals & s,
@@ -188,10 +108,7 @@ const std::vector<grower::node> & grower::grow(const entmtp_signals & s,
     t_draft    = 0.0;
     n_expanded = 0;
 
-    fee.clear();
-    for (int32_t n = 1; n <= std::min(n_max, cost.n_max()); ++n) {
-        fee.push_back(price * cost.verify(n));
-    }
+    cost.fees(price, n_max, fee);
     if (fee.size() < 2) {
         return nodes;
     }
@@ -199,7 +116,7 @@ const std::vector<grower::node> & grower::grow(const entmtp_signals & s,
     n_heads = std::min({ n_heads, n_levels, cost.n_levels() });
 
     int32_t n_best = 1;
-    double  now    = worth(probs, &n_best);
+    double  now    = best_pass(probs, fee, &n_best);
 
     for (int32_t l = 0; l < n_heads; ++l) {
         // does it pay to run this head, alone or with the ones below it?
@@ -237,7 +154,7 @@ const std::vector<grower::node> & grower::grow(const entmtp_signals & s,
         add_level(l, n, expand(l, n_run), sees_path ? n_guess : 0, s, running);
         t_draft += cost.level(l, n_run);
         n_expanded = l + 1;
-        now        = worth(probs, &n_best);
+        now        = best_pass(probs, fee, &n_best);
     }
 
     if (forced && n_best == 1 && !found.empty()) {
@@ -272,7 +189,7 @@ const std::vector<grower::node> & grower::grow(const entmtp_signals & s,
 }
 
 void grower::skip() {
-    hits += (hits_start - hits) * hits_rate;
+    cal.skip();
 }
 
 void grower::observe(const std::vector<int32_t> & path, int32_t hit) {
@@ -281,7 +198,7 @@ void grower::observe(const std::vector<int32_t> & path, int32_t hit) {
         return;
     }
     if (hit >= 0) {
-        hits += ((float) hit - hits) * hits_rate;
+        cal.observe(hit == 1);
     }
     if (!adapt || nodes.empty()) {
         return;

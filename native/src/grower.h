@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "calibration.h"
 #include "cost.h"
 
 #include "entmtp.h"
@@ -64,7 +65,7 @@ class grower {
     // a step that drafted nothing: what is remembered of hits fades
     void skip();
 
-    void begin_text() { hits = hits_start; }
+    void begin_text() { cal.begin_text(); }
 
   private:
     struct candidate {
@@ -77,22 +78,11 @@ class grower {
     };
 
     void add_level(int32_t l, int32_t n, const float * log_p, int32_t stride, const entmtp_signals & s, float running);
-    double worth(std::vector<float> & probs, int32_t * n_best) const;
     double look_ahead(int32_t l, int32_t to, const entmtp_signals & s, float running);
 
-    bool    adapt       = false;
-    int32_t n_levels    = 0;
-    int32_t n_bins      = 0;
-    int32_t n_scenarios = 0;
-
-    std::vector<float> accept;    // [n_levels][ENTMTP_N_ACCEPT]
-    std::vector<float> ahead;     // [n_levels][ENTMTP_N_AHEAD]
-    std::vector<float> edges;     // [n_levels][n_bins - 1]
-    std::vector<float> scenarios; // [n_levels][n_bins][n_scenarios][n_levels][3]
-
-    float hits_start = 0.5f;
-    float hits_rate  = 0.05f;
-    float hits       = 0.5f; // running share of steps whose best first guess was right
+    bool        adapt = false;
+    calibration cal;
+    int32_t     n_levels = 0;
 
     std::vector<float> bias; // [n_levels] learned on the way: added to the logit
 

@@ -1,10 +1,12 @@
 #include "outputs.h"
 
 #include "candidates.h"
+#include "top_k.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <numeric>
 #include <stdexcept>
 
 namespace entmtp {
@@ -234,6 +236,33 @@ distribution outputs::describe(int32_t i) {
     }
     const float * l = logits(i);
     return l ? entmtp::describe(l, n_vocab) : distribution{};
+}
+
+int32_t outputs::best(int32_t i, int32_t n, int32_t * best_ids, float * best_logits) {
+    if (!at_host && reduced()) {
+        // what the device found: not sorted
+        const size_t         r = (size_t) (i - first_output);
+        const float *        v = &values[r * reduction::width(k)];
+        std::vector<int32_t> order(k);
+        std::iota(order.begin(), order.end(), 0);
+        n = std::min(n, k);
+        std::partial_sort(order.begin(), order.begin() + n, order.end(),
+                          [&](int32_t a, int32_t b) { return v[a] > v[b]; });
+        for (int32_t j = 0; j < n; ++j) {
+            best_ids[j]    = ids[r * k + order[j]];
+            best_logits[j] = v[order[j]];
+        }
+        return n;
+    }
+    const float * l = logits(i);
+    n               = l ? std::min(n, n_vocab) : 0;
+    if (n > 0) {
+        top_k(l, n_vocab, n, best_ids);
+    }
+    for (int32_t j = 0; j < n; ++j) {
+        best_logits[j] = l[best_ids[j]];
+    }
+    return n;
 }
 
 float outputs::logit(int32_t i, int32_t token) {

@@ -48,6 +48,9 @@ class outputs {
     distribution  describe(int32_t i);
     float         logit(int32_t i, int32_t token);
 
+    // the k largest logits of a row, the largest first, and their tokens; returns how many are known without fetching it
+    int32_t best(int32_t i, int32_t k, int32_t * tokens, float * logits);
+
     // the sampler's choice at a token of the pass, accepted by it
     int32_t sample(llama_sampler * sampler, int32_t i);
 

@@ -130,7 +130,7 @@ static int64_t replay(const entmtp_trace &         trace,
 
             const double  t_verify = truth.verify(size);
             const int32_t hit      = i + 1 < end && at.rank()[0] >= 0 ? (at.rank()[0] == 0 ? 1 : 0) : -1;
-            policy.observe(id, size, path, hit, t_draft, t_verify);
+            policy.observe(id, size, { path, hit, -1, t_draft, t_verify });
 
             entmtp_step & out = steps[n_steps++];
 
@@ -154,6 +154,9 @@ int64_t replay(const entmtp_trace *         trace,
                const entmtp_costs *         truth,
                entmtp_step *                steps,
                int64_t                      n_max) {
+    if (params && params->policy == ENTMTP_POLICY_AUTO) {
+        throw std::runtime_error("replay: a trace holds no texts, which the auto policy drafts from");
+    }
     if (!trace || !params || !steps || (!truth && !params->costs)) {
         throw std::runtime_error("replay: a pointer is missing");
     }

@@ -27,7 +27,7 @@ scheduler::scheduler(const entmtp_policy_params & p, int32_t n_trees) :
         }
     };
 
-    require(policy >= ENTMTP_POLICY_OFF && policy <= ENTMTP_POLICY_BEST_DEPTH, "policy: unknown number");
+    require(policy >= ENTMTP_POLICY_OFF && policy <= ENTMTP_POLICY_AUTO, "policy: unknown number");
     require(policy != ENTMTP_POLICY_STATIC || (static_tree >= 0 && static_tree < n_trees),
             "policy: static_tree is not in the bank");
 
@@ -56,7 +56,7 @@ scheduler::scheduler(const entmtp_policy_params & p, int32_t n_trees) :
     }
     require(score >= ENTMTP_SCORE_ENTROPY && score <= ENTMTP_SCORE_PATH, "policy: unknown score");
 
-    if (policy >= ENTMTP_POLICY_LADDER) {
+    if (is_published()) {
         adapt = false;
     }
     if (policy != ENTMTP_POLICY_LADDER && policy != ENTMTP_POLICY_HYSTERESIS) {
@@ -79,6 +79,11 @@ scheduler::scheduler(const entmtp_policy_params & p, int32_t n_trees) :
     if (policy == ENTMTP_POLICY_CONFIDENCE) {
         require(p.calibration, "policy: confidence needs a calibration");
         trees = grower(*p.calibration, adapt);
+    }
+    if (policy == ENTMTP_POLICY_AUTO) {
+        drafters = p.drafters & (from_text | from_rows | from_heads);
+        require(!(drafters & from_heads) || p.calibration, "policy: heads need a calibration to be mixed with others");
+        all_drafters = mixer(drafters & from_heads ? p.calibration : nullptr, p.acceptance, adapt);
     }
 }
 
@@ -169,7 +174,7 @@ int32_t scheduler::choose(const entmtp_signals &       s,
     if (policy == ENTMTP_POLICY_STATIC) {
         return n_nodes[static_tree] <= n_max ? static_tree : 0;
     }
-    if (policy >= ENTMTP_POLICY_LADDER) {
+    if (is_published()) {
         const float x = score == ENTMTP_SCORE_ENTROPY ? running
                         : score == ENTMTP_SCORE_TOP1  ? 1.0f - s.top1
                                                       : 1.0f - path;
@@ -183,9 +188,18 @@ int32_t scheduler::choose(const entmtp_signals &       s,
         if (cost.wants_plain() || cost.plain_age() > n_retime || n_steps <= 2) {
             return 0;
         }
-        verdict = keep.next();
+        verdict = mixes() ? keep_each[first_of(from_heads)].next() : keep.next();
     }
 
+    if (mixes()) {
+        allowed = drafters;
+        for (int32_t i = 0; i < first_of(from_heads) && adapt; ++i) {
+            // what they propose is judged whether it is verified or not: they need no trial
+            allowed &= keep_each[i].next() == guard::verdict::must_not ? ~(1u << i) : ~0u;
+        }
+        allowed &= verdict == guard::verdict::must_not ? ~(uint32_t) from_heads : ~0u;
+        return n_max < 2 ? 0 : grow_tree;
+    }
     if (policy == ENTMTP_POLICY_CONFIDENCE) {
         return verdict == guard::verdict::must_not || n_max < 2 ? 0 : grow_tree;
     }
@@ -201,9 +215,56 @@ const std::vector<grower::node> & scheduler::grow(const entmtp_signals &    s,
     return trees.grow(s, running, cost, price(), n_max, n_heads, sees_path, verdict == guard::verdict::must, expand);
 }
 
-void scheduler::observe(
-    int32_t tree, int32_t n_nodes, const std::vector<int32_t> & path, int32_t hit, double t_draft, double t_verify) {
-    if (policy != ENTMTP_POLICY_ENTROPY && policy != ENTMTP_POLICY_CONFIDENCE) {
+const std::vector<mixer::node> & scheduler::mix(const text_index &       text,
+                                                const successors &       rows,
+                                                const entmtp_signals &   s,
+                                                float                    running,
+                                                int32_t                  n_max,
+                                                int32_t                  n_heads,
+                                                bool                     sees_path,
+                                                const mixer::expand_fn & expand) {
+    const bool forced = verdict == guard::verdict::must && (allowed & from_heads);
+    return all_drafters.grow({ text, rows, s, running, cost, price(), n_max, n_heads, sees_path, allowed, forced },
+                             expand);
+}
+
+// what each drafter saved: its accepted tokens, less its share of the pass and what it took itself; in plain steps
+void scheduler::observe_each(int32_t n_nodes, const std::vector<int32_t> & path, double t_heads) {
+    const int32_t * n_by                  = all_drafters.n_nodes_by();
+    const double    t_more                = cost.verify(n_nodes) - cost.plain();
+    int32_t         n_accepted[n_sources] = {};
+    for (size_t i = 1; i < path.size(); ++i) {
+        n_accepted[first_of(all_drafters.sources_of(path[i]))]++;
+    }
+    for (int32_t i = 0; i < n_sources; ++i) {
+        const bool   is_heads = i == first_of(from_heads);
+        const bool   drafted  = n_by[i] > 0 || (is_heads && all_drafters.heads_ran());
+        const double t        = t_more * n_by[i] / std::max(n_nodes - 1, 1) + (is_heads ? t_heads : 0.0);
+        keep_each[i].observe(drafted, n_accepted[i] - t / cost.plain());
+    }
+}
+
+void scheduler::observe(int32_t tree, int32_t n_nodes, const outcome & o) {
+    const auto & [path, hit, next, t_draft, t_verify] = o;
+    if (policy != ENTMTP_POLICY_ENTROPY && policy != ENTMTP_POLICY_CONFIDENCE && !mixes()) {
+        return;
+    }
+    if (mixes()) {
+        const bool   mixed   = tree == grow_tree;
+        const double t_heads = mixed ? all_drafters.draft_cost() : 0.0;
+
+        cost.observe(n_nodes, t_verify, t_draft, t_heads);
+        tokens_seen = forget_price * tokens_seen + (double) path.size();
+        time_seen   = forget_price * time_seen + cost.verify(n_nodes) + t_heads;
+
+        if (!mixed) {
+            all_drafters.skip();
+            return;
+        }
+        if (adapt) {
+            observe_each(n_nodes, path, t_heads);
+        }
+        all_drafters.observe(path, next);
         return;
     }
 
@@ -246,6 +307,10 @@ void scheduler::observe(
 void scheduler::begin_text() {
     rung = 0;
     keep.begin_text();
+    for (guard & g : keep_each) {
+        g.begin_text();
+    }
+    all_drafters.begin_text();
     trees.begin_text();
 }
 

@@ -5,6 +5,7 @@
 #include "cost.h"
 #include "grower.h"
 #include "guard.h"
+#include "mixer.h"
 
 #include "entmtp.h"
 
@@ -45,26 +46,48 @@ class scheduler {
                                            bool                      sees_path,
                                            const grower::expand_fn & expand);
 
+    // the same where the policy mixes drafters
+    const std::vector<mixer::node> & mix(const text_index &       text,
+                                         const successors &       rows,
+                                         const entmtp_signals &   s,
+                                         float                    running,
+                                         int32_t                  n_max,
+                                         int32_t                  n_heads,
+                                         bool                     sees_path,
+                                         const mixer::expand_fn & expand);
+
     // what that step did
-    //   path [1 + n_accepted] the nodes that were taken, the root first
-    //   hit  the best guess of head 0 was right: 1, 0, or -1 where the text ended or head 0 did not run
-    void observe(
-        int32_t tree, int32_t n_nodes, const std::vector<int32_t> & path, int32_t hit, double t_draft, double t_verify);
+    struct outcome {
+        const std::vector<int32_t> & path; // [1 + n_accepted] the nodes that were taken, the root first
+        int32_t hit;      // the best guess of head 0 was right: 1, 0; -1: the text ended, or it did not run
+        int32_t next;     // token that left the tree; -1: not known
+        double  t_draft;  // us, of the heads
+        double  t_verify; // us
+    };
+
+    void observe(int32_t tree, int32_t n_nodes, const outcome & o);
 
     // a new text: what the policy remembers of the last steps is void, what it learned stays
     void begin_text();
 
     bool needs_signals() const { return policy > ENTMTP_POLICY_STATIC; }
     bool needs_timing() const { return adapt; }
-    bool needs_path() const { return policy >= ENTMTP_POLICY_LADDER && score == ENTMTP_SCORE_PATH; }
+    bool needs_path() const { return is_published() && score == ENTMTP_SCORE_PATH; }
+    bool is_static() const { return policy == ENTMTP_POLICY_STATIC; }
+    bool mixes() const { return policy == ENTMTP_POLICY_AUTO; }
+
+    const acceptance & model() const { return all_drafters.model(); }
 
     float window() const { return ema_window; }
 
   private:
+    bool is_published() const { return policy >= ENTMTP_POLICY_LADDER && policy <= ENTMTP_POLICY_BEST_DEPTH; }
+
     int32_t bin_of(float x) const;
     int32_t choose_entropy(float running, int32_t n_max, const std::vector<int32_t> & n_nodes);
     int32_t
     choose_published(float x, int32_t n_max, const std::vector<int32_t> & n_nodes, const std::vector<int32_t> & depth);
+    void   observe_each(int32_t n_nodes, const std::vector<int32_t> & path, double t_heads);
     double expected(int32_t bin, int32_t tree) const;
     double step_cost(int32_t tree, int32_t n) const { return cost.verify(n) + (tree > 0 ? cost.draft(tree) : 0.0); }
     double price() const; // tokens per us
@@ -84,6 +107,11 @@ class scheduler {
     cost_model cost;
     grower     trees;
     guard      keep;
+
+    mixer    all_drafters;
+    guard    keep_each[n_sources]; // one that loses does not stop the others
+    uint32_t drafters = 0;         // that there are
+    uint32_t allowed  = 0;         // of them, in this step
 
     // tokens that were accepted, and that should have been: their ratio corrects the bank's expectation
     struct tally {

@@ -24,6 +24,9 @@ void step_log::push(const entmtp_step & s) {
     sums.t_verify_us += old.t_verify_us;
     sums.t_sample_us += old.t_sample_us;
     sums.t_host_us += old.t_host_us;
+    for (int32_t s = 0; s < ENTMTP_N_SOURCES; ++s) {
+        sums.n_by[s] += old.n_by[s];
+    }
     if ((size_t) old.tree >= by_tree.size()) {
         by_tree.resize(old.tree + 1);
     }

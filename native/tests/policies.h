@@ -26,6 +26,8 @@ struct policy_bank {
     float   window      = 8.0f;
     bool    adapt       = false;
 
+    uint32_t drafters = 0;
+
     mutable entmtp_costs c = {};
 
     // a pass over n tokens: base + slope * (n - 1) us; drafts cost `draft_us` a tree
@@ -57,6 +59,7 @@ struct policy_bank {
         p.ladder               = ladder.data();
         p.costs                = costs();
         p.adapt                = adapt;
+        p.drafters             = drafters;
         return p;
     }
 };

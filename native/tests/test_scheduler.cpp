@@ -39,7 +39,7 @@ static void test_off_and_static() {
         CHECK_EQ(choose(fixed, b, 3.0f), 2);
         CHECK_EQ(choose(fixed, b, 3.0f, 8), 2);
         CHECK_EQ(choose(fixed, b, 3.0f, 7), 0);
-        fixed.observe(2, 8, { 0 }, -1, 1e9, 1e9);
+        fixed.observe(2, 8, { { 0 }, -1, -1, 1e9, 1e9 });
     }
     CHECK(!off.needs_signals() && !fixed.needs_signals() && !fixed.needs_timing());
 }
@@ -98,12 +98,12 @@ static void test_criteria() {
     scheduler s = make(b);
     // most steps are plain ones, so a token is worth a plain step: 2.25 - 1.4 beats 1.8 - 1.05
     for (int i = 0; i < 400; ++i) {
-        s.observe(0, 1, { 0 }, -1, 0, 1000);
+        s.observe(0, 1, { { 0 }, -1, -1, 0, 1000 });
     }
     CHECK_EQ(choose(s, b, 2.0f), 2);
     // where every step gains, time is dearer
     for (int i = 0; i < 2000; ++i) {
-        s.observe(1, 4, { 0, 1 }, -1, 0, 1050);
+        s.observe(1, 4, { { 0, 1 }, -1, -1, 0, 1050 });
     }
     CHECK_EQ(choose(s, b, 2.0f), 1);
 }
@@ -171,8 +171,8 @@ static void test_room() {
         const int32_t n_max = 1 + (int32_t) (rng() % 40);
         const int32_t id    = choose(s, b, (float) (rng() % 200) / 100.0f, n_max);
         CHECK(id >= 0 && id < (int32_t) b.n_nodes.size() && b.n_nodes[id] <= n_max);
-        s.observe(id, b.n_nodes[id], std::vector<int32_t>(1 + rng() % (1 + b.depth[id]), 0), -1, 1.0,
-                  500.0 + rng() % 1000);
+        s.observe(id, b.n_nodes[id],
+                  { std::vector<int32_t>(1 + rng() % (1 + b.depth[id]), 0), -1, -1, 1.0, 500.0 + rng() % 1000 });
     }
 }
 
@@ -194,8 +194,8 @@ struct machine {
             const int32_t got   = whole + ((double) (rng() % 1000) / 1000.0 < accept[id] - whole ? 1 : 0);
             // now and then something else has the processor
             const double  slow  = rng() % 200 == 0 ? 10.0 : 1.0;
-            s.observe(id, b.n_nodes[id], std::vector<int32_t>(1 + got, 0), -1, b.draft[id],
-                      t_us[id] * noise(rng) * slow);
+            s.observe(id, b.n_nodes[id],
+                      { std::vector<int32_t>(1 + got, 0), -1, -1, b.draft[id], t_us[id] * noise(rng) * slow });
             tokens += 1 + got;
             time += t_us[id] + (id ? b.draft[id] : 0.0);
             drafted += id != 0;
@@ -299,7 +299,9 @@ static void test_bad_params() {
         return make(b);
     };
     CHECK_THROWS(with([](policy_bank & b) { b.policy = -1; }), "unknown");
-    CHECK_THROWS(with([](policy_bank & b) { b.policy = 7; }), "unknown");
+    CHECK_THROWS(with([](policy_bank & b) { b.policy = 8; }), "unknown");
+    CHECK_THROWS(with([](policy_bank & b) { b.policy = ENTMTP_POLICY_AUTO; b.drafters = ENTMTP_SOURCE_HEADS; }),
+                 "need a calibration");
     for (const int32_t id : { -1, 3 }) {
         CHECK_THROWS(with([&](policy_bank & b) {
                          b.policy      = ENTMTP_POLICY_STATIC;
@@ -360,7 +362,7 @@ static void time_choose() {
     constexpr int              n    = 200000;
     for (int i = 0; i < n; ++i) {
         const int32_t id = choose(s, b, 0.01f * (float) (i % 200));
-        s.observe(id, b.n_nodes[id], path, -1, 10.0, 1000.0);
+        s.observe(id, b.n_nodes[id], { path, -1, -1, 10.0, 1000.0 });
         sum += id;
     }
     const std::chrono::duration<double, std::micro> t = std::chrono::steady_clock::now() - t0;

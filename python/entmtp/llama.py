@@ -7,42 +7,38 @@ import ctypes
 import os
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 
+from . import drafting
 from .bank import Bank, load_bank
 from .common.errors import BusyError, Cancelled, EntmtpError
 from .common.use import Use
-from .measure.at_load import quick
-from .measure.known import machine_key, tuned_path
-from .models.beside import heads_of
+from .models.beside import find_heads, heads_of
 from .models.hub import PREFIX as HUB
 from .models.known import is_known
 from .models.names import resolve
 from .models.tokenizer import Tokenizer
 from .native import kernels as cpu_kernels
-from .native.arrays import POLICIES, SCORES
+from .native.arrays import PRICED
 from .native.decoder import Decoder
 from .native.heads import Heads
 from .native.rpc import Servers
 from .native.stats import DraftStats
 from .upstream import Upstream, is_readable_grammar
 
-ACCEPT = ("lossless", "typical")
-OUTPUTS = ("auto", "host", "rows", "device")
-
 
 class Llama(Upstream):
-    """A `llama_cpp.Llama` in every argument and method, with tree speculation by draft heads.
+    """A `llama_cpp.Llama` in every argument and method, with tree speculation.
 
     With `draft="entmtp"` the same calls give the same tokens, in fewer passes of the model: each step drafts a tree of
-    guesses with the heads, checks it in one pass, and samples along the branch that your sampler settings really draw.
+    guesses, from what the text has said before and with heads if there are any, checks it in one pass, and samples along
+    the branch that your sampler settings really draw.
 
     Examples:
-        >>> llm = Llama("model.gguf", draft="entmtp", heads="heads.gguf")
+        >>> llm = Llama("model.gguf", draft="entmtp")
         >>> llm("def fibonacci(n):", max_tokens=64)["choices"][0]["text"]
         >>> print(llm.draft_stats)
 
@@ -50,13 +46,16 @@ class Llama(Upstream):
         model_path: the base model: a GGUF file, or `hf:owner/repo[/file][@revision]` on the Hugging Face Hub.
         draft: None (plain decoding, through the same library) or `"entmtp"`.
         heads: heads file of this base model, written by `python -m entmtp.convert`, or its `hf:` name. None: the one
-            that lies beside the model and was made for it.
+            that lies beside the model and was made for it, if there is one; without heads the text alone is drafted from.
         trees: a bank of trees: a path, a name under `trees/`, or either followed by `:tree` for one tree of it.
             None: the bank that `python -m entmtp.tune` made for this model on this machine, else the generic bank of
             the heads' kind.
-        policy: `"entropy"` (choose a tree for every step), `"confidence"` (grow one from the heads' own probabilities),
-            `"static"` (always the same tree), `"off"`, or one of the published policies for comparison, `"ladder"`,
-            `"hysteresis"` and `"best-depth"`.
+        policy: `"auto"` (grow a tree for every step from all drafters), `"static"` (always the same tree), `"off"`;
+            with heads also `"entropy"` (choose a tree by the running entropy), `"confidence"` (grow one from the heads'
+            own probabilities), or a published policy for comparison, `"ladder"`, `"hysteresis"` and `"best-depth"`.
+        drafters: who drafts under policy `"auto"`: `"auto"` (all there are), or some of `"text"` (what followed when the
+            last tokens came before), `"recycling"` (what the model held probable after a token when it last saw it) and
+            `"heads"`.
         score: what a published policy follows: `"entropy"`, `"top1"` or `"path"`.
         calibrate: measure what passes cost on this machine (under two seconds, once per model and machine; kept in the
             user's cache) unless the bank was tuned here. False: believe the bank's costs until the process knows
@@ -91,7 +90,8 @@ class Llama(Upstream):
         draft: str | None = None,
         heads: str | Path | None = None,
         trees: str | Path | Bank | None = None,
-        policy: str = "entropy",
+        policy: str = "auto",
+        drafters: str | Sequence[str] = "auto",
         score: str = "entropy",
         calibrate: bool = True,
         adapt: bool = True,
@@ -109,24 +109,24 @@ class Llama(Upstream):
         self._stack = contextlib.ExitStack()
         self._decoder: Decoder | None = None
         self._heads: Heads | None = None
-        self.bank: Bank | None = None  # what is drafted from, None without heads
+        self.bank: Bank | None = None  # what is drafted from, None without drafting
         self.policy = "off"
         self.tree: str | None = None  # the one of policy "static"
         self._servers: Servers | None = None
         self._use = Use()
-        # called with each sampled token, and whether it was in an accepted draft
-        self.on_token: Callable[[int, bool], None] | None = None
-        _check_arguments(draft, heads, policy, accept, kwargs)
-        if score not in SCORES:
-            raise ValueError(f"score is {score!r}, must be one of {', '.join(SCORES)}")
+        # called with each sampled token, and which drafters had guessed it (bits of native.abi.SOURCES; 0: none)
+        self.on_token: Callable[[int, int], None] | None = None
+        drafting.check(draft, heads, policy, accept, kwargs)
+        drafting.one_of("score", score, drafting.SCORES)
         outputs = outputs or os.environ.get("ENTMTP_OUTPUTS") or "auto"
-        if outputs not in OUTPUTS:
-            raise ValueError(f"outputs is {outputs!r}, must be one of {', '.join(OUTPUTS)}")
+        drafting.one_of("outputs", outputs, drafting.OUTPUTS)
         if str(model_path).startswith(HUB) or is_known(str(model_path)):
             model_path = resolve(model_path)
         if draft is not None:
-            heads = heads_of(model_path, heads)
-            self.heads_path = str(heads)
+            heads = heads_of(model_path, heads) if heads is not None else find_heads(Path(model_path))
+            self.heads_path = None if heads is None else str(heads)
+            drafting.check_heads(policy, heads is not None)
+            who = drafting.who_drafts(drafters, heads is not None)
 
         # read before the model, which may take long to load
         bank, tree = (None, None) if draft is None or trees is None else load_bank(trees)
@@ -156,8 +156,7 @@ class Llama(Upstream):
         if kwargs.get("vocab_only") or kwargs.get("draft_model") is not None:
             return
 
-        if draft is not None:
-            assert heads is not None
+        if draft is not None and heads is not None:
             self._heads = self._stack.enter_context(
                 contextlib.closing(Heads(heads, self.model, self.n_threads_batch))
             )
@@ -165,12 +164,12 @@ class Llama(Upstream):
         self._decoder.set_stats(stats)
         self._decoder.set_outputs("host" if self.logits_all else outputs)
 
-        if self._heads is not None:
-            self._settings = {"score": score, "adapt": adapt}
+        if draft is not None and self._heads is None and not self._decoder.can_tree():
+            self._say_once("the memory of this model cannot hold a token tree: decoding plainly")
+        elif draft is not None:
+            self._settings: dict[str, Any] = {"score": score, "adapt": adapt, "drafters": who}
             self._calibrate = calibrate
-            if bank is None:
-                bank = self._default_bank()
-            self._set_bank(bank, tree, policy)
+            self._set_bank(bank or drafting.default_bank(self), tree, policy)
 
     def prepare_model(self, params: Any) -> None:
         if self._servers is not None:
@@ -212,28 +211,12 @@ class Llama(Upstream):
         if self._servers is not None:
             self._servers.check()
 
-    def _default_bank(self) -> Bank:
-        assert self._heads is not None
-        tuned = tuned_path(machine_key(self))
-        if tuned.is_file():
-            return Bank.load(tuned)
-        return Bank.load(f"generic-{self._heads.arch}").pruned(self._heads.n_heads)
-
-    def _with_own_costs(self, bank: Bank) -> Bank:
-        """The bank with costs of this machine, unless there is too little room to measure."""
-        if not self._calibrate or self.n_ctx() < 128 or not self._decoder or not self._decoder.can_tree():
-            return bank
-        tuned = bank.costs if bank.costs and bank.costs.key == machine_key(self) else None
-        state = self._decoder.stats_enabled
-        self._decoder.set_stats(True)
-        own = quick(self, tuned=tuned)
-        self._decoder.set_stats(state)
-        return replace(bank, costs=own)
-
     def _set_bank(self, bank: Bank, tree: str | None, policy: str) -> None:
         assert self._decoder is not None
-        if policy in ("entropy", "confidence", "best-depth"):
-            bank = self._with_own_costs(bank)
+        if policy in PRICED and self._calibrate:
+            bank = drafting.with_own_costs(self, bank)
+        if policy == "auto":
+            bank = drafting.with_calibration(self, bank)
         static_tree = 0
         if policy == "static":
             if tree is None and len(bank.trees) != 2:
@@ -251,35 +234,36 @@ class Llama(Upstream):
     def set_trees(
         self,
         trees: str | Path | Bank | None = None,
-        policy: str = "entropy",
+        policy: str = "auto",
         score: str = "entropy",
         tree: str | None = None,
+        drafters: str | Sequence[str] | None = None,
     ) -> None:
         """Draft in another way from now on, without loading anything anew. What was learned so far is forgotten.
 
         Args:
-            trees, policy, score: as in the constructor; trees=None keeps the bank.
+            trees, policy, score, drafters: as in the constructor; None keeps the bank, or who drafts.
             tree: the tree of the bank that policy "static" uses.
 
         Raises:
             ValueError: arguments that cannot work; all stays as it was.
         """
-        if self._heads is None:
-            raise ValueError('trees need draft heads: create the model with draft="entmtp" and heads')
-        if policy not in POLICIES:
-            raise ValueError(f"policy is {policy!r}, must be one of {', '.join(POLICIES)}")
-        if score not in SCORES:
-            raise ValueError(f"score is {score!r}, must be one of {', '.join(SCORES)}")
-        assert self.bank is not None
+        if self.bank is None:
+            raise ValueError('this model does not draft: create it with draft="entmtp"')
+        drafting.one_of("policy", policy, drafting.POLICIES)
+        drafting.one_of("score", score, drafting.SCORES)
+        drafting.check_heads(policy, self._heads is not None)
         bank, named = (self.bank, None) if trees is None else load_bank(trees)
         with self._use:
-            before = self.bank, self.tree, self.policy, self._settings["score"]
+            before, settings = (self.bank, self.tree, self.policy), self._settings
             try:
-                self._settings["score"] = score
+                self._settings = settings | {"score": score}
+                if drafters is not None:
+                    self._settings["drafters"] = drafting.who_drafts(drafters, self._heads is not None)
                 self._set_bank(bank, tree or named, policy)
             except (EntmtpError, ValueError):
-                self._settings["score"] = before[3]
-                self._set_bank(*before[:3])
+                self._settings = settings
+                self._set_bank(*before)
                 raise
 
     @property
@@ -388,7 +372,7 @@ class Llama(Upstream):
 
     def _tell(self, token: int) -> int:
         if self.on_token is not None and self._decoder is not None:
-            self.on_token(token, self._decoder.is_drafted(token))
+            self.on_token(token, self._decoder.drafted_by(token))
         return token
 
     def _say_once(self, text: str) -> None:
@@ -467,6 +451,7 @@ class Llama(Upstream):
             super().load_state(state)
             if self._decoder is not None:
                 self._decoder.invalidate(self.n_tokens)
+                self._decoder.set_text(self.input_ids[: self.n_tokens].tolist())
 
     def reset(self) -> None:
         with self._use:
@@ -479,23 +464,3 @@ class Llama(Upstream):
         """Free the model. Raises BusyError where another thread is in a call of it: `cancel` that first."""
         with self._use:
             super().close()
-
-
-def _check_arguments(draft: Any, heads: Any, policy: str, accept: str, kwargs: dict[str, Any]) -> None:
-    if draft not in (None, "entmtp"):
-        raise ValueError(f'draft is {draft!r}, must be None or "entmtp"')
-    if policy not in POLICIES:
-        raise ValueError(f"policy is {policy!r}, must be one of {', '.join(POLICIES)}")
-    if accept not in ACCEPT:
-        raise ValueError(f"accept is {accept!r}, must be one of {', '.join(ACCEPT)}")
-    if draft is None:
-        if heads is not None:
-            raise ValueError('heads are given but draft is None: pass draft="entmtp" to use them')
-        return
-    for name, why in {
-        "draft_model": "drafts too: use one of the two",
-        "embedding": "makes a context for embeddings, which has nothing to draft",
-        "vocab_only": "loads no weights, so there is nothing to draft",
-    }.items():
-        if kwargs.get(name):
-            raise ValueError(f'{name} cannot be combined with draft="entmtp": it {why}')

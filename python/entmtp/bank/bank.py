@@ -21,7 +21,7 @@ from ..common.fields import Fields
 from . import calibration, costs
 from .calibration import Calibration
 from .costs import Costs
-from .tree import Paths, Tree
+from .tree import PLAIN, Paths, Tree
 
 VERSION = 2
 MAX_TREES = 64
@@ -131,6 +131,13 @@ class Bank:
             for score, ladder in self.published.items()
         }
         return replace(self, trees=trees, acceptance=acceptance, published=published)
+
+    @staticmethod
+    def without_heads() -> Bank:
+        """For a model without heads: trees are grown from the text. Costs are a curve of SmolLM2-135M-Instruct on two
+        cores (docs/kernels.md), until this machine's are known."""
+        curve = {1: 1.0, 2: 1.16, 3: 1.30, 4: 1.38, 6: 1.70, 8: 2.3, 16: 3.8, 32: 7.2, 64: 14.0}
+        return Bank("text", (PLAIN,), costs=costs.relative(curve, (0.0,)))
 
     @staticmethod
     def load(name_or_path: str | Path) -> Bank:

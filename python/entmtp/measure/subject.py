@@ -55,7 +55,8 @@ class Subject(Protocol):
     def set_trees(
         self,
         trees: str | Path | Bank | None = None,
-        policy: str = "entropy",
+        policy: str = "auto",
         score: str = "entropy",
         tree: str | None = None,
+        drafters: str | Sequence[str] | None = None,
     ) -> None: ...

@@ -50,7 +50,7 @@ def measure(
     progress: Progress | None = None,
     seed: int = 0,
 ) -> Costs:
-    """Time passes, drafts and the rest on this machine. `llm` must have heads; its context is overwritten.
+    """Time passes, drafts and the rest on this machine. `llm` may have heads; its context is overwritten.
 
     Args:
         sizes: tokens in a pass.
@@ -59,8 +59,8 @@ def measure(
         budget: seconds after which nothing new is started (at most `n_rounds` rounds); sizes that were not reached are
             interpolated, and chains are taken for the sum of their heads.
     """
-    dec, heads = llm.decoder, llm.draft_heads
-    n_heads = heads.n_heads
+    dec, heads = llm.decoder, llm.draft_heads if llm.heads_path else None
+    n_heads = heads.n_heads if heads else 0
     room = min(llm.n_ctx(), llm.n_batch) - 1
     sizes = [n for n in sizes if n <= room]
     contexts = sorted({min(c, llm.n_ctx() - max(sizes) - 8) for c in contexts})
@@ -112,11 +112,13 @@ def measure(
                     progress("costs of passes", done, total)
 
     level = _Timings()
-    h = dec.hidden()
-    n_level_rounds = 4 * n_rounds
+    widths = WIDTHS if heads and heads.info.grounded else (1,)
+    n_level_rounds = 4 * n_rounds if heads else 0
     for i in range(n_level_rounds + 1):
         for head in range(n_heads):
-            for w in WIDTHS if heads.info.grounded else (1,):
+            assert heads is not None
+            h = dec.hidden()
+            for w in widths:
                 paths = rng.integers(0, llm.n_vocab(), (w, head + 1))
                 begin = time.perf_counter()
                 heads.expand(head, h, paths, 8)
@@ -135,7 +137,7 @@ def measure(
     else:
         chain_us = [0.0, *np.cumsum([level.median((head, 1)) for head in range(n_heads)])]
     rows = tuple(
-        tuple(round(level.median((head, w if heads.info.grounded else 1)), 1) for w in WIDTHS)
+        tuple(round(level.median((head, w if w in widths else 1)), 1) for w in WIDTHS)
         for head in range(n_heads)
     )
     return Costs(

@@ -13,6 +13,7 @@ from ctypes import (
     c_int32,
     c_int64,
     c_size_t,
+    c_uint32,
     c_uint64,
     c_void_p,
 )
@@ -37,7 +38,11 @@ POLICIES = {
     "ladder": 4,
     "hysteresis": 5,
     "best-depth": 6,
+    "auto": 7,
 }
+
+# enum entmtp_source
+SOURCES = {"text": 1, "recycling": 2, "heads": 4}
 
 # enum entmtp_score
 SCORES = {"entropy": 0, "top1": 1, "path": 2}
@@ -47,6 +52,7 @@ CRITERIA = {"ratio": 0, "price": 1}
 
 N_ACCEPT = 9  # ENTMTP_N_ACCEPT
 N_AHEAD = 7  # ENTMTP_N_AHEAD
+N_SETS, N_INPUTS = 8, 12  # ENTMTP_N_SETS, ENTMTP_N_INPUTS
 
 
 class HeadsInfo(ctypes.Structure):
@@ -109,6 +115,8 @@ class PolicyParams(ctypes.Structure):
         ("ladder", POINTER(c_int32)),
         ("costs", POINTER(Costs)),
         ("calibration", POINTER(Calibration)),
+        ("drafters", c_uint32),
+        ("acceptance", POINTER(c_float)),
         ("adapt", c_bool),
     ]
 
@@ -172,6 +180,7 @@ class StepSums(ctypes.Structure):
         ("t_verify_us", c_int64),
         ("t_sample_us", c_int64),
         ("t_host_us", c_int64),
+        ("n_by", c_int64 * len(SOURCES)),
     ]
 
 
@@ -278,6 +287,18 @@ decoder_sample_typical = _bind(
 
 # bool entmtp_decoder_is_drafted(const struct entmtp_decoder * dec, int32_t token);
 decoder_is_drafted = _bind("entmtp_decoder_is_drafted", c_bool, c_void_p, c_int32)
+
+# uint32_t entmtp_decoder_drafted_by(const struct entmtp_decoder * dec, int32_t token);
+decoder_drafted_by = _bind("entmtp_decoder_drafted_by", c_uint32, c_void_p, c_int32)
+
+# void entmtp_decoder_set_text(struct entmtp_decoder * dec, const int32_t * tokens, int32_t n);
+decoder_set_text = _bind("entmtp_decoder_set_text", None, c_void_p, c_void_p, c_int32)
+
+# void entmtp_decoder_forget(struct entmtp_decoder * dec);
+decoder_forget = _bind("entmtp_decoder_forget", None, c_void_p)
+
+# int32_t entmtp_decoder_get_acceptance(const struct entmtp_decoder * dec, float * weights);
+decoder_get_acceptance = _bind("entmtp_decoder_get_acceptance", c_int32, c_void_p, c_void_p)
 
 # int32_t entmtp_decoder_settle(struct entmtp_decoder * dec);
 decoder_settle = _bind("entmtp_decoder_settle", c_int32, c_void_p)

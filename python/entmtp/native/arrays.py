@@ -15,6 +15,8 @@ from . import abi as n
 
 POLICIES = tuple(n.POLICIES)
 SCORES = tuple(n.SCORES)
+PRICED = ("entropy", "confidence", "best-depth", "auto")  # they need costs
+NEED_HEADS = ("entropy", "confidence", "ladder", "hysteresis", "best-depth")
 PUBLISHED = ("ladder", "hysteresis", "best-depth")
 
 
@@ -97,6 +99,8 @@ class Arrays:
         score: str = "entropy",
         adapt: bool = True,
         context: int | None = None,
+        drafters: Sequence[str] = (),
+        acceptance: Any = None,
     ) -> Any:
         """`struct entmtp_policy_params *` for a policy over a bank.
 
@@ -105,6 +109,8 @@ class Arrays:
             static_tree: index in the bank, for `static`.
             score: what a published policy follows: `entropy`, `top1` or `path`.
             adapt: costs and acceptance follow what is seen, and drafting stops where it loses (entropy, confidence).
+            drafters: who drafts (auto), names of `abi.SOURCES`.
+            acceptance: weights of the acceptance model to begin with, [N_SETS, N_INPUTS] (auto); None: the library's.
             context: depth that costs are taken for; None: the bank's own.
 
         Raises:
@@ -135,7 +141,7 @@ class Arrays:
                 edges = [edges[0], max(edges[-1], edges[0] * 1.0001 + 1e-6)] if edges else [0.5, 1.0]
                 trees = [trees[0], trees[-1], trees[-1]]
             p.n_bins, p.bin_edges, p.ladder = len(trees), self._floats(edges), self._ints(trees)
-        if policy in ("entropy", "confidence", "best-depth"):
+        if policy in PRICED:
             p.costs = self.costs(bank.need_costs(), bank.trees, context)
         if policy == "confidence":
             if bank.calibration is None:
@@ -143,6 +149,11 @@ class Arrays:
                     f"bank {bank.name} has no calibration of the heads: policy confidence needs one from "
                     "python -m entmtp.tune"
                 )
+        if bank.calibration is not None and policy in ("confidence", "auto"):
             p.calibration = self.calibration(bank.calibration)
+        if policy == "auto":
+            p.drafters = sum(n.SOURCES[name] for name in drafters)
+            if acceptance is not None:
+                p.acceptance = self._floats(acceptance)
         self._kept.append(p)
         return ctypes.pointer(p)

@@ -95,6 +95,24 @@ class Decoder:
         """Whether the token sampled last is a draft that was right: evaluating it takes no pass."""
         return bool(n.decoder_is_drafted(self._ptr, token))
 
+    def drafted_by(self, token: int) -> int:
+        """Which drafters guessed the token sampled last: bits of `abi.SOURCES`; 0: none."""
+        return int(n.decoder_drafted_by(self._ptr, token))
+
+    def set_text(self, tokens: Sequence[int]) -> None:
+        """The tokens in the memory, where they did not come through `eval`: drafts may come from them."""
+        n.decoder_set_text(self._ptr, (ctypes.c_int32 * len(tokens))(*tokens), len(tokens))
+
+    def forget(self) -> None:
+        """Forget what drafters remember of other texts than the one in the memory."""
+        n.decoder_forget(self._ptr)
+
+    def acceptance(self) -> npt.NDArray[np.float32]:
+        """Weights of the acceptance model as they are now, [N_SETS, N_INPUTS]."""
+        weights = np.zeros((n.N_SETS, n.N_INPUTS), dtype=np.float32)
+        n.check(n.decoder_get_acceptance(self._ptr, weights.ctypes.data))
+        return weights
+
     def settle(self) -> None:
         """Leave in the context's memory what plain decoding would have there."""
         if self._ptr:

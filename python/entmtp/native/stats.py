@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 import numpy.typing as npt
+
+DRAFTERS = ("text", "recycling", "heads")  # enum entmtp_source, in its order
 
 # struct entmtp_step
 STEP_DTYPE = np.dtype(
@@ -18,6 +21,7 @@ STEP_DTYPE = np.dtype(
         ("t_verify_us", "i4"),
         ("t_sample_us", "i4"),
         ("t_host_us", "i4"),
+        ("n_by", "i4", (len(DRAFTERS),)),  # accepted tokens by drafter
     ]
 )
 
@@ -34,6 +38,7 @@ class OlderSteps:
     t_verify_us: int = 0
     t_sample_us: int = 0
     t_host_us: int = 0
+    n_by: Sequence[int] = (0,) * len(DRAFTERS)
     by_tree: npt.NDArray[np.int64] = field(
         default_factory=lambda: np.zeros(0, np.int64)
     )  # [n_trees + 1] steps
@@ -119,6 +124,12 @@ class DraftStats:
         return self.older.n_accepted + int(self.steps["n_accepted"].sum())
 
     @property
+    def accepted_by(self) -> dict[str, int]:
+        """Guesses that were taken, by the drafter that proposed them; what several proposed counts for the first."""
+        recent = self.steps["n_by"].sum(axis=0, dtype=np.int64)
+        return {name: int(self.older.n_by[i] + recent[i]) for i, name in enumerate(DRAFTERS)}
+
+    @property
     def tokens_per_step(self) -> float:
         """τ: tokens evaluated per pass of the base model; 1.0 is plain decoding."""
         return 1.0 + self.n_accepted / self.n_steps if self.n_steps else 0.0
@@ -152,8 +163,9 @@ class DraftStats:
 
     def __str__(self) -> str:
         used = ", ".join(f"{name} {count}" for name, count in self.trees_used.items())
+        by = ", ".join(f"{n} from {name}" for name, n in self.accepted_by.items() if n)
         return (
             f"{self.tokens_per_step:.2f} tokens/step over {self.n_steps} steps, "
-            f"{self.n_accepted} of {self.n_drafted} drafts accepted, "
+            f"{self.n_accepted} of {self.n_drafted} drafts accepted{f' ({by})' if by else ''}, "
             f"entropy {self.mean_entropy:.2f} nats, trees: {used or 'none'}"
         )

@@ -1,0 +1,78 @@
+#include "acceptance.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace entmtp {
+
+// AdaGrad: a weight moves less the more it has moved
+static constexpr float rate        = 0.08f;
+static constexpr float start       = 4.0f;    // squares that the shipped weights are worth
+static constexpr float keep        = 0.9995f; // texts change
+static constexpr float weights_max = 12.0f;
+
+// inputs: 1, length, share, rank, ln p and ln(1 - p) of the row, head, entropy, depth, hits of text, rows, heads
+static constexpr float shipped[acceptance::n_sets][acceptance::n_inputs] = {
+    {},
+    { -0.5f, 0.8f, 0.8f, -0.8f, 0, 0, 0, -0.2f, 0, 1.0f, 0, 0 }, // text
+    { 0.0f, 0, 0, 0, 0.9f, -0.3f, 0, 0, 0, 0, 1.0f, 0 },         // rows
+    { 0.6f, 0.6f, 0.6f, -0.5f, 0.5f, -0.2f, 0, -0.2f, 0, 0.8f, 0.3f, 0 },
+    { 0, 0, 0, 0, 0, 0, 1.0f, 0, 0, 0, 0, 0 },                   // heads
+    { 0.3f, 0.5f, 0.5f, -0.4f, 0, 0, 0.7f, 0, 0, 0.5f, 0, 0 },
+    { 0.5f, 0, 0, 0, 0.3f, -0.1f, 0.7f, 0, 0, 0, 0.3f, 0 },
+    { 0.8f, 0.4f, 0.4f, -0.3f, 0.3f, -0.1f, 0.6f, 0, 0, 0.4f, 0.2f, 0 },
+};
+
+acceptance::acceptance(const float * weights, bool adapt) : adapt(adapt) {
+    const float * from = weights ? weights : &shipped[0][0];
+    w.assign(from, from + n_sets * n_inputs);
+    squares.assign(w.size(), start);
+}
+
+void acceptance::inputs(uint32_t sources, const proposal_signals & s, float * x) {
+    const bool text = sources & from_text, rows = sources & from_rows, heads = sources & from_heads;
+
+    x[0]  = 1.0f;
+    x[1]  = text ? std::log2(std::max(s.length, 1.0f)) - 2.0f : 0.0f;
+    x[2]  = text ? std::log(std::max(s.share, 1e-3f)) : 0.0f;
+    x[3]  = text ? std::log1p(s.rank) : 0.0f;
+    x[4]  = rows ? std::max(s.row, -9.0f) : 0.0f;
+    x[5]  = rows ? std::log1p(-std::min(std::exp(s.row), 0.999f)) : 0.0f;
+    x[6]  = heads ? std::clamp(s.head, -7.0f, 7.0f) : 0.0f;
+    x[7]  = s.entropy;
+    x[8]  = std::log(std::max(s.depth, 1.0f));
+    x[9]  = text ? s.hits[0] - 0.5f : 0.0f;
+    x[10] = rows ? s.hits[1] - 0.5f : 0.0f;
+    x[11] = heads ? s.hits[2] - 0.5f : 0.0f;
+}
+
+float acceptance::probability(uint32_t sources, const proposal_signals & s) const {
+    float x[n_inputs];
+    inputs(sources, s, x);
+    const float * v = &w[(size_t) sources * n_inputs];
+
+    float z = 0.0f;
+    for (int32_t i = 0; i < n_inputs; ++i) {
+        z += v[i] * x[i];
+    }
+    return 1.0f / (1.0f + std::exp(-z));
+}
+
+void acceptance::observe(uint32_t sources, const proposal_signals & s, bool right) {
+    if (!adapt || sources == 0) {
+        return;
+    }
+    const float e = (right ? 1.0f : 0.0f) - probability(sources, s);
+
+    float x[n_inputs];
+    inputs(sources, s, x);
+    float * v = &w[(size_t) sources * n_inputs];
+    float * g = &squares[(size_t) sources * n_inputs];
+    for (int32_t i = 0; i < n_inputs; ++i) {
+        const float step = e * x[i];
+        g[i]             = keep * g[i] + step * step;
+        v[i]             = std::clamp(v[i] + rate * step / std::sqrt(g[i]), -weights_max, weights_max);
+    }
+}
+
+} // namespace entmtp

@@ -1,0 +1,440 @@
+#include "mixer.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace entmtp {
+
+static constexpr float hits_start = 0.5f;
+static constexpr float hits_rate  = 2.0f / 33.0f; // a window of 32 steps
+
+mixer::mixer(const entmtp_calibration * c, const float * weights, bool adapt) : accept(weights, adapt) {
+    if (c) {
+        heads     = calibration(*c);
+        has_heads = true;
+    }
+    std::fill(hits, hits + n_sources, hits_start);
+}
+
+void mixer::begin_text() {
+    std::fill(hits, hits + n_sources, hits_start);
+    heads.begin_text();
+}
+
+void mixer::skip() {
+    heads.skip();
+    found.clear();
+    nodes.clear();
+    root_first = -1;
+}
+
+//
+// proposals
+//
+
+// the child of a candidate (-1: of the root) that carries the token, a new one if need be; -1: there are too many
+int32_t mixer::propose(int32_t parent, int32_t token, source from) {
+    int32_t * link = parent < 0 ? &root_first : &found[parent].first;
+    while (*link >= 0) {
+        candidate & c = found[*link];
+        if (c.token == token) {
+            c.sources |= from;
+            return *link;
+        }
+        link = &c.next;
+    }
+    if ((int32_t) found.size() >= max_found) {
+        return -1;
+    }
+    *link = (int32_t) found.size(); // before found grows: link may point into it
+
+    candidate c = {};
+    c.token     = token;
+    c.parent    = parent;
+    c.depth     = parent < 0 ? 1 : found[parent].depth + 1;
+    c.sources   = from;
+    c.first     = -1;
+    c.next      = -1;
+    found.push_back(c);
+    return (int32_t) found.size() - 1;
+}
+
+// places are grouped by the token that followed; the longest match comes first
+void mixer::from_places(int32_t parent, const std::vector<text_index::place> & from, const text_index & text) {
+    int32_t rank = 0;
+    for (size_t i = 0; i < from.size(); ++i) {
+        const int32_t token = text[from[i].at];
+        const auto    same  = [&](const text_index::place & p) {
+            return text[p.at] == token;
+        };
+        if (token < 0 || std::any_of(from.begin(), from.begin() + (ptrdiff_t) i, same)) {
+            continue;
+        }
+        const int32_t at = propose(parent, token, from_text);
+        if (at < 0) {
+            return;
+        }
+        candidate & c    = found[at];
+        c.signals.length = (float) from[i].length;
+        c.signals.rank   = (float) rank++;
+        c.places         = (int32_t) pool.size();
+        for (size_t j = i; j < from.size(); ++j) {
+            if (same(from[j])) {
+                pool.push_back({ from[j].at + 1, std::min(from[j].length + 1, text_index::max_match) });
+            }
+        }
+        c.n_places      = (int32_t) pool.size() - c.places;
+        c.signals.share = (float) c.n_places / (float) from.size();
+    }
+}
+
+void mixer::path_to(int32_t at, std::vector<int32_t> & tokens) const {
+    tokens.clear();
+    for (; at >= 0; at = found[at].parent) {
+        tokens.push_back(found[at].token);
+    }
+    std::reverse(tokens.begin(), tokens.end());
+}
+
+// look for the children of a candidate, -1: of the root, in the text and in the rows
+void mixer::open(int32_t at, const situation & now) {
+    const int32_t token = at < 0 ? now.text.back() : found[at].token;
+    if (at >= 0) {
+        found[at].open = true;
+    } else {
+        root_open = true;
+    }
+    places.clear();
+    if (at < 0) {
+        now.text.match(nullptr, 0, places);
+    } else if (found[at].n_places > 0) {
+        const auto from = pool.begin() + found[at].places;
+        places.assign(from, from + found[at].n_places);
+        places.erase(std::remove_if(places.begin(), places.end(),
+                                    [&](const text_index::place & p) { return p.at >= now.text.size(); }),
+                     places.end());
+    }
+    if (places.empty() && at >= 0) {
+        path_to(at, tail); // another place may know how to go on
+        now.text.match(tail.data(), (int32_t) tail.size(), places);
+    }
+    from_places(at, places, now.text);
+
+    if (const successors::row * row = now.rows.after(token)) {
+        for (int32_t r = 0; r < std::min(row->n, n_rows); ++r) {
+            if (const int32_t c = propose(at, row->token[r], from_rows); c >= 0) {
+                found[c].signals.row = row->log_p[r];
+            }
+        }
+    }
+}
+
+//
+// how probable they are
+//
+
+void mixer::judge_children(int32_t first, float above, const situation & now) {
+    float sum = 0.0f;
+    for (int32_t i = first; i >= 0; i = found[i].next) {
+        candidate & c     = found[i];
+        c.signals.entropy = now.running;
+        c.signals.depth   = (float) c.depth;
+        std::copy(hits, hits + n_sources, c.signals.hits);
+        c.q = accept.probability(c.sources, c.signals);
+        sum += c.q;
+    }
+    // one of them at most is right
+    const float scale = sum > 1.0f ? 1.0f / sum : 1.0f;
+    for (int32_t i = first; i >= 0; i = found[i].next) {
+        candidate & c = found[i];
+        c.q *= scale;
+        c.p = (c.sources & now.allowed) ? above * c.q : 0.0f;
+    }
+}
+
+// parents come before their children
+void mixer::judge(const situation & now) {
+    judge_children(root_first, 1.0f, now);
+    for (size_t i = 0; i < found.size(); ++i) {
+        if (found[i].first >= 0) {
+            judge_children(found[i].first, found[i].p, now);
+        }
+    }
+}
+
+// open candidates, the most probable first, until none is left that could pay
+void mixer::grow_cheap(const situation & now) {
+    queue.clear();
+    const auto wait = [&](int32_t first) {
+        for (int32_t i = first; i >= 0; i = found[i].next) {
+            if (!found[i].open && found[i].p > least && found[i].depth < max_depth) {
+                queue.push_back({ found[i].p, i });
+                std::push_heap(queue.begin(), queue.end());
+            }
+        }
+    };
+    if (!root_open) {
+        open(-1, now);
+        judge_children(root_first, 1.0f, now);
+    }
+    wait(root_first);
+    for (size_t i = 0; i < found.size(); ++i) {
+        wait(found[i].first);
+    }
+    while (!queue.empty() && (int32_t) found.size() < max_found) {
+        std::pop_heap(queue.begin(), queue.end());
+        const int32_t at = queue.back().second;
+        queue.pop_back();
+        if (found[at].open) {
+            continue;
+        }
+        open(at, now);
+        judge_children(found[at].first, found[at].p, now);
+        wait(found[at].first);
+    }
+}
+
+void mixer::sort_probs() {
+    probs.clear();
+    for (const candidate & c : found) {
+        if (c.p > least) {
+            probs.push_back(c.p);
+        }
+    }
+    std::sort(probs.begin(), probs.end(), std::greater<float>());
+}
+
+//
+// heads
+//
+
+// what is already proposed after a candidate, as a probability
+float mixer::covered(int32_t at) const {
+    float sum = 0.0f;
+    for (int32_t i = at < 0 ? root_first : found[at].first; i >= 0; i = found[i].next) {
+        sum += found[i].q;
+    }
+    return std::min(sum, 1.0f);
+}
+
+// does it pay to run head l, alone or with the ones below it, after this candidate?
+bool mixer::pays(int32_t l, int32_t at, int32_t n_heads, const situation & now, double worth) {
+    const float path  = at < 0 ? 0.0f : found[at].raw;
+    const float above = at < 0 || found[at].parent < 0 ? 0.0f : found[found[at].parent].raw;
+    const float a     = sigmoid(heads.foresee(l, path, path - above, now.signals, now.running));
+    // what others propose, the heads need not
+    const float p     = (at < 0 ? 1.0f : found[at].p) * (1.0f - covered(at));
+
+    const float * scenarios = heads.foreseen(l, a);
+    const size_t  size      = (size_t) heads.n_levels * 3;
+
+    double t_chain = 0.0;
+    for (int32_t to = l + 1; to <= n_heads; ++to) {
+        t_chain += now.price * now.cost.level(to - 1, 1);
+        double        sum = 0.0;
+        const float * row = scenarios;
+        for (int32_t i = 0; i < heads.n_scenarios; ++i, row += size) {
+            trial = probs;
+            for (int32_t j = 3 * l; j < 3 * to; ++j) {
+                const float x = p * row[j];
+                trial.insert(std::upper_bound(trial.begin(), trial.end(), x, std::greater<float>()), x);
+            }
+            sum += best_pass(trial, fee);
+        }
+        if (sum / heads.n_scenarios - t_chain > worth) {
+            return true;
+        }
+    }
+    return false;
+}
+
+// after how many paths? As many as have a guess below them that may enter the tree
+int32_t mixer::width(int32_t l, const std::vector<int32_t> & front, const situation & now, int32_t n_best) const {
+    if (!now.sees_path || l == 0) {
+        return (int32_t) front.size();                     // they cost nothing to heads that do not see the path
+    }
+    const float  a    = std::max(0.3f, found[front[0]].q); // as sure as on the level above
+    const double node = n_best > 1 ? (fee[n_best - 1] - fee[0]) / (n_best - 1) : fee[1] - fee[0];
+    double       gain = 0.0;
+    int32_t      n    = 1;
+    for (int32_t c = 1; c < (int32_t) front.size(); ++c) {
+        gain += std::max(0.0, a * found[front[c]].p * (1.0 - covered(front[c])) - node);
+        if ((c == 1 || c == 3) && gain > now.price * (now.cost.level(l, c + 1) - now.cost.level(l, 1))) {
+            n = c + 1;
+        }
+    }
+    return n;
+}
+
+// guesses of head l become children of the front
+void mixer::merge_guesses(int32_t l, const std::vector<int32_t> & front, int32_t n, const situation & now) {
+    for (int32_t c = 0; c < n; ++c) {
+        const int32_t   at     = front[c];
+        const int32_t   column = now.sees_path ? c : 0;
+        const int32_t * token  = &guess[(size_t) column * n_guess];
+        const float *   lp     = &log_p[(size_t) column * n_guess];
+        const float     above  = at < 0 ? 0.0f : found[at].raw;
+        const float     spread = spread_of(lp, n_guess);
+        for (int32_t r = 0; r < n_guess; ++r) {
+            const int32_t i = propose(at, token[r], from_heads);
+            if (i < 0) {
+                return;
+            }
+            found[i].signals.head = heads.logit(l, r, lp[r], above, spread, now.signals, now.running);
+            found[i].raw          = above + lp[r];
+        }
+    }
+}
+
+//
+// a tree
+//
+
+const std::vector<mixer::node> & mixer::grow(const situation & now, const expand_fn & expand) {
+    found.clear();
+    pool.clear();
+    nodes.clear();
+    root_first   = -1;
+    root_open    = false;
+    t_heads      = 0.0;
+    n_levels_run = 0;
+    candidate_of.assign(1, -1);
+    std::fill(by_source, by_source + n_sources, 0);
+    std::fill(best_of, best_of + n_sources, -1);
+
+    now.cost.fees(now.price, now.n_max, fee);
+    if (fee.size() < 2) {
+        return nodes;
+    }
+    double step = fee[1] - fee[0];
+    for (size_t n = 2; n < fee.size(); ++n) {
+        step = std::min(step, (fee[n] - fee[0]) / (double) n);
+    }
+    least = (float) std::clamp(0.8 * step, 0.01, 0.9);
+
+    grow_cheap(now);
+    sort_probs();
+    int32_t n_best = 1;
+    double  worth  = best_pass(probs, fee, &n_best);
+
+    const int32_t n_heads =
+        has_heads && (now.allowed & from_heads) ? std::min({ now.n_heads, heads.n_levels, now.cost.n_levels() }) : 0;
+
+    std::vector<int32_t> front;
+    std::vector<int32_t> paths;
+    for (int32_t l = 0; l < n_heads; ++l) {
+        front.clear();
+        if (l == 0) {
+            front.push_back(-1);
+        } else {
+            for (size_t i = 0; i < found.size(); ++i) {
+                if (found[i].depth == l && found[i].p > 0.0f) {
+                    front.push_back((int32_t) i);
+                }
+            }
+            const size_t n = std::min<size_t>(front.size(), max_width);
+            std::partial_sort(front.begin(), front.begin() + (ptrdiff_t) n, front.end(),
+                              [&](int32_t a, int32_t b) { return found[a].p > found[b].p; });
+            front.resize(n);
+        }
+        if (front.empty() || (!(now.forced && l == 0) && !pays(l, front[0], n_heads, now, worth))) {
+            break;
+        }
+
+        const int32_t n     = width(l, front, now, n_best);
+        const int32_t n_run = now.sees_path ? n : 1;
+        paths.clear();
+        for (int32_t c = 0; c < n_run && now.sees_path; ++c) {
+            path_to(front[c], tail);
+            paths.push_back(now.text.back());
+            paths.insert(paths.end(), tail.begin(), tail.end());
+        }
+        guess.resize((size_t) n_run * n_guess);
+        log_p.resize((size_t) n_run * n_guess);
+        expand(l, paths, n_run, guess.data(), log_p.data());
+        t_heads += now.cost.level(l, n_run);
+        n_levels_run = l + 1;
+
+        merge_guesses(l, front, n, now);
+        judge(now);
+        for (candidate & c : found) {
+            if (!(c.sources & from_heads)) {
+                c.raw = (c.parent < 0 ? 0.0f : found[c.parent].raw) + std::log(std::max(c.q, 1e-6f));
+            }
+        }
+        grow_cheap(now);
+        sort_probs();
+        worth = best_pass(probs, fee, &n_best);
+    }
+
+    // the best guess of each drafter at the root
+    for (int32_t s = 0; s < n_sources; ++s) {
+        for (int32_t i = root_first; i >= 0; i = found[i].next) {
+            const bool better = best_of[s] < 0 || found[i].q > found[best_of[s]].q;
+            best_of[s]        = (found[i].sources & (1u << s)) && better ? i : best_of[s];
+        }
+    }
+    if (now.forced && n_best == 1 && !probs.empty()) {
+        n_best = 2;
+    }
+    if (n_best == 1) {
+        return nodes;
+    }
+
+    // the n_best - 1 most probable candidates; among equals the upper ones, so that every parent is among them
+    order.clear();
+    for (size_t i = 0; i < found.size(); ++i) {
+        if (found[i].p > least) {
+            order.push_back((int32_t) i);
+        }
+    }
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+        return found[a].p != found[b].p ? found[a].p > found[b].p : found[a].depth < found[b].depth;
+    });
+    order.resize(std::min<size_t>(order.size(), (size_t) n_best - 1));
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return found[a].depth < found[b].depth; });
+
+    std::vector<int32_t> place(found.size(), -1);
+    for (const int32_t i : order) {
+        const candidate & c = found[i];
+        nodes.push_back({ c.parent < 0 ? 0 : place[c.parent], c.depth, c.token, c.sources & now.allowed });
+        place[i] = (int32_t) nodes.size();
+        candidate_of.push_back(i);
+        by_source[first_of(c.sources & now.allowed)]++;
+    }
+    return nodes;
+}
+
+void mixer::observe(const std::vector<int32_t> & path, int32_t next) {
+    if (candidate_of.empty()) {
+        return;
+    }
+    const auto token_of = [&](size_t i) {
+        return i < path.size() ? found[candidate_of[path[i]]].token : next;
+    };
+
+    // what was proposed after every place that was reached
+    for (size_t i = 0; i < path.size(); ++i) {
+        const int32_t came = token_of(i + 1);
+        if (came < 0) {
+            break;
+        }
+        const int32_t at = candidate_of[path[i]];
+        for (int32_t c = at < 0 ? root_first : found[at].first; c >= 0; c = found[c].next) {
+            accept.observe(found[c].sources, found[c].signals, found[c].token == came);
+        }
+    }
+    const int32_t came = token_of(1);
+    for (int32_t s = 0; s < n_sources && came >= 0; ++s) {
+        if (best_of[s] >= 0) {
+            hits[s] += ((found[best_of[s]].token == came ? 1.0f : 0.0f) - hits[s]) * hits_rate;
+        }
+    }
+    if (n_levels_run == 0) {
+        heads.skip();
+    } else if (came >= 0 && best_of[2] >= 0) {
+        heads.observe(found[best_of[2]].token == came);
+    }
+}
+
+} // namespace entmtp

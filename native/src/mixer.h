@@ -1,0 +1,144 @@
+// One tree for a step from all drafters: the text, the model's own rows, and the heads, priced together.
+
+#pragma once
+
+#include "acceptance.h"
+#include "calibration.h"
+#include "cost.h"
+#include "successors.h"
+#include "text.h"
+
+#include "entmtp.h"
+
+#include <cstdint>
+#include <functional>
+#include <utility>
+#include <vector>
+
+namespace entmtp {
+
+// What costs nothing goes in first: places in the text and rows seen before, best first, until no further node could pay.
+// So the tree has a price when the question comes whether the next head is worth its time. After each head its guesses
+// are merged with what is there by parent and token, and all is judged anew. Of the merged nodes the most probable ones
+// are the paths that the next head is run after.
+class mixer {
+  public:
+    static constexpr int32_t n_guess   = 8; // guesses of a head after a path
+    static constexpr int32_t n_rows    = 4; // successors that are proposed
+    static constexpr int32_t max_width = 4; // paths that a head is run after
+    static constexpr int32_t max_found = 160;
+    static constexpr int32_t max_depth = 24;
+
+    struct node {
+        int32_t  parent;  // index among the nodes, 0: the root
+        int32_t  depth;   // 1 ..
+        int32_t  token;
+        uint32_t sources; // who proposed it
+    };
+
+    // guesses of head l after n paths [n][l + 1] -> tokens and ln p, [n][n_guess]. One path for heads that do not see it
+    using expand_fn =
+        std::function<void(int32_t l, const std::vector<int32_t> & paths, int32_t n, int32_t * tokens, float * log_p)>;
+
+    // what a step brings along
+    struct situation {
+        const text_index & text; // the root is its last token
+        const successors & rows;
+        entmtp_signals     signals;
+        float              running; // entropy, nats
+        const cost_model & cost;
+        double             price;   // tokens per us
+        int32_t            n_max;   // nodes there is room for
+        int32_t            n_heads;
+        bool               sees_path;
+        uint32_t           allowed; // sources whose nodes may enter the tree: the others only learn
+        bool               forced;  // run the first head, whatever it is expected to bring
+    };
+
+    mixer() = default;
+
+    // throws std::runtime_error with one sentence
+    //   heads    null: there are none
+    //   weights  of the acceptance model, null: the shipped ones
+    mixer(const entmtp_calibration * heads, const float * weights, bool adapt);
+
+    // the nodes below the root, parents first and breadth first; none: plain decoding
+    const std::vector<node> & grow(const situation & now, const expand_fn & expand);
+
+    // The walk took these of the nodes, from the root on; `next` left the tree, -1: not known.
+    void observe(const std::vector<int32_t> & path, int32_t next);
+
+    void skip(); // a step that drafted nothing, for another reason than the mixer's
+    void begin_text();
+
+    double draft_cost() const { return t_heads; } // of the heads that ran, as believed
+    bool   heads_ran() const { return n_levels_run > 0; }
+
+    // of the last tree: nodes of each source, those of several counted for the first of them
+    const int32_t * n_nodes_by() const { return by_source; }
+
+    // who proposed a node of the last tree
+    uint32_t sources_of(int32_t i) const { return nodes[i - 1].sources; }
+
+    const acceptance & model() const { return accept; }
+
+  private:
+    struct candidate {
+        int32_t          token;
+        int32_t          parent; // candidate, -1: the root
+        int32_t          depth;
+        uint32_t         sources;
+        proposal_signals signals;
+        float            raw;    // heads: ln p of the path; without a head's word, of the path as believed
+        float            q;      // probability that it is right if its parent is
+        float            p;      // of the whole path
+        int32_t          first;  // child, -1: none
+        int32_t          next;   // sibling, -1: none
+        int32_t          places; // its first place in the text, in `pool`
+        int32_t          n_places;
+        bool             open;   // its children were looked for
+    };
+
+    int32_t propose(int32_t parent, int32_t token, source from);
+    void    from_places(int32_t parent, const std::vector<text_index::place> & places, const text_index & text);
+    void    open(int32_t at, const situation & now);
+    void    grow_cheap(const situation & now);
+    void    judge(const situation & now);
+    void    judge_children(int32_t first, float above, const situation & now);
+    void    path_to(int32_t at, std::vector<int32_t> & tokens) const;
+    float   covered(int32_t at) const;
+    bool    pays(int32_t l, int32_t at, int32_t n_heads, const situation & now, double worth);
+    int32_t width(int32_t l, const std::vector<int32_t> & front, const situation & now, int32_t n_best) const;
+    void    merge_guesses(int32_t l, const std::vector<int32_t> & front, int32_t n, const situation & now);
+    void    sort_probs();
+
+    calibration heads;
+    bool        has_heads = false;
+    acceptance  accept;
+
+    float hits[n_sources]; // how often the best guess of each drafter at the root was right lately
+
+    // of the tree that is being grown
+    std::vector<candidate>                 found;
+    int32_t                                root_first = -1;
+    bool                                   root_open  = false;
+    std::vector<text_index::place>         pool;
+    std::vector<text_index::place>         places;
+    std::vector<std::pair<float, int32_t>> queue; // candidates to open, a heap
+    std::vector<float>                     probs;
+    std::vector<float>                     trial;
+    std::vector<double>                    fee;
+    std::vector<int32_t>                   tail;
+    std::vector<int32_t>                   guess;
+    std::vector<float>                     log_p;
+    std::vector<int32_t>                   order;
+    std::vector<node>                      nodes;
+    std::vector<int32_t>                   candidate_of;                // [n_nodes + 1] -1 for the root
+    float                                  least                = 0.0f; // no node below this can pay
+    double                                 t_heads              = 0.0;
+    int32_t                                n_levels_run         = 0;
+    int32_t                                by_source[n_sources] = {};
+    int32_t                                best_of[n_sources]   = {}; // at the root
+};
+
+} // namespace entmtp

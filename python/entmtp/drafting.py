@@ -1,0 +1,120 @@
+"""How a model drafts: arguments that can work, who drafts, from which bank, and with which costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from .bank import Bank
+from .measure.at_load import quick
+from .measure.known import machine_key, tuned_path
+from .measure.subject import Subject
+from .native.abi import SOURCES
+from .native.arrays import NEED_HEADS, POLICIES, SCORES
+
+ACCEPT = ("lossless", "typical")
+OUTPUTS = ("auto", "host", "rows", "device")
+
+
+def one_of(name: str, value: object, known: Sequence[str]) -> None:
+    """Raises ValueError unless an argument is one of the known words."""
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}, must be one of {', '.join(known)}")
+
+
+def who_drafts(drafters: str | Sequence[str], has_heads: bool) -> tuple[str, ...]:
+    """Names of the drafters, of `abi.SOURCES`.
+
+    Args:
+        drafters: `"auto"` (all there are), or names, as a list or with commas between them.
+
+    Raises:
+        ValueError: there is no such drafter, or there are no heads.
+    """
+    there = tuple(name for name in SOURCES if has_heads or name != "heads")
+    names = [d.strip() for d in drafters.split(",")] if isinstance(drafters, str) else list(drafters)
+    if names == ["auto"]:
+        return there
+    for name in names:
+        one_of("drafters", name, ("auto", *SOURCES))
+        if name not in there:
+            raise ValueError("drafters: heads are to draft, but there are none; give heads=PATH")
+    if not names or "auto" in names:
+        raise ValueError('drafters: give "auto" alone, or at least one of ' + ", ".join(SOURCES))
+    return tuple(name for name in SOURCES if name in names)
+
+
+def default_bank(llm: Subject) -> Bank:
+    """The bank that was tuned for this model, its heads and this machine, else one for its kind of heads."""
+    if not llm.heads_path:
+        return Bank.without_heads()
+    tuned = tuned_path(machine_key(llm))
+    if tuned.is_file():
+        return Bank.load(tuned)
+    return Bank.load(f"generic-{llm.draft_heads.arch}").pruned(llm.draft_heads.n_heads)
+
+
+def with_calibration(llm: Subject, bank: Bank) -> Bank:
+    """The bank with what the heads' probabilities are worth: without its own, what they are for heads of their kind."""
+    if bank.calibration is not None or not llm.heads_path:
+        return bank
+    return replace(bank, calibration=Bank.load(f"generic-{llm.draft_heads.arch}").calibration)
+
+
+def with_own_costs(llm: Subject, bank: Bank) -> Bank:
+    """The bank with costs of this machine, unless there is too little room to measure."""
+    if llm.n_ctx() < 128 or not llm.decoder.can_tree():
+        return bank
+    tuned = bank.costs if bank.costs and bank.costs.key == machine_key(llm) else None
+    state = llm.decoder.stats_enabled
+    llm.decoder.set_stats(True)
+    own = quick(llm, tuned=tuned)
+    llm.decoder.set_stats(state)
+    return replace(bank, costs=own)
+
+
+def check(draft: Any, heads: Any, policy: str, accept: str, kwargs: dict[str, Any]) -> None:
+    """Refuse arguments of `Llama` that cannot work together.
+
+    Raises:
+        ValueError: says which.
+    """
+    if draft not in (None, "entmtp"):
+        raise ValueError(f'draft is {draft!r}, must be None or "entmtp"')
+    one_of("policy", policy, POLICIES)
+    one_of("accept", accept, ACCEPT)
+    if draft is None:
+        if heads is not None:
+            raise ValueError('heads are given but draft is None: pass draft="entmtp" to use them')
+        return
+    for name, why in {
+        "draft_model": "drafts too: use one of the two",
+        "embedding": "makes a context for embeddings, which has nothing to draft",
+        "vocab_only": "loads no weights, so there is nothing to draft",
+    }.items():
+        if kwargs.get(name):
+            raise ValueError(f'{name} cannot be combined with draft="entmtp": it {why}')
+
+
+def check_heads(policy: str, has_heads: bool) -> None:
+    """Raises ValueError where a policy needs heads and there are none."""
+    if policy in NEED_HEADS and not has_heads:
+        raise ValueError(
+            f'policy "{policy}" needs draft heads, and there are none for this model; the policy "auto" drafts from the '
+            "text, or make heads with python -m entmtp.train or entmtp.convert"
+        )
+
+
+__all__ = [
+    "OUTPUTS",
+    "POLICIES",
+    "SCORES",
+    "check",
+    "check_heads",
+    "default_bank",
+    "one_of",
+    "who_drafts",
+    "with_calibration",
+    "with_own_costs",
+]
