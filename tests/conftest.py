@@ -16,6 +16,7 @@ from entmtp.models.gguf_expand import expand
 from entmtp.options.demo import demo_files
 from helpers.settings import F32
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to other tests
 os.environ["ENTMTP_MODEL"] = "demo"  # of commands without --model: no test depends on a network
 
 # the same examples in every run, however busy the machine is

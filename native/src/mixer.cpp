@@ -212,7 +212,7 @@ void mixer::sort_probs() {
 float mixer::covered(int32_t at) const {
     float sum = 0.0f;
     for (int32_t i = at < 0 ? root_first : found[at].first; i >= 0; i = found[i].next) {
-        sum += found[i].q;
+        sum += found[i].p > 0.0f ? found[i].q : 0.0f; // others may not enter the tree
     }
     return std::min(sum, 1.0f);
 }

@@ -11,7 +11,7 @@ from .measure.at_load import quick
 from .measure.known import machine_key, tuned_path
 from .measure.subject import Subject
 from .native.abi import SOURCES
-from .native.arrays import NEED_HEADS, POLICIES, SCORES
+from .native.arrays import NEED_HEADS, POLICIES
 
 ACCEPT = ("lossless", "typical")
 OUTPUTS = ("auto", "host", "rows", "device")
@@ -101,20 +101,6 @@ def check_heads(policy: str, has_heads: bool) -> None:
     """Raises ValueError where a policy needs heads and there are none."""
     if policy in NEED_HEADS and not has_heads:
         raise ValueError(
-            f'policy "{policy}" needs draft heads, and there are none for this model; the policy "auto" drafts from the '
-            "text, or make heads with python -m entmtp.train or entmtp.convert"
+            f'policy "{policy}" needs draft heads, and there are none for this model; the policy "auto" drafts from '
+            "the text, or make heads with python -m entmtp.train or entmtp.convert"
         )
-
-
-__all__ = [
-    "OUTPUTS",
-    "POLICIES",
-    "SCORES",
-    "check",
-    "check_heads",
-    "default_bank",
-    "one_of",
-    "who_drafts",
-    "with_calibration",
-    "with_own_costs",
-]

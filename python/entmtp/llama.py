@@ -22,7 +22,7 @@ from .models.known import is_known
 from .models.names import resolve
 from .models.tokenizer import Tokenizer
 from .native import kernels as cpu_kernels
-from .native.arrays import PRICED
+from .native.arrays import POLICIES, PRICED, SCORES
 from .native.decoder import Decoder
 from .native.heads import Heads
 from .native.rpc import Servers
@@ -34,8 +34,8 @@ class Llama(Upstream):
     """A `llama_cpp.Llama` in every argument and method, with tree speculation.
 
     With `draft="entmtp"` the same calls give the same tokens, in fewer passes of the model: each step drafts a tree of
-    guesses, from what the text has said before and with heads if there are any, checks it in one pass, and samples along
-    the branch that your sampler settings really draw.
+    guesses, from what the text has said before and with heads if there are any, checks it in one pass, and samples
+    along the branch that your sampler settings really draw.
 
     Examples:
         >>> llm = Llama("model.gguf", draft="entmtp")
@@ -46,15 +46,15 @@ class Llama(Upstream):
         model_path: the base model: a GGUF file, or `hf:owner/repo[/file][@revision]` on the Hugging Face Hub.
         draft: None (plain decoding, through the same library) or `"entmtp"`.
         heads: heads file of this base model, written by `python -m entmtp.convert`, or its `hf:` name. None: the one
-            that lies beside the model and was made for it, if there is one; without heads the text alone is drafted from.
+            that lies beside the model and was made for it, if there is one; without heads the text is drafted from.
         trees: a bank of trees: a path, a name under `trees/`, or either followed by `:tree` for one tree of it.
             None: the bank that `python -m entmtp.tune` made for this model on this machine, else the generic bank of
             the heads' kind.
         policy: `"auto"` (grow a tree for every step from all drafters), `"static"` (always the same tree), `"off"`;
             with heads also `"entropy"` (choose a tree by the running entropy), `"confidence"` (grow one from the heads'
             own probabilities), or a published policy for comparison, `"ladder"`, `"hysteresis"` and `"best-depth"`.
-        drafters: who drafts under policy `"auto"`: `"auto"` (all there are), or some of `"text"` (what followed when the
-            last tokens came before), `"recycling"` (what the model held probable after a token when it last saw it) and
+        drafters: who drafts under policy `"auto"`: `"auto"` (all there are), or some of `"text"` (what followed when
+            the last tokens came before), `"recycling"` (what the model held probable after a token last time) and
             `"heads"`.
         score: what a published policy follows: `"entropy"`, `"top1"` or `"path"`.
         calibrate: measure what passes cost on this machine (under two seconds, once per model and machine; kept in the
@@ -117,7 +117,7 @@ class Llama(Upstream):
         # called with each sampled token, and which drafters had guessed it (bits of native.abi.SOURCES; 0: none)
         self.on_token: Callable[[int, int], None] | None = None
         drafting.check(draft, heads, policy, accept, kwargs)
-        drafting.one_of("score", score, drafting.SCORES)
+        drafting.one_of("score", score, SCORES)
         outputs = outputs or os.environ.get("ENTMTP_OUTPUTS") or "auto"
         drafting.one_of("outputs", outputs, drafting.OUTPUTS)
         if str(model_path).startswith(HUB) or is_known(str(model_path)):
@@ -150,7 +150,7 @@ class Llama(Upstream):
 
         # embedding contexts are not decoded from, and encoders have no decode loop
         if self.context_params.embeddings or llama_cpp.llama_model_has_encoder(self.model):
-            if draft is not None:
+            if heads is not None:
                 raise ValueError("draft: this model is an encoder, there is nothing to draft")
             return
         if kwargs.get("vocab_only") or kwargs.get("draft_model") is not None:
@@ -203,6 +203,11 @@ class Llama(Upstream):
         return self._heads
 
     @property
+    def drafters(self) -> tuple[str, ...]:
+        """Who drafts under policy "auto": some of "text", "recycling" and "heads"."""
+        return tuple(self._settings["drafters"]) if self.bank is not None else ()
+
+    @property
     def rpc_servers(self) -> list[str]:
         """Addresses of the machines that hold layers of this model."""
         return list(self._servers.addresses) if self._servers else []
@@ -250,8 +255,8 @@ class Llama(Upstream):
         """
         if self.bank is None:
             raise ValueError('this model does not draft: create it with draft="entmtp"')
-        drafting.one_of("policy", policy, drafting.POLICIES)
-        drafting.one_of("score", score, drafting.SCORES)
+        drafting.one_of("policy", policy, POLICIES)
+        drafting.one_of("score", score, SCORES)
         drafting.check_heads(policy, self._heads is not None)
         bank, named = (self.bank, None) if trees is None else load_bank(trees)
         with self._use:

@@ -21,11 +21,12 @@ from ..options import DEMO, add_model_options
 from ..report.plots import draw
 from ..report.tables import write
 from . import gpu, heads, passes, run, study, whatif
-from .inputs import context_lengths, some_of
+from .inputs import SUITES, context_lengths, some_of
 
 SHAPE = f"random weights by shape ({', '.join(SHAPES)}) and type ({', '.join(QUANTS)}), as 1b:q4_k"
 OPTIONS: dict[str, dict[str, Any]] = {
     "--prompts": {"nargs": "+", "metavar": "JSONL", "help": "files of prompts, one task each"},
+    "--suite": {"choices": SUITES, "help": "published prompts: the paper's four tasks, or Spec-Bench's thirteen"},
     "--raw": {"action": "store_true", "help": "prompts are text to go on with: no chat template"},
     "--limit": {"type": int, "metavar": "N", "help": "prompts of each task, at most"},
     "--tokens": {"type": int, "metavar": "N", "help": "tokens of an answer, at most"},
@@ -75,7 +76,8 @@ def plot(args: argparse.Namespace, report: dict[str, Any]) -> Iterator[str]:
 
 
 ANSWERS = {
-    "--prompts": ...,
+    "--prompts": None,
+    "--suite": None,
     "--raw": False,
     "--limit": 10,
     "--tokens": 200,
@@ -85,7 +87,7 @@ ANSWERS = {
 COMMANDS = {
     "run": Command(
         run.run, "llama-cpp-python, our plain loop, static trees and EntMTP side by side",
-        "entmtp bench run -m model.gguf --prompts code.jsonl chat.jsonl --temp 0 0.8 -o bench.json",
+        "entmtp bench run -m model.gguf --suite paper --temp 0 0.8 -o bench.json",
         ANSWERS | {"--methods": None, "--published": 1},
     ),
     "study": Command(

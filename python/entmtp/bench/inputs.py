@@ -9,17 +9,35 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..common.prompts import Question, read_questions
+from ..common.errors import EntmtpError, UsageError
+from ..common.prompts import Question, by_task, read_questions
 from ..llama import Llama
+from ..measure.turns import Prompt, decode
+from ..models.assets import assets
 from ..models.shapes import SHAPES, write_heads, write_model
 from ..models.templates import fitting_tokens
 from ..options import DEMO, load, model_files, no_heads
 
+PAPER = ("humaneval", "gsm8k", "literature", "sharegpt")
+SUITES = ("paper", "spec-bench")
+
 
 def read_tasks(args: Namespace) -> dict[str, list[Question]]:
-    """Questions of `--prompts` by the name of their file."""
+    """Questions of `--prompts` by the name of their file, and of `--suite` by task.
+
+    Raises:
+        UsageError: neither is given.
+    """
     tasks: dict[str, list[Question]] = {}
-    for path in args.prompts:
+    suite: str | None = getattr(args, "suite", None)
+    if not args.prompts and not suite:
+        raise UsageError(f"give --prompts with a file of prompts, or --suite with one of {', '.join(SUITES)}")
+    if suite == "spec-bench":
+        for task, questions in by_task(assets() / "prompts" / "spec_bench.jsonl").items():
+            tasks[task] = questions[: args.limit]
+    elif suite:
+        tasks = {task: read_questions(assets() / "prompts" / f"{task}.jsonl", args.limit) for task in PAPER}
+    for path in args.prompts or ():
         tasks.setdefault(Path(path).stem, []).extend(read_questions(path, args.limit))
     return tasks
 
@@ -27,6 +45,23 @@ def read_tasks(args: Namespace) -> dict[str, list[Question]]:
 def tokens_of(llm: Llama, question: Question, args: Namespace) -> list[int]:
     """A question as the model is asked it, cut to leave room for an answer of `--tokens`."""
     return fitting_tokens(llm, question, llm.n_ctx() - args.tokens - 1, args.raw)
+
+
+def turns_of(llm: Llama, question: Question, args: Namespace) -> list[list[int]]:
+    """Every turn of a question as the model is asked it, after its own greedy answers to the turns before."""
+    found = [tokens_of(llm, question, args)]
+    said = [*question.before, {"role": "user", "content": question.text}]
+    for turn in question.turns[1:]:
+        answer = decode(llm, Prompt(found[-1], args.tokens)).tokens
+        text = llm.detokenize([t for t in answer if t != llm.token_eos()]).decode("utf-8", errors="replace")
+        said.append({"role": "assistant", "content": text})
+        asked = Question(question.id, (turn,), tuple(said))
+        try:
+            found.append(tokens_of(llm, asked, args))
+        except EntmtpError:
+            break  # no room for this turn
+        said.append({"role": "user", "content": turn})
+    return found
 
 
 def asked_of(llm: Llama, tasks: dict[str, list[Question]], args: Namespace) -> list[tuple[str, list[int]]]:
@@ -91,11 +126,15 @@ def shape_of(name: str) -> tuple[str, str] | None:
 
 
 @contextmanager
-def model_of(args: Namespace, name: str, drafts: bool = True, arch: str = "hydra") -> Iterator[Namespace]:
+def model_of(
+    args: Namespace, name: str, drafts: bool = True, arch: str = "hydra", needs_heads: bool = True
+) -> Iterator[Namespace]:
     """The options with the model that `name` means: as everywhere, or random weights, which are deleted afterwards.
 
     Args:
         drafts: with heads, which random weights get, of the kind `arch`.
+
+        needs_heads: False: to draft from the text alone will do.
 
     Raises:
         ModelError: there is no such file, or there are no heads.
@@ -110,6 +149,6 @@ def model_of(args: Namespace, name: str, drafts: bool = True, arch: str = "hydra
         return
     own = changed(args, model=name) if drafts else changed(args, model=name, heads=None, draft="off")
     model, found = model_files(own)
-    if drafts and not found:
+    if drafts and needs_heads and not found:
         raise no_heads("this", model)
     yield changed(args, model=str(model), heads=str(found) if found else None)

@@ -8,21 +8,45 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import llama_cpp
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from ..common.errors import UsageError
 from ..common.machine import peak_memory_mb
 from ..common.progress import stages
 from ..llama import Llama
 from ..measure.compare import Comparison, remark
-from ..measure.methods import CONFIDENCE, ENTMTP, PLAIN_LOOP, Method, comparison, generic, published
+from ..measure.methods import (
+    CONFIDENCE,
+    ENTMTP,
+    ENTROPY,
+    HEADS_ALONE,
+    PLAIN_LOOP,
+    TEXT_ALONE,
+    Method,
+    comparison,
+    generic,
+    published,
+)  # fmt: skip
 from ..measure.turns import Answering, Prompt, answering, in_turn
 from ..native import kernels
 from ..options import load
 from ..report.tables import figure, spread, table
-from .inputs import load_plain, model_of, read_tasks, tokens_of
+from .inputs import load_plain, model_of, read_tasks, turns_of
 
 STOCK = "llama-cpp-python"
-GGML = Method("EntMTP, ggml's kernels", None, "entropy")  # as ENTMTP, but for the CPU kernels
+LOOKUP = {f"{STOCK}, prompt lookup {n}": n for n in (10, 2)}  # guesses a step
+GGML = Method("EntMTP, ggml's kernels", None, "auto")  # as ENTMTP, but for the CPU kernels
+
+
+def stock(args: Namespace, like: Llama, lookup: int = 0) -> llama_cpp.Llama:
+    """llama-cpp-python's own loop on ggml's kernels, plain or with its prompt lookup."""
+    drafter = LlamaPromptLookupDecoding(num_pred_tokens=lookup) if lookup else None
+    with kernels.using("off"):
+        return llama_cpp.Llama(
+            like.model_path, n_ctx=like.n_ctx(), n_threads=like.n_threads, n_threads_batch=like.n_threads_batch,
+            n_gpu_layers=args.n_gpu_layers or 0, tensor_split=args.tensor_split, flash_attn=bool(args.flash_attn),
+            draft_model=drafter, verbose=False,
+        )  # fmt: skip
 
 
 def contestants(args: Namespace, stack: ExitStack) -> tuple[Llama, dict[str, Answering]]:
@@ -31,37 +55,44 @@ def contestants(args: Namespace, stack: ExitStack) -> tuple[Llama, dict[str, Ans
     def loaded(**more: Any) -> Llama:
         return stack.enter_context(closing(load(args, **more)))
 
-    found: dict[str, Answering] = {}
     plain = stack.enter_context(closing(load_plain(args, stats=False)))
     own = kernels.current()
-    if not args.rpc:  # llama-cpp-python would need servers of its own
-        with kernels.using("off"):
-            stock = llama_cpp.Llama(
-                plain.model_path, n_ctx=plain.n_ctx(), n_threads=plain.n_threads, n_threads_batch=plain.n_threads_batch,
-                n_gpu_layers=args.n_gpu_layers or 0, tensor_split=args.tensor_split, flash_attn=bool(args.flash_attn),
-                verbose=False,
-            )  # fmt: skip
-        found[STOCK] = answering(stack.enter_context(closing(stock)), kernels="off")
-        found[GGML.label] = answering(loaded(kernels="off"), kernels="off")
-    found[PLAIN_LOOP.label] = answering(plain, kernels=own)
     draft = loaded(policy="off")
-    usual = [*published()[: args.published], *generic(draft.draft_heads.arch), ENTMTP, CONFIDENCE]
-    known = {m.label: m for m in [*usual, *published(), *comparison()]}
-    if missing := [m for m in args.methods or () if m not in known]:
-        raise UsageError(f"there is no method {missing[0]}; there are {', '.join(known)}")
-    for method in [known[name] for name in args.methods] if args.methods else usual:
-        if method in (ENTMTP, CONFIDENCE):  # models of their own: they learn from answer to answer
-            found[method.label] = answering(loaded(policy=method.policy), kernels=own)
+    has_heads = draft.heads_path is not None
+    learning = [TEXT_ALONE, HEADS_ALONE, ENTROPY, CONFIDENCE, ENTMTP] if has_heads else [ENTMTP]
+    fixed = [*published(), *(generic(draft.draft_heads.arch) if has_heads else ()), *comparison()]
+    loops = [] if args.rpc else [STOCK, *LOOKUP, GGML.label]  # llama-cpp-python would need servers of its own
+    usual = [m for m in fixed if m not in (*published()[args.published :], *comparison())]
+    by_label = {m.label: m for m in (*fixed, *learning, PLAIN_LOOP)}
+    asked = args.methods or [*loops, *(m.label for m in (*usual, *learning))]
+    if missing := [m for m in asked if m not in by_label and m not in loops]:
+        raise UsageError(f"there is no method {missing[0]}; there are {', '.join((*loops, *by_label))}")
+
+    found: dict[str, Answering] = {}
+    for label in dict.fromkeys([*loops[:1], *(m for m in asked if m in loops), PLAIN_LOOP.label, *asked]):
+        if label == GGML.label:
+            found[label] = answering(loaded(kernels="off"), kernels="off")
+        elif label in loops:
+            other = stack.enter_context(closing(stock(args, plain, LOOKUP.get(label, 0))))
+            found[label] = answering(other, kernels="off")
+        elif label == PLAIN_LOOP.label:
+            found[label] = answering(plain, kernels=own)
+        elif (method := by_label[label]) in learning:  # models of their own: they learn from answer to answer
+            one = loaded(policy=method.policy, drafters=method.drafters)
+            found[label] = answering(one, kernels=own)
         else:
-            found[method.label] = answering(draft, method, own)
+            found[label] = answering(draft, method, own)
     return plain, found
 
 
 def judged(found: Comparison, labels: list[str]) -> list[dict[str, Any]]:
     """A row per method: speed against the first one and against our plain loop."""
     rows = []
+    cut = found.without_loops()
     for label in labels:
         row = found.row(label, labels[0]) | {"ratio_plain": found.ratio(label, PLAIN_LOOP.label)}
+        row["overall_plain"] = found.row(label, PLAIN_LOOP.label)["overall"]
+        row["without_loops"] = [cut.row(label, base)["overall"] for base in (labels[0], PLAIN_LOOP.label)]
         # kernels differ in rounding: texts are compared with those of a loop that has the same
         loop = STOCK if label == GGML.label else PLAIN_LOOP.label
         rows.append(row | {"identical": found.identical(label, loop)})
@@ -72,12 +103,14 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
     """A task's rows as a Markdown table."""
     bases = {rows[0]["method"]: "ratio", PLAIN_LOOP.label: "ratio_plain"}  # over RPC both are the plain loop
     head = [
-        "method", "tokens/s", "overall", *(f"against {base}" for base in bases), "tokens/step", "draft", "verify",
-        "sample", "host", "rest", "identical",
+        "method", "tokens/s", "overall", *(f"against {base}" for base in bases), "overall", "loops cut", "tokens/step",
+        "draft", "verify", "sample", "host", "rest", "identical",
     ]  # fmt: skip
     cells = [[
         r["method"], spread(r["tokens_per_second"], "{:.1f}"), figure(r["tokens_per_second_overall"], "{:.1f}"),
-        *(spread(r[key], unit="×") for key in bases.values()), figure(r.get("tokens_per_step", 1.0)),
+        *(spread(r[key], unit="×") for key in bases.values()),
+        f"{figure(r['overall'])} {figure(r['overall_plain'])}", " ".join(figure(x) for x in r["without_loops"]),
+        figure(r.get("tokens_per_step", 1.0)),
         *(f"{x:.0%}" for x in r.get("time_split", {}).values()), *([] if "time_split" in r else [""] * 5),
         f"{r['identical']}/{r['answers']}",
     ] for r in rows]  # fmt: skip
@@ -88,11 +121,11 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
     tasks = read_tasks(args)
     report["tasks"] = []
     with ExitStack() as stack:
-        args = stack.enter_context(model_of(args, args.model))
+        args = stack.enter_context(model_of(args, args.model, needs_heads=False))
         plain, methods = contestants(args, stack)
         report["threads"] = plain.n_threads
         for task, temp in [(task, temp) for task in tasks for temp in args.temp]:
-            prompts = [Prompt(tokens_of(plain, q, args), args.tokens, temp) for q in tasks[task]]
+            prompts = [Prompt(t, args.tokens, temp) for q in tasks[task] for t in turns_of(plain, q, args)]
             with stages() as advance:
                 rows = judged(Comparison(in_turn(methods, prompts, args.rounds, advance)), list(methods))
             report["tasks"].append({"task": task, "temp": temp, "rows": rows})

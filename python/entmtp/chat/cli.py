@@ -65,7 +65,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "--seed", type=int, help="of every answer; /regen adds 1 (default: another each time)"
     )
     parser.add_argument(
-        "--show-drafts", action="store_true", help="green for tokens that came from an accepted draft"
+        "--show-drafts",
+        action="store_true",
+        help="colours for tokens that came from an accepted draft: cyan from the text, blue recycled, green from heads",
     )
     parser.add_argument("--load", type=Path, metavar="FILE", help="go on with a saved conversation")
     parser.add_argument(
@@ -76,13 +78,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 
 def load_model(args: Namespace) -> Llama:
-    """The model, with its heads even for `--draft off`, so that /draft can switch them on."""
+    """The model, ready to draft even for `--draft off`, so that /draft can switch it on."""
     more: dict[str, Any] = {"chat_format": args.chat_format}
     if args.draft == "off" and not args.heads:
-        _, heads = options.model_files(Namespace(**{**vars(args), "draft": None}))
-        if heads is not None:
-            args = Namespace(**{**vars(args), "draft": None, "heads": str(heads)})
-            more["policy"] = "off"
+        args = Namespace(**{**vars(args), "draft": None})
+        more["policy"] = "off"
     llm = options.load(args, **more)
     if args.chat_format is None and not any(k.startswith("tokenizer.chat_template") for k in llm.metadata):
         llm.chat_format = CONTINUE  # llama-cpp-python would take that of Llama 2

@@ -37,9 +37,9 @@ class Command:
     complete: Callable[[Chat], Iterable[str]] | str = ()  # type: ignore[assignment]
 
 
-def _need_heads(chat: Chat) -> Bank:
+def _bank(chat: Chat) -> Bank:
     if chat.llm.bank is None:
-        raise EntmtpError("there are no draft heads, decoding is plain: start with --heads to draft")
+        raise EntmtpError("the memory of this model cannot hold a token tree, decoding is plain")
     return chat.llm.bank
 
 
@@ -59,9 +59,11 @@ def how(chat: Chat) -> str:
     """How guesses are made at present, in a few words."""
     llm = chat.llm
     if llm.bank is None:
-        return "plain decoding (no draft heads)"
+        return "plain decoding (the memory of this model holds no token trees)"
     if llm.policy == "off":
         return "off: plain decoding"
+    if llm.policy == "auto":
+        return "auto: from " + ", ".join(llm.drafters)
     return (
         f"static: tree {llm.tree} of {llm.bank.name}"
         if llm.tree
@@ -94,6 +96,7 @@ def _stats(chat: Chat, _: str) -> None:
         f"the first after {speed.first * 1e3:.0f} ms",
         "tokens per step": f"{s.tokens_per_step:.2f} in {s.n_steps} steps",
         "drafts accepted": f"{s.n_accepted} of {s.n_drafted} ({s.acceptance:.0%})"
+        + "".join(f", {n} from {name}" for name, n in s.accepted_by.items() if n)
         if s.n_drafted
         else "none drafted",
         "entropy": f"{s.mean_entropy:.2f} nats on average",
@@ -120,7 +123,7 @@ def _draft(chat: Chat, argument: str) -> None:
         policy, _, tree = argument.partition(" ")
         if policy not in POLICIES:
             raise EntmtpError(f"/draft {policy}: there is {', '.join(POLICIES[:-1])} and {POLICIES[-1]}")
-        bank = _need_heads(chat)
+        bank = _bank(chat)
         if policy == "static":
             tree = tree.strip() or best_tree(bank)
         elif tree:
@@ -130,7 +133,7 @@ def _draft(chat: Chat, argument: str) -> None:
 
 
 def _trees(chat: Chat, argument: str) -> None:
-    bank = _need_heads(chat)
+    bank = _bank(chat)
     if not argument:
         _list_trees(chat, bank)
         return
@@ -140,7 +143,7 @@ def _trees(chat: Chat, argument: str) -> None:
             policy, tree = "off", ""
     else:
         trees, tree = argument, ""
-        policy = "entropy" if chat.llm.policy in ("off", "static") else chat.llm.policy
+        policy = "entropy" if chat.llm.policy in ("off", "static", "auto") else chat.llm.policy
         is_one = ":" in argument and not Path(argument).exists()
         if is_one or Bank.load(argument).acceptance is None:
             policy = "static"

@@ -14,7 +14,8 @@ from typing import TextIO
 from prompt_toolkit.utils import get_cwidth
 
 TAB = 8
-DIM, GREEN, PLAIN = "\x1b[2m", "\x1b[32m", "\x1b[0m"
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+HEADS, TEXT, ROWS = "\x1b[32m", "\x1b[36m", "\x1b[34m"  # green, cyan, blue
 ERASE_BELOW, UP = "\x1b[J", "\x1b[A"
 
 
@@ -28,6 +29,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", text)
+
+
+def colour_of(drafters: int) -> str:
+    """The colour of a token that these drafters guessed (bits of native.abi.SOURCES): of the first of them."""
+    return TEXT if drafters & 1 else ROWS if drafters & 2 else HEADS
 
 
 class Screen:
@@ -52,8 +58,8 @@ class Screen:
         self.width = self._width()
         self.status = line
 
-    def text(self, text: str, drafted: bool = False) -> None:
-        """Write the next piece of the answer; green if it came from a draft."""
+    def text(self, text: str, drafters: int = 0) -> None:
+        """Write the next piece of the answer, in a colour if it came from a draft."""
         if not self.begun:
             text = text.lstrip(" ")  # templates leave the space before the first word to the model
         self.begun = self.begun or bool(text)
@@ -65,7 +71,7 @@ class Screen:
             self.ends_line = text.endswith("\n")
             return
         text = printable(text)
-        shown = f"{GREEN}{text}{PLAIN}" if drafted and self.colour else text
+        shown = f"{colour_of(drafters)}{text}{PLAIN}" if drafters and self.colour else text
         self._follow(text)
         self.file.write(ERASE_BELOW + shown + self._below())
         self.file.flush()

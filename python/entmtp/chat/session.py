@@ -120,10 +120,10 @@ class Chat:
         meter = Meter(llm, self.plain)
         painter = _Painter(llm, screen) if self.show_drafts and screen.colour else None
 
-        def on_token(token: int, drafted: bool) -> None:
+        def on_token(token: int, drafters: int) -> None:
             meter.token()
             if painter:
-                painter.token(token, drafted)
+                painter.token(token, drafters)
 
         seed = random.randrange(SEEDS) if self.seed is None else self.seed + self.n_regenerated
         parts: list[str] = []
@@ -176,16 +176,16 @@ class _Painter:
 
     def __init__(self, llm: Llama, screen: Screen):
         self.llm, self.screen = llm, screen
-        self.flags: deque[bool] = deque()  # per byte still to come: it is from a draft
+        self.flags: deque[int] = deque()  # per byte still to come: who drafted it, 0: the model alone
 
-    def token(self, token: int, drafted: bool) -> None:
-        self.flags.extend([drafted] * len(self.llm.detokenize([token])))
+    def token(self, token: int, drafters: int) -> None:
+        self.flags.extend([drafters] * len(self.llm.detokenize([token])))
 
     def text(self, text: str) -> None:
         """Write the next text."""
-        for drafted, group in groupby(text, self._of):
-            self.screen.text("".join(group), drafted)
+        for drafters, group in groupby(text, self._of):
+            self.screen.text("".join(group), drafters)
 
-    def _of(self, c: str) -> bool:
+    def _of(self, c: str) -> int:
         flags = [self.flags.popleft() for _ in c.encode() if self.flags]
-        return bool(flags) and flags[0]
+        return flags[0] if flags else 0

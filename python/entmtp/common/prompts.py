@@ -63,6 +63,19 @@ def question_of(item: Any, name: str) -> Question:
     return Question(name, tuple(turns), tuple(before))
 
 
+def by_task(path: str | Path) -> dict[str, list[Question]]:
+    """The questions of a file whose lines name their task, by task.
+
+    Raises:
+        ValueError, OSError: as `read_questions`.
+    """
+    found: dict[str, list[Question]] = {}
+    lines = [line for line in Path(path).read_text("utf-8").split("\n") if line.strip()]
+    for line, question in zip(lines, read_questions(path), strict=True):
+        found.setdefault(str(json.loads(line).get("task", Path(path).stem)), []).append(question)
+    return found
+
+
 def read_questions(path: str | Path, limit: int | None = None) -> list[Question]:
     """A question of each line of a JSONL file; lines without an id are called by their number.
 

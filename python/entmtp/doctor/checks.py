@@ -283,8 +283,8 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
         yield Check("logits", "note" if found["outputs_note"] else "ok", found["outputs"])
     if heads is None:
         yield Check(
-            "heads", "note", "none named, and none that fit beside the model: plain decoding",
-            "give --heads, or make them with python -m entmtp.convert",
+            "heads", "note", "none named, and none that fit beside the model: drafts come from the text alone",
+            "give --heads, or make them with python -m entmtp.train or entmtp.convert",
         )  # fmt: skip
         return
     yield ok("heads", f"{heads.name}: {found['heads']}, made for this model")
@@ -322,7 +322,7 @@ def check_weights(rows: list[dict[str, Any]]) -> Check:
 
 def with_files(args: argparse.Namespace, model: Path, heads: Path | None) -> argparse.Namespace:
     """The options with files in place of names, so that nothing is looked for again."""
-    found = {"model": model, "heads": heads} | ({"draft": "off"} if heads is None else {})
+    found = {"model": model, "heads": heads}
     return argparse.Namespace(**{**vars(args), **found})
 
 

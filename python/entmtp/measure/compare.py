@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,31 @@ def time_split(stats: Sequence[DraftStats], seconds: float) -> dict[str, float]:
     return split | {"rest": max(0.0, 1.0 - sum(split.values()))}
 
 
+LOOP = 16  # tokens
+TIMES = 3
+
+
+def before_loop(tokens: Sequence[int]) -> int:
+    """Tokens up to where a run of LOOP tokens comes for the third time: small models go on like that for ever."""
+    seen: dict[tuple[int, ...], int] = {}
+    for end in range(LOOP, len(tokens) + 1):
+        run = tuple(tokens[end - LOOP : end])
+        seen[run] = seen.get(run, 0) + 1
+        if seen[run] == TIMES:
+            return end
+    return len(tokens)
+
+
+def cut(answer: Answer, n: int) -> Answer:
+    """The first n tokens of an answer, and the steps that made them."""
+    n = min(n, len(answer.tokens))
+    stats = answer.stats
+    if stats is not None and n < len(answer.tokens):
+        made = np.cumsum(1 + stats.steps["n_accepted"])
+        stats = replace(stats, steps=stats.steps[: int(np.searchsorted(made, n - 1)) + 1])
+    return Answer(answer.tokens[:n], answer.times[n - 1] if n else 0.0, stats, answer.times[:n])
+
+
 class Comparison:
     """Figures of methods over the same prompts; `turns` are answers by method for each prompt, as of `in_turn`.
 
@@ -39,6 +65,12 @@ class Comparison:
     def __init__(self, turns: Sequence[dict[str, Answer]]):
         self.turns = turns
         self.pairs = [t for t in turns if all(len(a.tokens) > LEAST for a in t.values())]
+
+    def without_loops(self) -> Comparison:
+        """The same answers, each cut where it begins to go round in a loop."""
+        return Comparison(
+            [{label: cut(a, before_loop(a.tokens)) for label, a in t.items()} for t in self.turns]
+        )
 
     def ratio(self, label: str, base: str) -> list[float] | None:
         """Quartiles of a method's speed against another one's with the same prompt."""

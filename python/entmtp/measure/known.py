@@ -31,8 +31,9 @@ def machine_key(llm: Subject) -> str:
     build = library.library_folder() / "build-info.json"
     p = llm.context_params
     facts = [
-        file_identity(llm.model_path), file_identity(llm.heads_path) if llm.heads_path else "", build.read_text() if build.exists() else "",
-        cpu_name(), llm.draft_heads.info.device.decode() if llm.heads_path else "", llm.n_threads, llm.n_threads_batch,
+        file_identity(llm.model_path), file_identity(llm.heads_path) if llm.heads_path else "",
+        build.read_text() if build.exists() else "", cpu_name(),
+        llm.draft_heads.info.device.decode() if llm.heads_path else "", llm.n_threads, llm.n_threads_batch,
         llm.model_params.n_gpu_layers, p.flash_attn_type, p.type_k, p.type_v, p.n_ubatch, p.offload_kqv,
         kernels.current(),
     ]  # fmt: skip

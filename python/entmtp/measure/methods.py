@@ -11,18 +11,22 @@ from .subject import Subject
 
 @dataclass(frozen=True)
 class Method:
-    """One way to decode with a model that has heads."""
+    """One way to decode with a model that drafts."""
 
     label: str  # how it is called in tables
     bank: str | None  # its name, None for the generic one of the heads' kind
     policy: str  # as in `entmtp.Llama`
     tree: str | None = None  # one tree of the bank, for the static policy
     score: str = "entropy"  # what a published policy follows
+    drafters: str = "auto"  # who drafts, under the policy auto
 
     def apply(self, llm: Subject) -> None:
         """Decode with this method from now on."""
         if self.policy == "off":
             llm.set_trees(Bank("plain", (PLAIN,)), policy="off")
+            return
+        if self.policy == "auto":
+            llm.set_trees(policy="auto", drafters=self.drafters)
             return
         bank = Bank.load(self.bank or f"generic-{llm.draft_heads.arch}").pruned(llm.draft_heads.n_heads)
         if self.tree:
@@ -31,7 +35,10 @@ class Method:
 
 
 PLAIN_LOOP = Method("plain", None, "off")
-ENTMTP = Method("EntMTP", None, "entropy")
+ENTMTP = Method("EntMTP", None, "auto")
+TEXT_ALONE = Method("EntMTP, text", None, "auto", drafters="text,recycling")
+HEADS_ALONE = Method("EntMTP, heads", None, "auto", drafters="heads")
+ENTROPY = Method("EntMTP, entropy", None, "entropy")
 CONFIDENCE = Method("EntMTP, confidence", None, "confidence")
 
 

@@ -24,11 +24,13 @@ class Prompt(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Tokens, seconds from the first of them to the last, and what drafting did in that time, where that is kept."""
+    """Tokens, seconds from the first of them to the last, what drafting did in that time, where that is kept, and when
+    each token came: seconds after the first. [n_tokens]"""
 
     tokens: list[int]
     seconds: float
     stats: DraftStats | None = None
+    times: list[float] = []  # noqa: RUF012 (never changed)
 
 
 Answering = Callable[[Prompt], Answer]
@@ -47,17 +49,19 @@ def decode(llm: Any, prompt: Prompt, *, untimed: int = 1, past_end: bool = False
     llm.set_seed(prompt.seed)
     ours = hasattr(llm, "draft_stats")
     tokens: list[int] = []
-    start = last = 0.0
+    times: list[float] = []
+    start = 0.0
     for token in llm.generate(prompt.tokens, temp=prompt.temp, **sampling):
         tokens.append(token)
-        last = time.perf_counter()
+        times.append(time.perf_counter())
         if len(tokens) == untimed:
             if ours:
                 llm.reset_draft_stats()
-            start = last = time.perf_counter()
+            start = times[-1] = time.perf_counter()
         if len(tokens) == prompt.n_tokens or (token == llm.token_eos() and not past_end):
             break
-    return Answer(tokens, last - start if start else 0.0, llm.draft_stats if ours else None)
+    seconds = times[-1] - start if start else 0.0
+    return Answer(tokens, seconds, llm.draft_stats if ours else None, [max(t - start, 0.0) for t in times])
 
 
 def answering(llm: Any, method: Method | None = None, kernels: str | None = None) -> Answering:

@@ -143,12 +143,11 @@ class Arrays:
             p.n_bins, p.bin_edges, p.ladder = len(trees), self._floats(edges), self._ints(trees)
         if policy in PRICED:
             p.costs = self.costs(bank.need_costs(), bank.trees, context)
-        if policy == "confidence":
-            if bank.calibration is None:
-                raise BankError(
-                    f"bank {bank.name} has no calibration of the heads: policy confidence needs one from "
-                    "python -m entmtp.tune"
-                )
+        if policy == "confidence" and bank.calibration is None:
+            raise BankError(
+                f"bank {bank.name} has no calibration of the heads: policy confidence needs one from "
+                "python -m entmtp.tune"
+            )
         if bank.calibration is not None and policy in ("confidence", "auto"):
             p.calibration = self.calibration(bank.calibration)
         if policy == "auto":

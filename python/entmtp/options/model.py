@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..common.errors import ConvertError, ModelError
 from ..models.names import resolve
 from .demo import AUTO, DEMO, demo_files, first_model
-from .table import CONTEXT, OPTIONS
+from .table import CONTEXT, NEED_HEADS, OPTIONS
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -49,11 +49,12 @@ def words(args: argparse.Namespace) -> list[str]:
 
 
 def arguments(args: argparse.Namespace, heads: Path | None) -> dict[str, Any]:
-    """Arguments of `Llama`, but for the model, that the options name; those for drafting only with heads."""
-    found: dict[str, Any] = {} if heads is None else {"draft": "entmtp", "heads": heads}
+    """Arguments of `Llama`, but for the model, that the options name; those for drafting unless it is off."""
+    drafts = getattr(args, "draft", None) != "off"
+    found: dict[str, Any] = {"draft": "entmtp", "heads": heads} if drafts else {}
     for option in OPTIONS:
         value = getattr(args, option.name, None)
-        if value is not None and (option.group == "machine" or (option.group == "drafting" and heads)):
+        if value is not None and (option.group == "machine" or (option.group == "drafting" and drafts)):
             found |= dict.fromkeys(option.arguments, value)
     return found
 
@@ -86,12 +87,14 @@ def model_files(args: argparse.Namespace) -> tuple[Path, Path | None]:
         heads = None
     elif heads is None:
         heads = find_heads(model, note)
-    if heads is None:
-        if args.draft not in (None, "off"):
-            raise no_heads(f"--draft {args.draft}", model)
+    if heads is None and args.draft in NEED_HEADS:
+        raise no_heads(f"--draft {args.draft}", model)
+    if args.draft == "off":
         named = [o for o in OPTIONS if o.group == "drafting" and getattr(args, o.name, None) is not None]
         if drafting := [o.flag for o in named if o.name != "draft"]:
-            raise ModelError(f"{', '.join(drafting)}: for drafting, which needs --heads and no --draft off")
+            raise ModelError(
+                f"{', '.join(drafting)}: for drafting, but --draft is off; leave one of them out"
+            )
     return model, heads
 
 
@@ -99,7 +102,7 @@ def no_heads(what: str, model: Path) -> ModelError:
     """The error of what needs heads that are not there."""
     return ModelError(
         f"{what} needs draft heads, and none beside {model} fit it; give --heads, or make them with "
-        "python -m entmtp.convert"
+        "python -m entmtp.train or entmtp.convert"
     )
 
 

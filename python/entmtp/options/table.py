@@ -17,7 +17,9 @@ CONTEXT = 4096  # tokens
 
 # The library has these names, too, but this table is needed where the library does not load (entmtp doctor); a test
 # compares them.
-POLICIES = ("off", "static", "entropy", "confidence", "ladder", "hysteresis", "best-depth")
+POLICIES = ("off", "static", "entropy", "confidence", "ladder", "hysteresis", "best-depth", "auto")
+NEED_HEADS = ("entropy", "confidence", "ladder", "hysteresis", "best-depth")
+DRAFTERS = ("text", "recycling", "heads")
 SCORES = ("entropy", "top1", "path")
 ACCEPT = ("lossless", "typical")
 OUTPUTS = ("auto", "host", "rows", "device")
@@ -99,6 +101,12 @@ def _servers(word: str) -> list[str]:
         raise argparse.ArgumentTypeError(str(e)) from e
 
 
+def _drafters(word: str) -> str:
+    if unknown := [name for name in word.split(",") if name not in ("auto", *DRAFTERS)]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of auto, {', '.join(DRAFTERS)}")
+    return word
+
+
 def _shares(word: str) -> list[float]:
     try:
         shares = [float(part) for part in word.split(",")]
@@ -148,10 +156,16 @@ OPTIONS = (
     ),
     Option(
         "draft", ("policy",), "drafting",
-        "how to choose the tree of guesses: entropy (anew for every step), confidence (grown from the heads' own "
-        "probabilities), static (one of --trees), off (plain decoding), or a published policy, ladder, hysteresis or "
-        "best-depth",
-        "entropy, off without heads", also=("--policy",), choices=POLICIES, metavar="POLICY",
+        "how to draft: auto (a tree for every step from all drafters), static (one of --trees), off (plain decoding); "
+        "with heads also entropy (a tree of the bank by the running entropy), confidence (grown from the heads' own "
+        "probabilities), or a published policy, ladder, hysteresis or best-depth",
+        "auto", also=("--policy",), choices=POLICIES, metavar="POLICY",
+    ),
+    Option(
+        "drafters", ("drafters",), "drafting",
+        "who drafts under auto: text (what followed when the last tokens came before), recycling (what the model held "
+        "probable after a token when it last saw it), heads, or auto: all there are",
+        "auto", type=_drafters, metavar="NAME[,…]",
     ),
     Option(
         "trees", ("trees",), "drafting", "a bank of trees: a path or a name, bank:tree for --draft static",

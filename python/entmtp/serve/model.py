@@ -33,6 +33,8 @@ class ServedLlama(Llama):
         request = current.get() or ServedRequest("")
         n_tokens = 0
         self.reset_draft_stats()
+        if self._decoder is not None:
+            self._decoder.forget()  # or the speed of an answer would tell of another client's text
         with request.generating(self):
             try:
                 if request.stopped:

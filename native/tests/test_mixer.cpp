@@ -1,0 +1,261 @@
+// Trees from several drafters: the rules every tree obeys, what is learned, and the acceptance model by itself.
+
+#include "mixer.h"
+
+#include "check.h"
+#include "policies.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <random>
+#include <set>
+#include <vector>
+
+using entmtp::acceptance;
+using entmtp::cost_model;
+using entmtp::from_heads;
+using entmtp::from_rows;
+using entmtp::from_text;
+using entmtp::mixer;
+using entmtp::proposal_signals;
+using entmtp::successors;
+using entmtp::text_index;
+
+static constexpr uint32_t everyone = from_text | from_rows | from_heads;
+static constexpr int32_t  n_vocab  = 50;
+
+// a text, rows, and what heads would guess: all random
+struct world {
+    policy_bank  bank;
+    cost_model   cost;
+    text_index   text;
+    successors   rows;
+    std::mt19937 rng;
+
+    plain_calibration        cal{ 3 };
+    const entmtp_calibration cal_params = cal.params();
+
+    world(uint32_t seed, float slope) : rng(seed) {
+        bank.set_costs(1000.0f, slope, 60.0f);
+        cost = cost_model(*bank.costs(), 1, false);
+        for (int32_t i = 0; i < 120; ++i) {
+            text.append((int32_t) (rng() % 9));
+        }
+        for (int32_t t = 0; t < 30; ++t) {
+            int32_t best[successors::k];
+            float   log_p[successors::k];
+            for (int32_t i = 0; i < successors::k; ++i) {
+                best[i]  = (t * 7 + i * 3) % n_vocab;
+                log_p[i] = -0.3f - (float) i - (float) (rng() % 100) / 100.0f;
+            }
+            rows.see(n_vocab, t, best, log_p, successors::k);
+        }
+    }
+
+    mixer::expand_fn heads() {
+        return [this](int32_t l, const std::vector<int32_t> & paths, int32_t n, int32_t * tokens, float * log_p) {
+            CHECK_EQ((int32_t) paths.size(), n * (l + 1));
+            for (int32_t c = 0; c < n; ++c) {
+                CHECK_EQ(paths[(size_t) c * (l + 1)], text.back());
+                for (int32_t r = 0; r < mixer::n_guess; ++r) {
+                    tokens[c * mixer::n_guess + r] = (paths[(size_t) c * (l + 1) + l] * 5 + r * 11 + l) % n_vocab;
+                    log_p[c * mixer::n_guess + r]  = -0.2f - 0.9f * (float) r;
+                }
+            }
+        };
+    }
+
+    mixer::situation now(uint32_t allowed, bool forced = false, int32_t n_max = 64) {
+        return { text, rows, { 1.0f, 0.5f, -0.5f }, 1.0f, cost, 1e-3, n_max, 3, true, allowed, forced };
+    }
+};
+
+static void check_tree(const std::vector<mixer::node> & nodes, uint32_t allowed, int32_t n_max) {
+    CHECK((int32_t) nodes.size() < n_max);
+    std::set<std::pair<int32_t, int32_t>> children;
+    for (size_t i = 0; i < nodes.size(); ++i) {
+        const auto & node = nodes[i];
+        CHECK(node.parent >= 0 && node.parent <= (int32_t) i); // parents first
+        CHECK_EQ(node.depth, node.parent == 0 ? 1 : nodes[node.parent - 1].depth + 1);
+        CHECK(i == 0 || node.depth >= nodes[i - 1].depth);     // breadth first
+        CHECK(node.token >= 0 && node.token < n_vocab);
+        CHECK(node.sources != 0 && (node.sources & ~allowed) == 0);
+        CHECK(children.insert({ node.parent, node.token }).second);
+    }
+}
+
+static void test_rules() {
+    size_t n_drafted = 0;
+    for (uint32_t seed = 0; seed < 200; ++seed) {
+        world w(seed, seed % 3 ? 20.0f : 300.0f);
+        mixer m(&w.cal_params, nullptr, true);
+        for (int32_t step = 0; step < 20; ++step) {
+            const uint32_t allowed = w.rng() % (everyone + 1);
+            const int32_t  n_max   = 2 + (int32_t) (w.rng() % 40);
+            const auto     nodes   = m.grow(w.now(allowed, w.rng() % 5 == 0, n_max), w.heads());
+            check_tree(nodes, allowed, n_max);
+            n_drafted += nodes.size();
+
+            // a walk that a verify pass could have taken
+            std::vector<int32_t> path{ 0 };
+            for (size_t i = 0; i < nodes.size(); ++i) {
+                if (nodes[i].parent == path.back() && w.rng() % 2) {
+                    path.push_back((int32_t) i + 1);
+                }
+            }
+            m.observe(path, w.rng() % 4 ? (int32_t) (w.rng() % n_vocab) : -1);
+            for (const int32_t at : path) {
+                w.text.append(at ? nodes[at - 1].token : (int32_t) (w.rng() % 9));
+            }
+        }
+    }
+    CHECK(n_drafted > 1000);
+}
+
+static void test_a_repeated_text_is_drafted_and_a_dear_pass_is_not() {
+    for (const float slope : { 20.0f, 5000.0f }) {
+        world w(1, slope);
+        for (int32_t round = 0; round < 3; ++round) {
+            for (int32_t i = 10; i < 40; ++i) {
+                w.text.append(i);
+            }
+        }
+        w.text.append(10);
+        w.text.append(11);
+        mixer      m(nullptr, nullptr, true);
+        const auto nodes = m.grow(w.now(from_text), w.heads());
+        if (slope > 1000.0f) {
+            CHECK(nodes.empty());
+            continue;
+        }
+        CHECK(nodes.size() >= 3);
+        for (size_t i = 0; i < std::min<size_t>(nodes.size(), 3); ++i) {
+            CHECK_EQ(nodes[i].token, 12 + (int32_t) i);
+            CHECK_EQ(nodes[i].parent, (int32_t) i);
+            CHECK_EQ(nodes[i].sources, (uint32_t) from_text);
+        }
+    }
+}
+
+// planted repeats that always go on in another way: drafts must stop
+static void test_a_text_made_to_mislead() {
+    world        w(2, 150.0f);
+    mixer        m(nullptr, nullptr, true);
+    std::mt19937 rng(5);
+    int32_t      early = 0, late = 0;
+    for (int32_t step = 0; step < 2000; ++step) {
+        for (int32_t i = 0; i < 6; ++i) {
+            w.text.append(20 + i);
+        }
+        const auto nodes = m.grow(w.now(from_text), w.heads());
+        if (step < 40) {
+            early += (int32_t) nodes.size();
+        } else if (step >= 1900) {
+            late += (int32_t) nodes.size();
+        }
+        const int32_t next = 1000 + step; // never seen before
+        m.observe({ 0 }, next);
+        w.text.append(next);
+    }
+    CHECK(early > 0);
+    CHECK_EQ(late, 0);
+}
+
+static void test_heads_are_not_run_where_the_text_is_sure() {
+    world w(3, 20.0f);
+    for (int32_t round = 0; round < 6; ++round) {
+        for (int32_t i = 10; i < 40; ++i) {
+            w.text.append(i);
+        }
+    }
+    w.text.append(10);
+    w.text.append(11);
+    float sure[acceptance::n_sets][acceptance::n_inputs] = {};
+    for (auto & set : sure) {
+        set[0] = 6.0f; // whatever is proposed will come
+    }
+    int32_t    n_runs = 0;
+    const auto count  = [&](int32_t l, const std::vector<int32_t> & paths, int32_t n, int32_t * tokens, float * log_p) {
+        ++n_runs;
+        w.heads()(l, paths, n, tokens, log_p);
+    };
+    mixer m(&w.cal_params, &sure[0][0], false);
+    CHECK(!m.grow(w.now(everyone), count).empty());
+    CHECK_EQ(n_runs, 0);
+    CHECK(!m.heads_ran());
+    m.grow(w.now(from_heads), count); // nobody else: they are asked
+    CHECK(n_runs > 0 && m.heads_ran());
+    CHECK(m.draft_cost() > 0.0);
+}
+
+//
+// the acceptance model
+//
+
+static proposal_signals random_signals(std::mt19937 & rng) {
+    const auto u = [&] {
+        return (float) (rng() % 1000) / 1000.0f;
+    };
+    proposal_signals s;
+    s.length  = 2.0f + 60.0f * u();
+    s.share   = 0.05f + 0.95f * u();
+    s.rank    = (float) (rng() % 4);
+    s.row     = -5.0f * u() - 0.01f;
+    s.head    = 6.0f * u() - 3.0f;
+    s.entropy = 4.0f * u();
+    s.depth   = 1.0f + (float) (rng() % 6);
+    return s;
+}
+
+// it comes to know a probability that is a function of what it sees, and only of the set that was seen
+static void test_it_learns() {
+    std::mt19937 rng(9);
+    acceptance   model;
+    acceptance   untouched;
+    const auto   truth = [](const proposal_signals & s) {
+        return 1.0f /
+               (1.0f + std::exp(-(1.5f * std::log(s.share) + 0.4f * std::log2(s.length) + 0.5f - 0.5f * s.entropy)));
+    };
+    double before = 0.0, after = 0.0;
+    for (int32_t i = 0; i < 42000; ++i) {
+        const proposal_signals s = random_signals(rng);
+        const float            e = std::fabs(model.probability(from_text, s) - truth(s));
+        (i < 1000 ? before : after) += i < 1000 || i >= 41000 ? e / 1000.0 : 0.0;
+        model.observe(from_text, s, (float) (rng() % 100000) / 100000.0f < truth(s));
+        const float p = model.probability(from_text, s);
+        CHECK(p >= 0.0f && p <= 1.0f);
+    }
+    CHECK(before > 0.1);
+    CHECK(after < 0.06);
+    const proposal_signals s = random_signals(rng);
+    CHECK_EQ(model.probability(from_rows, s), untouched.probability(from_rows, s));
+    CHECK_EQ(model.probability(everyone, s), untouched.probability(everyone, s));
+}
+
+static void test_odd_signals() {
+    acceptance       model;
+    proposal_signals s;
+    s.row  = 0.0f; // p = 1
+    s.head = INFINITY;
+    for (uint32_t set = 1; set <= everyone; ++set) {
+        for (int32_t i = 0; i < 5000; ++i) {
+            model.observe(set, s, i % 2 == 0);
+        }
+        CHECK(std::isfinite(model.probability(set, s)));
+    }
+    acceptance frozen(nullptr, false);
+    const auto weights = frozen.get();
+    frozen.observe(from_text, s, true);
+    CHECK(frozen.get() == weights);
+}
+
+int main() {
+    test_rules();
+    test_a_repeated_text_is_drafted_and_a_dear_pass_is_not();
+    test_a_text_made_to_mislead();
+    test_heads_are_not_run_where_the_text_is_sure();
+    test_it_learns();
+    test_odd_signals();
+    return check_result("test_mixer");
+}
