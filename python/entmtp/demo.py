@@ -1,7 +1,6 @@
-"""`python -m entmtp.demo`: the whole path on the bundled model, in under a minute.
+"""`python -m entmtp.demo`: a small chat model answers three questions, and every method is timed on the same answers.
 
-Converts a published-layout checkpoint, generates from three prompts with plain decoding, with every published tree and
-with EntMTP, and checks that the text is the same each time.
+The model is SmolLM2-135M-Instruct, fetched once; without a network it is the bundled toy.
 """
 
 from __future__ import annotations
@@ -9,136 +8,175 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from .bank import Bank
 from .common.errors import EntmtpError, UsageError
 from .llama import Llama
-from .measure.compare import Comparison, remark
-from .measure.methods import CONFIDENCE, ENTMTP, PLAIN_LOOP, generic, published
+from .measure.compare import Comparison
+from .measure.methods import ENTMTP, HEADS_ALONE, PLAIN_LOOP, TEXT_ALONE, generic, published
 from .measure.speed import sparkline
+from .measure.stock import LOOKUP, STOCK, stock
 from .measure.turns import Answer, Answering, Prompt, answering, in_turn
-from .models.assets import assets
-from .models.gguf_expand import expand
-from .options import DEMO, add_model_options, load
+from .models.templates import conversation_tokens
+from .native import kernels
+from .native.abi import SOURCES
+from .options import AUTO, DEMO, add_model_options, first_model, load, model_files
+from .options.model import note
 
-PROMPTS = {
-    "code": 'import os\n\ndef read_lines(path):\n    """Return the lines of a file as a list of strings."""\n',
-    "arithmetic": "Question: Tom has 12 boxes with 8 apples in each box. He sells 30 apples in the morning and half of "
-    "the rest in the afternoon. How many apples are left?\nAnswer:",
-    "story": "It was a cold and windy night when the carriage stopped before the old house, and",
+QUESTIONS = {
+    "smollm2": (
+        "What is the capital of France, and what is it known for?",
+        "Write a Python function that returns the sum of the even numbers in a list.",
+        "What are three good habits for staying healthy?",
+    ),
+    DEMO: (
+        "Tom has 12 boxes with 8 apples in each box. He sells 30 apples in the morning. How many apples are left?",
+        "Anna reads 15 pages a day for 4 days. How many pages has she read?",
+        "A farmer has 3 fields with 24 cows each. He sells 12 cows. How many cows has he now?",
+    ),
 }
-ROUNDS = 3
-PLAIN = PLAIN_LOOP.label
+COLOURS = {"text": "cyan", "recycling": "blue", "heads": "green"}  # as in the chat
+ROUNDS = 2
 
 
-def show(console: Console, turns: list[dict[str, Answer]]) -> dict[str, dict[str, Any]]:
-    """A table of the methods, and the entropy along the text; returns the rows by method."""
-    found = Comparison(turns)
-    rows = {label: found.row(label, PLAIN) for label in turns[0]}
-    table = Table(title="", title_justify="left", header_style="bold")
-    for column in ("method", "identical", "tokens/s", "vs plain", "tokens/step", "trees used"):
-        table.add_column(
-            column, justify="right" if column in ("tokens/s", "vs plain", "tokens/step") else "left"
-        )
-    for label, row in rows.items():
-        stats = turns[-1][label].stats
-        assert stats is not None
-        table.add_row(
-            label,
-            "yes" if row["identical"] == row["answers"] else "[bold red]no[/]",
-            f"{row['tokens_per_second'][0]:.0f}" if row["pairs"] else "–",
-            f"{row['ratio'][0]:.2f}×" if row["pairs"] else "–",
-            f"{stats.tokens_per_step:.2f}",
-            " ".join(f"{name}:{count}" for name, count in stats.trees_used.items()),
-        )
-    console.print(table)
-    if not rows[PLAIN]["pairs"]:
-        console.print(remark(0, ROUNDS))
-    plain = turns[-1][PLAIN].stats
-    assert plain is not None
-    entropy = plain.steps["entropy"]
-    if len(entropy):
-        console.print(f"entropy {sparkline(entropy)} {entropy.min():.2f} to {entropy.max():.2f} nats\n")
-    return rows
+def pieces(llm: Llama, answer: Iterator[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+    """Text and who drafted it, as whole characters, from tokens and who drafted them."""
+    held, who = b"", 0
+    for token, drafters in answer:
+        who = who if held else drafters
+        held += llm.detokenize([token])
+        try:
+            text = held.decode()
+        except UnicodeDecodeError:
+            continue
+        held = b""
+        yield text, who
+
+
+def stream(console: Console, llm: Llama, tokens: list[int], n: int, temp: float) -> None:
+    """Show an answer as it comes, every token in the colour of who guessed it."""
+    told: list[tuple[int, int]] = []
+    llm.on_token = lambda token, drafters: told.append((token, drafters))
+
+    def drawn() -> Iterator[tuple[int, int]]:
+        llm.set_seed(1234)
+        for i, token in enumerate(llm.generate(tokens, temp=temp), 1):
+            if token == llm.token_eos():
+                return
+            yield told[-1]
+            if i == n:
+                return
+
+    llm.reset()
+    for text, drafters in pieces(llm, drawn()):
+        first = next((name for name, bit in SOURCES.items() if drafters & bit), "")
+        console.print(Text(text, style=COLOURS.get(first, "")), end="")
+    llm.on_token = None
+    console.print()
 
 
 def contestants(args: argparse.Namespace, stack: ExitStack) -> tuple[Llama, dict[str, Answering]]:
-    """One model, and every method by label: plain decoding, the published and generic trees, and EntMTP's policies."""
+    """The model that drafts with all it has, and every method by label, llama-cpp-python first."""
 
     def loaded(**more: Any) -> Llama:
-        # f32 keys and values, where passes of any size give the same
-        return stack.enter_context(closing(load(args, type_k=0, type_v=0, **more)))
+        return stack.enter_context(closing(load(args, **more)))
 
     llm = loaded()
-    methods = [PLAIN_LOOP, *published(), *generic(llm.draft_heads.arch)]
-    found = {m.label: answering(llm, m) for m in methods}
-    # of their own: they learn this machine's costs from text to text
-    found |= {m.label: answering(loaded(policy=m.policy)) for m in (ENTMTP, CONFIDENCE)}
+    own = kernels.current()
+    static = loaded(policy="off")
+    found: dict[str, Answering] = {}
+    for label, lookup in {STOCK: 0, **LOOKUP}.items():
+        found[label] = answering(stack.enter_context(closing(stock(static, lookup))), kernels=kernels.OFF)
+    found[PLAIN_LOOP.label] = answering(static, PLAIN_LOOP, own)
+    if llm.heads_path:
+        (tree,) = [m for m in published() if m.label == "mc_sim_7b_63"]
+        (small,) = [m for m in generic(llm.draft_heads.arch) if m.tree == "n4"]
+        found[f"published tree of {Bank.load(tree.label).trees[1].n_nodes} nodes"] = answering(
+            static, tree, own
+        )
+        found["fixed tree of 4 nodes"] = answering(static, small, own)
+        for method in (TEXT_ALONE, HEADS_ALONE):
+            found[method.label] = answering(loaded(drafters=method.drafters), kernels=own)
+    found[ENTMTP.label] = answering(llm, kernels=own)
     return llm, found
 
 
-def run(args: argparse.Namespace, console: Console) -> bool:
-    """The demo. Returns whether every method gave the same text."""
-    from .convert import convert
+def show(console: Console, turns: list[dict[str, Answer]]) -> bool:
+    """One table of all methods over all answers. Returns whether our texts are all plain decoding's."""
+    found = Comparison(turns)
+    table = Table(header_style="bold")
+    for column in ("method", "tokens/s", f"against {STOCK}", "against plain", "tokens/pass", "same text"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    same = True
+    for label in turns[0]:
+        row, base = found.row(label, STOCK), found.row(label, PLAIN_LOOP.label)
+        loop = STOCK if label in LOOKUP else PLAIN_LOOP.label if label != STOCK else STOCK
+        identical = found.identical(label, loop)
+        same = same and (label in LOOKUP or identical == row["answers"])
+        table.add_row(
+            label,
+            f"{row['tokens_per_second_overall']:.0f}",
+            f"{row['overall']:.2f}×",
+            f"{base['overall']:.2f}×",
+            f"{row.get('tokens_per_step', 1.0):.2f}" if label not in (STOCK, *LOOKUP) else "",
+            f"{identical}/{row['answers']}",
+            style="bold" if label == ENTMTP.label else "",
+        )
+    console.print(table)
+    return same
 
-    model = assets() / "demo-base-q8_0.gguf"
-    checkpoint = assets() / args.heads
-    with tempfile.TemporaryDirectory(prefix="entmtp-demo-") as folder, ExitStack() as stack:
-        if not args.quantised:
-            model = expand(model, Path(folder) / "demo-base-f32.gguf")
-        heads = Path(folder) / f"{args.heads}.gguf"
-        console.print(
-            f"[bold]python -m entmtp.convert[/] {checkpoint.name}/ --base {model.name} --outfile {heads.name}"
-        )
-        convert(checkpoint, model, heads, outtype="q4_0", progress=console.is_terminal)
-        files = {"model": str(model), "heads": str(heads)}
+
+def run(args: argparse.Namespace, console: Console) -> bool:
+    """The demo. Returns whether every method gave the text of plain decoding."""
+    name = first_model(note) if args.model == AUTO else args.model
+    questions = QUESTIONS.get(name, QUESTIONS["smollm2"])
+    model, heads = model_files(argparse.Namespace(**(vars(args) | {"model": name})))
+    files = {"model": str(model), "heads": str(heads) if heads else None}
+    with ExitStack() as stack:
         llm, methods = contestants(argparse.Namespace(**(vars(args) | files)), stack)
+        drafts = ", ".join(f"[{COLOURS[who]}]{who}[/]" for who in llm.drafters)
         console.print(
-            f"base {model.name}, {args.heads} heads, {llm.n_threads} threads, temperature {args.temp:g}, "
-            f"{args.tokens} tokens\n"
+            f"{model.name}, {f'heads {heads.name}' if heads else 'no heads'}, {llm.n_threads} threads, temperature "
+            f"{args.temp:g}\nguessed from: {drafts}; the rest by the model alone\n",
+            highlight=False,
         )
-        same = True
-        speedups: dict[str, list[str]] = {ENTMTP.label: [], CONFIDENCE.label: []}
-        for kind, text in PROMPTS.items():
-            prompt = Prompt(llm.tokenize(text.encode(), special=True), args.tokens, args.temp)
-            turns = in_turn(methods, [prompt], ROUNDS)
-            answer = llm.detokenize(turns[0][PLAIN].tokens).decode("utf-8", errors="replace")
-            console.print(f"[bold]{kind}[/]")
-            console.print(text, style="dim", markup=False, highlight=False, end="")
-            console.print(answer, markup=False, highlight=False)
-            rows = show(console, turns)
-            same = same and all(row["identical"] == row["answers"] for row in rows.values())
-            same = same and all(turn[PLAIN].tokens == turns[0][PLAIN].tokens for turn in turns)
-            for label, found in speedups.items():
-                found.append(f"{rows[label]['ratio'][0]:.2f}×" if rows[label]["pairs"] else "–")
-    for label, found in speedups.items():
-        console.print(f"{label} against plain decoding: {' '.join(found)}")
-    console.print(f"every text identical: {'yes' if same else 'no'}")
+        prompts = []
+        for question in questions:
+            tokens = conversation_tokens(llm, [{"role": "user", "content": question}])
+            prompts.append(Prompt(tokens, args.tokens, args.temp))
+            console.print(f"[bold]> {question}[/]", highlight=False)
+            llm.reset_draft_stats()
+            stream(console, llm, tokens, args.tokens, args.temp)
+            stats = llm.draft_stats
+            entropy = stats.steps["entropy"]
+            console.print(f"[dim]{stats}[/]", highlight=False)
+            console.print(
+                f"[dim]entropy {sparkline(entropy)} {entropy.min():.1f} to {entropy.max():.1f} nats[/]\n",
+                highlight=False,
+            )
+        same = show(console, in_turn(methods, prompts, ROUNDS))
+    console.print(f"every text of ours is plain decoding's: {'yes' if same else '[bold red]no[/]'}")
     return same
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m entmtp.demo",
-        description="Convert a bundled checkpoint and compare plain decoding, the published trees and EntMTP on it.",
-        epilog="The base runs with its weights expanded to f32, where batches of any size give the same bits up to the "
-        "order of a sum; --quantised runs the q8_0 file as it is, where a near-tie may fall the other way. "
-        "entmtp bench run compares the same with a model of yours.",
+        description="A small chat model answers three questions; then every method answers them, in turn, and is timed: "
+        "llama-cpp-python, its prompt lookup, our plain loop, fixed trees, and EntMTP.",
+        epilog="entmtp bench run compares the same on a model and prompts of yours.",
         conflict_handler="resolve",
     )
     add_model_options(parser, drafting=False, ctx=1024, threads=os.cpu_count() or 1)
-    parser.add_argument(
-        "--heads", choices=("hydra", "medusa"), default="hydra", help="checkpoint (default: hydra)"
-    )
-    parser.add_argument("--tokens", type=int, default=96, help="tokens per text (default: 96)")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens per answer (default: 96)")
     parser.add_argument("--temp", type=float, default=0.0, help="temperature (default: 0, greedy)")
-    parser.add_argument("--quantised", action="store_true", help="run the bundled q8_0 file as it is")
     return parser
 
 
@@ -146,15 +184,10 @@ def main(argv: list[str] | None = None) -> int:
     args = setup_arg_parser().parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
-        if args.model != DEMO:
-            raise UsageError("the demo brings its own model; entmtp bench run compares methods with yours")
         same = run(args, console)
-    except UsageError as e:
+    except (EntmtpError, ValueError, OSError) as e:
         print(f"entmtp.demo: {e}", file=sys.stderr)
-        return 2
-    except (EntmtpError, ValueError) as e:
-        print(f"entmtp.demo: {e}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(e, UsageError) else 1
     except KeyboardInterrupt:
         return 130
     if not same:

@@ -127,10 +127,11 @@ def test_every_command(chat: Open, tmp_path: Path) -> None:
     # drafting in other ways, in the running model
     for policy, said in {
         "off": "plain decoding", "confidence": "confidence: trees of", "entropy": "entropy: trees of",
-        "ladder": "ladder: trees of", "static": "static: tree", "static n8": "static: tree n8 of generic-hydra",
+        "ladder": "ladder: trees of", "auto": "auto: from text, recycling, heads", "static": "static: tree",
+        "static n8": "static: tree n8 of generic-hydra",
     }.items():  # fmt: skip
         assert said in turn(terminal, f"/draft {policy}", said)
-    assert "hysteresis and best-depth" in turn(terminal, "/draft sideways", "sideways")
+    assert "best-depth and auto" in turn(terminal, "/draft sideways", "sideways")
     assert "has no tree n99" in turn(terminal, "/draft static n99", "n99")
     listed = turn(terminal, "/trees", "other banks")
     assert "n8 (in use)" in listed and "mc_sim_7b_63" in listed

@@ -54,7 +54,7 @@ def test_status_line_leaves_the_text_alone(columns: int, monkeypatch: pytest.Mon
         for i, piece in enumerate(pieces):
             if i % 3 == 0:
                 screen.set_status(f"status {i} " * 4)
-            screen.text(piece, drafted=i % 2 == 0)
+            screen.text(piece, drafters=(i % 3) * (1 + i % 4))
         screen.end()
         assert shown(out.getvalue(), columns, 6) == shown("".join(pieces), columns, 6)
         assert "status" not in "".join(shown(out.getvalue(), columns, 6))
@@ -163,8 +163,8 @@ def test_ctrl_c_needs_no_python_in_the_main_thread() -> None:
 def test_who_drew_a_token(load: Callable[..., entmtp.Llama]) -> None:
     """on_token tells of each token whether it was an accepted draft."""
     llm = load("f32", "hydra", policy="static", trees="generic-hydra:n8")
-    told: list[tuple[int, bool]] = []
-    llm.on_token = lambda token, drafted: told.append((token, drafted))
+    told: list[tuple[int, int]] = []
+    llm.on_token = lambda token, drafters: told.append((token, drafters))
     try:
         llm.reset_draft_stats()
         tokens = [
@@ -174,7 +174,8 @@ def test_who_drew_a_token(load: Callable[..., entmtp.Llama]) -> None:
         llm.on_token = None
     assert [t for t, _ in told] == tokens
     # what was drawn last has not been evaluated
-    assert sum(d for _, d in told[:-1]) == llm.draft_stats.n_accepted > 10
+    assert {d for _, d in told} == {0, SOURCES["heads"]}
+    assert sum(d > 0 for _, d in told[:-1]) == llm.draft_stats.n_accepted > 10
     assert not told[0][1]
 
 
@@ -201,7 +202,7 @@ def test_speed_against_plain(load: Callable[..., entmtp.Llama]) -> None:
     llm = load("f32", "hydra", policy="off")
     plain = PlainPass(1.0)
     meter = Meter(llm, plain)
-    llm.on_token = lambda token, drafted: meter.token()
+    llm.on_token = lambda token, drafters: meter.token()
     try:
         llm.create_completion("def f(x):", max_tokens=60, temperature=1.0, seed=1)
     finally:

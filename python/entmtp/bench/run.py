@@ -7,9 +7,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from typing import Any
 
-import llama_cpp
-from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
-
 from ..common.errors import UsageError
 from ..common.machine import peak_memory_mb
 from ..common.progress import stages
@@ -27,26 +24,14 @@ from ..measure.methods import (
     generic,
     published,
 )  # fmt: skip
+from ..measure.stock import LOOKUP, STOCK, stock
 from ..measure.turns import Answering, Prompt, answering, in_turn
 from ..native import kernels
 from ..options import load
 from ..report.tables import figure, spread, table
 from .inputs import load_plain, model_of, read_tasks, turns_of
 
-STOCK = "llama-cpp-python"
-LOOKUP = {f"{STOCK}, prompt lookup {n}": n for n in (10, 2)}  # guesses a step
 GGML = Method("EntMTP, ggml's kernels", None, "auto")  # as ENTMTP, but for the CPU kernels
-
-
-def stock(args: Namespace, like: Llama, lookup: int = 0) -> llama_cpp.Llama:
-    """llama-cpp-python's own loop on ggml's kernels, plain or with its prompt lookup."""
-    drafter = LlamaPromptLookupDecoding(num_pred_tokens=lookup) if lookup else None
-    with kernels.using("off"):
-        return llama_cpp.Llama(
-            like.model_path, n_ctx=like.n_ctx(), n_threads=like.n_threads, n_threads_batch=like.n_threads_batch,
-            n_gpu_layers=args.n_gpu_layers or 0, tensor_split=args.tensor_split, flash_attn=bool(args.flash_attn),
-            draft_model=drafter, verbose=False,
-        )  # fmt: skip
 
 
 def contestants(args: Namespace, stack: ExitStack) -> tuple[Llama, dict[str, Answering]]:
@@ -69,11 +54,14 @@ def contestants(args: Namespace, stack: ExitStack) -> tuple[Llama, dict[str, Ans
         raise UsageError(f"there is no method {missing[0]}; there are {', '.join((*loops, *by_label))}")
 
     found: dict[str, Answering] = {}
-    for label in dict.fromkeys([*loops[:1], *(m for m in asked if m in loops), PLAIN_LOOP.label, *asked]):
+    own_loops = [*loops[:1], *(m for m in asked if m in LOOKUP), *loops[-1:], PLAIN_LOOP.label]
+    for label in dict.fromkeys([*own_loops, *asked]):
         if label == GGML.label:
             found[label] = answering(loaded(kernels="off"), kernels="off")
         elif label in loops:
-            other = stack.enter_context(closing(stock(args, plain, LOOKUP.get(label, 0))))
+            devices = {"n_gpu_layers": args.n_gpu_layers or 0, "tensor_split": args.tensor_split}
+            other = stock(plain, LOOKUP.get(label, 0), flash_attn=bool(args.flash_attn), **devices)
+            stack.enter_context(closing(other))
             found[label] = answering(other, kernels="off")
         elif label == PLAIN_LOOP.label:
             found[label] = answering(plain, kernels=own)

@@ -47,9 +47,10 @@ def before_loop(tokens: Sequence[int]) -> int:
 
 def cut(answer: Answer, n: int) -> Answer:
     """The first n tokens of an answer, and the steps that made them."""
-    n = min(n, len(answer.tokens))
+    if n >= len(answer.tokens):
+        return answer
     stats = answer.stats
-    if stats is not None and n < len(answer.tokens):
+    if stats is not None:
         made = np.cumsum(1 + stats.steps["n_accepted"])
         stats = replace(stats, steps=stats.steps[: int(np.searchsorted(made, n - 1)) + 1])
     return Answer(answer.tokens[:n], answer.times[n - 1] if n else 0.0, stats, answer.times[:n])
