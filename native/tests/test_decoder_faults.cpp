@@ -112,6 +112,7 @@ static void test_errors() {
     }
     CHECK_EQ(l.eval({}, 0), ENTMTP_ERROR);
     CHECK_EQ(entmtp_decoder_eval(l.dec.get(), prompt.data(), -5, 0, false), ENTMTP_ERROR);
+    CHECK_EQ(l.eval(prompt, 1), ENTMTP_ERROR);
     CHECK_EQ(l.eval(prompt, 5), ENTMTP_ERROR);
     CHECK_HAS(entmtp_last_error(), "only 0 are evaluated");
     for (const int32_t n_past : { -1, -7, INT32_MIN }) {

@@ -154,6 +154,7 @@ static void test_candidates() {
     CHECK(!entmtp::candidates_suffice(c, 1, 9));
     c = { { 1, 2.0f, 0 }, { 0, 2.0f, 0 } };
     CHECK(!entmtp::candidates_suffice(c, 2, 9));
+    CHECK(!entmtp::candidates_suffice(c, 1, 9)); // a third one may be as large, and come first
     CHECK(entmtp::candidates_suffice(c, 2, 2));
     CHECK_EQ(c[0].id, 0);
 }
@@ -230,9 +231,18 @@ static void test_reductions() {
     ggml_cgraph *    gf = ggml_new_graph(ctx.get());
     entmtp::reducer  r(1);
     ggml_tensor *    logits = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_vocab, 65);
-    r.build(ctx.get(), gf, ggml_view_1d(ctx.get(), ggml_pad(ctx.get(), logits, 0, 1, 0, 0), n_vocab, 0));
+    ggml_tensor *    row    = ggml_view_1d(ctx.get(), ggml_pad(ctx.get(), logits, 0, 1, 0, 0), n_vocab, 0);
+    r.build(ctx.get(), gf, row);
     CHECK(!r.find(logits));
     CHECK_EQ(ggml_graph_n_nodes(gf), 0);
+
+    // one fewer are a pass, and what was found of it is not what a later prompt at the same place has
+    logits->ne[1] = 64;
+    r.build(ctx.get(), gf, row);
+    CHECK(r.find(logits));
+    logits->ne[1] = 65;
+    r.build(ctx.get(), gf, row);
+    CHECK(!r.find(logits));
 }
 
 // what a device can find, by the ops that it has
@@ -341,6 +351,29 @@ static void test_traffic() {
     const auto t = host.traffic();
     CHECK_EQ(t.n_rows, t.n_outputs);
     CHECK(t.to_host >= 4 * t.n_outputs * (tiny::n_vocab + tiny::n_embd));
+
+    // row by row, each that is visited, in every pass anew
+    outputs_mode = ENTMTP_OUTPUTS_ROWS;
+    loop by_row("medusa.gguf");
+    by_row.use_tree(bushy);
+    run(by_row, greedy().get(), 30);
+    CHECK_EQ(by_row.traffic().n_rows, 30);
+
+    // the most probable token's logit came with the reduction, after a prompt as in a tree
+    outputs_mode = ENTMTP_OUTPUTS_DEVICE;
+    loop device("medusa.gguf");
+    device.use_tree(bushy);
+    CHECK_EQ(device.eval(prompt, 0), ENTMTP_OK);
+    for (int32_t i = 0; i < 20; ++i) {
+        int32_t token = -1;
+        CHECK_EQ(entmtp_decoder_sample(device.dec.get(), greedy().get(), &token), ENTMTP_OK);
+        const auto     before = device.traffic().to_host;
+        entmtp_signals s      = {};
+        CHECK_EQ(entmtp_decoder_signals(device.dec.get(), token, &s), ENTMTP_OK);
+        CHECK_EQ(device.traffic().to_host, before);
+        CHECK_NEAR(s.log_root, std::log(s.top1), 1e-5);
+        CHECK_EQ(device.eval({ token }, (int32_t) prompt.size() + i), ENTMTP_OK);
+    }
 
     CHECK_EQ(entmtp_decoder_set_outputs(host.dec.get(), 17), ENTMTP_ERROR);
     CHECK_HAS(entmtp_last_error(), "no such mode");

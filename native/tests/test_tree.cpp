@@ -63,6 +63,8 @@ static void test_malformed() {
     CHECK_THROWS(make({ -1, INT32_MIN }, { 0, 0 }), "node 1 must come after its parent");
     CHECK_THROWS(make({ -1, 0 }, { 0, -1 }), "node 1 has a negative rank");
     CHECK_THROWS(make({ -1, 0 }, { 0, INT32_MAX }), "node 1 has a rank");
+    CHECK_THROWS(make({ -1, 0 }, { 0, 1 << 26 }), "node 1 has a rank");
+    CHECK_EQ(make({ -1, 0 }, { 0, (1 << 26) - 1 }).levels[0].k, 1 << 26);
     CHECK_THROWS(make({ -1, 0, 0 }, { 0, 1, 1 }), "node 2 is there twice");
     CHECK_THROWS(make({ -1, 0, 1, 0 }, { 0, 0, 0, 1 }), "node 3 breaks the breadth-first order");
 }

@@ -169,7 +169,7 @@ def run(args: argparse.Namespace, console: Console) -> bool:
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m entmtp.demo",
-        description="A small chat model answers three questions; then every method answers them, in turn, and is timed: "
+        description="A small chat model answers three questions; then every method answers them in turn and is timed: "
         "llama-cpp-python, its prompt lookup, our plain loop, fixed trees, and EntMTP.",
         epilog="entmtp bench run compares the same on a model and prompts of yours.",
         conflict_handler="resolve",

@@ -21,6 +21,7 @@ from entmtp.chat.screen import Screen, printable
 from entmtp.common.interrupt import ctrl_c_stops
 from entmtp.measure.speed import Meter, PlainPass, sparkline
 from entmtp.models.templates import CONTINUE, prompt_length
+from entmtp.native.abi import SOURCES
 from entmtp.native.stats import STEP_DTYPE, DraftStats, OlderSteps
 
 pyte = pytest.importorskip("pyte")

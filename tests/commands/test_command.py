@@ -195,7 +195,7 @@ def test_doctor_finds_a_tuned_bank(models: dict[str, Path], tmp_path: Path) -> N
         (["-m", "HEADS"], {}, "model", "this is a heads file"),
         (["-m", "BASE", "--heads", "BASE"], {}, "heads", "not draft heads"),
         (["-m", "OTHER", "--heads", "HEADS"], {}, "heads", "was made for"),
-        (["-m", "BASE", "--draft", "static"], {}, "model", "needs draft heads"),
+        (["-m", "BASE", "--draft", "entropy"], {}, "model", "needs draft heads"),
     ],
     ids=lambda x: "",
 )

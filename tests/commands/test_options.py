@@ -15,9 +15,9 @@ import llama_cpp
 import pytest
 
 import entmtp.llama
-from entmtp import Bank
+from entmtp import Bank, drafting
 from entmtp.measure.known import machine_key
-from entmtp.native import abi
+from entmtp.native import abi, arrays, stats
 from entmtp.options import table
 from entmtp.options.model import add_model_options, arguments, load, words
 from entmtp.options.table import OPTIONS, Option
@@ -29,6 +29,7 @@ LOADING = ("chat.cli", "doctor.cli", "generate", "tune.cli")
 OTHER = {
     "model": "A", "heads": "B", "ctx": "512", "threads": "2", "n_gpu_layers": "0", "rpc": "127.0.0.1:1",
     "tensor_split": "2,1", "flash_attn": "yes", "kernels": "off", "outputs": "rows", "draft": "best-depth",
+    "drafters": "text,heads",
     "trees": "generic-hydra", "score": "top1", "calibrate": "no", "adapt": "no", "accept": "typical",
     "typical_epsilon": "0.5", "typical_alpha": "0.7",
 }  # fmt: skip
@@ -69,8 +70,10 @@ def test_the_table_is_whole() -> None:
 def test_names_are_the_librarys() -> None:
     assert tuple(abi.POLICIES) == table.POLICIES
     assert tuple(abi.SCORES) == table.SCORES
-    assert set(table.OUTPUTS) == set(entmtp.llama.OUTPUTS) == set(abi.OUTPUTS)
-    assert table.ACCEPT == entmtp.llama.ACCEPT
+    assert set(table.OUTPUTS) == set(drafting.OUTPUTS) == set(abi.OUTPUTS)
+    assert table.ACCEPT == drafting.ACCEPT
+    assert table.NEED_HEADS == arrays.NEED_HEADS
+    assert tuple(abi.SOURCES) == table.DRAFTERS == stats.DRAFTERS
 
 
 @pytest.mark.parametrize("command", LOADING)
@@ -105,7 +108,8 @@ def test_a_command_line_of_options(option: Option) -> None:
             assert {name: found[name] for name in option.arguments} == dict.fromkeys(
                 option.arguments, getattr(args, option.name)
             )
-    assert arguments(parse(), None) == {}
+    assert arguments(parse(), None) == {"draft": "entmtp", "heads": None}
+    assert arguments(parse("--draft", "off"), None) == {}
     assert arguments(parse(), Path("h")) == {"draft": "entmtp", "heads": Path("h")}
 
 
@@ -134,6 +138,7 @@ def test_all_options_reach_llama(models: dict[str, Path], monkeypatch: pytest.Mo
             "model_path": models["q8_0"], "draft": "entmtp", "heads": models["hydra"], "n_ctx": 512, "n_threads": 2,
             "n_threads_batch": 2, "n_gpu_layers": 0, "tensor_split": [2.0, 1.0], "flash_attn": True, "kernels": "off",
             "outputs": "rows", "policy": "best-depth", "trees": "generic-hydra", "score": "top1", "calibrate": False,
+            "drafters": "text,heads",
             "adapt": False, "accept": "typical", "typical_epsilon": 0.5, "typical_alpha": 0.7, "verbose": False,
         }  # fmt: skip
         assert llm.policy == "best-depth" and llm.decoder.outputs.mode == "rows"
@@ -215,8 +220,11 @@ def test_heads_beside_the_model(
         (["-m", "HYDRA"], "this is a heads file, not a base model"),
         (["-m", "BASE", "--heads", "BASE"], "not draft heads"),
         (["-m", "BASE", "--draft", "confidence"], "--draft confidence needs draft heads"),
-        (["-m", "BASE", "--trees", "generic-hydra"], "--trees: for drafting"),
-        (["-m", "BASE", "--accept", "typical", "--no-adapt"], "--adapt, --accept: for drafting"),
+        (
+            ["-m", "BASE", "--draft", "off", "--trees", "generic-hydra"],
+            "--trees: for drafting, but --draft is off",
+        ),
+        (["-m", "BASE", "--drafters", "heads"], "heads are to draft, but there are none"),
         (["-m", "BASE", "--draft", "off", "--score", "top1"], "--score: for drafting"),
         (["-m", "BASE", "--heads", "HYDRA", "--draft", "off"], "--heads are given, but --draft is off"),
         (["-m", "BASE", "--heads", "HYDRA", "--draft", "static"], "needs one tree"),
@@ -238,7 +246,7 @@ def test_mistakes_get_one_sentence(arguments: list[str], words: str, models: dic
     [
         ["--threads", "0"], ["--ctx", "-1"], ["--ctx", "x"], ["--draft", "best"], ["--policy", "best"],
         ["--typical-epsilon=-1"], ["--typical-alpha", "nan"], ["--n-gpu-layers=-2"], ["--outputs", "gpu"],
-        ["--accept", "most"], ["--rpc", "nowhere"], ["--tensor-split", "0,0"],
+        ["--accept", "most"], ["--drafters", "mind"], ["--rpc", "nowhere"], ["--tensor-split", "0,0"],
     ],
 )  # fmt: skip
 def test_usage_errors(arguments: list[str]) -> None:

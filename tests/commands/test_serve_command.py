@@ -140,7 +140,7 @@ def test_interrupting_is_still_there(models: dict[str, Path]) -> None:
         ),
         (["--accept", "most"], "accept: input should be 'lossless' or 'typical'"),
         (["--typical-epsilon=-1"], "typical_epsilon: input should be greater than or equal to 0"),
-        (["--draft", "off", "--no-adapt"], "--adapt: for drafting, which needs --heads"),
+        (["--draft", "off", "--no-adapt"], "--adapt: for drafting, but --draft is off"),
         (["--port", "99999"], "port: input should be less than or equal to 65535"),
         (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1 port 8000"),
         (["--trees", "no-such-bank"], "no-such-bank"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from entmtp import Llama
-from entmtp.measure.methods import CONFIDENCE, ENTMTP, generic, published
+from entmtp.measure.methods import CONFIDENCE, ENTMTP, ENTROPY, generic, published
 from entmtp.models.assets import assets
 from entmtp.models.gguf_expand import expand
 from entmtp.native import kernels
@@ -121,7 +121,7 @@ def test_threads_leave_no_trace(n_threads: int, typed: Callable[[str], Path]) ->
         np.testing.assert_array_equal(result.view(np.int32), results[0].view(np.int32))
 
 
-METHODS = [ENTMTP, CONFIDENCE, *generic("hydra")[1:], *published()]
+METHODS = [ENTMTP, ENTROPY, CONFIDENCE, *generic("hydra")[1:], *published()]
 
 
 @needs_kernels

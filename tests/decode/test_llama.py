@@ -345,7 +345,9 @@ def test_statistics_add_up(pair: tuple[Llama, Llama]) -> None:
     ("arguments", "match"),
     [
         ({"draft": "eagle", "heads": "x"}, "draft"),
-        ({"draft": "entmtp"}, "needs heads"),
+        ({"draft": "entmtp", "policy": "entropy"}, "needs draft heads"),
+        ({"draft": "entmtp", "drafters": "heads"}, "there are none"),
+        ({"draft": "entmtp", "drafters": []}, "at least one"),
         ({"draft": "entmtp", "heads": "no-such-file.gguf"}, "no file"),
         ({"heads": "x.gguf"}, "draft is None"),
         ({"policy": "best"}, "policy"),
@@ -359,7 +361,11 @@ def test_statistics_add_up(pair: tuple[Llama, Llama]) -> None:
             "no tree n3",
         ),
         ({"draft": "entmtp", "heads": "HYDRA", "policy": "static"}, "needs one tree"),
-        ({"draft": "entmtp", "heads": "HYDRA", "trees": "mc_sim_7b_63"}, "no calibration"),
+        ({"draft": "entmtp", "heads": "HYDRA", "trees": "mc_sim_7b_63"}, "no costs"),
+        (
+            {"draft": "entmtp", "heads": "HYDRA", "trees": "mc_sim_7b_63", "policy": "entropy"},
+            "no calibration",
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from entmtp import Llama
-from entmtp.measure.methods import CONFIDENCE, ENTMTP, Method, comparison, generic, published
+from entmtp.measure.methods import CONFIDENCE, ENTMTP, ENTROPY, Method, comparison, generic, published
 from entmtp.native import kernels
 from helpers.policies import apply
 from helpers.settings import prompts
 
 TREES = [m for m in generic("hydra")]
-METHODS = [ENTMTP, CONFIDENCE, *TREES]
+METHODS = [ENTMTP, ENTROPY, CONFIDENCE, *TREES]
 
 # With the CPU kernels logits are equal bit for bit (test_invariance.py), and so are all answers. Without them a logit
 # of the f32 model differs by less than this between a tree pass and plain decoding (test_tree_verify.py shows it), so

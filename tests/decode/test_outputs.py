@@ -12,7 +12,7 @@ import pytest
 from test_lossless import GRAMMAR, decode
 
 from entmtp import Llama
-from entmtp.measure.methods import CONFIDENCE, ENTMTP, Method, generic
+from entmtp.measure.methods import CONFIDENCE, ENTROPY, Method, generic
 from entmtp.native.backends import backends
 from helpers.policies import apply
 from helpers.rpc import rpc_server
@@ -63,7 +63,7 @@ def test_tokens_are_the_same(heads: str, chain: str, load: Callable[..., Llama])
             assert stats.traffic.n_rows == 0, "a row was read whole that the chain did not need"
 
 
-@pytest.mark.parametrize("method", [ENTMTP, CONFIDENCE], ids=lambda m: m.label)
+@pytest.mark.parametrize("method", [ENTROPY, CONFIDENCE], ids=lambda m: m.label)
 def test_policies_choose_alike(method: Method, load: Callable[..., Llama]) -> None:
     """The entropy of a graph is that of the host, so near that text and trees agree, step by step."""
     plain = load()

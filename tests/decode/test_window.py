@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from test_architectures import BUSHY, SETTINGS, heads_for
@@ -72,6 +73,9 @@ def test_the_decoder_refuses_what_it_cannot_do() -> None:
     dec = llm.decoder
     assert dec.can_continue(1100) and dec.can_continue(1099) and dec.can_continue(0)
     assert not dec.can_continue(700)
+    # to the token: what the first one attends to must be there
+    first = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(llm.ctx), 0)
+    assert dec.can_continue(first + WINDOW - 1) and not dec.can_continue(first + WINDOW - 2)
     with pytest.raises(EntmtpError, match=f"keeps a window of {WINDOW} tokens.*swa_full=True"):
         dec.eval([1, 2], 700)
     llm.n_tokens = 700  # as llama-cpp-python does it in places

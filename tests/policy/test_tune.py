@@ -191,3 +191,18 @@ def test_prompt_files(tmp_path: Path) -> None:
     path.write_text('{"prompt": "a"}\n\n{"turns": ["b", "c"]}\n')
     assert [q.turns for q in read_questions(path)] == [("a",), ("b", "c")]
     assert [q.text for q in read_questions(path, 1)] == ["a"]
+
+
+def test_one_prompt_of_each_task(
+    tuned: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is in the half that is fitted: nothing is left to judge by."""
+    files = [write_prompts(tmp_path / f"{x}.jsonl", [x]) for x in ("one", "two")]
+    arguments = [str(a) for a in tuned["arguments"]]  # type: ignore[attr-defined]
+    at = arguments.index("--prompts")
+    arguments[at + 1 : at + 3] = map(str, files)
+    arguments[arguments.index("-o") + 1] = str(tmp_path / "bank.json")
+    arguments[arguments.index("--traces") + 1] = str(tmp_path / "traces.npz")
+    assert main(arguments) == 1
+    assert "too few prompts: at least two of a task are needed" in capsys.readouterr().err
+    assert not (tmp_path / "bank.json").exists()

@@ -25,13 +25,13 @@ class Method:
         if self.policy == "off":
             llm.set_trees(Bank("plain", (PLAIN,)), policy="off")
             return
-        if self.policy == "auto":
-            llm.set_trees(policy="auto", drafters=self.drafters)
-            return
-        bank = Bank.load(self.bank or f"generic-{llm.draft_heads.arch}").pruned(llm.draft_heads.n_heads)
+        if llm.heads_path:
+            bank = Bank.load(self.bank or f"generic-{llm.draft_heads.arch}").pruned(llm.draft_heads.n_heads)
+        else:
+            bank = Bank.load(self.bank) if self.bank else Bank.without_heads()
         if self.tree:
             bank = Bank(bank.name, (PLAIN, bank.trees[bank.index(self.tree)]))
-        llm.set_trees(bank, policy=self.policy, score=self.score)
+        llm.set_trees(bank, policy=self.policy, score=self.score, drafters=self.drafters)
 
 
 PLAIN_LOOP = Method("plain", None, "off")
