@@ -300,7 +300,10 @@ static void test_bad_params() {
     };
     CHECK_THROWS(with([](policy_bank & b) { b.policy = -1; }), "unknown");
     CHECK_THROWS(with([](policy_bank & b) { b.policy = 8; }), "unknown");
-    CHECK_THROWS(with([](policy_bank & b) { b.policy = ENTMTP_POLICY_AUTO; b.drafters = ENTMTP_SOURCE_HEADS; }),
+    CHECK_THROWS(with([](policy_bank & b) {
+                     b.policy   = ENTMTP_POLICY_AUTO;
+                     b.drafters = ENTMTP_SOURCE_HEADS;
+                 }),
                  "need a calibration");
     for (const int32_t id : { -1, 3 }) {
         CHECK_THROWS(with([&](policy_bank & b) {

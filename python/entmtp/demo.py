@@ -43,7 +43,7 @@ QUESTIONS = {
     ),
 }
 COLOURS = {"text": "cyan", "recycling": "blue", "heads": "green"}  # as in the chat
-ROUNDS = 2
+GUESSES = 2  # of llama-cpp-python's prompt lookup; its default of 10 is slower here
 
 
 def pieces(llm: Llama, answer: Iterator[tuple[int, int]]) -> Iterator[tuple[str, int]]:
@@ -92,8 +92,9 @@ def contestants(args: argparse.Namespace, stack: ExitStack) -> tuple[Llama, dict
     own = kernels.current()
     static = loaded(policy="off")
     found: dict[str, Answering] = {}
-    for label, lookup in {STOCK: 0, **LOOKUP}.items():
-        found[label] = answering(stack.enter_context(closing(stock(static, lookup))), kernels=kernels.OFF)
+    (lookup,) = [label for label, n in LOOKUP.items() if n == GUESSES]
+    for label, n in {STOCK: 0, lookup: GUESSES}.items():
+        found[label] = answering(stack.enter_context(closing(stock(static, n))), kernels=kernels.OFF)
     found[PLAIN_LOOP.label] = answering(static, PLAIN_LOOP, own)
     if llm.heads_path:
         (tree,) = [m for m in published() if m.label == "mc_sim_7b_63"]
@@ -161,7 +162,7 @@ def run(args: argparse.Namespace, console: Console) -> bool:
                 f"[dim]entropy {sparkline(entropy)} {entropy.min():.1f} to {entropy.max():.1f} nats[/]\n",
                 highlight=False,
             )
-        same = show(console, in_turn(methods, prompts, ROUNDS))
+        same = show(console, in_turn(methods, prompts))
     console.print(f"every text of ours is plain decoding's: {'yes' if same else '[bold red]no[/]'}")
     return same
 

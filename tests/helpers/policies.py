@@ -13,7 +13,9 @@ PAYING = relative(
     {1: 1.0, 2: 1.02, 4: 1.05, 8: 1.1, 16: 1.22, 32: 1.5, 64: 2.2}, chain=[0.0, 0.01, 0.02, 0.03, 0.04]
 )
 # the same for trees that are grown from all drafters: these would take all the nodes that cost next to nothing
-PAYING_NODES = relative({1: 1.0, 2: 1.1, 4: 1.25, 8: 1.6, 16: 2.8, 64: 13.0}, chain=[0.0, 0.01, 0.02, 0.03, 0.04])
+PAYING_NODES = relative(
+    {1: 1.0, 2: 1.1, 4: 1.25, 8: 1.6, 16: 2.8, 64: 13.0}, chain=[0.0, 0.01, 0.02, 0.03, 0.04]
+)
 
 
 def apply(method: Method, llm: Llama) -> None:
