@@ -33,7 +33,7 @@ decoder::decoder(llama_context * ctx, heads * h) :
         }
     }
 
-    llama_set_graph_slots(ctx, verify.can_tree() ? n_graph_slots : 0);
+    llama_set_graph_slots(ctx, draft_heads ? n_graph_slots : 0);
     llama_set_abort_callback(ctx, is_cancelled, &cancelled);
 }
 
@@ -107,6 +107,9 @@ void decoder::set_policy(const entmtp_policy_params & p) {
     if (next.mixes() && (p.drafters & ENTMTP_SOURCE_HEADS) &&
         (!draft_heads || draft_heads->n_vocab_draft() < mixer::n_guess)) {
         throw std::runtime_error("policy: heads are to draft, but there are none, or they know fewer than 8 tokens");
+    }
+    if (!draft_heads) {
+        llama_set_graph_slots(ctx, p.policy == ENTMTP_POLICY_OFF ? 0 : n_graph_slots);
     }
     policy  = std::move(next);
     running = ema(policy.window());
