@@ -212,14 +212,17 @@ def test_clients_mistakes(server: Server, client: openai.OpenAI) -> None:
 def test_metrics_count(server: Server, client: openai.OpenAI) -> None:
     before = server.metrics()
     answer = client.completions.create(model="demo", prompt=prompts("humaneval")[1], max_tokens=60, **GREEDY)
-    after = server.metrics()
+    counted = 'entmtp_requests_total{path="/v1/completions",status="200"}'
+    deadline = time.monotonic() + 30
+    while (after := server.metrics())[counted] == before[counted] and time.monotonic() < deadline:
+        time.sleep(0.02)  # a request is counted when it has ended, a moment after its answer has arrived
 
     def more(name: str) -> float:
         return after[name] - before[name]
 
     model, path = '{model="demo"}', '{path="/v1/completions"}'
     assert answer.usage is not None
-    assert more('entmtp_requests_total{path="/v1/completions",status="200"}') == 1
+    assert more(counted) == 1
     assert more(f"entmtp_prompt_tokens_total{model}") == answer.usage.prompt_tokens
     n_drawn = answer.usage.completion_tokens + (answer.choices[0].finish_reason == "stop")
     assert more(f"entmtp_generated_tokens_total{model}") == n_drawn
