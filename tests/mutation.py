@@ -35,8 +35,9 @@ TESTS = {
         "convert/test_convert_layouts.py", "convert/test_convert_cheap.py", "convert/test_convert_inspect.py",
         "convert/test_convert_faults.py", "convert/test_convert_reference.py",
     ],
-    "measure": ["policy/test_bench.py",
-        "policy/test_search.py", "policy/test_timing.py", "policy/test_replay.py", "policy/test_tune.py",
+    "measure": [
+        "policy/test_bench.py", "policy/test_search.py", "policy/test_timing.py", "policy/test_replay.py",
+        "policy/test_tune.py",
     ],
 }  # fmt: skip
 

@@ -1,5 +1,7 @@
 #include "acceptance.h"
 
+#include "calibration.h"
+
 #include <algorithm>
 #include <cmath>
 
@@ -56,7 +58,7 @@ float acceptance::probability(uint32_t sources, const proposal_signals & s) cons
     for (int32_t i = 0; i < n_inputs; ++i) {
         z += v[i] * x[i];
     }
-    return 1.0f / (1.0f + std::exp(-z));
+    return sigmoid(z);
 }
 
 void acceptance::observe(uint32_t sources, const proposal_signals & s, bool right) {

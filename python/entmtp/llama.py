@@ -53,6 +53,7 @@ class Llama(Upstream):
         policy: `"auto"` (grow a tree for every step from all drafters), `"static"` (always the same tree), `"off"`;
             with heads also `"entropy"` (choose a tree by the running entropy), `"confidence"` (grow one from the heads'
             own probabilities), or a published policy for comparison, `"ladder"`, `"hysteresis"` and `"best-depth"`.
+            None: `"auto"`, but `"entropy"` where `trees` are given to choose from.
         drafters: who drafts under policy `"auto"`: `"auto"` (all there are), or some of `"text"` (what followed when
             the last tokens came before), `"recycling"` (what the model held probable after a token last time) and
             `"heads"`.
@@ -90,7 +91,7 @@ class Llama(Upstream):
         draft: str | None = None,
         heads: str | Path | None = None,
         trees: str | Path | Bank | None = None,
-        policy: str = "auto",
+        policy: str | None = None,
         drafters: str | Sequence[str] = "auto",
         score: str = "entropy",
         calibrate: bool = True,
@@ -116,6 +117,7 @@ class Llama(Upstream):
         self._use = Use()
         # called with each sampled token, and which drafters had guessed it (bits of native.abi.SOURCES; 0: none)
         self.on_token: Callable[[int, int], None] | None = None
+        policy = policy or ("auto" if trees is None else "entropy")
         drafting.check(draft, heads, policy, accept, kwargs)
         drafting.one_of("score", score, SCORES)
         outputs = outputs or os.environ.get("ENTMTP_OUTPUTS") or "auto"

@@ -361,10 +361,10 @@ def test_statistics_add_up(pair: tuple[Llama, Llama]) -> None:
             "no tree n3",
         ),
         ({"draft": "entmtp", "heads": "HYDRA", "policy": "static"}, "needs one tree"),
-        ({"draft": "entmtp", "heads": "HYDRA", "trees": "mc_sim_7b_63"}, "no costs"),
+        ({"draft": "entmtp", "heads": "HYDRA", "trees": "mc_sim_7b_63"}, "no calibration"),
         (
-            {"draft": "entmtp", "heads": "HYDRA", "trees": "mc_sim_7b_63", "policy": "entropy"},
-            "no calibration",
+            {"draft": "entmtp", "heads": "HYDRA", "trees": "mc_sim_7b_63", "policy": "auto"},
+            "no costs",
         ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

@@ -133,7 +133,6 @@ def model_of(
 
     Args:
         drafts: with heads, which random weights get, of the kind `arch`.
-
         needs_heads: False: to draft from the text alone will do.
 
     Raises:

@@ -82,7 +82,7 @@ def judged(found: Comparison, labels: list[str]) -> list[dict[str, Any]]:
         row["overall_plain"] = found.row(label, PLAIN_LOOP.label)["overall"]
         row["without_loops"] = [cut.row(label, base)["overall"] for base in (labels[0], PLAIN_LOOP.label)]
         # kernels differ in rounding: texts are compared with those of a loop that has the same
-        loop = STOCK if label == GGML.label else PLAIN_LOOP.label
+        loop = STOCK if label == GGML.label or label in LOOKUP else PLAIN_LOOP.label
         rows.append(row | {"identical": found.identical(label, loop)})
     return rows
 
@@ -91,8 +91,8 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
     """A task's rows as a Markdown table."""
     bases = {rows[0]["method"]: "ratio", PLAIN_LOOP.label: "ratio_plain"}  # over RPC both are the plain loop
     head = [
-        "method", "tokens/s", "overall", *(f"against {base}" for base in bases), "overall", "loops cut", "tokens/step",
-        "draft", "verify", "sample", "host", "rest", "identical",
+        "method", "tokens/s", "overall", *(f"against {base}" for base in bases), "against both, overall", "loops cut",
+        "tokens/step", "draft", "verify", "sample", "host", "rest", "identical",
     ]  # fmt: skip
     cells = [[
         r["method"], spread(r["tokens_per_second"], "{:.1f}"), figure(r["tokens_per_second_overall"], "{:.1f}"),

@@ -59,8 +59,9 @@ def answers(
     settings: dict[str, dict[str, Any]] = {
         PUBLISHED_TREE: {"trees": Bank.load("mc_sim_7b_63").pruned(held_out.n_heads), "policy": "static"},
         SINGLE: {"trees": one_tree, "policy": "static"} if single.paths else {"policy": "off"},
-        ENTROPY: {"trees": bank}, CONFIDENCE: {"trees": bank, "policy": "confidence"}, UNTUNED: {},
-        USELESS: {"trees": bank, "heads": make_useless(args.heads, folder / "useless.gguf")},
+        ENTROPY: {"trees": bank, "policy": "entropy"}, CONFIDENCE: {"trees": bank, "policy": "confidence"},
+        UNTUNED: {"policy": "entropy"},
+        USELESS: {"trees": bank, "policy": "entropy", "heads": make_useless(args.heads, folder / "useless.gguf")},
     }  # fmt: skip
     with ExitStack() as stack:
         loaded = {PLAIN_LABEL: stack.enter_context(closing(load_plain(args)))}

@@ -159,7 +159,7 @@ OPTIONS = (
         "how to draft: auto (a tree for every step from all drafters), static (one of --trees), off (plain decoding); "
         "with heads also entropy (a tree of the bank by the running entropy), confidence (grown from the heads' own "
         "probabilities), or a published policy, ladder, hysteresis or best-depth",
-        "auto", also=("--policy",), choices=POLICIES, metavar="POLICY",
+        "auto, with --trees entropy", also=("--policy",), choices=POLICIES, metavar="POLICY",
     ),
     Option(
         "drafters", ("drafters",), "drafting",
