@@ -229,6 +229,13 @@ struct entmtp_policy_params {
 // call after set_trees
 ENTMTP_API int32_t entmtp_decoder_set_policy(struct entmtp_decoder * dec, const struct entmtp_policy_params * params);
 
+// Compute on so many CPU threads from now on: passes of any size, and drafts. Costs, and what was learned of them, are kept
+// by number of threads; the first call after set_policy says what number the policy's are of.
+//   costs  of a number that is new to the policy; NULL: as they are now
+ENTMTP_API int32_t entmtp_decoder_set_threads(struct entmtp_decoder *     dec,
+                                              int32_t                     n_threads,
+                                              const struct entmtp_costs * costs);
+
 // Evaluate n tokens after the first n_past ones; later ones are forgotten. At most n_batch tokens.
 // One token that follows what was evaluated before is a decode step: it may already be verified.
 //   all_outputs   logits of every token, not only of the last, can be read with llama_get_logits(). Of a single token

@@ -225,6 +225,16 @@ int32_t entmtp_decoder_set_policy(entmtp_decoder * dec, const entmtp_policy_para
     });
 }
 
+int32_t entmtp_decoder_set_threads(entmtp_decoder * dec, int32_t n_threads, const entmtp_costs * costs) {
+    return guarded(dec, [&](entmtp::decoder & d) {
+        if (n_threads < 1 || n_threads > 1024) {
+            return fail("threads: 1 to 1024");
+        }
+        d.set_threads(n_threads, costs);
+        return (int32_t) ENTMTP_OK;
+    });
+}
+
 int32_t entmtp_decoder_eval(entmtp_decoder * dec, const int32_t * tokens, int32_t n, int32_t n_past, bool all_outputs) {
     return guarded(dec, [&](entmtp::decoder & d) {
         return tokens || n == 0 ? d.eval(tokens, n, n_past, all_outputs) : fail("no tokens");

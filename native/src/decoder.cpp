@@ -116,6 +116,15 @@ void decoder::set_policy(const entmtp_policy_params & p) {
     in_step = false; // what is being walked was neither chosen nor timed for this policy
 }
 
+void decoder::set_threads(int32_t n, const entmtp_costs * costs) {
+    policy.set_threads(n, costs, (int32_t) bank.size());
+    llama_set_n_threads(ctx, n, n);
+    if (draft_heads) {
+        draft_heads->set_threads(n);
+    }
+    in_step = false; // what is being walked was timed with other threads
+}
+
 void decoder::set_stats(bool enabled) {
     stats   = enabled;
     in_list = in_list && enabled;

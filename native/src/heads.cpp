@@ -54,6 +54,13 @@ heads::heads(const char * path, const llama_model * model, int32_t n_threads) : 
     }
 }
 
+void heads::set_threads(int32_t n) {
+    n_threads = n;
+    if (set_n_threads) {
+        set_n_threads(backend.get(), n); // for the prefix layer
+    }
+}
+
 entmtp_heads_info heads::info() const {
     entmtp_heads_info res = {};
 
@@ -171,7 +178,7 @@ std::unique_ptr<draft_graph> heads::new_graph() const {
 constexpr size_t BYTES_PER_THREAD = 1 << 20; // weights of a level, as one token reads them
 
 // how many threads a graph of some levels is worth
-static int32_t worthwhile_threads(ggml_cgraph * gf, int32_t n_levels, int32_t n_max) {
+static int32_t worthwhile_threads(ggml_cgraph * gf, int32_t n_levels) {
     size_t work = 0;
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
         const ggml_tensor * node = ggml_graph_node(gf, i);
@@ -180,7 +187,7 @@ static int32_t worthwhile_threads(ggml_cgraph * gf, int32_t n_levels, int32_t n_
         }
     }
     const size_t n = work / BYTES_PER_THREAD / (size_t) std::max(n_levels, 1);
-    return (int32_t) std::clamp<size_t>(n, 1, (size_t) std::max(n_max, 1));
+    return (int32_t) std::clamp<size_t>(n, 1, 1024);
 }
 
 void heads::finish_graph(draft_graph & g, const std::vector<ggml_tensor *> & outputs) const {
@@ -193,7 +200,7 @@ void heads::finish_graph(draft_graph & g, const std::vector<ggml_tensor *> & out
         heads_fail("no memory for a draft graph");
     }
     moved.n_draft_graphs++;
-    g.n_threads = worthwhile_threads(g.gf, (int32_t) g.guesses.size(), n_threads);
+    g.n_threads = worthwhile_threads(g.gf, (int32_t) g.guesses.size());
 }
 
 std::unique_ptr<draft_graph> heads::build_graph(const tree & topology) const {
@@ -254,7 +261,7 @@ std::unique_ptr<draft_graph> heads::build_graph(const tree & topology) const {
 
 void heads::compute(const draft_graph & g, bool wait) const {
     if (set_n_threads) {
-        set_n_threads(backend.get(), g.n_threads);
+        set_n_threads(backend.get(), std::min(g.n_threads, n_threads));
     }
     const ggml_status status = ggml_backend_graph_compute_async(backend.get(), g.gf);
     if (wait) {

@@ -38,7 +38,7 @@ struct draft_graph {
     ggml_context_ptr ctx;
     ggml_gallocr_ptr alloc;
 
-    int32_t n_threads = 1; // on the CPU
+    int32_t n_threads = 1; // on the CPU, that it is worth
 
     ggml_cgraph * gf     = nullptr;
     ggml_tensor * h      = nullptr; // [n_embd, 1]
@@ -58,6 +58,8 @@ class heads {
     heads(const char * path, const llama_model * model, int32_t n_threads);
 
     entmtp_heads_info info() const;
+
+    void set_threads(int32_t n); // CPU threads to draft with, at most
 
     // guesses for a topology
     //   h                one hidden state (with a prefix layer: its output)

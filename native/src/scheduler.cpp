@@ -61,7 +61,7 @@ scheduler::scheduler(const entmtp_policy_params & p, int32_t n_trees) :
     }
     if (policy != ENTMTP_POLICY_LADDER && policy != ENTMTP_POLICY_HYSTERESIS) {
         require(p.costs, "policy: no costs");
-        cost = cost_model(*p.costs, n_trees, adapt);
+        now.cost = cost_model(*p.costs, n_trees, adapt);
     }
 
     if (policy == ENTMTP_POLICY_ENTROPY) {
@@ -100,7 +100,7 @@ double scheduler::expected(int32_t b, int32_t tree) const {
 // tokens per time: what the last steps reached, and never less than plain decoding
 double scheduler::price() const {
     static constexpr double prior = 16.0; // plain steps
-    const double            plain = cost.plain();
+    const double            plain = now.cost.plain();
     return std::max(1.0 / plain, (prior + tokens_seen) / (prior * plain + time_seen));
 }
 
@@ -185,17 +185,17 @@ int32_t scheduler::choose(const entmtp_signals &       s,
     verdict = guard::verdict::free;
     if (adapt) {
         // two plain steps: the first one may find its graph gone
-        if (cost.wants_plain() || cost.plain_age() > n_retime || n_steps <= 2) {
+        if (now.cost.wants_plain() || now.cost.plain_age() > n_retime || n_steps <= 2) {
             return 0;
         }
-        verdict = mixes() ? keep_each[first_of(from_heads)].next() : keep.next();
+        verdict = mixes() ? now.keep_each[first_of(from_heads)].next() : now.keep.next();
     }
 
     if (mixes()) {
         allowed = drafters;
         for (int32_t i = 0; i < first_of(from_heads) && adapt; ++i) {
             // what they propose is judged whether it is verified or not: they need no trial
-            allowed &= keep_each[i].next() == guard::verdict::must_not ? ~(1u << i) : ~0u;
+            allowed &= now.keep_each[i].next() == guard::verdict::must_not ? ~(1u << i) : ~0u;
         }
         allowed &= verdict == guard::verdict::must_not ? ~(uint32_t) from_heads : ~0u;
         return n_max < 2 ? 0 : grow_tree;
@@ -212,7 +212,7 @@ const std::vector<grower::node> & scheduler::grow(const entmtp_signals &    s,
                                                   int32_t                   n_heads,
                                                   bool                      sees_path,
                                                   const grower::expand_fn & expand) {
-    return trees.grow(s, running, cost, price(), n_max, n_heads, sees_path, verdict == guard::verdict::must, expand);
+    return trees.grow(s, running, now.cost, price(), n_max, n_heads, sees_path, verdict == guard::verdict::must, expand);
 }
 
 const std::vector<mixer::node> & scheduler::mix(const text_index &       text,
@@ -224,14 +224,14 @@ const std::vector<mixer::node> & scheduler::mix(const text_index &       text,
                                                 bool                     sees_path,
                                                 const mixer::expand_fn & expand) {
     const bool forced = verdict == guard::verdict::must && (allowed & from_heads);
-    return all_drafters.grow({ text, rows, s, running, cost, price(), n_max, n_heads, sees_path, allowed, forced },
+    return all_drafters.grow({ text, rows, s, running, now.cost, price(), n_max, n_heads, sees_path, allowed, forced },
                              expand);
 }
 
 // what each drafter saved: its accepted tokens, less its share of the pass and what it took itself; in plain steps
 void scheduler::observe_each(int32_t n_nodes, const std::vector<int32_t> & path, double t_heads) {
     const int32_t * n_by                  = all_drafters.n_nodes_by();
-    const double    t_more                = cost.verify(n_nodes) - cost.plain();
+    const double    t_more                = now.cost.verify(n_nodes) - now.cost.plain();
     int32_t         n_accepted[n_sources] = {};
     for (size_t i = 1; i < path.size(); ++i) {
         n_accepted[first_of(all_drafters.sources_of(path[i]))]++;
@@ -240,7 +240,7 @@ void scheduler::observe_each(int32_t n_nodes, const std::vector<int32_t> & path,
         const bool   is_heads = i == first_of(from_heads);
         const bool   drafted  = n_by[i] > 0 || (is_heads && all_drafters.heads_ran());
         const double t        = t_more * n_by[i] / std::max(n_nodes - 1, 1) + (is_heads ? t_heads : 0.0);
-        keep_each[i].observe(drafted, n_accepted[i] - t / cost.plain());
+        now.keep_each[i].observe(drafted, n_accepted[i] - t / now.cost.plain());
     }
 }
 
@@ -253,9 +253,9 @@ void scheduler::observe(int32_t tree, int32_t n_nodes, const outcome & o) {
         const bool   mixed   = tree == grow_tree;
         const double t_heads = mixed ? all_drafters.draft_cost() : 0.0;
 
-        cost.observe(n_nodes, t_verify, t_draft, t_heads);
+        now.cost.observe(n_nodes, t_verify, t_draft, t_heads);
         tokens_seen = forget_price * tokens_seen + (double) path.size();
-        time_seen   = forget_price * time_seen + cost.verify(n_nodes) + t_heads;
+        time_seen   = forget_price * time_seen + now.cost.verify(n_nodes) + t_heads;
 
         if (!mixed) {
             all_drafters.skip();
@@ -270,12 +270,12 @@ void scheduler::observe(int32_t tree, int32_t n_nodes, const outcome & o) {
 
     const bool   grown    = policy == ENTMTP_POLICY_CONFIDENCE && tree != 0;
     const bool   drafted  = grown ? trees.drafted() : n_nodes > 1;
-    const double believed = grown ? trees.draft_cost() : drafted ? cost.draft(tree) : 0.0;
+    const double believed = grown ? trees.draft_cost() : drafted ? now.cost.draft(tree) : 0.0;
 
-    cost.observe(n_nodes, t_verify, t_draft, believed);
+    now.cost.observe(n_nodes, t_verify, t_draft, believed);
 
     tokens_seen = forget_price * tokens_seen + (double) path.size();
-    time_seen   = forget_price * time_seen + cost.verify(n_nodes) + believed;
+    time_seen   = forget_price * time_seen + now.cost.verify(n_nodes) + believed;
 
     if (policy == ENTMTP_POLICY_CONFIDENCE) {
         if (grown) {
@@ -290,7 +290,7 @@ void scheduler::observe(int32_t tree, int32_t n_nodes, const outcome & o) {
     }
 
     // by what a pass of this size costs, not by this one's timing: a hiccup of the machine is no verdict on the draft
-    keep.observe(drafted, (double) path.size() - (cost.verify(n_nodes) + believed) / cost.plain());
+    now.keep.observe(drafted, (double) path.size() - (now.cost.verify(n_nodes) + believed) / now.cost.plain());
 
     if (drafted && !grown) {
         const double e   = table[(size_t) bin * n_trees + tree];
@@ -304,10 +304,28 @@ void scheduler::observe(int32_t tree, int32_t n_nodes, const outcome & o) {
     }
 }
 
+void scheduler::set_threads(int32_t n, const entmtp_costs * costs, int32_t n_trees) {
+    if (n == n_threads || now.cost.n_max() == 0) { // a policy without costs
+        return;
+    }
+    if (n_threads > 0) {
+        const auto known = others.find(n);
+        pace       next  = known != others.end() ? known->second : pace{};
+        if (known == others.end()) {
+            next.cost = costs ? cost_model(*costs, n_trees, adapt) : now.cost;
+        }
+        others[n_threads] = std::move(now);
+        now               = std::move(next);
+    }
+    n_threads   = n;
+    tokens_seen = 0.0; // per time, with other threads
+    time_seen   = 0.0;
+}
+
 void scheduler::begin_text() {
     rung = 0;
-    keep.begin_text();
-    for (guard & g : keep_each) {
+    now.keep.begin_text();
+    for (guard & g : now.keep_each) {
         g.begin_text();
     }
     all_drafters.begin_text();

@@ -9,7 +9,9 @@
 
 #include "entmtp.h"
 
+#include <array>
 #include <cstdint>
+#include <map>
 #include <vector>
 
 namespace entmtp {
@@ -67,6 +69,11 @@ class scheduler {
 
     void observe(int32_t tree, int32_t n_nodes, const outcome & o);
 
+    // Passes and drafts are computed on n threads from now on. The first call says what number the policy's costs are of;
+    // later ones give those of a number that is new, or null: they are thought to be as they were. Throws
+    // std::runtime_error with one sentence
+    void set_threads(int32_t n, const entmtp_costs * costs, int32_t n_trees);
+
     // a new text: what the policy remembers of the last steps is void, what it learned stays
     void begin_text();
 
@@ -89,7 +96,7 @@ class scheduler {
     choose_published(float x, int32_t n_max, const std::vector<int32_t> & n_nodes, const std::vector<int32_t> & depth);
     void   observe_each(int32_t n_nodes, const std::vector<int32_t> & path, double t_heads);
     double expected(int32_t bin, int32_t tree) const;
-    double step_cost(int32_t tree, int32_t n) const { return cost.verify(n) + (tree > 0 ? cost.draft(tree) : 0.0); }
+    double step_cost(int32_t tree, int32_t n) const { return now.cost.verify(n) + (tree > 0 ? now.cost.draft(tree) : 0.0); }
     double price() const; // tokens per us
 
     int32_t policy      = ENTMTP_POLICY_OFF;
@@ -104,14 +111,21 @@ class scheduler {
     std::vector<float>   table;  // [n_bins][n_trees] expected accepted tokens
     std::vector<int32_t> ladder; // [n_bins]
 
-    cost_model cost;
-    grower     trees;
-    guard      keep;
+    // what depends on the number of threads
+    struct pace {
+        cost_model                   cost;
+        guard                        keep;
+        std::array<guard, n_sources> keep_each; // one that loses does not stop the others
+    };
 
+    int32_t                 n_threads = 0; // 0: not told
+    pace                    now;
+    std::map<int32_t, pace> others;
+
+    grower   trees;
     mixer    all_drafters;
-    guard    keep_each[n_sources]; // one that loses does not stop the others
-    uint32_t drafters = 0;         // that there are
-    uint32_t allowed  = 0;         // of them, in this step
+    uint32_t drafters = 0; // that there are
+    uint32_t allowed  = 0; // of them, in this step
 
     // tokens that were accepted, and that should have been: their ratio corrects the bank's expectation
     struct tally {

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <limits>
 #include <random>
+#include <stdexcept>
 
 using entmtp::scheduler;
 
@@ -76,6 +77,59 @@ static void test_tables() {
         CHECK_EQ(choose(s, b, 0.0f, 3), 0);
     }
     CHECK(make(clear_bank()).needs_signals() && !make(clear_bank()).needs_timing());
+}
+
+// With one thread large passes cost as many passes of one token, with two they are all but free. What is learned of one
+// number of threads is there when it comes back, and says nothing of the other.
+static void test_threads() {
+    policy_bank two = clear_bank(), one = clear_bank();
+    for (size_t n = 0; n < one.verify.size(); ++n) {
+        one.verify[n] = 2000.0f * (float) (n + 1);
+    }
+    two.adapt   = true;
+    scheduler s = make(two);
+    s.set_threads(2, nullptr, 3);
+    const auto settled = [&] {
+        int32_t last = 0;
+        for (int32_t i = 0; i < 8; ++i) { // the first steps are plain
+            last = choose(s, two, 0.0f);
+        }
+        return last;
+    };
+    CHECK_EQ(settled(), 2);
+    s.set_threads(1, one.costs(), 3);
+    CHECK_EQ(settled(), 0);
+    s.set_threads(2, one.costs(), 3); // known: these are not looked at
+    CHECK_EQ(settled(), 2);
+
+    // eight tokens turn out to cost as many passes
+    for (int32_t i = 0; i < 60; ++i) {
+        s.observe(0, 1, { { 0 }, -1, -1, 0, 1000 });
+        s.observe(0, 1, { { 0 }, -1, -1, 0, 1000 });
+        s.observe(2, 8, { { 0, 1, 2, 3 }, -1, -1, 100, 9000 });
+    }
+    CHECK(settled() != 2);
+    s.set_threads(1, nullptr, 3);
+    CHECK_EQ(settled(), 0);
+    s.set_threads(4, two.costs(), 3); // a third
+    CHECK_EQ(settled(), 2);
+    s.set_threads(2, nullptr, 3);
+    CHECK(settled() != 2);
+
+    policy_bank bad = clear_bank();
+    bad.verify[0]   = -1.0f;
+    bool thrown     = false;
+    try {
+        s.set_threads(8, bad.costs(), 3);
+    } catch (const std::runtime_error &) {
+        thrown = true;
+    }
+    CHECK(thrown);
+    CHECK(settled() != 2); // all is as it was
+
+    scheduler off; // without costs there is nothing to keep
+    off.set_threads(1, nullptr, 1);
+    CHECK_EQ(choose(off, two, 0.0f), 0);
 }
 
 // Two bins that follow on each other by chance. With the ratio, the tree of bin 1 is the one with most tokens per time
@@ -375,6 +429,7 @@ static void time_choose() {
 int main() {
     test_off_and_static();
     test_tables();
+    test_threads();
     test_criteria();
     test_published();
     test_room();

@@ -6,7 +6,6 @@ The model is SmolLM2-135M-Instruct, fetched once; without a network it is the bu
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -175,7 +174,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         epilog="entmtp bench run compares the same on a model and prompts of yours.",
         conflict_handler="resolve",
     )
-    add_model_options(parser, drafting=False, ctx=1024, threads=os.cpu_count() or 1)
+    add_model_options(parser, drafting=False, ctx=1024)
     parser.add_argument("--tokens", type=int, default=96, help="tokens per answer (default: 96)")
     parser.add_argument("--temp", type=float, default=0.0, help="temperature (default: 0, greedy)")
     return parser

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from .bank import Bank
-from .measure.at_load import quick
+from .bank import Bank, Costs
+from .measure.at_load import SECONDS, quick
 from .measure.known import machine_key, tuned_path
 from .measure.subject import Subject
 from .native.abi import SOURCES
@@ -62,16 +62,47 @@ def with_calibration(llm: Subject, bank: Bank) -> Bank:
     return replace(bank, calibration=Bank.load(f"generic-{llm.draft_heads.arch}").calibration)
 
 
-def with_own_costs(llm: Subject, bank: Bank) -> Bank:
-    """The bank with costs of this machine, unless there is too little room to measure."""
+def own_costs(llm: Subject, bank: Bank, free: int | None) -> dict[int, Costs]:
+    """Costs on this machine by number of threads; empty where there is too little room to measure.
+
+    Args:
+        free: threads that the machine has to spare: they, and fewer, are measured, each half as many as the one before.
+            None: the number is fixed.
+    """
     if llm.n_ctx() < 128 or not llm.decoder.can_tree():
-        return bank
-    tuned = bank.costs if bank.costs and bank.costs.key == machine_key(llm) else None
+        return {}
+    numbers = [llm.n_threads] if free is None else halved(free)
+    seconds = SECONDS if len(numbers) == 1 else 0.7 * SECONDS
     state = llm.decoder.stats_enabled
     llm.decoder.set_stats(True)
-    own = quick(llm, tuned=tuned)
+    costs = {}
+    for n in numbers:
+        if free is not None:
+            llm.compute_on(n)
+        tuned = bank.costs if bank.costs and bank.costs.key == machine_key(llm) else None
+        costs[n] = quick(llm, seconds, tuned)
+        seconds = 0.4 * SECONDS / max(len(numbers) - 1, 1)
     llm.decoder.set_stats(state)
-    return replace(bank, costs=own)
+    return costs
+
+
+def halved(n: int) -> list[int]:
+    """n, half of it, and so on to 1."""
+    return [n] if n <= 1 else [n, *halved(n // 2)]
+
+
+def fastest(costs: dict[int, Costs]) -> int:
+    """The number of threads whose pass over one token is fastest; fewer where it is all but the same."""
+    one = {n: float(c.curve()[0]) for n, c in costs.items()}
+    return min(n for n, us in one.items() if us <= 1.02 * min(one.values()))
+
+
+def costs_for(n: int, costs: dict[int, Costs]) -> Costs | None:
+    """Costs with n threads: measured, or in proportion to the number nearest to it that was; None without any."""
+    if not costs:
+        return None
+    near = min(costs, key=lambda m: abs(m - n))
+    return costs[n] if near == n else costs[near].scaled(near / n)
 
 
 def check(draft: Any, heads: Any, policy: str, accept: str, kwargs: dict[str, Any]) -> None:

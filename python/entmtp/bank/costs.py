@@ -99,6 +99,15 @@ class Costs:
         verify = curve[min(tree.n_nodes, N_VERIFY) - 1] * max(1.0, tree.n_nodes / N_VERIFY)
         return float(verify) + self.draft(tree)
 
+    def scaled(self, factor: float) -> Costs:
+        """All of it times a factor, as costs of no known machine."""
+        return Costs(
+            verify={d: {n: us * factor for n, us in row.items()} for d, row in self.verify.items()},
+            chain=tuple(us * factor for us in self.chain),
+            level=tuple(tuple(us * factor for us in row) for row in self.level),
+            sample=self.sample, host=self.host, token=self.token, context=self.context,
+        )  # fmt: skip
+
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
         data |= {"chain": list(self.chain), "level": [list(row) for row in self.level]}

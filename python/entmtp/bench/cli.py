@@ -20,7 +20,7 @@ from ..native.backends import llama_commit
 from ..options import DEMO, add_model_options
 from ..report.plots import draw
 from ..report.tables import write
-from . import gpu, heads, passes, run, study, whatif
+from . import gpu, heads, load, passes, run, study, whatif
 from .inputs import SUITES, context_lengths, some_of
 
 SHAPE = f"random weights by shape ({', '.join(SHAPES)}) and type ({', '.join(QUANTS)}), as 1b:q4_k"
@@ -33,6 +33,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--temp --temps": {"type": float, "nargs": "+", "metavar": "T", "help": "temperatures"},
     "--rounds": {"type": int, "metavar": "N", "help": "how often everything is measured"},
     "--methods": {"nargs": "+", "metavar": "NAME", "help": "methods besides the plain loops (default: all)"},
+    "--busy": {"type": int, "nargs": "+", "metavar": "N", "help": "busy programs beside it"},
+    "--counts": {"type": int, "nargs": "+", "metavar": "N", "help": "fixed numbers of threads (default: 1 and all)"},
     "--published": {"type": int, "metavar": "N", "help": "how many published trees to include"},
     "--more-models": {"nargs": "+", "metavar": "MODEL", "help": "further base models"},
     "--more-heads": {"nargs": "+", "metavar": "HEADS", "help": "further heads"},
@@ -89,6 +91,11 @@ COMMANDS = {
         run.run, "llama-cpp-python, our plain loop, static trees and EntMTP side by side",
         "entmtp bench run -m model.gguf --suite paper --temp 0 0.8 -o bench.json",
         ANSWERS | {"--methods": None, "--published": 1},
+    ),
+    "load": Command(
+        load.run, "numbers of threads beside busy programs, fixed ones and the one that follows the machine",
+        "entmtp bench load -m model.gguf --suite paper --limit 1 --busy 0 1 2 -o load.json",
+        ANSWERS | {"--limit": 1, "--tokens": 120, "--busy": [0, 1, 2], "--counts": None},
     ),
     "study": Command(
         study.run, "tune on half of the prompts, then compare policies on the other half, live and by replay",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
-import time
 from pathlib import Path
+
+import psutil
 
 
 def cpu_name() -> str:
@@ -18,6 +20,60 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def _numbers(text: str) -> set[int]:
+    """Of a list as Linux writes it: 0-3,8."""
+    ranges = (part.partition("-") for part in text.strip().split(",") if part.strip())
+    return {i for first, _, last in ranges for i in range(int(first), int(last or first) + 1)}
+
+
+def _fast_of_linux(cpus: set[int], devices: Path) -> int:
+    """Cores among `cpus`, of the fastest kind where there are several."""
+    try:  # Intel's hybrids
+        fast = _numbers((devices / "cpu_core/cpus").read_text()) & cpus
+    except (OSError, ValueError):
+        fast = set()
+    cores: dict[str, float] = {}  # by the processors that are threads of it
+    for cpu in fast or cpus:
+        folder = devices / f"system/cpu/cpu{cpu}"
+        try:
+            core = (folder / "topology/thread_siblings_list").read_text().strip()
+        except OSError:
+            core = str(cpu)
+        try:  # Arm's: relative to the fastest, which is 1024
+            capacity = float((folder / "cpu_capacity").read_text())
+        except (OSError, ValueError):
+            capacity = 1.0
+        cores[core] = max(capacity, cores.get(core, 0.0))
+    # a core that is little slower than the fastest keeps step with it
+    return sum(capacity >= 0.75 * max(cores.values()) for capacity in cores.values())
+
+
+def fast_cores(devices: Path = Path("/sys/devices")) -> int:
+    """Cores worth a thread of their own: that this process may run on, have time granted, and are of the fast kind.
+
+    Args:
+        devices: Linux's tree of devices.
+    """
+    usable = usable_cpus()
+    if sys.platform == "linux":
+        n = _fast_of_linux(os.sched_getaffinity(0), devices)
+    else:
+        n = _performance_cores() or psutil.cpu_count(logical=False) or usable
+    quota = cpu_quota()
+    return max(min(n, usable, int(quota) if quota else usable), 1)
+
+
+def _performance_cores() -> int | None:
+    """Fast cores of a Mac; None on other systems."""
+    if sys.platform != "darwin":
+        return None
+    try:
+        asked = ["sysctl", "-n", "hw.perflevel0.physicalcpu"]
+        return int(subprocess.run(asked, capture_output=True, text=True, check=True, timeout=5).stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):  # one kind of core alone
+        return None
 
 
 def usable_cpus() -> int:
@@ -32,23 +88,6 @@ def cpu_quota() -> float | None:
         return int(quota) / int(period)
     except (OSError, ValueError):  # no cgroup, or "max"
         return None
-
-
-def busy_cpus(seconds: float = 0.3) -> float | None:
-    """Processors that programs keep busy while this one waits; None where the system does not say."""
-
-    def times() -> tuple[int, int]:
-        # ticks of all processors: user nice system idle iowait irq softirq steal
-        ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
-
-    try:
-        busy, total = times()
-        time.sleep(seconds)
-        busy_then, total_then = times()
-    except (OSError, ValueError, IndexError):
-        return None
-    return (busy_then - busy) / max(total_then - total, 1) * (os.cpu_count() or 1)
 
 
 def free_memory() -> int | None:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,11 @@ from typing import Any
 
 from ..common.cache import cache_folder
 from ..common.errors import EntmtpError
-from ..common.machine import busy_cpus, cpu_name, cpu_quota, free_memory, usable_cpus
+from ..common.machine import cpu_name, cpu_quota, fast_cores, free_memory, usable_cpus
 from ..common.version import __version__
 from ..models import hub
 from ..options.model import model_files, words
+from ..threads import Load
 
 GB = 1e9
 
@@ -173,22 +175,24 @@ def check_kernels(found: dict[str, Any]) -> Check:
 
 def check_threads() -> Iterator[Check]:
     usable, quota = usable_cpus(), cpu_quota()
-    text = f"{cpu_name()}, {usable} of {os.cpu_count()} processors"
+    threads = fast_cores()
+    text = (
+        f"{cpu_name()}, {usable} of {os.cpu_count()} processors, up to {threads} thread{'s' * (threads > 1)}"
+    )
     if quota is not None and quota < usable:
         yield Check(
             "processor", "note", f"{text}, and time for {quota:g} of them",
-            f"give --threads {max(1, int(quota))}: more threads than the container grants wait for each other",
+            "without --threads models compute on as many as are granted",
         )  # fmt: skip
-    elif usable < (os.cpu_count() or 1):
-        yield Check("processor", "note", text, f"give --threads {usable} or fewer")
     else:
         yield ok("processor", text)
-    busy = busy_cpus()
-    if busy is not None and busy > 0.5:
+    load = Load()
+    time.sleep(0.3)
+    busy = load.others()
+    if busy > 0.5:
         yield Check(
-            "load", "note", f"other programs keep {busy:.1f} of {os.cpu_count()} processors busy",
-            "measure on an idle machine, or give --threads as many as are free: a thread that gets no processor makes "
-            "all others wait",
+            "load", "note", f"other programs keep {busy:.1f} of {load.n_cpus} processors busy",
+            "measure on an idle machine; without --threads models compute on the cores that are free",
         )  # fmt: skip
 
 

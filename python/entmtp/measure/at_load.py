@@ -9,9 +9,10 @@ from .timing import measure
 
 QUICK_SIZES = (1, 2, 4, 3, 8, 6, 5, 16, 7, 12, 10, 24, 32, 64)  # most telling first
 CHECK_SIZES = QUICK_SIZES[:5]
+SECONDS = 1.5  # that measuring may take
 
 
-def quick(llm: Subject, seconds: float = 1.5, tuned: Costs | None = None) -> Costs:
+def quick(llm: Subject, seconds: float = SECONDS, tuned: Costs | None = None) -> Costs:
     """Costs of this machine: tuned, or cached, if a short look finds them still possible; else measured.
 
     Measuring takes about `seconds`; what it finds is cached if it can be trusted.

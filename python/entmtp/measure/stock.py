@@ -21,9 +21,9 @@ def stock(like: Subject, lookup: int = 0, **more: Any) -> llama_cpp.Llama:
         lookup: guesses that its prompt lookup makes for a step; 0: plain decoding.
         more: further arguments.
     """
+    more = {"n_threads": like.n_threads, "n_threads_batch": like.n_threads_batch} | more
     drafter = LlamaPromptLookupDecoding(num_pred_tokens=lookup) if lookup else None
     with kernels.using(kernels.OFF):
         return llama_cpp.Llama(
-            like.model_path, n_ctx=like.n_ctx(), n_threads=like.n_threads, n_threads_batch=like.n_threads_batch,
-            draft_model=drafter, verbose=False, **more,
-        )  # fmt: skip
+            like.model_path, n_ctx=like.n_ctx(), draft_model=drafter, verbose=False, **more
+        )

@@ -271,6 +271,10 @@ decoder_set_trees = _bind(
 # int32_t entmtp_decoder_set_policy(struct entmtp_decoder * dec, const struct entmtp_policy_params * params);
 decoder_set_policy = _bind("entmtp_decoder_set_policy", c_int32, c_void_p, POINTER(PolicyParams))
 
+# int32_t entmtp_decoder_set_threads(
+#         struct entmtp_decoder * dec, int32_t n_threads, const struct entmtp_costs * costs);
+decoder_set_threads = _bind("entmtp_decoder_set_threads", c_int32, c_void_p, c_int32, POINTER(Costs))
+
 # int32_t entmtp_decoder_eval(
 #         struct entmtp_decoder * dec, const int32_t * tokens, int32_t n, int32_t n_past, bool all_outputs);
 decoder_eval = _bind("entmtp_decoder_eval", c_int32, c_void_p, c_void_p, c_int32, c_int32, c_bool)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bank.bank import Bank
+from ..bank.costs import Costs
 from ..common.errors import EntmtpError
 from . import abi as n
 from .arrays import Arrays
@@ -70,6 +71,19 @@ class Decoder:
         """Draft from the trees of `bank`; arguments as in `entmtp.policy.Arrays.policy`."""
         self.set_trees(bank)
         self.set_policy(bank, policy, static_tree, **settings)
+
+    def set_threads(self, n_threads: int, costs: Costs | None = None) -> None:
+        """Compute passes and drafts on so many CPU threads from now on.
+
+        Costs are kept by number of threads; the first call after `set_policy` says what number the policy's are of.
+
+        Args:
+            costs: of a number that is new to the policy; None: as they are now.
+        """
+        with Arrays() as arrays:
+            trees = self.bank.trees if self.bank else ()
+            pointer = arrays.costs(costs, trees) if costs and trees else None
+            n.check(n.decoder_set_threads(self._ptr, n_threads, pointer))
 
     def eval(self, tokens: Sequence[int], n_past: int, all_outputs: bool = False) -> None:
         """Evaluate `tokens` after the first `n_past` ones.

@@ -131,7 +131,8 @@ OPTIONS = (
         f"{CONTEXT}, or the model's if that is less", type=int, least=0, metavar="N",
     ),
     Option(
-        "threads", ("n_threads", "n_threads_batch"), "machine", "CPU threads", "as llama.cpp", type=int, least=1,
+        "threads", ("n_threads", "n_threads_batch"), "machine", "CPU threads",
+        "as many as the machine has to spare, looked at again while running", type=int, least=1,
         metavar="N",
     ),
     Option(

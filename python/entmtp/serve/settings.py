@@ -51,6 +51,12 @@ _Ours: Any = create_model("_Ours", __base__=stock.ModelSettings, **_fields)
 class ModelSettings(_Ours):
     """One model, and how to draft for it: llama-cpp-python's settings and those of options/table.py."""
 
+    n_threads: Optional[int] = Field(  # noqa: UP045
+        default=None, description="CPU threads; without, as many as the machine has to spare"
+    )
+    n_threads_batch: Optional[int] = Field(  # noqa: UP045
+        default=None, description="CPU threads of passes over several tokens; without, as n_threads"
+    )
     verbose: bool = Field(default=False, description="say what llama.cpp and llama-cpp-python do")
 
     @field_validator("draft_model")
