@@ -1,5 +1,6 @@
 #include "hook.h"
 
+#include "memory.h"
 #include "pack.h"
 
 #include "ggml-backend.h"
@@ -37,7 +38,7 @@ static size_t hook_packed_size(const ggml_tensor * t) {
     return type == W_COUNT ? ggml_nbytes(t) : packed_size(type, t->ne[0], ggml_nrows(t));
 }
 
-static void hook_pack(ggml_tensor * t, const void * data) {
+static void pack(ggml_tensor * t, const void * data) {
     const weight_type type = packed_type(t->type);
     if (type == W_COUNT) {
         memcpy(t->data, data, ggml_nbytes(t));
@@ -55,6 +56,12 @@ static void hook_pack(ggml_tensor * t, const void * data) {
     for (std::thread & thread : threads) {
         thread.join();
     }
+}
+
+static void hook_pack(ggml_tensor * t, const void * data) {
+    ask_large_pages(ggml_backend_buffer_get_base(t->buffer), ggml_backend_buffer_get_size(t->buffer));
+    pack(t, data);
+    give_back_file(data, ggml_nbytes(t));
 }
 
 // Weights that are loaded stay ours; whether new ones (without data yet) become ours is for the switch to say.

@@ -212,7 +212,8 @@ const std::vector<grower::node> & scheduler::grow(const entmtp_signals &    s,
                                                   int32_t                   n_heads,
                                                   bool                      sees_path,
                                                   const grower::expand_fn & expand) {
-    return trees.grow(s, running, now.cost, price(), n_max, n_heads, sees_path, verdict == guard::verdict::must, expand);
+    return trees.grow(s, running, now.cost, price(), n_max, n_heads, sees_path, verdict == guard::verdict::must,
+                      expand);
 }
 
 const std::vector<mixer::node> & scheduler::mix(const text_index &       text,

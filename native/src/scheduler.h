@@ -96,7 +96,9 @@ class scheduler {
     choose_published(float x, int32_t n_max, const std::vector<int32_t> & n_nodes, const std::vector<int32_t> & depth);
     void   observe_each(int32_t n_nodes, const std::vector<int32_t> & path, double t_heads);
     double expected(int32_t bin, int32_t tree) const;
-    double step_cost(int32_t tree, int32_t n) const { return now.cost.verify(n) + (tree > 0 ? now.cost.draft(tree) : 0.0); }
+    double step_cost(int32_t tree, int32_t n) const {
+        return now.cost.verify(n) + (tree > 0 ? now.cost.draft(tree) : 0.0);
+    }
     double price() const; // tokens per us
 
     int32_t policy      = ENTMTP_POLICY_OFF;

@@ -127,7 +127,7 @@ static void test_threads() {
     CHECK(thrown);
     CHECK(settled() != 2); // all is as it was
 
-    scheduler off; // without costs there is nothing to keep
+    scheduler off;         // without costs there is nothing to keep
     off.set_threads(1, nullptr, 1);
     CHECK_EQ(choose(off, two, 0.0f), 0);
 }

@@ -105,6 +105,17 @@ def free_memory() -> int | None:
     return min(found) if found else None
 
 
+def held_memory() -> dict[str, int]:
+    """Bytes of this process that are in memory, "Rss", and of them in large pages, "AnonHugePages"; empty where the
+    system does not say."""
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    except OSError:
+        return {}
+    rows = (line.split() for line in lines)
+    return {name.rstrip(":"): int(kb) * 1024 for name, kb, *_ in rows}
+
+
 def peak_memory_mb() -> float | None:
     """Largest resident size of this process, MB; None where the system does not say."""
     try:

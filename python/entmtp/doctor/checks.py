@@ -283,6 +283,9 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
     )
     if "weights" in found:
         yield check_weights(found["weights"])
+    if held := found.get("held"):
+        large = f", {held['AnonHugePages'] / 1e6:.0f} MB of it in large pages" if "AnonHugePages" in held else ""
+        yield ok("held", f"{held['Rss'] / 1e6:.0f} MB more in memory with the model loaded{large}")
     if "outputs" in found:
         yield Check("logits", "note" if found["outputs_note"] else "ok", found["outputs"])
     if heads is None:

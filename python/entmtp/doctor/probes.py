@@ -103,11 +103,13 @@ def weights(path: Path) -> list[dict[str, Any]]:
 def model(arguments: list[str]) -> dict[str, Any]:
     """Load the model and the heads that options name (options/model.py)."""
     from ..common.errors import EntmtpError, ModelError
+    from ..common.machine import held_memory
     from ..measure.known import machine_key, tuned_path
     from ..options.model import add_model_options, load
 
     parser = argparse.ArgumentParser()
     add_model_options(parser)
+    before = held_memory()
     try:
         llm = load(parser.parse_args(arguments), calibrate=False)
     except ModelError:
@@ -121,6 +123,7 @@ def model(arguments: list[str]) -> dict[str, Any]:
     }
     if llm.model_params.n_gpu_layers == 0:
         result["weights"] = weights(Path(llm.model_path))
+        result["held"] = {k: v - before[k] for k, v in held_memory().items() if k in before}
     if llm._decoder is not None:
         outputs = llm._decoder.outputs
         result |= {"outputs": str(outputs), "outputs_note": outputs.note}
