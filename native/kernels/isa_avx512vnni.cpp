@@ -12,6 +12,7 @@ namespace {
 
 using namespace entmtp;
 #include "matmul.h"
+#include "quantize.h"
 // needs prefetch of matmul.h
 #include "attention.h"
 #include "peak.h"

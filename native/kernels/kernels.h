@@ -23,9 +23,12 @@ enum weight_type {
     W_Q8_0,
     W_IQ4_NL,
     W_MXFP4,
+    W_Q2_K,
+    W_Q3_K,
     W_Q4_K,
     W_Q5_K,
     W_Q6_K,
+    W_IQ4_XS,
     W_F16,
     W_BF16,
     W_F32,
@@ -52,9 +55,12 @@ constexpr weight_layout LAYOUTS[] = {
     { 32, PANEL * 34, 1, 8, BYTE },      // d f16, 8 lines of bytes with 128 added
     { 32, PANEL * 18, 1, 8, BYTE },      // d f16, 4 lines of nibbles, which stand for bytes
     { 32, PANEL * 17, 1, 8, BYTE },      // exponent of the scale, 4 lines of nibbles, which stand for bytes
+    { 256, PANEL * 84, 8, 2, MINIMUM },  // d f16, dmin f16, 16 bytes of 4-bit scales and mins, 16 lines of 2 bits
+    { 256, PANEL * 114, 16, 3, 4 },      // d f16, 16 int8 scales, 8 times 2 lines of 2 bits and 1 of upper bits
     { 256, PANEL * 144, 4, 4, MINIMUM }, // d f16, dmin f16, 12 x 16 bytes of 6-bit scales and mins, 32 lines of nibbles
     { 256, PANEL * 176, 4, 5, MINIMUM }, // the same, with 1 line of upper bits after every 4 lines of nibbles
-    { 256, PANEL * 210, 16, 6, 32 },     // d f16, 16 x 16 int8 scales, 8 times 4 lines of nibbles and 2 of upper bits
+    { 256, PANEL * 210, 16, 6, 32 },     // d f16, 16 int8 scales, 8 times 4 lines of nibbles and 2 of upper bits
+    { 256, PANEL * 138, 8, 8, BYTE },    // d f16, 8 int8 scales, 32 lines of nibbles, which stand for bytes
     { 32, PANEL * 64, 0, 0, 0 },         // [32 k][16 rows] f16
     { 32, PANEL * 64, 0, 0, 0 },         // [32 k][16 rows] bf16
     { 32, PANEL * 128, 0, 0, 0 },        // [32 k][16 rows] f32
@@ -65,7 +71,7 @@ struct activations {
     int8_t *  q; // integers, or
     float *   f; // floats
     float *   d; // [n_blocks][n] scale
-    int32_t * s; // [n_blocks][n][sums] sums of q times what the kernel needs
+    int32_t * s; // [n_blocks][n][sums] sums of q times what the kernel needs; for mins of blocks of 256, pairs of sums
 };
 
 // attention of the queries of one kv head

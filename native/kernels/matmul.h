@@ -1,75 +1,5 @@
 // Products of packed weights and few tokens, for one instruction set: included after its `simd`.
 
-// -- activations --
-
-// Scales and roundings are ggml's, so that integers, and what they sum up to, are the same as its own but for signs.
-template <int sums> // 1: weights with blocks of 32. 4, 16: of 256
-void quantize_block(const float * x, int offset, int8_t * q, float * d, int32_t * s) {
-    constexpr int block = sums == 1 ? 32 : 256;
-
-    // the largest magnitude, as an integer: NaN compares greater than anything
-    uint32_t top = 0;
-    for (int i = 0; i < block; ++i) {
-        uint32_t bits;
-        memcpy(&bits, x + i, 4);
-        bits &= 0x7fffffff;
-        top = bits > top ? bits : top;
-    }
-    float amax;
-    memcpy(&amax, &top, 4);
-
-    // blocks of 32 keep the scale as f16
-    *d             = sums == 1 ? half_to_float(float_to_half(amax / 127.0f)) : amax / 127.0f;
-    const float id = amax != 0.0f ? 127.0f / amax : 0.0f;
-
-    for (int i = 0; i < block; i += simd::R) {
-        simd::store_i8(q + i, simd::round(simd::mulf(simd::loadf(x + i), simd::set1f(id))));
-    }
-
-    if (sums == 4) { // for the mins: pairs of sums over 32
-        for (int i = 0; i < 4; ++i) {
-            int32_t a = 0, b = 0;
-            for (int j = 0; j < 32; ++j) {
-                a += q[64 * i + j];
-                b += q[64 * i + 32 + j];
-            }
-            s[i] = (int32_t) ((uint32_t) (uint16_t) a | (uint32_t) (uint16_t) b << 16);
-        }
-    } else {
-        for (int i = 0; i < sums; ++i) {
-            simd::vi a = simd::set1i(0);
-            for (int j = 0; j < block / sums; j += simd::R) { // as stored: wider loads would wait for the stores
-                a = simd::addi(a, simd::load_i8((const uint8_t *) q + block / sums * i + j));
-            }
-            s[i] = -offset * simd::reduce_add(a);
-        }
-    }
-}
-
-static void
-quantize(weight_type type, const float * const * x, int n, int64_t k, int64_t b0, int64_t b1, const activations & a) {
-    const int block  = LAYOUTS[type].block;
-    const int offset = LAYOUTS[type].offset == BYTE ? simd::OFF8 : LAYOUTS[type].offset;
-    for (int64_t b = b0; b < b1; ++b) {
-        for (int i = 0; i < n; ++i) {
-            const float * xb = x[i] + b * block;
-            const int64_t at = b * n + i;
-            if (LAYOUTS[type].bits == 0) {
-                const int64_t left = k - b * block;
-                for (int j = 0; j < block; ++j) {
-                    a.f[at * block + j] = j < left ? xb[j] : 0.0f;
-                }
-            } else if (LAYOUTS[type].sums == 1) {
-                quantize_block<1>(xb, offset, a.q + at * 32, a.d + at, a.s + at);
-            } else if (LAYOUTS[type].sums == 4) {
-                quantize_block<4>(xb, offset, a.q + at * 256, a.d + at, a.s + at * 4);
-            } else {
-                quantize_block<16>(xb, offset, a.q + at * 256, a.d + at, a.s + at * 16);
-            }
-        }
-    }
-}
-
 // -- one panel --
 //
 // Every kernel keeps float sums in registers, one per token and vector of rows, unpacks a block of weights once and uses it
@@ -118,17 +48,28 @@ static inline void unpack_nibbles(const uint8_t * lines, simd::vb w[8]) {
     }
 }
 
-// 1 line of upper bits: bit j of a byte belongs to line j
-static inline void add_upper_bits(const uint8_t * line, simd::vb w[8]) {
+// 1 line of upper bits: bit j of a byte belongs to line j, where it becomes bit `to`
+template <int to = 4>
+void add_upper_bits(const uint8_t * line, simd::vb w[8]) {
     const simd::vb x = simd::loadb(line);
-    w[0]             = simd::orb(w[0], simd::mid1<0>(x));
-    w[1]             = simd::orb(w[1], simd::mid1<1>(x));
-    w[2]             = simd::orb(w[2], simd::mid1<2>(x));
-    w[3]             = simd::orb(w[3], simd::mid1<3>(x));
-    w[4]             = simd::orb(w[4], simd::mid1<4>(x));
-    w[5]             = simd::orb(w[5], simd::mid1<5>(x));
-    w[6]             = simd::orb(w[6], simd::mid1<6>(x));
-    w[7]             = simd::orb(w[7], simd::mid1<7>(x));
+    w[0]             = simd::orb(w[0], simd::bit1<0, to>(x));
+    w[1]             = simd::orb(w[1], simd::bit1<1, to>(x));
+    w[2]             = simd::orb(w[2], simd::bit1<2, to>(x));
+    w[3]             = simd::orb(w[3], simd::bit1<3, to>(x));
+    w[4]             = simd::orb(w[4], simd::bit1<4, to>(x));
+    w[5]             = simd::orb(w[5], simd::bit1<5, to>(x));
+    w[6]             = simd::orb(w[6], simd::bit1<6, to>(x));
+    w[7]             = simd::orb(w[7], simd::bit1<7, to>(x));
+}
+
+// 1 line of pairs of bits: pair j of a byte belongs to line j of 4, where it becomes bits `to` and `to` + 1
+template <int to>
+void unpack_pairs(const uint8_t * line, simd::vb w[4]) {
+    const simd::vb x = simd::loadb(line);
+    w[0]             = simd::bit2<0, to>(x);
+    w[1]             = simd::bit2<1, to>(x);
+    w[2]             = simd::bit2<2, to>(x);
+    w[3]             = simd::bit2<3, to>(x);
 }
 
 // what nibbles stand for, with 128 added: IQ4_NL of llama.cpp, and twice the E2M1 of OCP's microscaling formats
@@ -159,7 +100,7 @@ void unpack_32(const uint8_t * lines, simd::vb w[8]) {
 
 // dot16 knows sums of 4, 6 and 8 bits that do not overflow
 constexpr int dot_bits(int bits) {
-    return bits == 5 ? 6 : bits;
+    return bits <= 4 ? 4 : bits == 5 ? 6 : bits;
 }
 
 // blocks of 32 with one scale
@@ -306,12 +247,47 @@ void matmul_q4_k(const uint8_t * panel, int64_t n_blocks, const activations & a,
     }
 }
 
-// Q6_K: blocks of 256, sixteen int8 scales
-//   sum = fma(float(sum of scale*(q - 32)*x), d_w*d_x, sum)
-template <int n>
-void matmul_q6_k(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
-    constexpr int bytes = PANEL * 210;
-    constexpr int nv    = vectors(n, simd::SUMS);
+// the 8 lines of 32 k of a block of 256 whose scales are bytes
+template <weight_type type>
+void unpack_256(const uint8_t * l, simd::vb w[8]) {
+    if constexpr (type == W_Q2_K || type == W_Q3_K) {
+        unpack_pairs<0>(l, w);
+        unpack_pairs<0>(l + 4 * PANEL, w + 4);
+        if constexpr (type == W_Q3_K) {
+            add_upper_bits<2>(l + 4 * PANEL * 2, w);
+        }
+        return;
+    }
+    unpack_nibbles(l, w);
+    if constexpr (type == W_Q6_K) {
+        for (int j = 0; j < 2; ++j) {
+            simd::vb upper[4];
+            unpack_pairs<4>(l + 4 * PANEL * (4 + j), upper);
+            for (int i = 0; i < 4; ++i) {
+                w[4 * j + i] = simd::orb(w[4 * j + i], upper[i]);
+            }
+        }
+    }
+    if constexpr (type == W_IQ4_XS) {
+        for (int j = 0; j < 8; ++j) {
+            w[j] = simd::lookup(w[j], IQ4_NL_VALUES);
+        }
+    }
+}
+
+// Q2_K, Q3_K, Q6_K, IQ4_XS: blocks of 256, a scale of one byte for every 16 or 32 k
+//   sum = fma(float(sum of scale*(q - offset)*x), d_w*d_x, sum), and with mins then fma(float(sum of min*x), -(dmin*d_x), sum)
+template <weight_type type, int n>
+void matmul_scaled(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
+    constexpr int  bytes    = LAYOUTS[type].panel_bytes;
+    constexpr int  bits     = dot_bits(LAYOUTS[type].bits);
+    constexpr int  sums     = LAYOUTS[type].sums;
+    constexpr bool has_min  = LAYOUTS[type].offset == MINIMUM;
+    constexpr int  n_scales = type == W_IQ4_XS ? 8 : 16;
+    constexpr int  scale_at = has_min ? 4 * PANEL : 2 * PANEL;
+    constexpr int  lines_at = scale_at + PANEL * n_scales;
+    constexpr int  group    = (bytes - lines_at) / 8; // bytes of 32 k
+    constexpr int  nv       = vectors(n, simd::SUMS);
     for (int sub = 0; sub < PANEL; sub += nv * simd::R) {
         simd::vf sum[nv][n];
         for (int i = 0; i < nv * n; ++i) {
@@ -319,50 +295,69 @@ void matmul_q6_k(const uint8_t * panel, int64_t n_blocks, const activations & a,
         }
         for (int64_t b = 0; b < n_blocks; ++b) {
             const uint8_t * p      = panel + b * bytes;
-            const uint8_t * scales = p + 2 * PANEL + sub;
+            const uint8_t * scales = p + scale_at + sub;
             const int8_t *  q      = a.q + b * n * 256;
             const float *   dx     = a.d + b * n;
-            const int32_t * s      = a.s + b * n * 16;
+            const int32_t * s      = a.s + b * n * sums;
 
             simd::vi t[nv][n];
             for (int i = 0; i < nv * n; ++i) {
                 t[i / n][i % n] = simd::set1i(0);
             }
             for (int g = 0; g < 8; ++g) {
-                const uint8_t * l = p + PANEL * (18 + 24 * g) + 4 * sub;
-                const uint8_t * h = l + PANEL * 16;
+                const uint8_t * l = p + lines_at + group * g + 4 * sub;
                 prefetch(p + AHEAD + bytes / 8 * g, bytes / 8);
 
 #pragma GCC unroll 4
                 for (int v = 0; v < nv; ++v) {
                     simd::vb w[8];
-                    unpack_nibbles(l + 4 * v * simd::R, w);
-                    for (int j = 0; j < 2; ++j) { // line j of the upper bits: lines 4*j to 4*j + 3
-                        const simd::vb x = simd::loadb(h + 4 * PANEL * j + 4 * v * simd::R);
-                        w[4 * j + 0]     = simd::orb(w[4 * j + 0], simd::mid2<0>(x));
-                        w[4 * j + 1]     = simd::orb(w[4 * j + 1], simd::mid2<1>(x));
-                        w[4 * j + 2]     = simd::orb(w[4 * j + 2], simd::mid2<2>(x));
-                        w[4 * j + 3]     = simd::orb(w[4 * j + 3], simd::mid2<3>(x));
-                    }
-                    const simd::vi scale0 = simd::load_i8(scales + PANEL * (2 * g) + v * simd::R);
-                    const simd::vi scale1 = simd::load_i8(scales + PANEL * (2 * g + 1) + v * simd::R);
+                    unpack_256<type>(l + 4 * v * simd::R, w);
+                    const uint8_t * at     = scales + PANEL * (n_scales / 8 * g) + v * simd::R;
+                    const simd::vi  scale0 = has_min ? simd::load_low4(at) : simd::load_i8(at);
+                    const simd::vi  scale1 = n_scales == 8 ? scale0
+                                             : has_min     ? simd::load_low4(at + PANEL)
+                                                           : simd::load_i8(at + PANEL);
 #pragma GCC unroll 16
                     for (int i = 0; i < n; ++i) {
-                        const simd::vi u0 = simd::dot16<6>(simd::set1i(s[16 * i + 2 * g]), w, q + 256 * i + 32 * g);
-                        const simd::vi u1 =
-                            simd::dot16<6>(simd::set1i(s[16 * i + 2 * g + 1]), w + 4, q + 256 * i + 32 * g + 16);
-                        t[v][i] = simd::addi(t[v][i], simd::addi(simd::muli(u0, scale0), simd::muli(u1, scale1)));
+                        const int8_t *  x  = q + 256 * i + 32 * g;
+                        const int32_t * sx = s + sums * i + n_scales / 8 * g;
+                        simd::vi        u  = simd::dot16<bits>(simd::set1i(has_min ? 0 : sx[0]), w, x);
+                        if constexpr (n_scales == 8) {
+                            u       = simd::dot16<bits>(u, w + 4, x + 16);
+                            t[v][i] = simd::addi(t[v][i], simd::muli(u, scale0));
+                        } else {
+                            const simd::vi u1 = simd::dot16<bits>(simd::set1i(has_min ? 0 : sx[1]), w + 4, x + 16);
+                            t[v][i] = simd::addi(t[v][i], simd::addi(simd::muli(u, scale0), simd::muli(u1, scale1)));
+                        }
                         end_token(t[v][i]);
                     }
                 }
             }
 
+            alignas(64) uint8_t mins[8][PANEL][2]; // pairs, as the sums are
+            if constexpr (has_min) {
+                for (int g = 0; g < 8; ++g) {
+                    for (int r = 0; r < PANEL; ++r) {
+                        mins[g][r][0] = p[scale_at + PANEL * (2 * g) + r] >> 4;
+                        mins[g][r][1] = p[scale_at + PANEL * (2 * g + 1) + r] >> 4;
+                    }
+                }
+            }
 #pragma GCC unroll 4
             for (int v = 0; v < nv; ++v) {
-                const simd::vf d = simd::load_f16((const uint16_t *) p + sub + v * simd::R);
+                const int      row = sub + v * simd::R;
+                const simd::vf d   = simd::load_f16((const uint16_t *) p + row);
 #pragma GCC unroll 16
                 for (int i = 0; i < n; ++i) {
                     sum[v][i] = simd::fma(simd::cvt(t[v][i]), simd::mulf(d, simd::set1f(dx[i])), sum[v][i]);
+                    if constexpr (has_min) {
+                        const simd::vf dmin = simd::load_f16((const uint16_t *) p + PANEL + row);
+                        simd::vi       m    = simd::set1i(0);
+                        for (int g = 0; g < 8; ++g) {
+                            m = simd::dot2(m, simd::load_u8x2(mins[g][row]), s[sums * i + g]);
+                        }
+                        sum[v][i] = simd::fma(simd::cvt(m), simd::mulf(dmin, simd::set1f(-dx[i])), sum[v][i]);
+                    }
                 }
             }
         }
@@ -427,10 +422,10 @@ void matmul_float(const uint8_t * panel, int64_t n_blocks, const activations & a
 // [W_COUNT] as LAYOUTS tells; floats have no kernels for more than simd::GF tokens
 template <int n, int nf = n <= simd::GF ? n : 1>
 constexpr void (*PRODUCTS[W_COUNT])(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) = {
-    matmul_32<W_Q4_0, n>,    matmul_32<W_Q4_1, n>,   matmul_32<W_Q5_0, n>,    matmul_32<W_Q5_1, n>,
-    matmul_32<W_Q8_0, n>,    matmul_32<W_IQ4_NL, n>, matmul_32<W_MXFP4, n>,   matmul_q4_k<W_Q4_K, n>,
-    matmul_q4_k<W_Q5_K, n>,  matmul_q6_k<n>,         matmul_float<W_F16, nf>, matmul_float<W_BF16, nf>,
-    matmul_float<W_F32, nf>,
+    matmul_32<W_Q4_0, n>,       matmul_32<W_Q4_1, n>,    matmul_32<W_Q5_0, n>,     matmul_32<W_Q5_1, n>,
+    matmul_32<W_Q8_0, n>,       matmul_32<W_IQ4_NL, n>,  matmul_32<W_MXFP4, n>,    matmul_scaled<W_Q2_K, n>,
+    matmul_scaled<W_Q3_K, n>,   matmul_q4_k<W_Q4_K, n>,  matmul_q4_k<W_Q5_K, n>,   matmul_scaled<W_Q6_K, n>,
+    matmul_scaled<W_IQ4_XS, n>, matmul_float<W_F16, nf>, matmul_float<W_BF16, nf>, matmul_float<W_F32, nf>,
 };
 
 static void

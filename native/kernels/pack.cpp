@@ -31,6 +31,23 @@ struct mxfp4 {
     uint8_t e; // the scale is 2^(e - 128), for values that are doubled
     uint8_t qs[16];
 };
+struct q2_k {
+    uint8_t  scales[16]; // of 16 k: scale in the low nibble, min in the high one
+    uint8_t  qs[64];     // for each 128 k: k, k + 32, k + 64 and k + 96 in one byte
+    uint16_t d, dmin;
+};
+struct q3_k {
+    uint8_t  hmask[32]; // the upper bit of k is bit k / 32 of byte k % 32
+    uint8_t  qs[64];    // as Q2_K's
+    uint8_t  scales[12];
+    uint16_t d;
+};
+struct iq4_xs {
+    uint16_t d;
+    uint16_t scales_h;    // two upper bits of each scale
+    uint8_t  scales_l[4]; // of 32 k: nibbles
+    uint8_t  qs[128];     // for each 32 k: k in the low nibble, k + 16 in the high one
+};
 struct q4_k {
     uint16_t d, dmin;
     uint8_t  scales[12]; // 6-bit scales and mins
@@ -50,6 +67,7 @@ struct q6_k {
 };
 
 static_assert(sizeof(q4_0) == 18 && sizeof(q8_0) == 34 && sizeof(q4_k) == 144 && sizeof(q6_k) == 210, "ggml's layouts");
+static_assert(sizeof(q2_k) == 84 && sizeof(q3_k) == 110 && sizeof(iq4_xs) == 136, "ggml's layouts");
 static_assert(sizeof(q4_1) == 20 && sizeof(q5_0) == 22 && sizeof(q5_1) == 24 && sizeof(mxfp4) == 17 &&
                   sizeof(q5_k) == 176,
               "ggml's layouts");
@@ -70,12 +88,18 @@ weight_type packed_type(ggml_type type) {
             return W_IQ4_NL;
         case GGML_TYPE_MXFP4:
             return W_MXFP4;
+        case GGML_TYPE_Q2_K:
+            return W_Q2_K;
+        case GGML_TYPE_Q3_K:
+            return W_Q3_K;
         case GGML_TYPE_Q4_K:
             return W_Q4_K;
         case GGML_TYPE_Q5_K:
             return W_Q5_K;
         case GGML_TYPE_Q6_K:
             return W_Q6_K;
+        case GGML_TYPE_IQ4_XS:
+            return W_IQ4_XS;
         case GGML_TYPE_F16:
             return W_F16;
         case GGML_TYPE_BF16:
@@ -99,10 +123,22 @@ static void put(uint8_t * lines, int r, int k, uint8_t low, uint8_t high) { // n
 }
 
 // 32 k in nibbles: 4 lines
+static void put_nibbles(const uint8_t * qs, int r, uint8_t * lines) {
+    for (int k = 0; k < 16; ++k) {
+        put(lines, r, k, qs[k] & 15, qs[k] >> 4);
+    }
+}
+
 template <class T>
 static void pack_nibbles(const T & b, int r, uint8_t * lines) {
-    for (int k = 0; k < 16; ++k) {
-        put(lines, r, k, b.qs[k] & 15, b.qs[k] >> 4);
+    put_nibbles(b.qs, r, lines);
+}
+
+// 32 k of two bits each: 2 lines. Line k/4 is in byte line k/16, at bits 2*(k/4 % 4)
+template <class F>
+static void put_pairs(uint8_t * lines, int r, F pair) {
+    for (int k = 0; k < 32; ++k) {
+        lines[k / 16 * 4 * PANEL + 4 * r + k % 4] |= (uint8_t) (pair(k) << (2 * (k / 4 % 4)));
     }
 }
 
@@ -206,9 +242,45 @@ static void pack_block(const q6_k & b, int r, uint8_t * dst) {
         for (int k = 0; k < 16; ++k) {
             put(lines, r, k, value(k) & 15, value(k + 16) & 15);
         }
-        for (int k = 0; k < 32; ++k) { // two bits: line k/4 is in byte line k/16, at bits 2*(k/4 % 4)
-            upper[k / 16 * 4 * PANEL + 4 * r + k % 4] |= (uint8_t) (value(k) >> 4 << (2 * (k / 4 % 4)));
-        }
+        put_pairs(upper, r, [&](int k) { return value(k) >> 4; });
+    }
+}
+
+// 2 lines of the lower bits of Q2_K and Q3_K for 32 k
+static void pack_pairs(const uint8_t * qs, int g, int r, uint8_t * lines) {
+    put_pairs(lines, r, [&](int k) { return qs[32 * (g / 4) + k] >> (2 * (g % 4)) & 3; });
+}
+
+static void pack_block(const q2_k & b, int r, uint8_t * dst) {
+    memcpy(dst + 2 * r, &b.d, 2);
+    memcpy(dst + 2 * PANEL + 2 * r, &b.dmin, 2);
+    for (int i = 0; i < 16; ++i) {
+        dst[4 * PANEL + PANEL * i + r] = b.scales[i];
+    }
+    for (int g = 0; g < 8; ++g) {
+        pack_pairs(b.qs, g, r, dst + PANEL * (20 + 8 * g));
+    }
+}
+
+static void pack_block(const q3_k & b, int r, uint8_t * dst) {
+    memcpy(dst + 2 * r, &b.d, 2);
+    for (int i = 0; i < 16; ++i) { // 6 bits: nibbles in the first 8 bytes, upper pairs in the last 4
+        const int low = b.scales[i % 8] >> (i / 8 * 4) & 15, high = b.scales[8 + i % 4] >> (i / 4 * 2) & 3;
+        dst[2 * PANEL + PANEL * i + r] = (uint8_t) ((low | high << 4) - 32);
+    }
+    for (int g = 0; g < 8; ++g) {
+        uint8_t * lines = dst + PANEL * (18 + 12 * g);
+        pack_pairs(b.qs, g, r, lines);
+        put_upper_bits(lines + 8 * PANEL, r, [&](int k) { return b.hmask[k] >> g & 1; });
+    }
+}
+
+static void pack_block(const iq4_xs & b, int r, uint8_t * dst) {
+    memcpy(dst + 2 * r, &b.d, 2);
+    for (int g = 0; g < 8; ++g) {
+        const int low = b.scales_l[g / 2] >> (g % 2 * 4) & 15, high = b.scales_h >> (2 * g) & 3;
+        dst[2 * PANEL + PANEL * g + r] = (uint8_t) ((low | high << 4) - 32);
+        put_nibbles(b.qs + 16 * g, r, dst + PANEL * (10 + 16 * g));
     }
 }
 
@@ -233,10 +305,11 @@ static void pack_floats(const uint8_t * src, int64_t row, int64_t k, int r, uint
 
 // [W_COUNT] as LAYOUTS tells
 static void (*const PACK[W_COUNT])(const uint8_t * src, int64_t row, int64_t k, int r, uint8_t * panel) = {
-    pack_row<W_Q4_0, q4_0>,   pack_row<W_Q4_1, q4_1>,   pack_row<W_Q5_0, q5_0>, pack_row<W_Q5_1, q5_1>,
+    pack_row<W_Q4_0, q4_0>,   pack_row<W_Q4_1, q4_1>,   pack_row<W_Q5_0, q5_0>,     pack_row<W_Q5_1, q5_1>,
     pack_row<W_Q8_0, q8_0>,   pack_row<W_IQ4_NL, q4_0>, // its nibbles lie as Q4_0's do and stand for other values
-    pack_row<W_MXFP4, mxfp4>, pack_row<W_Q4_K, q4_k>,   pack_row<W_Q5_K, q5_k>, pack_row<W_Q6_K, q6_k>,
-    pack_floats<2>,           pack_floats<2>,           pack_floats<4>,
+    pack_row<W_MXFP4, mxfp4>, pack_row<W_Q2_K, q2_k>,   pack_row<W_Q3_K, q3_k>,     pack_row<W_Q4_K, q4_k>,
+    pack_row<W_Q5_K, q5_k>,   pack_row<W_Q6_K, q6_k>,   pack_row<W_IQ4_XS, iq4_xs>, pack_floats<2>,
+    pack_floats<2>,           pack_floats<4>,
 };
 
 void pack_panels(weight_type type, const void * src, int64_t k, int64_t n_rows, int64_t p0, int64_t p1, uint8_t * dst) {
@@ -267,9 +340,12 @@ constexpr item_run ITEMS[W_COUNT][3] = {
     { { 2, 1 }, { 4, 8 } },             // Q8_0: d, lines
     { { 2, 1 }, { 4, 4 } },             // IQ4_NL: d, lines
     { { 1, 1 }, { 4, 4 } },             // MXFP4: exponent, lines
+    { { 2, 2 }, { 1, 16 }, { 4, 16 } }, // Q2_K: d and dmin, scales and mins, lines
+    { { 2, 1 }, { 1, 16 }, { 4, 24 } }, // Q3_K: d, scales, lines
     { { 2, 2 }, { 1, 12 }, { 4, 32 } }, // Q4_K: d and dmin, scales and mins, lines
     { { 2, 2 }, { 1, 12 }, { 4, 40 } }, // Q5_K: the same
     { { 2, 1 }, { 1, 16 }, { 4, 48 } }, // Q6_K: d, scales, lines
+    { { 2, 1 }, { 1, 8 }, { 4, 32 } },  // IQ4_XS: d, scales, lines
     { { 2, 32 } },                      // F16
     { { 2, 32 } },                      // BF16
     { { 4, 32 } },                      // F32

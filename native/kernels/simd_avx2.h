@@ -50,6 +50,7 @@ struct simd {
     static vi addi(vi a, vi b) { return _mm256_add_epi32(a, b); }
     static vi muli(vi a, vi b) { return _mm256_mullo_epi32(a, b); }
     static vi load_u8(const uint8_t * p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) p)); }
+    static vi load_low4(const uint8_t * p) { return _mm256_and_si256(load_u8(p), set1i(15)); }
     static vi load_i8(const uint8_t * p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p)); }
 
     static int32_t reduce_add(vi a) {
@@ -77,20 +78,20 @@ struct simd {
         return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *) table)), i);
     }
 
-    template <int j>
-    static vb mid1(vb a) {
-        const vb m = _mm256_set1_epi8(0x10);
-        return j < 4 ? _mm256_and_si256(_mm256_slli_epi16(a, j < 4 ? 4 - j : 0), m)
-                     : _mm256_and_si256(_mm256_srli_epi16(a, j < 4 ? 0 : j - 4), m);
+    template <int j, int to>
+    static vb bit1(vb a) {
+        return _mm256_and_si256(shift<to - j>(a), _mm256_set1_epi8(1 << to));
     }
 
-    template <int j>
-    static vb mid2(vb a) {
-        const vb m = _mm256_set1_epi8(0x30);
-        return j == 0   ? _mm256_and_si256(_mm256_slli_epi16(a, 4), m)
-               : j == 1 ? _mm256_and_si256(_mm256_slli_epi16(a, 2), m)
-               : j == 2 ? _mm256_and_si256(a, m)
-                        : _mm256_and_si256(_mm256_srli_epi16(a, 2), m);
+    template <int j, int to>
+    static vb bit2(vb a) {
+        return _mm256_and_si256(shift<to - 2 * j>(a), _mm256_set1_epi8(3 << to));
+    }
+
+    // to the left, or by a negative number to the right; bits of the byte beside come in
+    template <int by>
+    static vb shift(vb a) {
+        return by > 0 ? _mm256_slli_epi16(a, by > 0 ? by : 0) : _mm256_srli_epi16(a, by > 0 ? 0 : -by);
     }
 
     template <int bits>

@@ -40,11 +40,12 @@ struct simd {
     }
     static float reduce_max(vf a) { return _mm512_reduce_max_ps(a); }
 
-    static vi      set1i(int32_t x) { return _mm512_set1_epi32(x); }
-    static vi      addi(vi a, vi b) { return _mm512_add_epi32(a, b); }
-    static vi      muli(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
-    static vi      load_u8(const uint8_t * p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p)); }
-    static vi      load_i8(const uint8_t * p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)); }
+    static vi set1i(int32_t x) { return _mm512_set1_epi32(x); }
+    static vi addi(vi a, vi b) { return _mm512_add_epi32(a, b); }
+    static vi muli(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+    static vi load_u8(const uint8_t * p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p)); }
+    static vi load_low4(const uint8_t * p) /* the lower nibbles */ { return _mm512_and_si512(load_u8(p), set1i(15)); }
+    static vi load_i8(const uint8_t * p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)); }
     static int32_t reduce_add(vi a) { return _mm512_reduce_add_epi32(a); }
     static void    store_i8(int8_t * p, vi a) { _mm_storeu_si128((__m128i *) p, _mm512_cvtsepi32_epi8(a)); }
 
@@ -61,22 +62,22 @@ struct simd {
         return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *) table)), i);
     }
 
-    // one bit of every byte, moved to bit 4. j: which
-    template <int j>
-    static vb mid1(vb a) {
-        const vb m = _mm512_set1_epi8(0x10);
-        return j < 4 ? _mm512_and_si512(_mm512_slli_epi16(a, j < 4 ? 4 - j : 0), m)
-                     : _mm512_and_si512(_mm512_srli_epi16(a, j < 4 ? 0 : j - 4), m);
+    // bit j of every byte, moved to bit `to`
+    template <int j, int to>
+    static vb bit1(vb a) {
+        return _mm512_and_si512(shift<to - j>(a), _mm512_set1_epi8(1 << to));
     }
 
-    // two bits of every byte, moved to bits 4 and 5. j: which two
-    template <int j>
-    static vb mid2(vb a) {
-        const vb m = _mm512_set1_epi8(0x30);
-        return j == 0   ? _mm512_and_si512(_mm512_slli_epi16(a, 4), m)
-               : j == 1 ? _mm512_and_si512(_mm512_slli_epi16(a, 2), m)
-               : j == 2 ? _mm512_and_si512(a, m)
-                        : _mm512_and_si512(_mm512_srli_epi16(a, 2), m);
+    // bits 2*j and 2*j + 1 of every byte, moved to bits `to` and `to` + 1
+    template <int j, int to>
+    static vb bit2(vb a) {
+        return _mm512_and_si512(shift<to - 2 * j>(a), _mm512_set1_epi8(3 << to));
+    }
+
+    // to the left, or by a negative number to the right; bits of the byte beside come in
+    template <int by>
+    static vb shift(vb a) {
+        return by > 0 ? _mm512_slli_epi16(a, by > 0 ? by : 0) : _mm512_srli_epi16(a, by > 0 ? 0 : -by);
     }
 
     // acc[r] += sum over 16 k of w[k/4][r][k%4]*x[k]

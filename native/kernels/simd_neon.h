@@ -42,6 +42,7 @@ struct simd {
     static vi addi(vi a, vi b) { return vaddq_s32(a, b); }
     static vi muli(vi a, vi b) { return vmulq_s32(a, b); }
     static vi load_u8(const uint8_t * p) { return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(load4(p))))); }
+    static vi load_low4(const uint8_t * p) { return vandq_s32(load_u8(p), set1i(15)); }
     static vi load_i8(const uint8_t * p) { return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load4(p))))); }
     static int32_t reduce_add(vi a) { return vaddvq_s32(a); }
     static void    store_i8(int8_t * p, vi a) {
@@ -64,25 +65,25 @@ struct simd {
 
     static vb lookup(vb i, const uint8_t * table) { return vqtbl1q_u8(vld1q_u8(table), i); }
 
-    template <int j>
-    static vb mid1(vb a) {
-        const vb m = vdupq_n_u8(0x10);
-        if constexpr (j < 4) {
-            return vandq_u8(vshlq_n_u8(a, 4 - j), m);
-        } else if constexpr (j > 4) {
-            return vandq_u8(vshrq_n_u8(a, j - 4), m);
-        } else {
-            return vandq_u8(a, m);
-        }
+    template <int j, int to>
+    static vb bit1(vb a) {
+        return vandq_u8(shift<to - j>(a), vdupq_n_u8(1 << to));
     }
 
-    template <int j>
-    static vb mid2(vb a) {
-        const vb m = vdupq_n_u8(0x30);
-        return j == 0   ? vandq_u8(vshlq_n_u8(a, 4), m)
-               : j == 1 ? vandq_u8(vshlq_n_u8(a, 2), m)
-               : j == 2 ? vandq_u8(a, m)
-                        : vandq_u8(vshrq_n_u8(a, 2), m);
+    template <int j, int to>
+    static vb bit2(vb a) {
+        return vandq_u8(shift<to - 2 * j>(a), vdupq_n_u8(3 << to));
+    }
+
+    template <int by>
+    static vb shift(vb a) {
+        if constexpr (by > 0) {
+            return vshlq_n_u8(a, by);
+        } else if constexpr (by < 0) {
+            return vshrq_n_u8(a, -by);
+        } else {
+            return a;
+        }
     }
 
     // a lane of x holds 4 k for all rows

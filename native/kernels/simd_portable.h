@@ -106,6 +106,9 @@ struct simd {
     static vi load_u8(const uint8_t * p) {
         return each<vi>([&](int i) { return (int32_t) p[i]; });
     }
+    static vi load_low4(const uint8_t * p) {
+        return each<vi>([&](int i) { return (int32_t) (p[i] & 15); });
+    }
     static vi load_i8(const uint8_t * p) {
         return each<vi>([&](int i) { return (int32_t) (int8_t) p[i]; });
     }
@@ -153,14 +156,14 @@ struct simd {
         return each_byte([&](int i, int j) { return table[a.v[i][j]]; });
     }
 
-    template <int k>
-    static vb mid1(vb a) {
-        return each_byte([&](int i, int j) { return (a.v[i][j] >> k & 1) << 4; });
+    template <int k, int to>
+    static vb bit1(vb a) {
+        return each_byte([&](int i, int j) { return (a.v[i][j] >> k & 1) << to; });
     }
 
-    template <int k>
-    static vb mid2(vb a) {
-        return each_byte([&](int i, int j) { return (a.v[i][j] >> (2 * k) & 3) << 4; });
+    template <int k, int to>
+    static vb bit2(vb a) {
+        return each_byte([&](int i, int j) { return (a.v[i][j] >> (2 * k) & 3) << to; });
     }
 
     template <int bits>

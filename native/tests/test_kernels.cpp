@@ -17,12 +17,14 @@
 using namespace entmtp;
 
 static const ggml_type TYPES[] = {
-    GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, GGML_TYPE_IQ4_NL, GGML_TYPE_MXFP4,
-    GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K, GGML_TYPE_F16,  GGML_TYPE_BF16, GGML_TYPE_F32,
+    GGML_TYPE_Q4_0,   GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, GGML_TYPE_IQ4_NL,
+    GGML_TYPE_MXFP4,  GGML_TYPE_Q2_K, GGML_TYPE_Q3_K, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K,
+    GGML_TYPE_IQ4_XS, GGML_TYPE_F16,  GGML_TYPE_BF16, GGML_TYPE_F32,
 };
 
 static bool has_minimum(ggml_type type) {
-    return type == GGML_TYPE_Q4_1 || type == GGML_TYPE_Q5_1 || type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q5_K;
+    return type == GGML_TYPE_Q4_1 || type == GGML_TYPE_Q5_1 || type == GGML_TYPE_Q2_K || type == GGML_TYPE_Q4_K ||
+           type == GGML_TYPE_Q5_K;
 }
 
 struct matrix {
@@ -224,11 +226,12 @@ static void test_extremes() {
                     m.data[b] = (uint8_t) (119 + rng() % 3); // an exponent
                     continue;
                 }
-                const uint16_t d  = float_to_half(std::ldexp(1.0f + (float) (rng() % 100) / 100, -8));
-                const size_t   at = type == GGML_TYPE_Q6_K ? size - 2 : 0;
+                const uint16_t d      = float_to_half(std::ldexp(1.0f + (float) (rng() % 100) / 100, -8));
+                const bool     at_end = type == GGML_TYPE_Q6_K || type == GGML_TYPE_Q3_K;
+                const size_t   at     = at_end ? size - 2 : type == GGML_TYPE_Q2_K ? size - 4 : 0;
                 memcpy(&m.data[b + at], &d, 2);
                 if (has_minimum(type)) {
-                    memcpy(&m.data[b + 2], &d, 2);
+                    memcpy(&m.data[b + at + 2], &d, 2);
                 }
             }
             for (int64_t r = 0; r < m.n_rows; ++r) {
@@ -283,7 +286,8 @@ static void test_quantize() {
         x[2 * k + i] = i == 5 ? INFINITY : (float) i;
         x[3 * k + i] = i == 300 ? NAN : 3e38f;
     }
-    for (weight_type type : { W_Q4_0, W_Q4_1, W_Q5_0, W_Q8_0, W_IQ4_NL, W_Q4_K, W_Q5_K, W_Q6_K }) {
+    for (weight_type type :
+         { W_Q4_0, W_Q4_1, W_Q5_0, W_Q8_0, W_IQ4_NL, W_Q2_K, W_Q3_K, W_Q4_K, W_Q5_K, W_Q6_K, W_IQ4_XS }) {
         const int64_t        n_blocks = k / LAYOUTS[type].block;
         std::vector<int8_t>  q[2]     = { std::vector<int8_t>(4 * k), std::vector<int8_t>(4 * k) };
         std::vector<float>   d[2]     = { std::vector<float>(4 * n_blocks), std::vector<float>(4 * n_blocks) };

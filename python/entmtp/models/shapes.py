@@ -52,8 +52,12 @@ class Quant:
 QUANTS = {
     "q4_0": Quant(gguf.LlamaFileType.MOSTLY_Q4_0, (0,), 4.6),
     "q8_0": Quant(gguf.LlamaFileType.MOSTLY_Q8_0, (0,), 74.0),
+    "q2_k": Quant(gguf.LlamaFileType.MOSTLY_Q2_K, (80, 82), 13.4),  # 4-bit scales and mins
+    "q3_k": Quant(gguf.LlamaFileType.MOSTLY_Q3_K_M, (108,), 43.3),  # 6-bit scales
     "q4_k": Quant(gguf.LlamaFileType.MOSTLY_Q4_K_M, (0, 2), 300.0),  # 6-bit scales and mins
+    "q5_k": Quant(gguf.LlamaFileType.MOSTLY_Q5_K_M, (0, 2), 634.0),
     "q6_k": Quant(gguf.LlamaFileType.MOSTLY_Q6_K, (208,), 1370.0),  # 8-bit scales
+    "iq4_xs": Quant(gguf.LlamaFileType.MOSTLY_IQ4_XS, (0,), 1247.0),
     "f16": Quant(gguf.LlamaFileType.MOSTLY_F16, (), 1.0),
 }
 
