@@ -347,14 +347,21 @@ void matmul_scaled(const uint8_t * panel, int64_t n_blocks, const activations & 
             for (int v = 0; v < nv; ++v) {
                 const int      row = sub + v * simd::R;
                 const simd::vf d   = simd::load_f16((const uint16_t *) p + row);
+                simd::vf       dmin;
+                simd::vi       min[8];
+                if constexpr (has_min) {
+                    dmin = simd::load_f16((const uint16_t *) p + PANEL + row);
+                    for (int g = 0; g < 8; ++g) {
+                        min[g] = simd::load_u8x2(mins[g][row]);
+                    }
+                }
 #pragma GCC unroll 16
                 for (int i = 0; i < n; ++i) {
                     sum[v][i] = simd::fma(simd::cvt(t[v][i]), simd::mulf(d, simd::set1f(dx[i])), sum[v][i]);
                     if constexpr (has_min) {
-                        const simd::vf dmin = simd::load_f16((const uint16_t *) p + PANEL + row);
-                        simd::vi       m    = simd::set1i(0);
+                        simd::vi m = simd::set1i(0);
                         for (int g = 0; g < 8; ++g) {
-                            m = simd::dot2(m, simd::load_u8x2(mins[g][row]), s[sums * i + g]);
+                            m = simd::dot2(m, min[g], s[sums * i + g]);
                         }
                         sum[v][i] = simd::fma(simd::cvt(m), simd::mulf(dmin, simd::set1f(-dx[i])), sum[v][i]);
                     }

@@ -158,6 +158,11 @@ class Llama(Upstream):
         if kwargs.get("tokenizer") is None:
             self.tokenizer_ = Tokenizer(self)
 
+        on_cpu = cpu_kernels.current() != cpu_kernels.OFF and not self.model_params.n_gpu_layers and not rpc_servers
+        swa_full = bool(self.context_params.swa_full)
+        # what drafts give is "exact" (plain decoding's text, bit for bit), "rounding" (where two tokens are as near as
+        # what kernels round, either may come: docs/how-it-works.md) or "lossy" (accept="typical")
+        self.lossless = drafting.how_lossless(self.metadata, on_cpu, swa_full, accept)
         self._accept = accept
         self._typical = (typical_epsilon, typical_alpha)
         self._warned: set[str] = set()
@@ -331,7 +336,8 @@ class Llama(Upstream):
     def draft_stats(self) -> DraftStats:
         """What the steps since the last `reset_draft_stats` did."""
         with self._use:
-            return self._decoder.stats() if self._decoder else DraftStats()
+            stats = self._decoder.stats() if self._decoder else DraftStats()
+            return replace(stats, lossless=self.lossless)
 
     def reset_draft_stats(self) -> None:
         """Start counting anew."""

@@ -141,12 +141,12 @@ def test_doctor_with_a_model(models: dict[str, Path], tmp_path: Path) -> None:
 
 def test_doctor_tells_how_weights_are_computed(tmp_path: Path) -> None:
     """Each way in turn, on files of that type; a split file is counted whole."""
-    slow = str(write_typed(tmp_path / "slow.gguf", "Q3_K"))
+    slow = str(write_typed(tmp_path / "slow.gguf", "IQ3_S"))
     _, checks = doctor("--model", slow)
-    assert checks["weights"]["status"] == "note" and "Q3_K" in checks["weights"]["found"]
+    assert checks["weights"]["status"] == "note" and "IQ3_S" in checks["weights"]["found"]
     assert "row by row" in checks["weights"]["found"] and "Q4_K" in checks["weights"]["mend"]
     _, checks = doctor("--model", slow, "--kernels", "off")
-    assert "Q3_K (2 MB) by ggml" in checks["weights"]["found"] and "by row" not in checks["weights"]["found"]
+    assert "IQ3_S (2 MB) by ggml" in checks["weights"]["found"] and "by row" not in checks["weights"]["found"]
     assert "ggml computes 100% of them" in checks["weights"]["mend"]
     _, whole = doctor("--model", str(write_typed(tmp_path / "whole.gguf", "Q5_1")))
     _, split = doctor("--model", str(write_typed(tmp_path / "split.gguf", "Q5_1", per_file=20)))

@@ -283,6 +283,13 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
     )
     if "weights" in found:
         yield check_weights(found["weights"])
+    if found["lossless"] == "exact":
+        yield ok("text", "drafts give plain decoding's text, bit for bit")
+    else:
+        yield Check(
+            "text", "note", "drafts give plain decoding's text, but where two tokens are as near as what kernels round",
+            "docs/how-it-works.md, When is the output not identical?, says where and why",
+        )  # fmt: skip
     if held := found.get("held"):
         large = f", {held['AnonHugePages'] / 1e6:.0f} MB of it in large pages" if "AnonHugePages" in held else ""
         yield ok("held", f"{held['Rss'] / 1e6:.0f} MB more in memory with the model loaded{large}")

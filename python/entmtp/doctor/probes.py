@@ -120,6 +120,7 @@ def model(arguments: list[str]) -> dict[str, Any]:
         "name": llm.metadata.get("general.name") or Path(llm.model_path).name,
         "architecture": llm.metadata.get("general.architecture", "?"),
         "n_ctx": llm.n_ctx(),
+        "lossless": llm.lossless,
     }
     if llm.model_params.n_gpu_layers == 0:
         result["weights"] = weights(Path(llm.model_path))

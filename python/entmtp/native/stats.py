@@ -101,6 +101,7 @@ class DraftStats:
         older: sums over the steps before.
         traffic: what crossed between host and device.
         outputs: where logits are reduced.
+        lossless: what the text is to plain decoding's, see `Llama.lossless`.
     """
 
     steps: npt.NDArray[np.void] = field(default_factory=lambda: np.zeros(0, STEP_DTYPE))
@@ -108,6 +109,7 @@ class DraftStats:
     older: OlderSteps = field(default_factory=OlderSteps)
     traffic: Traffic = field(default_factory=Traffic)
     outputs: Outputs = field(default_factory=Outputs)
+    lossless: str = "exact"
 
     @property
     def n_steps(self) -> int:

@@ -101,6 +101,10 @@ class Metrics:
         self.accepted = counter("accepted_tokens", "Guesses that were taken.", "model")
         self.trees = counter("tree_steps", "Steps by the tree that was chosen.", "model", "tree")
         self.step_seconds = counter("step_seconds", "Time of the steps by kind of work.", "model", "part")
+        self.lossless = Gauge(
+            "entmtp_lossless", "1: the text of plain decoding bit for bit; 0: up to rounding, or lossy.", ["model"],
+            registry=self.registry,
+        )  # fmt: skip
         self.entropy = EntropyHistogram()
         self.registry.register(self.entropy)
 
@@ -134,6 +138,7 @@ class Metrics:
             self.trees.labels(model, tree).inc(n)
         for part, spent in stats.time_split.items():
             self.step_seconds.labels(model, part).inc(spent)
+        self.lossless.labels(model).set(stats.lossless == "exact")
         self.entropy.add(model, stats.steps["entropy"])
 
     def text(self, accept: str | None) -> tuple[bytes, str]:
