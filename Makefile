@@ -33,7 +33,7 @@ export PATH := $(BIN):$(PATH)
 SKBUILD := $(shell sed -n 's/^requires = \["\(scikit-build-core==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-arm build install wheel bump lint format clean distclean
+.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-arm soak build install wheel bump lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -63,6 +63,9 @@ test-torch: $(VENV)/.torch ## run the tests that need PyTorch (fetches it)
 
 test-gpu: install ## run the tests that need a GPU; with CUDA=1, METAL=1 or VULKAN=1
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
+
+soak: install ## random calls to a drafting model and a plain twin, 1000000 tokens or TOKENS=n
+	$(PY) tests/soak.py --tokens $(or $(TOKENS),1000000)
 
 test-asan: $(VENV)/.tools ## run the native tests with AddressSanitizer and UBSan
 	$(BIN)/cmake -S . -B build/asan -G Ninja -DENTMTP_TESTS=ON -DENTMTP_SANITIZE=address,undefined \

@@ -158,7 +158,11 @@ class Llama(Upstream):
         if kwargs.get("tokenizer") is None:
             self.tokenizer_ = Tokenizer(self)
 
-        on_cpu = cpu_kernels.current() != cpu_kernels.OFF and not self.model_params.n_gpu_layers and not rpc_servers
+        on_cpu = (
+            cpu_kernels.current() != cpu_kernels.OFF
+            and not self.model_params.n_gpu_layers
+            and not rpc_servers
+        )
         swa_full = bool(self.context_params.swa_full)
         # what drafts give is "exact" (plain decoding's text, bit for bit), "rounding" (where two tokens are as near as
         # what kernels round, either may come: docs/how-it-works.md) or "lossy" (accept="typical")
@@ -480,6 +484,7 @@ class Llama(Upstream):
             return
         finally:
             with contextlib.suppress(BusyError), self._use.of(turn):
+                self.end_chain()
                 self._settle()
 
     def _look_at_prompt(self, prompt: list[int], reset: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import random
 import sys
 import threading
 from typing import Any
@@ -70,6 +71,10 @@ class Upstream(llama_cpp.Llama):
 
     def __init__(self, model_path: str, **kwargs: Any):
         self._stale = True
+        if (
+            kwargs.get("seed") == -1
+        ):  # random, says the documentation; llama-cpp-python draws from a fixed one then
+            kwargs["seed"] = random.randrange(1, 1 << 32)
         with _loading:
             super().__init__(model_path, **kwargs)
         # llama.cpp rounds small contexts up, llama-cpp-python's arrays are as long as the argument says
@@ -141,6 +146,10 @@ class Upstream(llama_cpp.Llama):
     def chain(self, **settings: Any) -> Any:
         """The sampler chain of the running generation, or, outside of one, a new one; `.sampler` is its pointer."""
         return self._sampler if self._sampler is not None else self._init_sampler(**settings)
+
+    def end_chain(self) -> None:
+        """The generation is over: `sample` must not go on with its seed, biases and grammar (llama-cpp-python's does)."""
+        self._sampler = None
 
 
 def is_readable_grammar(model: Any, grammar: Any) -> bool:

@@ -174,4 +174,8 @@ def test_a_number_that_is_given_stays(models: dict[str, Path]) -> None:
 def test_costs_are_measured_for_every_number(models: dict[str, Path]) -> None:
     with closing(Llama(models["q8_0"], draft="entmtp", n_ctx=256, verbose=False)) as llm:
         keys = {n: c.key for n, c in llm._costs.items()}
-        assert 1 in keys and set(keys) <= set(drafting.halved(fast_cores())) and len(set(keys.values())) == len(keys)
+        assert (
+            1 in keys
+            and set(keys) <= set(drafting.halved(fast_cores()))
+            and len(set(keys.values())) == len(keys)
+        )

@@ -291,7 +291,9 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
             "docs/how-it-works.md, When is the output not identical?, says where and why",
         )  # fmt: skip
     if held := found.get("held"):
-        large = f", {held['AnonHugePages'] / 1e6:.0f} MB of it in large pages" if "AnonHugePages" in held else ""
+        large = (
+            f", {held['AnonHugePages'] / 1e6:.0f} MB of it in large pages" if "AnonHugePages" in held else ""
+        )
         yield ok("held", f"{held['Rss'] / 1e6:.0f} MB more in memory with the model loaded{large}")
     if "outputs" in found:
         yield Check("logits", "note" if found["outputs_note"] else "ok", found["outputs"])

@@ -1,0 +1,205 @@
+"""A model that drafts and a plain twin, under random calls for long: equal tokens, steady memory, no file left open.
+
+    python tests/soak.py --tokens 1000000      (make soak)
+
+Every call is made to both. What must not differ: the tokens. What must not grow: memory of the process and open files,
+from the first fifth of the run (after the first calls of each kind) to the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+import psutil
+from llama_cpp import LlamaGrammar
+
+from entmtp import Llama
+from entmtp.models.assets import assets
+from entmtp.options.demo import demo_files
+
+GRAMMARS = (
+    'root ::= ("yes" | "no") " because " [a-z ]+ "."',
+    r'root ::= "{\"name\": \"" [A-Za-z ]+ "\", \"age\": " [0-9]+ "}"',
+)
+WARM = 0.2  # of the run: allocators and graphs settle
+
+
+class Twins:
+    """The same calls to a drafting model and a plain one, drawn by a seed."""
+
+    def __init__(self, drafting: Llama, plain: Llama, texts: list[str], seed: int):
+        self.models, self.texts, self.rng = (drafting, plain), texts, random.Random(seed)
+        self.n_tokens = 0
+        self.calls: Counter[str] = Counter()
+        self.grammars = [LlamaGrammar.from_string(g, verbose=False) for g in GRAMMARS]
+
+    def prompt(self) -> str:
+        text = self.rng.choice(self.texts)
+        begin = self.rng.randrange(len(text))
+        return text[begin : begin + self.rng.randrange(1, 600)]
+
+    def settings(self) -> dict[str, Any]:
+        draw = self.rng.random
+        return {
+            "temperature": self.rng.choice((0.0, 0.0, 0.4, 0.8, 1.2)), "seed": self.rng.randrange(1 << 30),
+            "max_tokens": self.rng.randrange(1, 160), "top_k": self.rng.choice((1, 20, 40)),
+            "repeat_penalty": 1.0 if draw() < 0.7 else 1.1, "frequency_penalty": 0.0 if draw() < 0.8 else 0.4,
+            "stop": [] if draw() < 0.7 else [self.rng.choice((".", "\n", " the"))],
+        }  # fmt: skip
+
+    def same(self, what: str, answers: list[Any]) -> None:
+        if answers[0] != answers[1]:
+            raise AssertionError(
+                f"{what}, call {sum(self.calls.values())}: {answers[0]!r} is not {answers[1]!r}"
+            )
+
+    def complete(self) -> None:
+        prompt, settings = self.prompt(), self.settings()
+        answers = [llm.create_completion(prompt, **settings) for llm in self.models]
+        self.same("complete", [(a["choices"], a["usage"]) for a in answers])
+        self.n_tokens += answers[0]["usage"]["completion_tokens"]
+
+    def with_grammar(self) -> None:
+        prompt, settings, grammar = self.prompt(), self.settings(), self.rng.choice(self.grammars)
+        answers = [llm.create_completion(prompt, **(settings | {"grammar": grammar})) for llm in self.models]
+        self.same("grammar", [(a["choices"], a["usage"]) for a in answers])
+        self.n_tokens += answers[0]["usage"]["completion_tokens"]
+
+    def stream_left_early(self) -> None:
+        prompt, settings, n = self.prompt(), self.settings(), self.rng.randrange(1, 40)
+        found = []
+        for llm in self.models:
+            stream = llm.create_completion(prompt, stream=True, **settings)
+            found.append([chunk["choices"][0]["text"] for chunk, _ in zip(stream, range(n), strict=False)])
+            stream.close()
+        self.same("stream", found)
+        self.n_tokens += len(found[0])
+
+    def cancelled(self) -> None:
+        prompt, n = self.prompt(), self.rng.randrange(1, 60)
+        found = []
+        for llm in self.models:
+            tokens: list[int] = []
+            for token in llm.generate(llm.tokenize(prompt.encode()), temp=0.0):
+                tokens.append(token)
+                if len(tokens) == n:
+                    llm.cancel()
+                if len(tokens) > n:  # it was drafted already, or the pass had begun
+                    break
+            found.append(tokens[:n])
+        self.same("cancel", found)
+        self.n_tokens += len(found[0])
+
+    def states(self) -> None:
+        prompt, found = self.prompt(), []
+        after = self.models[0].tokenize(b" and then", add_bos=False)
+        for llm in self.models:
+            llm.reset()
+            llm.eval(llm.tokenize(prompt.encode()))
+            state = llm.save_state()
+            tokens = []
+            for _ in range(2):
+                llm.load_state(state)
+                llm.eval(after)  # a state holds no logits to sample from
+                for _ in range(12):
+                    tokens.append(llm.sample(temp=0.0))
+                    llm.eval(tokens[-1:])
+            found.append(tokens)
+        self.same("states", found)
+        self.n_tokens += len(found[0])
+
+    def to_the_end_of_the_context(self) -> None:
+        prompt = self.prompt()
+        answers = [llm.create_completion(prompt, max_tokens=None, temperature=0.0) for llm in self.models]
+        self.same("context", [(a["choices"], a["usage"]) for a in answers])
+        self.n_tokens += answers[0]["usage"]["completion_tokens"]
+
+    def reset(self) -> None:
+        for llm in self.models:
+            llm.reset()
+
+    def other_policy(self) -> None:
+        policy = self.rng.choice(("auto", "auto", "entropy", "confidence", "off"))
+        self.models[0].set_trees(policy=policy)
+
+    def threads(self) -> None:
+        for llm in self.models:
+            llm.set_threads(self.rng.choice((1, 1, 2)))
+
+    def step(self) -> None:
+        """One call, of a kind that is drawn."""
+        kinds: list[tuple[int, Callable[[], None]]] = [
+            (10, self.complete), (4, self.stream_left_early), (3, self.cancelled), (2, self.with_grammar),
+            (2, self.states), (1, self.to_the_end_of_the_context), (2, self.reset), (1, self.other_policy),
+            (1, self.threads),
+        ]  # fmt: skip
+        kind = self.rng.choices([k for _, k in kinds], [w for w, _ in kinds])[0]
+        kind()
+        self.calls[kind.__name__] += 1
+
+
+def soak(n_tokens: int, seed: int = 1, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Run until so many tokens came; figures of the run.
+
+    Raises:
+        AssertionError: the twins' tokens differ; the text says in which call.
+    """
+    texts = [
+        json.loads(line)["prompt"]
+        for path in sorted((assets() / "prompts").glob("*.jsonl")) if path.stem in ("humaneval", "gsm8k", "literature")
+        for line in path.read_text("utf-8").splitlines()
+    ]  # fmt: skip
+    model, heads = demo_files()
+    how: dict[str, Any] = {"n_ctx": 768, "verbose": False, "n_threads": 1, "n_threads_batch": 1}
+    process = psutil.Process()
+    with (
+        closing(Llama(model, draft="entmtp", heads=heads, calibrate=False, **how)) as drafting,
+        closing(Llama(model, **how)) as plain,
+    ):
+        twins, samples, said = Twins(drafting, plain, texts, seed), [], time.monotonic()
+        begin = said
+        while twins.n_tokens < n_tokens:
+            twins.step()
+            if twins.n_tokens >= WARM * n_tokens:
+                samples.append(
+                    (process.memory_info().rss, process.num_fds() if hasattr(process, "num_fds") else 0)
+                )
+            if time.monotonic() - said > 30:
+                said = time.monotonic()
+                say(f"{twins.n_tokens} of {n_tokens} tokens, {process.memory_info().rss / 1e6:.0f} MB")
+        accepted = drafting.draft_stats.n_accepted
+    fifth = max(len(samples) // 5, 1)
+    rss = [statistics.median(s[0] for s in part) for part in (samples[:fifth], samples[-fifth:])]
+    return {
+        "tokens": twins.n_tokens, "calls": dict(twins.calls), "seconds": round(time.monotonic() - begin, 1),
+        "memory_mb": [round(m / 1e6, 1) for m in rss], "growth": round(rss[1] / rss[0] - 1, 4),
+        "files": [samples[0][1], samples[-1][1]], "accepted_drafts": accepted,
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens to generate (default: 1000000)")
+    parser.add_argument("--seed", type=int, default=1, help="of the calls (default: 1)")
+    args = parser.parse_args()
+    found = soak(args.tokens, args.seed, lambda text: print(text, file=sys.stderr, flush=True))
+    print(json.dumps(found, indent=1))
+    if found["growth"] > 0.01 or found["files"][1] > found["files"][0]:
+        print("soak: memory or open files grew", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
