@@ -20,7 +20,6 @@ from contextlib import closing
 from typing import Any
 
 import psutil
-from llama_cpp import LlamaGrammar
 
 from entmtp import Llama
 from entmtp.models.assets import assets
@@ -37,6 +36,8 @@ class Twins:
     """The same calls to a drafting model and a plain one, drawn by a seed."""
 
     def __init__(self, drafting: Llama, plain: Llama, texts: list[str], seed: int):
+        from llama_cpp import LlamaGrammar  # after entmtp, which says where the library is
+
         self.models, self.texts, self.rng = (drafting, plain), texts, random.Random(seed)
         self.n_tokens = 0
         self.calls: Counter[str] = Counter()

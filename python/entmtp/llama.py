@@ -14,9 +14,8 @@ from typing import Any
 import llama_cpp
 
 from . import drafting
-from .bank import Bank, Costs, load_bank
+from .bank import Bank, load_bank
 from .common.errors import BusyError, Cancelled, EntmtpError
-from .common.machine import fast_cores
 from .common.use import Use
 from .models.beside import find_heads, heads_of
 from .models.hub import PREFIX as HUB
@@ -29,11 +28,11 @@ from .native.decoder import Decoder
 from .native.heads import Heads
 from .native.rpc import Servers
 from .native.stats import DraftStats
-from .threads import Threads
-from .upstream import Upstream, is_readable_grammar
+from .pace import Paced
+from .upstream import is_readable_grammar
 
 
-class Llama(Upstream):
+class Llama(Paced):
     """A `llama_cpp.Llama` in every argument and method, with tree speculation.
 
     With `draft="entmtp"` the same calls give the same tokens, in fewer passes of the model: each step drafts a tree of
@@ -120,8 +119,6 @@ class Llama(Upstream):
         self.policy = "off"
         self.tree: str | None = None  # the one of policy "static"
         self._servers: Servers | None = None
-        self._threads: Threads | None = None  # where their number follows the machine
-        self._costs: dict[int, Costs] = {}  # measured here, by number of threads
         self._use = Use()
         # called with each sampled token, and which drafters had guessed it (bits of native.abi.SOURCES; 0: none)
         self.on_token: Callable[[int, int], None] | None = None
@@ -145,10 +142,8 @@ class Llama(Upstream):
         if rpc_servers:
             self._servers = Servers(rpc_servers)
             kwargs.setdefault("n_gpu_layers", -1)
-        follows = not (kwargs.get("n_threads") or kwargs.get("n_threads_batch"))
-        if follows and cpu_kernels.current() != cpu_kernels.OFF and not kwargs.get("n_gpu_layers"):
-            self._threads = Threads(fast_cores())
-            kwargs["n_threads"] = kwargs["n_threads_batch"] = self._threads.most
+        follows = not (kwargs.get("n_threads") or kwargs.get("n_threads_batch") or kwargs.get("n_gpu_layers"))
+        kwargs |= self.begin_pace(follows and cpu_kernels.current() != cpu_kernels.OFF)
         try:
             super().__init__(str(model_path), **kwargs)
         except ValueError:
@@ -242,7 +237,7 @@ class Llama(Upstream):
     def _set_bank(self, bank: Bank, tree: str | None, policy: str) -> None:
         assert self._decoder is not None
         if policy in PRICED and self._calibrate:
-            bank = self._with_own_costs(bank)
+            bank = self.with_own_costs(bank)
         if policy == "auto":
             bank = drafting.with_calibration(self, bank)
         static_tree = 0
@@ -256,50 +251,9 @@ class Llama(Upstream):
         elif tree is not None:
             raise ValueError(f'trees names the tree {tree}, which only policy="static" uses')
         self._decoder.set_bank(bank, policy, static_tree, **self._settings)
-        if self._threads is not None:
-            self._decoder.set_threads(self.n_threads)
+        self.name_threads()
         self.bank, self.policy = bank, policy
         self.tree = bank.trees[static_tree].name if policy == "static" else None
-
-    def _with_own_costs(self, bank: Bank) -> Bank:
-        """The bank with costs of this machine, as measured or remembered."""
-        threads, self._threads = self._threads, None  # the number stands still while it is timed
-        free = threads.look() if threads else None
-        self._costs = {}
-        try:
-            costs = drafting.own_costs(self, bank, free)
-        finally:
-            self._threads = threads
-        if not costs:
-            return bank
-        if threads is not None:
-            if free == threads.most:
-                threads.most = drafting.fastest(costs)
-            threads.now = min(threads.now, threads.most)
-            self.compute_on(threads.now)
-        self._costs = costs
-        return replace(bank, costs=drafting.costs_for(self.n_threads, self._costs))
-
-    def set_threads(self, n_threads: int | None = None) -> None:
-        """Compute on so many CPU threads from now on.
-
-        Args:
-            n_threads: None: as many as the machine has to spare, looked at again while running.
-
-        Raises:
-            ValueError: fewer than one.
-        """
-        if n_threads is not None and n_threads < 1:
-            raise ValueError(f"n_threads is {n_threads}, it must be at least 1")
-        with self._use:
-            self._threads = Threads(fast_cores()) if n_threads is None else None
-            self.compute_on(self._threads.now if self._threads else n_threads)
-
-    def compute_on(self, n_threads: int) -> None:
-        """Compute the next passes on so many CPU threads; a number that follows the machine may change again."""
-        self.n_threads = self.n_threads_batch = n_threads
-        if self._decoder is not None:
-            self._decoder.set_threads(n_threads, drafting.costs_for(n_threads, self._costs))
 
     def set_trees(
         self,
@@ -369,8 +323,7 @@ class Llama(Upstream):
                 super().eval(tokens)
                 self._check_servers()
                 return
-            if self._threads is not None and (n := self._threads.look()) != self.n_threads:
-                self.compute_on(n)
+            self.follow()
             if self.n_tokens + len(tokens) > self.n_ctx():
                 raise EntmtpError(
                     f"the context is full: {self.n_tokens} tokens are in it and {len(tokens)} more do not fit into "

@@ -148,7 +148,7 @@ class Upstream(llama_cpp.Llama):
         return self._sampler if self._sampler is not None else self._init_sampler(**settings)
 
     def end_chain(self) -> None:
-        """The generation is over: `sample` must not go on with its seed, biases and grammar (llama-cpp-python's does)."""
+        """The generation is over: `sample` must not go on with its seed, biases and grammar."""
         self._sampler = None
 
 

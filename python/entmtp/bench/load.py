@@ -51,15 +51,12 @@ def contestants(args: Namespace, stack: ExitStack, counts: list[int]) -> tuple[A
         other = stack.enter_context(closing(stock(plain, n_threads=n, n_threads_batch=n)))
         found[label_of(STOCK, n)] = answering(other, kernels=kernels.OFF)
     found[label_of(PLAIN_LOOP.label, None)] = answering(plain, kernels=own)
-    numbers: list[dict[str, Any]] = [{}, *({"n_threads": n, "n_threads_batch": n} for n in counts)]
-    for how in numbers:
-        n = how.get("n_threads")
-        if how:
-            fixed = stack.enter_context(closing(load_plain(args, stats=False, **how)))
-            found[label_of(PLAIN_LOOP.label, n)] = answering(fixed, kernels=own)
-    for how in numbers:
-        one = stack.enter_context(closing(load(args, policy="auto", **how)))
-        found[label_of(ENTMTP.label, how.get("n_threads"))] = answering(one, kernels=own)
+    for n in counts:
+        fixed = stack.enter_context(closing(load_plain(changed(args, threads=n), stats=False)))
+        found[label_of(PLAIN_LOOP.label, n)] = answering(fixed, kernels=own)
+    for number in (None, *counts):
+        one = stack.enter_context(closing(load(changed(args, threads=number), policy="auto")))
+        found[label_of(ENTMTP.label, number)] = answering(one, kernels=own)
     return plain, found
 
 
@@ -87,10 +84,10 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
     ]
     n_answers = len(prompts) * args.rounds * len(args.busy)
     cells = []
-    for rows in zip(*(beside["rows"] for beside in report["load"]), strict=True):
-        label = rows[0]["method"]
-        same = f"{sum(row['identical'] for row in rows)}/{n_answers}"
-        speeds = [figure(row["tokens_per_second_overall"], "{:.0f}") for row in rows]
+    for same_method in zip(*(beside["rows"] for beside in report["load"]), strict=True):
+        label = same_method[0]["method"]
+        same = f"{sum(row['identical'] for row in same_method)}/{n_answers}"
+        speeds = [figure(row["tokens_per_second_overall"], "{:.0f}") for row in same_method]
         cells.append(
             [label, *speeds, "" if label.startswith(STOCK) else same]
         )  # its kernels round differently
