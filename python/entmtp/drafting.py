@@ -15,6 +15,7 @@ from .native.arrays import NEED_HEADS, POLICIES
 
 ACCEPT = ("lossless", "typical")
 OUTPUTS = ("auto", "host", "rows", "device")
+PASSES = 6  # that measuring costs takes at least
 
 
 def one_of(name: str, value: object, known: Sequence[str]) -> None:
@@ -66,8 +67,8 @@ def own_costs(llm: Subject, bank: Bank, free: int | None) -> dict[int, Costs]:
     """Costs on this machine by number of threads; empty where there is too little room to measure.
 
     Args:
-        free: threads that the machine has to spare: they, and fewer, are measured, each half as many as the one before.
-            None: the number is fixed.
+        free: threads that the machine has to spare: they, and fewer, are measured, each half as many as the one before,
+            while that takes no long. None: the number is fixed.
     """
     if llm.n_ctx() < 128 or not llm.decoder.can_tree():
         return {}
@@ -75,8 +76,11 @@ def own_costs(llm: Subject, bank: Bank, free: int | None) -> dict[int, Costs]:
     seconds = SECONDS if len(numbers) == 1 else 0.7 * SECONDS
     state = llm.decoder.stats_enabled
     llm.decoder.set_stats(True)
-    costs = {}
+    costs: dict[int, Costs] = {}
     for n in numbers:
+        guess = costs_for(n, costs)
+        if guess and PASSES * guess.curve()[0] > seconds * 1e6:
+            break  # large models: in proportion will do
         if free is not None:
             llm.compute_on(n)
         tuned = bank.costs if bank.costs and bank.costs.key == machine_key(llm) else None

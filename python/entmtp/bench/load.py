@@ -88,7 +88,6 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
         label = same_method[0]["method"]
         same = f"{sum(row['identical'] for row in same_method)}/{n_answers}"
         speeds = [figure(row["tokens_per_second_overall"], "{:.0f}") for row in same_method]
-        cells.append(
-            [label, *speeds, "" if label.startswith(STOCK) else same]
-        )  # its kernels round differently
+        # llama-cpp-python's kernels round differently
+        cells.append([label, *speeds, "" if label.startswith(STOCK) else same])
     yield table(head, cells)
