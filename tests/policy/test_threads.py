@@ -36,14 +36,13 @@ def test_load_sees_a_busy_program_but_not_this_one(busy: subprocess.Popen[bytes]
     time.sleep(0.5)
     beside = load.others()
     assert 0.3 < beside <= load.n_cpus  # all of a processor, unless the whole machine is fought for
-    # the same second of work is ours when we do it: a machine of others shows no more of them for it
-    busy.kill()
-    busy.wait()
+    # what we compute ourselves is not others'
     load.others()
-    end = time.process_time() + 0.5
+    begin, end = time.perf_counter(), time.process_time() + 0.5
     while time.process_time() < end:
         pass
-    assert load.others() < load.n_cpus - 0.5
+    share = 0.5 / (time.perf_counter() - begin)
+    assert load.others() <= load.n_cpus - share + 0.15
 
 
 def test_threads_follow_what_is_free() -> None:
