@@ -3,7 +3,7 @@
     python tests/soak.py --tokens 1000000      (make soak)
 
 Every call is made to both. What must not differ: the tokens. What must not grow: memory of the process and open files,
-from the first fifth of the run (after the first calls of each kind) to the last.
+from the first fifth of the run (after a warm-up) to the last.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ GRAMMARS = (
     'root ::= ("yes" | "no") " because " [a-z ]+ "."',
     r'root ::= "{\"name\": \"" [A-Za-z ]+ "\", \"age\": " [0-9]+ "}"',
 )
-WARM = 0.2  # of the run: allocators and graphs settle
+WARM = 0.2  # of the run: allocators and graphs settle,
+FILLED = 80_000  # tokens until the logs of the last 65,536 steps are full
 
 
 class Twins:
@@ -39,7 +40,7 @@ class Twins:
         from llama_cpp import LlamaGrammar  # after entmtp, which says where the library is
 
         self.models, self.texts, self.rng = (drafting, plain), texts, random.Random(seed)
-        self.n_tokens = 0
+        self.n_tokens = self.n_accepted = 0
         self.calls: Counter[str] = Counter()
         self.grammars = [LlamaGrammar.from_string(g, verbose=False) for g in GRAMMARS]
 
@@ -130,6 +131,7 @@ class Twins:
 
     def other_policy(self) -> None:
         policy = self.rng.choice(("auto", "auto", "entropy", "confidence", "off"))
+        self.n_accepted += self.models[0].draft_stats.n_accepted  # they are counted anew then
         self.models[0].set_trees(policy=policy)
 
     def threads(self) -> None:
@@ -170,14 +172,14 @@ def soak(n_tokens: int, seed: int = 1, say: Callable[[str], None] = lambda text:
         begin = said
         while twins.n_tokens < n_tokens:
             twins.step()
-            if twins.n_tokens >= WARM * n_tokens:
+            if twins.n_tokens >= max(WARM * n_tokens, min(FILLED, 0.5 * n_tokens)):
                 samples.append(
                     (process.memory_info().rss, process.num_fds() if hasattr(process, "num_fds") else 0)
                 )
             if time.monotonic() - said > 30:
                 said = time.monotonic()
                 say(f"{twins.n_tokens} of {n_tokens} tokens, {process.memory_info().rss / 1e6:.0f} MB")
-        accepted = drafting.draft_stats.n_accepted
+        accepted = twins.n_accepted + drafting.draft_stats.n_accepted
     fifth = max(len(samples) // 5, 1)
     rss = [statistics.median(s[0] for s in part) for part in (samples[:fifth], samples[-fifth:])]
     return {
