@@ -31,15 +31,20 @@ class Load:
         self.n_cpus = len(self._cpus)
         self._last = self._read()
 
-    def _read(self) -> tuple[float, float, float]:
-        """Seconds: on the clock, that the processors were idle, that this process ran."""
-        times = psutil.cpu_times(percpu=True)
+    def _read(self) -> tuple[float, float, float] | None:
+        """Seconds: on the clock, that the processors were idle, that this process ran. None: they are not told."""
+        try:
+            times = psutil.cpu_times(percpu=True)
+        except (OSError, RuntimeError, psutil.Error):  # Android hides it, some sandboxes do
+            return None
         mine = [times[i] for i in self._cpus if i < len(times)] or times
         return time.perf_counter(), sum(t.idle + getattr(t, "iowait", 0.0) for t in mine), time.process_time()
 
     def others(self) -> float:
-        """Processors that others kept busy since the last call, between 0 and `n_cpus`."""
+        """Processors that others kept busy since the last call, between 0 and `n_cpus`; 0 where that is not known."""
         before, self._last = self._last, self._read()
+        if before is None or self._last is None:
+            return 0.0
         passed, idle, own = (b - a for a, b in zip(before, self._last, strict=True))
         if passed <= 0:
             return 0.0

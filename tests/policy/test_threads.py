@@ -45,6 +45,17 @@ def test_load_sees_a_busy_program_but_not_this_one(busy: subprocess.Popen[bytes]
     assert load.others() <= load.n_cpus - share + 0.15
 
 
+def test_a_system_that_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(percpu: bool) -> None:
+        raise PermissionError("/proc/stat")
+
+    monkeypatch.setattr(threads.psutil, "cpu_times", hidden)
+    assert Load().others() == 0.0
+    t = Threads(2)
+    t._looked = 0.0
+    assert t.look() == 2
+
+
 def test_threads_follow_what_is_free() -> None:
     t = Threads(4)
     t._settle(4.0, 1)
