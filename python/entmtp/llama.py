@@ -174,20 +174,23 @@ class Llama(Paced):
         if kwargs.get("vocab_only") or kwargs.get("draft_model") is not None:
             return
 
-        if draft is not None and heads is not None:
-            self._heads = self._stack.enter_context(
-                contextlib.closing(Heads(heads, self.model, self.n_threads_batch))
-            )
-        self._decoder = self._stack.enter_context(contextlib.closing(Decoder(self.ctx, self._heads)))
-        self._decoder.set_stats(stats)
-        self._decoder.set_outputs("host" if self.logits_all else outputs)
+        with contextlib.ExitStack() as failed:
+            failed.callback(self.close)  # now: collected as garbage, the context may go before what uses it
+            if draft is not None and heads is not None:
+                self._heads = self._stack.enter_context(
+                    contextlib.closing(Heads(heads, self.model, self.n_threads_batch))
+                )
+            self._decoder = self._stack.enter_context(contextlib.closing(Decoder(self.ctx, self._heads)))
+            self._decoder.set_stats(stats)
+            self._decoder.set_outputs("host" if self.logits_all else outputs)
 
-        if draft is not None and self._heads is None and not self._decoder.can_tree():
-            self._say_once("the memory of this model cannot hold a token tree: decoding plainly")
-        elif draft is not None:
-            self._settings: dict[str, Any] = {"score": score, "adapt": adapt, "drafters": who}
-            self._calibrate = calibrate
-            self._set_bank(bank or drafting.default_bank(self), tree, policy)
+            if draft is not None and self._heads is None and not self._decoder.can_tree():
+                self._say_once("the memory of this model cannot hold a token tree: decoding plainly")
+            elif draft is not None:
+                self._settings: dict[str, Any] = {"score": score, "adapt": adapt, "drafters": who}
+                self._calibrate = calibrate
+                self._set_bank(bank or drafting.default_bank(self), tree, policy)
+            failed.pop_all()
 
     def prepare_model(self, params: Any) -> None:
         if self._servers is not None:
