@@ -71,9 +71,7 @@ class Upstream(llama_cpp.Llama):
 
     def __init__(self, model_path: str, **kwargs: Any):
         self._stale = True
-        if (
-            kwargs.get("seed") == -1
-        ):  # random, says the documentation; llama-cpp-python draws from a fixed one then
+        if kwargs.get("seed") == -1:  # documented as random; llama-cpp-python begins with a fixed one
             kwargs["seed"] = random.randrange(1, 1 << 32)
         with _loading:
             super().__init__(model_path, **kwargs)
