@@ -1,8 +1,8 @@
 // Attention over a cache whose cells may lie in any place, for one instruction set: included after its `simd`.
 //
-// Scores and values are summed in one order: dimension after dimension, and cell after cell of those that a token sees.
-// The maximum and the sum of the probabilities are exact. So the cells of other branches of a tree, wherever they lie,
-// leave no trace in the result.
+// Scores and values are summed in one order: dimension after dimension, and cell after cell of those that a token sees, by
+// position. The maximum and the sum of the probabilities are exact. So the cells of other branches of a tree and of other
+// sequences leave no trace in the result, nor does the place where a cell lies.
 
 static inline simd::vf load_weights(const uint16_t * p) {
     return simd::load_f16(p);
@@ -294,6 +294,41 @@ void add_values(
     }
 }
 
+// rows of some cells, one after the other: in the cache, where they lie so, or copied or dequantised to `copy`
+struct cache_rows {
+    const uint8_t * at;
+    size_t          stride; // bytes
+    bool            f32;
+};
+
+static cache_rows read_rows(const uint8_t * cache,
+                            size_t          stride,
+                            bool            f32,
+                            int             n_dim,
+                            void (*to_float)(const void *, float *, int64_t),
+                            const int32_t * cells,
+                            int             n,
+                            float *         copy) {
+    if (to_float) {
+        for (int j = 0; j < n; ++j) {
+            to_float(cache + (size_t) cells[j] * stride, copy + (size_t) j * n_dim, n_dim);
+        }
+        return { (const uint8_t *) copy, n_dim * sizeof(float), true };
+    }
+    bool in_line = true;
+    for (int j = 1; j < n; ++j) {
+        in_line = in_line && cells[j] == cells[0] + j;
+    }
+    if (in_line) {
+        return { cache + (size_t) cells[0] * stride, stride, f32 };
+    }
+    const size_t size = (size_t) n_dim * (f32 ? 4 : 2);
+    for (int j = 0; j < n; ++j) {
+        memcpy((uint8_t *) copy + j * size, cache + (size_t) cells[j] * stride, size);
+    }
+    return { (const uint8_t *) copy, size, f32 };
+}
+
 static void attend(const attention & a) {
     const int    n     = a.n_query;
     const size_t ld    = attention_stride(a.n_kv);
@@ -301,8 +336,10 @@ static void attend(const attention & a) {
 
     float *    scores = a.scratch;                                      // [n][ld]
     uint32_t * seen   = (uint32_t *) (scores + ATTENTION_QUERIES * ld); // [ld] queries that see a cell
-    float *    out    = (float *) (seen + ld);                          // [n][n_dim_v]
-    float *    rows   = out + 2 * ATTENTION_QUERIES * n_dim;            // [ATTENTION_ROWS][n_dim] dequantised
+    int32_t *  cells  = (int32_t *) (seen + ld);                        // [ld] those that anyone sees, by position
+    uint16_t * masked = (uint16_t *) (cells + ld);                      // [ld] the mask of one query at these
+    float *    out    = (float *) (masked + 2 * ld);                    // [n][n_dim_v]
+    float *    rows   = out + 2 * ATTENTION_QUERIES * n_dim;            // [ATTENTION_ROWS][n_dim] copied, dequantised
 
     const uint32_t all = n == 32 ? 0xffffffffu : (1u << n) - 1;
     for (int j = 0; j < a.n_kv; ++j) {
@@ -315,72 +352,69 @@ static void attend(const attention & a) {
         }
     }
 
-    // cells before the first and after the last that anyone sees need no work
-    int first = 0, last = a.n_kv;
-    while (first < last && seen[first] == 0) {
-        ++first;
+    int n_cells = 0;
+    for (int j = 0; j < a.n_kv; ++j) {
+        const int32_t c = a.order ? a.order[j] : j;
+        if (c < 0) {
+            break;
+        }
+        cells[n_cells] = c;
+        n_cells += seen[c] != 0;
     }
-    while (last > first && seen[last - 1] == 0) {
-        --last;
-    }
+    const bool in_line = n_cells > 0 && !a.order && cells[n_cells - 1] - cells[0] == n_cells - 1;
 
     float * c[ATTENTION_QUERIES];
-    for (int j = first; j < last; j += ATTENTION_ROWS) {
-        const int n_j = last - j < ATTENTION_ROWS ? last - j : ATTENTION_ROWS;
+    for (int j = 0; j < n_cells; j += ATTENTION_ROWS) {
+        const int n_j = n_cells - j < ATTENTION_ROWS ? n_cells - j : ATTENTION_ROWS;
         for (int i = 0; i < n; ++i) {
             c[i] = scores + i * ld + j;
         }
-        const uint8_t * k = a.k + j * a.k_stride;
-        if (a.k_to_float) {
-            for (int jj = 0; jj < n_j; ++jj) {
-                a.k_to_float(k + jj * a.k_stride, rows + jj * a.n_dim_k, a.n_dim_k);
-            }
-            matmul_ordered((const uint8_t *) rows, a.n_dim_k * sizeof(float), true, 0, n_j, a.n_dim_k, a.q, n, c);
-        } else {
-            matmul_ordered(k, a.k_stride, a.k_type == 0, 0, n_j, a.n_dim_k, a.q, n, c);
-        }
+        const cache_rows k =
+            read_rows(a.k, a.k_stride, a.k_type == 0, a.n_dim_k, a.k_to_float, cells + j, n_j, rows);
+        matmul_ordered(k.at, k.stride, k.f32, 0, n_j, a.n_dim_k, a.q, n, c);
     }
 
     float inv[ATTENTION_QUERIES];
     for (int i = 0; i < n; ++i) {
-        const double sum = softmax_row(scores + i * ld + first, a.mask[i] ? a.mask[i] + first : nullptr, nullptr,
-                                       last - first, a.scale, a.softcap, a.slope[i], a.sink[i]);
+        const uint16_t * m = a.mask[i];
+        if (m && in_line) {
+            m += cells[0];
+        } else if (m) {
+            for (int j = 0; j < n_cells; ++j) {
+                masked[j] = m[cells[j]];
+            }
+            m = masked;
+        }
+        const double sum = softmax_row(scores + i * ld, m, nullptr, n_cells, a.scale, a.softcap, a.slope[i], a.sink[i]);
         inv[i]           = sum == 0.0 ? 0.0f : (float) (1.0 / sum);
     }
 
     memset(out, 0, (size_t) n * a.n_dim_v * sizeof(float));
-    for (int j = first; j < last;) {
-        // a run of cells that all see, or one cell
-        int n_j = 1;
-        if (seen[j] == all) {
-            while (n_j < ATTENTION_ROWS && j + n_j < last && seen[j + n_j] == all) {
+    for (int j0 = 0; j0 < n_cells; j0 += ATTENTION_ROWS) {
+        const int        n_tile = n_cells - j0 < ATTENTION_ROWS ? n_cells - j0 : ATTENTION_ROWS;
+        const cache_rows v =
+            read_rows(a.v, a.v_stride, a.v_type == 0, a.n_dim_v, a.v_to_float, cells + j0, n_tile, rows);
+        for (int j = j0; j < j0 + n_tile;) {
+            // a run of cells that all see, or one cell
+            const uint32_t who = seen[cells[j]];
+            int            n_j = 1;
+            while (who == all && j + n_j < j0 + n_tile && seen[cells[j + n_j]] == all) {
                 ++n_j;
             }
-        }
-        if (seen[j] != 0) {
-            const uint8_t * v      = a.v + j * a.v_stride;
-            size_t          stride = a.v_stride;
-            if (a.v_to_float) {
-                for (int jj = 0; jj < n_j; ++jj) {
-                    a.v_to_float(v + jj * a.v_stride, rows + jj * a.n_dim_v, a.n_dim_v);
-                }
-                v      = (const uint8_t *) rows;
-                stride = a.n_dim_v * sizeof(float);
-            }
-            const bool f32 = a.v_to_float || a.v_type == 0;
+            const uint8_t * row = v.at + (size_t) (j - j0) * v.stride;
             for (int i = 0; i < n; ++i) {
-                if (!(seen[j] >> i & 1)) {
+                if (!(who >> i & 1)) {
                     continue;
                 }
-                const int n_i = seen[j] == all ? n : 1;
-                f32 ? add_values<float>(v, stride, n_j, a.n_dim_v, n_i, scores + i * ld + j, ld,
-                                        out + (size_t) i * a.n_dim_v)
-                    : add_values<uint16_t>(v, stride, n_j, a.n_dim_v, n_i, scores + i * ld + j, ld,
-                                           out + (size_t) i * a.n_dim_v);
+                const int n_i = who == all ? n : 1;
+                v.f32 ? add_values<float>(row, v.stride, n_j, a.n_dim_v, n_i, scores + i * ld + j, ld,
+                                          out + (size_t) i * a.n_dim_v)
+                      : add_values<uint16_t>(row, v.stride, n_j, a.n_dim_v, n_i, scores + i * ld + j, ld,
+                                             out + (size_t) i * a.n_dim_v);
                 i += n_i - 1;
             }
+            j += n_j;
         }
-        j += n_j;
     }
 
     for (int i = 0; i < n; ++i) {

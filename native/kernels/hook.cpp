@@ -1,5 +1,6 @@
 #include "hook.h"
 
+#include "cache_ops.h"
 #include "memory.h"
 #include "pack.h"
 
@@ -20,7 +21,7 @@ static std::atomic<const kernel_set *> g_set     = { nullptr }; // computes what
 static std::atomic<bool>               g_enabled = { false };
 static std::atomic<uint64_t>           g_missed  = { 0 };
 
-static const kernel_set & kernels() {
+const kernel_set & kernels() {
     return *g_set.load(std::memory_order_relaxed);
 }
 
@@ -214,152 +215,6 @@ static void compute_rows(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     }
 }
 
-// -- products with the cache, without flash attention --
-
-static bool is_cache_product(const ggml_tensor * op) {
-    const ggml_tensor * a = op->src[0];
-    const ggml_tensor * b = op->src[1];
-    return (a->type == GGML_TYPE_F16 || a->type == GGML_TYPE_F32) && b->type == GGML_TYPE_F32 &&
-           op->op_params[1] == 0 && a->nb[0] == ggml_type_size(a->type) && b->nb[0] == sizeof(float) &&
-           op->nb[0] == sizeof(float);
-}
-
-static void compute_ordered(const ggml_cpu_hook_task * task, ggml_tensor * op) {
-    const ggml_tensor * a = op->src[0]; // [k, m, n_head_kv, ..]
-    const ggml_tensor * b = op->src[1]; // [k, n_tokens, n_head, ..]
-
-    const int64_t k = a->ne[0], m = a->ne[1], n_tokens = b->ne[1];
-    const int64_t r2 = b->ne[2] / a->ne[2], r3 = b->ne[3] / a->ne[3];
-
-    // units of work: 64 rows of one kv head, for all tokens and heads that read it
-    const int64_t n_m = (m + 63) / 64, n_units = n_m * a->ne[2] * a->ne[3];
-
-    for (int64_t u = n_units * task->ith / task->nth; u < n_units * (task->ith + 1) / task->nth; ++u) {
-        const int64_t im = u % n_m, i2 = u / n_m % a->ne[2], i3 = u / n_m / a->ne[2];
-        const float * rows[64];
-        float *       out[64];
-        int           n = 0;
-        for (int64_t i = 0; i < n_tokens * r2 * r3; ++i) {
-            const int64_t t = i / (r2 * r3), h = i2 * r2 + i % r2, s = i3 * r3 + i / r2 % r3;
-            rows[n] = (const float *) ((const char *) b->data + t * b->nb[1] + h * b->nb[2] + s * b->nb[3]);
-            out[n]  = (float *) ((char *) op->data + t * op->nb[1] + h * op->nb[2] + s * op->nb[3]);
-            if (++n == 64 || i + 1 == n_tokens * r2 * r3) {
-                kernels().matmul_ordered((const uint8_t *) a->data + i2 * a->nb[2] + i3 * a->nb[3], a->nb[1],
-                                         a->type == GGML_TYPE_F32, (int) (im * 64), (int) std::min(m, im * 64 + 64),
-                                         (int) k, rows, n, out);
-                n = 0;
-            }
-        }
-    }
-}
-
-// -- attention --
-
-static float head_slope(float max_bias, int64_t h, int64_t n_head) { // ALiBi, arXiv 2108.12409
-    if (max_bias <= 0.0f) {
-        return 1.0f;
-    }
-    const uint32_t n_head_log2 = 1u << (uint32_t) std::floor(std::log2((double) n_head));
-    return h < n_head_log2
-               ? std::pow(std::pow(2.0f, -max_bias / n_head_log2), (float) (h + 1))
-               : std::pow(std::pow(2.0f, -max_bias / 2.0f / n_head_log2), (float) (2 * (h - n_head_log2) + 1));
-}
-
-static bool is_readable_row(const ggml_tensor * t) {
-    return (t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_F32 || ggml_get_type_traits(t->type)->to_float) &&
-           t->nb[0] == ggml_type_size(t->type) && t->ne[0] % 16 == 0;
-}
-
-static bool is_attention(const ggml_tensor * op) {
-    const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
-    return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && is_readable_row(k) && is_readable_row(v) &&
-           op->type == GGML_TYPE_F32 && ggml_is_contiguous(op) && k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] &&
-           (!mask || mask->type == GGML_TYPE_F16) && q->ne[2] % k->ne[2] == 0 && q->ne[3] % k->ne[3] == 0;
-}
-
-static void compute_attention(const ggml_cpu_hook_task * task, ggml_tensor * op) {
-    const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3], *sinks = op->src[4];
-
-    float scale, max_bias, softcap;
-    memcpy(&scale, op->op_params + 0, 4);
-    memcpy(&max_bias, op->op_params + 1, 4);
-    memcpy(&softcap, op->op_params + 2, 4);
-
-    attention a         = {};
-    a.n_kv              = (int) k->ne[1];
-    a.n_dim_k           = (int) k->ne[0];
-    a.n_dim_v           = (int) v->ne[0];
-    a.k_stride          = k->nb[1];
-    a.v_stride          = v->nb[1];
-    a.k_type            = k->type;
-    a.v_type            = v->type;
-    a.softcap           = softcap;
-    a.scale             = softcap != 0.0f ? scale / softcap : scale;
-    const auto to_float = [](const ggml_tensor * t) {
-        return t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_F32 ? nullptr : ggml_get_type_traits(t->type)->to_float;
-    };
-    a.k_to_float = to_float(k);
-    a.v_to_float = to_float(v);
-
-    const size_t scratch = attention_scratch(a.n_kv, a.n_dim_k, a.n_dim_v);
-    a.scratch            = (float *) task->wdata + task->ith * scratch;
-
-    // units of work: some of the queries of one kv head, as many as fit, fewer if threads would have none
-    const int64_t n_tokens = q->ne[1], r2 = q->ne[2] / k->ne[2], r3 = q->ne[3] / k->ne[3];
-    const int64_t n_kv_heads = k->ne[2] * q->ne[3];
-    const int64_t n_queries  = n_tokens * r2;
-    const int64_t n_split    = std::max((n_queries + ATTENTION_QUERIES - 1) / ATTENTION_QUERIES,
-                                        std::min(n_queries, (2 * task->nth + n_kv_heads - 1) / n_kv_heads));
-    const int64_t n_units    = n_kv_heads * n_split;
-
-    for (int64_t u = n_units * task->ith / task->nth; u < n_units * (task->ith + 1) / task->nth; ++u) {
-        const int64_t part = u % n_split, i2 = u / n_split % k->ne[2], i3 = u / n_split / k->ne[2];
-
-        a.k       = (const uint8_t *) k->data + i2 * k->nb[2] + i3 / r3 * k->nb[3];
-        a.v       = (const uint8_t *) v->data + i2 * v->nb[2] + i3 / r3 * v->nb[3];
-        a.n_query = 0;
-        for (int64_t i = n_queries * part / n_split; i < n_queries * (part + 1) / n_split; ++i) {
-            const int64_t t = i / r2, h = i2 * r2 + i % r2;
-            const int     n = a.n_query++;
-            a.q[n]          = (const float *) ((const char *) q->data + t * q->nb[1] + h * q->nb[2] + i3 * q->nb[3]);
-            a.out[n]        = (float *) op->data + (i3 * op->ne[2] * op->ne[1] + t * op->ne[1] + h) * op->ne[0];
-            a.mask[n]       = mask ? (const uint16_t *) ((const char *) mask->data + t * mask->nb[1] +
-                                                         h % mask->ne[2] * mask->nb[2] + i3 % mask->ne[3] * mask->nb[3])
-                                   : nullptr;
-            a.slope[n]      = head_slope(max_bias, h, q->ne[2]);
-            a.sink[n]       = sinks ? (const float *) sinks->data + h : nullptr;
-        }
-        kernels().attend(a);
-    }
-}
-
-static bool is_softmax(const ggml_tensor * op) {
-    const ggml_tensor *x = op->src[0], *mask = op->src[1];
-    return x->type == GGML_TYPE_F32 && ggml_is_contiguous(op) && x->nb[0] == sizeof(float) &&
-           (!mask || mask->type == GGML_TYPE_F16 || mask->type == GGML_TYPE_F32);
-}
-
-static void compute_softmax(const ggml_cpu_hook_task * task, ggml_tensor * op) {
-    const ggml_tensor *x = op->src[0], *mask = op->src[1], *sinks = op->src[2];
-
-    float scale, max_bias;
-    memcpy(&scale, op->op_params + 0, 4);
-    memcpy(&max_bias, op->op_params + 1, 4);
-
-    const int64_t n_rows = ggml_nrows(x);
-    for (int64_t i = n_rows * task->ith / task->nth; i < n_rows * (task->ith + 1) / task->nth; ++i) {
-        const int64_t t = i % x->ne[1], h = i / x->ne[1] % x->ne[2], s = i / x->ne[1] / x->ne[2];
-        const void *  m   = mask ? (const char *) mask->data + t * mask->nb[1] + h % mask->ne[2] * mask->nb[2] +
-                                       s % mask->ne[3] * mask->nb[3]
-                                 : nullptr;
-        const bool    f16 = mask && mask->type == GGML_TYPE_F16;
-        kernels().softmax((const float *) ((const char *) x->data + t * x->nb[1] + h * x->nb[2] + s * x->nb[3]),
-                          f16 ? (const uint16_t *) m : nullptr, f16 ? nullptr : (const float *) m,
-                          (float *) op->data + i * op->ne[0], (int) op->ne[0], scale, head_slope(max_bias, h, x->ne[2]),
-                          sinks ? (const float *) sinks->data + h : nullptr);
-    }
-}
-
 // -- the hook --
 
 static bool hook_takes_op(const ggml_tensor * op, bool packed) {
@@ -407,6 +262,8 @@ static bool hook_work_size(int n_threads, const ggml_tensor * op, size_t * size)
         const work_layout work(type, op);
         const bool        alone = work.n_tokens * w->ne[0] <= QUANTIZE_ALONE;
         *size                   = (size_t) work.n_tokens * work.token * (alone ? n_threads : 1);
+    } else if (op->op == GGML_OP_MUL_MAT) {
+        *size = n_threads * ordered_scratch(op);
     } else {
         *size = 0;
     }

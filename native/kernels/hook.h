@@ -12,6 +12,7 @@ bool kernels_enable(const char * name);
 void kernels_disable();               // models that are loaded keep their kernels; attention is ggml's again
 
 const kernel_set * kernels_current(); // null while disabled
+const kernel_set & kernels();         // of what is packed, also after kernels_disable()
 
 // 2: matrices of the ggml_type lie in panels, 1: its rows are multiplied one by one, 0: ggml does it
 int kernels_of(int type);

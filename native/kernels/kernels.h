@@ -90,6 +90,7 @@ struct attention {
     const float *    q[32];     // [n_dim_k]
     float *          out[32];   // [n_dim_v]
     const uint16_t * mask[32];  // f16 [n_kv]; null: all cells are seen
+    const int32_t *  order;     // [n_kv] cells by position, then -1; null: they lie in that order
     float            slope[32]; // of the mask
     const float *    sink[32];  // null: none
     float            scale, softcap;
@@ -108,7 +109,7 @@ inline size_t attention_stride(int n_kv) {
 inline size_t attention_scratch(int n_kv, int n_dim_k, int n_dim_v) {
     const size_t n_pad = attention_stride(n_kv);
     const size_t n_dim = n_dim_k > n_dim_v ? n_dim_k : n_dim_v;
-    return ATTENTION_QUERIES * n_pad + n_pad + ATTENTION_QUERIES * n_dim * 2 + ATTENTION_ROWS * n_dim + 64 * 16 + 64;
+    return ATTENTION_QUERIES * n_pad + 3 * n_pad + ATTENTION_QUERIES * n_dim * 2 + ATTENTION_ROWS * n_dim + 64 * 16 + 64;
 }
 
 struct kernel_set {

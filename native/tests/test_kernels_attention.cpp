@@ -8,6 +8,7 @@
 #include "ggml-cpu.h"
 #include "ggml.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -47,6 +48,7 @@ struct attention_case {
     int  n_query, n_dim, n_kv;
     bool f32, masked;
 
+    std::vector<int32_t>  order; // empty: as they lie
     std::vector<float>    k, v, q;
     std::vector<uint8_t>  k_data, v_data;
     std::vector<uint16_t> mask; // [n_query][n_kv]
@@ -64,6 +66,7 @@ static std::vector<float> attend(const kernel_set & set, attention_case & c) {
     a.v                     = c.v_data.data();
     a.scale                 = 1.0f / std::sqrt((float) c.n_dim);
     a.scratch               = scratch.data();
+    a.order                 = c.order.empty() ? nullptr : c.order.data();
     for (int i = 0; i < c.n_query; ++i) {
         a.q[i]     = c.q.data() + i * c.n_dim;
         a.out[i]   = out.data() + i * c.n_dim;
@@ -93,7 +96,7 @@ static void store(attention_case & c) {
 
 static attention_case make_attention(int n_query, int n_dim, int n_kv, bool f32, bool masked, std::mt19937 & rng) {
     std::normal_distribution<float> normal(0.0f, 1.0f);
-    attention_case                  c = { n_query, n_dim, n_kv, f32, masked, {}, {}, {}, {}, {}, {} };
+    attention_case                  c = { n_query, n_dim, n_kv, f32, masked, {}, {}, {}, {}, {}, {}, {} };
     for (std::vector<float> * x : { &c.k, &c.v }) {
         x->resize(n_kv * n_dim);
         for (float & y : *x) {
@@ -191,10 +194,44 @@ static void test_attention_holes() {
     }
 }
 
+// cells that lie in any order, among others that are empty, with the order told
+static void test_attention_order() {
+    std::mt19937 rng(6);
+    for (const bool f32 : { false, true }) {
+        const int      n_query = 9, n_dim = 48, n_kv = 150, n_room = 256;
+        attention_case plain = make_attention(n_query, n_dim, n_kv, f32, true, rng);
+        attention_case mixed = plain;
+        mixed.n_kv           = n_room;
+
+        std::vector<int32_t> place(n_room); // of the cell at a position; the rest is empty
+        for (int j = 0; j < n_room; ++j) {
+            place[j] = j;
+        }
+        std::shuffle(place.begin(), place.end(), rng);
+        mixed.order.assign(n_room, -1);
+        std::copy(place.begin(), place.begin() + n_kv, mixed.order.begin());
+        mixed.k.assign(n_room * n_dim, 1000.0f);
+        mixed.v.assign(n_room * n_dim, 1000.0f);
+        mixed.mask.assign(n_query * n_room, 0xfc00);
+        for (int j = 0; j < n_kv; ++j) {
+            std::copy_n(&plain.k[j * n_dim], n_dim, &mixed.k[place[j] * n_dim]);
+            std::copy_n(&plain.v[j * n_dim], n_dim, &mixed.v[place[j] * n_dim]);
+            for (int i = 0; i < n_query; ++i) {
+                mixed.mask[i * n_room + place[j]] = plain.mask[i * n_kv + j];
+            }
+        }
+        store(mixed);
+        for (const kernel_set * const * set = kernel_sets(); *set; ++set) {
+            CHECK(same_bits(attend(**set, plain), attend(**set, mixed)));
+        }
+    }
+}
+
 int main() {
     ggml_cpu_init();
     test_softmax();
     test_attention();
     test_attention_holes();
+    test_attention_order();
     return check_result("test_kernels_attention");
 }

@@ -132,23 +132,18 @@ def check(draft: Any, heads: Any, policy: str, accept: str, kwargs: dict[str, An
             raise ValueError(f'{name} cannot be combined with draft="entmtp": it {why}')
 
 
-def how_lossless(metadata: dict[str, str], on_cpu: bool, swa_full: bool, accept: str) -> str:
+def how_lossless(metadata: dict[str, str], on_cpu: bool, accept: str) -> str:
     """What the text of drafts is to plain decoding's: see `Llama.lossless`.
 
     Args:
         metadata: of the model's file.
         on_cpu: every layer is computed on this machine's CPU, by our kernels.
-        swa_full: caches of sliding windows keep all cells.
     """
     if accept != "lossless":
         return "lossy"
     arch = metadata.get("general.architecture", "")
-    experts, window = (
-        int(metadata.get(f"{arch}.{key}") or 0) if (metadata.get(f"{arch}.{key}") or "0").isdecimal() else 1
-        for key in ("expert_count", "attention.sliding_window")
-    )
-    # ggml multiplies experts; a window's cells lie in another order once a tree was there
-    return "exact" if on_cpu and not experts and (not window or swa_full) else "rounding"
+    experts = metadata.get(f"{arch}.expert_count") or "0"  # ggml multiplies these
+    return "exact" if on_cpu and experts == "0" else "rounding"
 
 
 def check_heads(policy: str, has_heads: bool) -> None:

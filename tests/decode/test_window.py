@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_architectures import BUSHY, SETTINGS, heads_for
 
-from entmtp import EntmtpError, Llama
+from entmtp import EntmtpError, Llama, kernels
 from helpers.models import N_VOCAB, SPECS, model_path
 
 SMALL: dict[str, Any] = SETTINGS | {"n_ctx": 1536, "n_batch": 64, "n_ubatch": 64, "swa_full": False}
@@ -98,3 +98,32 @@ def test_saved_states_go_on(drafting: bool, heads: Path) -> None:
         assert answer(llm, prompt) == answer(fresh, prompt)
     llm.close()
     fresh.close()
+
+
+def bits(llm: Llama, prompt: list[int], n: int) -> tuple[list[int], np.ndarray]:
+    """Tokens, and the logits that each was drawn from."""
+    tokens, rows = [], []
+    for token in islice(llm.generate(prompt, temp=0.0), n):
+        rows.append(llm.decoder.logits(N_VOCAB).copy())
+        tokens.append(token)
+    return tokens, np.array(rows).view(np.int32)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="bits are equal with the CPU kernels only")
+@pytest.mark.parametrize("flash_attn", [False, True], ids=["eager", "flash"])
+def test_where_cells_lie_leaves_no_trace(flash_attn: bool, heads: Path) -> None:
+    """The window comes round, and trees leave holes in it: sums follow positions all the same."""
+    settings: dict[str, Any] = {"flash_attn": flash_attn, "kernels": "auto"}
+    prompt = TEXT[: WINDOW + 70]
+    want = None
+    for model in (
+        make(None, swa_full=True, **settings), make(None, **settings), make(heads, **settings),
+        make(None, draft="entmtp", calibrate=False, adapt=False, **settings),
+    ):  # fmt: skip
+        got = bits(model, prompt, 400)
+        if model.bank is not None:
+            assert model.draft_stats.n_drafted > 20  # trees were there
+        model.close()
+        want = want or got
+        assert got[0] == want[0]
+        np.testing.assert_array_equal(got[1], want[1])
