@@ -2,9 +2,8 @@
 
 #include "entmtp.h"
 
+#include "api.h"
 #include "bandwidth.h"
-#include "decoder.h"
-#include "heads.h"
 #include "hook.h"
 #include "peaks.h"
 #include "replay.h"
@@ -16,53 +15,11 @@
 #include <string>
 #include <vector>
 
-struct entmtp_heads {
-    entmtp::heads impl;
-};
+thread_local std::string entmtp::last_error;
 
-struct entmtp_decoder {
-    entmtp::decoder impl;
-};
-
-static thread_local std::string last_error;
-
-static int32_t fail(const char * what) {
-    last_error = what;
-    return ENTMTP_ERROR;
-}
-
-// runs f() -> int32_t
-template <typename F>
-static int32_t guarded(F && f) {
-    try {
-        return f();
-    } catch (const std::exception & e) {
-        return fail(e.what());
-    } catch (...) {
-        return fail("unknown failure");
-    }
-}
-
-// the same for a decoder, whose statuses carry their reason along
-template <typename F>
-static int32_t guarded(entmtp_decoder * dec, F && f) {
-    if (!dec) {
-        return fail("no decoder");
-    }
-    dec->impl.error.clear();
-    const int32_t status = guarded([&] { return f(dec->impl); });
-    // whatever came of it: what is read from a lost server means nothing
-    if (const char * server = dec->impl.servers.lost()) {
-        last_error = std::string("the RPC server ") + server +
-                     " is lost: it ended, or the network did; start it again, then load the model anew";
-        return ENTMTP_SERVER_LOST;
-    }
-    if (status != ENTMTP_OK && !dec->impl.error.empty()) {
-        last_error = dec->impl.error;
-        dec->impl.error.clear();
-    }
-    return status;
-}
+using entmtp::fail;
+using entmtp::guarded;
+using entmtp::last_error;
 
 const char * entmtp_version(void) {
     return ENTMTP_VERSION;
@@ -174,6 +131,15 @@ uint64_t entmtp_vocab_fingerprint(const llama_model * model) {
 // decoder
 //
 
+// what a decoder says of itself
+template <typename R, typename F> static R held(const entmtp_decoder * dec, R without, F && f) {
+    if (!dec) {
+        return without;
+    }
+    const auto hold = dec->impl.hold();
+    return f(dec->impl);
+}
+
 entmtp_decoder * entmtp_decoder_init(llama_context * ctx, entmtp_heads * heads) {
     entmtp_decoder * res = nullptr;
     guarded([&] {
@@ -255,11 +221,11 @@ int32_t entmtp_decoder_sample_typical(
 }
 
 bool entmtp_decoder_is_drafted(const entmtp_decoder * dec, int32_t token) {
-    return dec && dec->impl.is_drafted(token);
+    return held(dec, false, [&](const entmtp::decoder & d) { return d.is_drafted(token); });
 }
 
 uint32_t entmtp_decoder_drafted_by(const entmtp_decoder * dec, int32_t token) {
-    return dec ? dec->impl.drafted_by(token) : 0;
+    return held(dec, 0u, [&](const entmtp::decoder & d) { return d.drafted_by(token); });
 }
 
 void entmtp_decoder_set_text(entmtp_decoder * dec, const int32_t * tokens, int32_t n) {
@@ -270,16 +236,18 @@ void entmtp_decoder_set_text(entmtp_decoder * dec, const int32_t * tokens, int32
 }
 
 void entmtp_decoder_forget(entmtp_decoder * dec) {
-    if (dec) {
-        dec->impl.forget();
-    }
+    guarded(dec, [&](entmtp::decoder & d) {
+        d.forget();
+        return (int32_t) ENTMTP_OK;
+    });
 }
 
 int32_t entmtp_decoder_get_acceptance(const entmtp_decoder * dec, float * weights) {
     if (!dec || !weights) {
         return fail("no decoder, or no room for the weights");
     }
-    const auto & w = dec->impl.acceptance_weights();
+    const auto   hold = dec->impl.hold();
+    const auto & w    = dec->impl.acceptance_weights();
     std::copy(w.begin(), w.end(), weights);
     return ENTMTP_OK;
 }
@@ -296,7 +264,11 @@ void entmtp_decoder_invalidate(entmtp_decoder * dec, int32_t n_past) {
 }
 
 const float * entmtp_decoder_logits(entmtp_decoder * dec) {
-    const float * res = dec ? dec->impl.logits() : nullptr;
+    const float * res = nullptr;
+    guarded(dec, [&](entmtp::decoder & d) {
+        res = d.logits();
+        return (int32_t) ENTMTP_OK;
+    });
     return res && !dec->impl.servers.lost() ? res : nullptr;
 }
 
@@ -334,16 +306,16 @@ void entmtp_decoder_get_outputs(const entmtp_decoder * dec, entmtp_outputs_info 
 
 void entmtp_decoder_get_traffic(const entmtp_decoder * dec, entmtp_traffic * traffic) {
     if (traffic) {
-        *traffic = dec ? dec->impl.traffic() : entmtp_traffic{};
+        *traffic = held(dec, entmtp_traffic{}, [](const entmtp::decoder & d) { return d.traffic(); });
     }
 }
 
 int32_t entmtp_decoder_n_evaluated(const entmtp_decoder * dec) {
-    return dec ? dec->impl.n_evaluated() : -1;
+    return held(dec, -1, [](const entmtp::decoder & d) { return d.n_evaluated(); });
 }
 
 bool entmtp_decoder_can_continue(const entmtp_decoder * dec, int32_t n_past) {
-    return dec && dec->impl.can_continue(n_past);
+    return held(dec, false, [&](const entmtp::decoder & d) { return d.can_continue(n_past); });
 }
 
 bool entmtp_decoder_can_tree(const entmtp_decoder * dec) {
@@ -367,24 +339,27 @@ void entmtp_decoder_resume(entmtp_decoder * dec) {
 //
 
 void entmtp_decoder_set_stats(entmtp_decoder * dec, bool enabled) {
-    if (dec) {
-        dec->impl.set_stats(enabled);
-    }
+    guarded(dec, [&](entmtp::decoder & d) {
+        d.set_stats(enabled);
+        return (int32_t) ENTMTP_OK;
+    });
 }
 
 size_t entmtp_decoder_n_steps(const entmtp_decoder * dec) {
-    return dec ? dec->impl.steps.size() : 0;
+    return held(dec, (size_t) 0, [](const entmtp::decoder & d) { return d.steps.size(); });
 }
 
 size_t entmtp_decoder_get_steps(const entmtp_decoder * dec, entmtp_step * steps, size_t first, size_t n) {
-    if (!dec || !steps || first >= dec->impl.steps.size()) {
-        return 0;
-    }
-    n = std::min(n, dec->impl.steps.size() - first);
-    for (size_t i = 0; i < n; ++i) {
-        steps[i] = dec->impl.steps[first + i];
-    }
-    return n;
+    return held(dec, (size_t) 0, [&](const entmtp::decoder & d) {
+        if (!steps || first >= d.steps.size()) {
+            return (size_t) 0;
+        }
+        n = std::min(n, d.steps.size() - first);
+        for (size_t i = 0; i < n; ++i) {
+            steps[i] = d.steps[first + i];
+        }
+        return n;
+    });
 }
 
 void entmtp_decoder_get_older_steps(const entmtp_decoder * dec,
@@ -392,6 +367,7 @@ void entmtp_decoder_get_older_steps(const entmtp_decoder * dec,
                                     int64_t *              by_tree,
                                     int32_t                n_trees) {
     if (dec && sums && by_tree) {
+        const auto hold = dec->impl.hold();
         *sums = dec->impl.steps.older();
         for (int32_t i = 0; i < n_trees; ++i) {
             by_tree[i] = dec->impl.steps.older_with((size_t) i);
@@ -400,9 +376,10 @@ void entmtp_decoder_get_older_steps(const entmtp_decoder * dec,
 }
 
 void entmtp_decoder_reset_stats(entmtp_decoder * dec) {
-    if (dec) {
-        dec->impl.reset_stats();
-    }
+    guarded(dec, [&](entmtp::decoder & d) {
+        d.reset_stats();
+        return (int32_t) ENTMTP_OK;
+    });
 }
 
 //

@@ -69,10 +69,10 @@ double cost_model::level(int32_t l, int32_t n) const {
     return levels[l].us[n <= 1 ? 0 : n <= 2 ? 1 : 2] * std::exp(speed + drafts);
 }
 
-void cost_model::fees(double price, int32_t n_max_pass, std::vector<double> & fee) const {
+void cost_model::fees(double price, int32_t n_max_pass, std::vector<double> & fee, int32_t n_others) const {
     fee.clear();
-    for (int32_t n = 1; n <= std::min(n_max_pass, n_max()); ++n) {
-        fee.push_back(price * verify(n));
+    for (int32_t n = 1; n <= std::min(n_max_pass, n_max() - n_others); ++n) {
+        fee.push_back(price * verify(n_others + n));
     }
 }
 

@@ -24,8 +24,8 @@ class cost_model {
     double level(int32_t l, int32_t n) const;  // head l after n paths
     double plain() const { return verify(1); } // a step of plain decoding
 
-    // passes over 1 .. n_max tokens, at a price in tokens per us
-    void fees(double price, int32_t n_max, std::vector<double> & fee) const;
+    // passes over 1 .. n_max tokens and n_others more, at a price in tokens per us
+    void fees(double price, int32_t n_max, std::vector<double> & fee, int32_t n_others = 0) const;
 
     int32_t n_max() const { return (int32_t) table.size(); }
     int32_t n_levels() const { return (int32_t) levels.size(); }

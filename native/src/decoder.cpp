@@ -17,8 +17,14 @@ static bool is_cancelled(void * data) {
 }
 
 decoder::decoder(llama_context * ctx, heads * h) :
+    decoder(ctx, h, std::make_unique<pass>(ctx, h != nullptr, 1), nullptr, 0, 1 << 30) {
+    llama_set_abort_callback(ctx, is_cancelled, &cancelled);
+}
+
+decoder::decoder(llama_context * ctx, heads * h, std::unique_ptr<pass> p, pass * s, int32_t seq, int32_t n_ctx) :
     n_vocab(llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)))), servers(llama_get_model(ctx)), ctx(ctx),
-    draft_heads(h), verify(ctx), out(ctx, h != nullptr) {
+    draft_heads(h), own(std::move(p)), shared(own ? *own : *s), memory(shared.memory), out(shared.out), seq(seq),
+    n_ctx(std::min(n_ctx, (int32_t) llama_n_ctx_seq(ctx))) {
     const int32_t root_parent = -1;
     const int32_t root_rank   = 0;
     set_trees({ make_tree(&root_parent, &root_rank, 1) });
@@ -29,17 +35,24 @@ decoder::decoder(llama_context * ctx, heads * h) :
                 "decoder: a context with pooling gives embeddings, not text; create it without pooling to draft");
         }
         if (draft_heads->prefix()) {
+            if (shared.n_seq > 1) {
+                throw std::runtime_error("decoder: these heads have a layer of their own (Hydra++), whose cache holds one "
+                                         "text; several sequences cannot draft with them");
+            }
             draft_heads->reserve_prefix((int32_t) llama_n_ctx_seq(ctx));
         }
     }
 
-    llama_set_graph_slots(ctx, draft_heads ? n_graph_slots : 0);
-    llama_set_abort_callback(ctx, is_cancelled, &cancelled);
+    llama_set_graph_slots(ctx, draft_heads || !own ? n_graph_slots : 0);
+    shared.join(seq, this);
 }
 
 decoder::~decoder() {
-    llama_set_abort_callback(ctx, nullptr, nullptr);
-    llama_set_graph_slots(ctx, 0);
+    shared.join(seq, nullptr);
+    if (own) {
+        llama_set_abort_callback(ctx, nullptr, nullptr);
+        llama_set_graph_slots(ctx, 0);
+    }
 }
 
 entmtp_traffic decoder::traffic() const {
@@ -59,8 +72,8 @@ void decoder::set_trees(std::vector<tree> trees) {
     for (const auto & t : trees) {
         deepest = std::max(deepest, t.levels.size());
     }
-    if (deepest > 0 && !verify.can_tree()) {
-        throw std::runtime_error(verify.why_no_tree());
+    if (deepest > 0 && !memory.can_tree()) {
+        throw std::runtime_error(memory.why_no_tree());
     }
     if (draft_heads && deepest > (size_t) draft_heads->n_heads()) {
         throw std::runtime_error("bank: a tree is " + std::to_string(deepest) + " deep, but there are only " +
@@ -91,8 +104,8 @@ void decoder::set_policy(const entmtp_policy_params & p) {
         if (!draft_heads) {
             throw std::runtime_error("policy: this one needs draft heads");
         }
-        if (!verify.can_tree()) {
-            throw std::runtime_error(verify.why_no_tree());
+        if (!memory.can_tree()) {
+            throw std::runtime_error(memory.why_no_tree());
         }
         if (draft_heads->n_vocab_draft() < grower::n_guess) {
             throw std::runtime_error("policy: a draft vocabulary of fewer than 8 tokens is too small for it");
@@ -101,14 +114,14 @@ void decoder::set_policy(const entmtp_policy_params & p) {
         guess.assign(n, 0);
         log_p.assign(n, 0.0f);
     }
-    if (next.mixes() && !verify.can_tree()) {
-        throw std::runtime_error(verify.why_no_tree());
+    if (next.mixes() && !memory.can_tree()) {
+        throw std::runtime_error(memory.why_no_tree());
     }
     if (next.mixes() && (p.drafters & ENTMTP_SOURCE_HEADS) &&
         (!draft_heads || draft_heads->n_vocab_draft() < mixer::n_guess)) {
         throw std::runtime_error("policy: heads are to draft, but there are none, or they know fewer than 8 tokens");
     }
-    if (!draft_heads) {
+    if (!draft_heads && own) {
         llama_set_graph_slots(ctx, p.policy == ENTMTP_POLICY_OFF ? 0 : n_graph_slots);
     }
     policy  = std::move(next);
@@ -146,7 +159,7 @@ int32_t decoder::decode_status(int32_t status) {
     }
 
     live = false;
-    row  = -1;
+    set_row(-1);
 
     if (status == 2 || (cancelled && status < 0)) {
         cancelled = false;
@@ -154,7 +167,7 @@ int32_t decoder::decode_status(int32_t status) {
         return ENTMTP_CANCELLED;
     }
     if (status == 1) {
-        error = "the context is full: " + std::to_string(n_past) + " of " + std::to_string(llama_n_ctx_seq(ctx)) +
+        error = "the context is full: " + std::to_string(n_past) + " of " + std::to_string(n_ctx) +
                 " positions are taken; create the model with a larger n_ctx";
         return ENTMTP_CONTEXT_FULL;
     }
@@ -200,13 +213,13 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
 
     prefix_layer * prefix = draft_heads ? draft_heads->prefix() : nullptr;
 
-    if (!verify.can_continue(past)) {
-        error = "the memory of this model keeps a window of " + std::to_string(verify.window()) +
+    if (!memory.can_continue(seq, past)) {
+        error = "the memory of this model keeps a window of " + std::to_string(memory.window()) +
                 " tokens, and part of what token " + std::to_string(past) +
                 " attends to has left it; evaluate the text from its beginning, or create the model with swa_full=True";
         return ENTMTP_ERROR;
     }
-    if (!verify.truncate(past)) {
+    if (!memory.truncate(seq, past)) {
         error = "the memory of this model cannot be cut back to " + std::to_string(past) + " tokens";
         return ENTMTP_ERROR;
     }
@@ -223,18 +236,24 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
 
     // the prefix layer wants every hidden state, and hidden states come with output rows: in small batches, so that the
     // vocabulary-sized rows that come along stay few
-    const int32_t n_chunk = prefix && !all_outputs ? std::min({ n, 64, (int32_t) llama_n_ubatch(ctx) }) : n;
+    const bool    all   = all_outputs || prefix;
+    const int32_t n_all = prefix && !all_outputs ? std::min(64, (int32_t) llama_n_ubatch(ctx)) : n;
 
-    for (int32_t i = 0; i < n; i += n_chunk) {
-        const int32_t m = std::min(n_chunk, n - i);
+    for (int32_t i = 0, m = 0; i < n; i += m) {
+        m = std::min({ n - i, n_all, shared.prompt_chunk(seq) });
 
-        const bool all = all_outputs || prefix;
+        work              = {};
+        work.seq          = seq;
+        work.pos0         = past + i;
+        work.first_output = all ? 0 : m - (i + m == n);
+        work.is_prompt    = true;
+        work.to_host      = all_outputs;
+        work.tokens.assign(toks + i, toks + i + m);
 
-        out.begin(all_outputs);
-        const int32_t status = decode_status(verify.decode(toks + i, m, past + i, all));
+        const int32_t status = decode_status(cancelled ? 2 : shared.run(work, nullptr));
         if (status != ENTMTP_OK) {
             // what was evaluated before the failure stays in llama.cpp's memory: cut it back
-            verify.truncate(past);
+            memory.truncate(seq, past);
             n_past = past;
             if (prefix) {
                 prefix->truncate(past);
@@ -242,14 +261,12 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
             return status;
         }
 
-        out.end(m, all ? 0 : m - 1);
-
         if (prefix) {
             std::vector<int32_t> rows(m);
             std::iota(rows.begin(), rows.end(), 0);
             run_prefix(rows, past + i);
         }
-        row = m - 1;
+        set_row(work.at[m - 1]);
     }
 
     n_past = past + n;
@@ -266,7 +283,7 @@ int32_t decoder::advance(int32_t token) {
         const int32_t child = topology(tree_id).find_child(path.back(), tokens, token);
         if (child >= 0) {
             path.push_back(child);
-            row     = child;
+            set_row(work.at[child]);
             is_seen = false;
             if (in_list) {
                 steps.back().n_accepted++;
@@ -279,17 +296,67 @@ int32_t decoder::advance(int32_t token) {
 }
 
 int32_t decoder::room() const {
-    const int32_t free = (int32_t) llama_n_ctx_seq(ctx) - n_past;
-    return std::min({ free, (int32_t) llama_n_ubatch(ctx), (int32_t) llama_n_batch(ctx) });
+    // each of several may take its share of a pass
+    return std::min(n_ctx - n_past, (int32_t) std::min(llama_n_ubatch(ctx), llama_n_batch(ctx)) / shared.n_seq);
 }
 
 int32_t decoder::verify_tree(int32_t id) {
-    out.begin(false);
-    const int32_t status = verify.decode(topology(id), tokens, n_past);
-    if (status == 0) {
-        out.end((int32_t) tokens.size(), 0);
+    const tree & t = topology(id);
+
+    work        = {};
+    work.seq    = seq;
+    work.pos0   = n_past;
+    work.tokens = tokens;
+    work.parent = t.parent;
+    work.depth  = t.depth;
+    work.p      = reach;
+    work.timed  = stats || policy.needs_timing();
+
+    const int32_t status = shared.run(work, [&](int32_t n) { return policy.fee(n); });
+    if (status == 0 && !work.kept.empty()) {
+        drop_nodes(work.kept);
     }
     return status;
+}
+
+// the pass had no room for some nodes of a grown tree
+void decoder::drop_nodes(const std::vector<int32_t> & kept) {
+    grown.parent = work.parent;
+    grown.depth  = work.depth;
+    grown.rank.assign(kept.size(), 0);
+    tokens = work.tokens;
+    std::vector<uint32_t> left;
+    for (const int32_t i : kept) {
+        left.push_back(sources[i]);
+    }
+    sources = left;
+    policy.drop_nodes(kept);
+}
+
+void decoder::set_row(int32_t i) {
+    out.release(row);
+    row = i;
+}
+
+void decoder::detach() {
+    settle();
+    if (live && row >= 0) {
+        set_row(out.keep(row));
+    }
+}
+
+void decoder::share(const decoder & from, int32_t n) {
+    if (&from == this || &from.shared != &shared || n < 0 || n > from.n_past || n > n_ctx) {
+        throw std::runtime_error("share: there are no such tokens to begin with");
+    }
+    settle();
+    memory.truncate(seq, 0);
+    memory.share(from.seq, seq, n);
+    invalidate(n);
+    text.truncate(0);
+    for (int32_t i = 0; i < n; ++i) {
+        text.append(from.text[i]);
+    }
 }
 
 int32_t decoder::step(int32_t token) {
@@ -314,28 +381,25 @@ int32_t decoder::step(int32_t token) {
         id = 0;
         tokens.resize(1);
         sources.clear();
+        reach.clear();
         status = verify_tree(id);
     }
-    if (timed) {
-        llama_synchronize(ctx);
-    }
     if (const int32_t res = decode_status(status); res != ENTMTP_OK) {
-        verify.truncate(n_past);
+        memory.truncate(seq, n_past);
         text.truncate(n_past);
         return res;
     }
 
     tree_id = id;
     path.assign(1, 0);
-    row     = 0;
+    set_row(work.at[0]);
     is_seen = false;
     in_step = true;
     in_list = stats;
 
     if (timed) {
-        const int64_t t2 = ggml_time_us();
-        t_draft          = (double) (t1 - t0);
-        t_verify         = (double) (t2 - t1);
+        t_draft  = (double) (t1 - t0);
+        t_verify = work.t_us;
 
         if (stats) {
             entmtp_step s = {};
@@ -365,13 +429,21 @@ int32_t decoder::settle(int32_t next) {
         const int32_t hit =
             id == scheduler::grow_tree && !policy.mixes() && next >= 0 ? (next == guess[0] ? 1 : 0) : -1;
         policy.observe(id, topology(tree_id).n_nodes(),
-                       { path, hit, next_token, policy.mixes() ? t_heads : t_draft, t_verify });
+                       { path, hit, next_token, policy.mixes() ? t_heads : t_draft, t_verify, work.n_others,
+                         !work.with_prompt });
+    }
+
+    shared.earn((int32_t) path.size());
+
+    std::vector<int32_t> in_pass;
+    for (const int32_t node : path) {
+        in_pass.push_back(work.at[node]);
     }
 
     const bool is_tree = topology(tree_id).n_nodes() > 1;
-    if (is_tree && !verify.commit(path)) {
+    if (is_tree && !memory.commit(seq, in_pass)) {
         // cannot happen unless the memory was changed behind our back
-        verify.truncate(n_past);
+        memory.truncate(seq, n_past);
         leave_tree();
         live  = false;
         error = "the memory of the context was changed while a tree was being walked";
@@ -380,7 +452,7 @@ int32_t decoder::settle(int32_t next) {
 
     // the prefix layer follows the settled tokens: their hidden states are still in the context's outputs
     if (draft_heads && draft_heads->prefix()) {
-        run_prefix(path, n_past);
+        run_prefix(in_pass, n_past);
     }
 
     text.truncate(n_past);
@@ -408,7 +480,7 @@ void decoder::invalidate(int32_t past) {
     leave_tree();
     live    = false;
     is_seen = false;
-    row     = -1;
+    set_row(-1);
     n_past  = std::max(past, 0);
     text.truncate(0); // it may be another one
     text.truncate(n_past);

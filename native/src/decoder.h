@@ -5,19 +5,19 @@
 #include "accept.h"
 #include "entropy.h"
 #include "heads.h"
-#include "outputs.h"
+#include "pass.h"
 #include "remote.h"
 #include "scheduler.h"
 #include "steps.h"
 #include "successors.h"
 #include "text.h"
 #include "tree.h"
-#include "verify.h"
 
 #include "entmtp.h"
 #include "llama.h"
 
 #include <atomic>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -31,6 +31,11 @@ class decoder {
   public:
     // heads may be null; the context outlives the decoder
     decoder(llama_context * ctx, heads * h);
+
+    // of one of several sequences that share passes; the pass outlives the decoder
+    //   n_ctx  positions that the sequence may take
+    decoder(llama_context * ctx, heads * h, pass & shared, int32_t seq, int32_t n_ctx) :
+        decoder(ctx, h, nullptr, &shared, seq, n_ctx) {}
     ~decoder();
 
     decoder(const decoder &)             = delete;
@@ -61,16 +66,25 @@ class decoder {
 
     const std::vector<float> & acceptance_weights() const { return policy.model().get(); }
 
+    // no pass runs, and none begins, while a caller has this
+    pass::hold hold() const { return { shared, seq }; }
+
+    // A pass of others begins: nothing of this one may be needed from the last one any more
+    void detach();
+
+    // Begin with the first n tokens of another one that shares the passes
+    void share(const decoder & from, int32_t n);
+
     void                set_outputs(int32_t mode) { out.set_mode(mode); }
     entmtp_outputs_info outputs_info() const { return out.info(); }
     entmtp_traffic      traffic() const;
 
-    bool can_tree() const { return verify.can_tree(); }
+    bool can_tree() const { return memory.can_tree(); }
 
     // tokens evaluated, the last of which can be sampled after; -1: none
     int32_t n_evaluated() const { return live ? n_past + (int32_t) path.size() : -1; }
 
-    bool can_continue(int32_t past) const { return verify.can_continue(past); }
+    bool can_continue(int32_t past) const { return memory.can_continue(seq, past); }
 
     void invalidate(int32_t n_past);
     void cancel(bool value) { cancelled = value; }
@@ -89,6 +103,9 @@ class decoder {
     std::string error;
 
   private:
+    decoder(llama_context * ctx, heads * h, std::unique_ptr<pass> own, pass * shared, int32_t seq, int32_t n_ctx);
+
+    void    set_row(int32_t i);
     int32_t eval_prompt(const int32_t * tokens, int32_t n, int32_t n_past, bool all_outputs);
     int32_t advance(int32_t token);
     int32_t step(int32_t token);
@@ -96,6 +113,7 @@ class decoder {
     void    leave_tree();
 
     int32_t verify_tree(int32_t id);
+    void    drop_nodes(const std::vector<int32_t> & kept);
     void    run_prefix(const std::vector<int32_t> & rows, int32_t pos0);
     void    begin_token();
     int32_t room() const;
@@ -114,10 +132,14 @@ class decoder {
     float         greedy_path();
     int32_t       draft(int32_t token);
 
-    llama_context * ctx;
-    heads *         draft_heads;
-    verifier        verify;
-    outputs         out;
+    llama_context *       ctx;
+    heads *               draft_heads;
+    std::unique_ptr<pass> own; // of a decoder that shares none
+    pass &                shared;
+    verifier &            memory;
+    outputs &             out;
+    const int32_t         seq;
+    const int32_t         n_ctx;
 
     std::vector<tree>    bank;    // bank[0] is a lone root
     std::vector<int32_t> n_nodes; // [n_trees]
@@ -132,11 +154,13 @@ class decoder {
 
     int32_t n_past = 0;                   // settled tokens in the memory
     bool    live   = false;               // the outputs of the context belong to the last evaluated token
-    int32_t row    = -1;                  // its index in the last batch
+    int32_t row    = -1;                  // its index in the last pass, or the name of a row that was kept
+    part    work;                         // of this sequence in the last pass
 
     // the verified tree, while it is being walked
     int32_t               tree_id = -1; // in the bank; n_trees: the grown one; -1: none
     std::vector<int32_t>  tokens;       // [n_nodes]
+    std::vector<float>    reach;        // [n_nodes] chance that a node is reached, where drafters are mixed; else empty
     std::vector<uint32_t> sources;      // [n_nodes] who proposed them, where drafters are mixed; else empty
     std::vector<int32_t>  path;         // visited nodes, the root first
     std::vector<int32_t>  typical;      // path chosen by typical acceptance, empty if none was

@@ -68,12 +68,14 @@ void decoder::mix(const entmtp_signals & s) {
     grown.rank.assign(1, 0);
     grown.depth.assign(1, 0);
     sources.assign(1, 0);
+    reach.assign(1, 1.0f);
     for (const auto & node : nodes) {
         grown.parent.push_back(node.parent);
         grown.rank.push_back(0);
         grown.depth.push_back(node.depth);
         tokens.push_back(node.token);
         sources.push_back(node.sources);
+        reach.push_back(node.p);
     }
 }
 
@@ -86,8 +88,10 @@ int32_t decoder::draft(int32_t token) {
 
     tokens.assign(1, token);
     sources.clear();
+    reach.clear();
     t_heads = 0.0;
 
+    policy.meet({ shared.n_others(seq), shared.price() });
     const float   product = policy.needs_path() ? greedy_path() : 0.0f;
     const int32_t id      = policy.choose(s, running.get(), product, room(), n_nodes, depth);
 

@@ -10,7 +10,11 @@
 
 namespace entmtp {
 
+// In company the next pass may begin at any time: the row is kept for the caller
 const float * decoder::logits() {
+    if (live && shared.n_seq > 1) {
+        set_row(out.keep(row));
+    }
     return live ? out.logits(row) : nullptr;
 }
 
@@ -101,7 +105,7 @@ int32_t decoder::sample_typical(llama_sampler * sampler, const typical_params & 
     begin_token();
 
     if (tree_id >= 0 && typical.empty()) {
-        typical = typical_path(topology(tree_id), tokens, n_vocab, p, [&](int32_t node) { return out.logits(node); });
+        typical = typical_path(topology(tree_id), tokens, n_vocab, p, [&](int32_t node) { return out.logits(work.at[node]); });
     }
 
     // the caller may have gone another way than the typical one

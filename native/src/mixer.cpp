@@ -302,7 +302,7 @@ const std::vector<mixer::node> & mixer::grow(const situation & now, const expand
     std::fill(by_source, by_source + n_sources, 0);
     std::fill(best_of, best_of + n_sources, -1);
 
-    now.cost.fees(now.price, now.n_max, fee);
+    now.cost.fees(now.price, now.n_max, fee, now.n_others);
     if (fee.size() < 2) {
         return nodes;
     }
@@ -397,12 +397,29 @@ const std::vector<mixer::node> & mixer::grow(const situation & now, const expand
     std::vector<int32_t> place(found.size(), -1);
     for (const int32_t i : order) {
         const candidate & c = found[i];
-        nodes.push_back({ c.parent < 0 ? 0 : place[c.parent], c.depth, c.token, c.sources & now.allowed });
+        nodes.push_back({ c.parent < 0 ? 0 : place[c.parent], c.depth, c.token, c.sources & now.allowed, c.p });
         place[i] = (int32_t) nodes.size();
         candidate_of.push_back(i);
         by_source[first_of(c.sources & now.allowed)]++;
     }
     return nodes;
+}
+
+void mixer::drop_nodes(const std::vector<int32_t> & kept) {
+    std::vector<node>    left;
+    std::vector<int32_t> place(nodes.size() + 1, 0), candidates;
+    std::fill(by_source, by_source + n_sources, 0);
+    for (const int32_t i : kept) {
+        place[i] = (int32_t) candidates.size();
+        candidates.push_back(candidate_of[i]);
+        if (i > 0) {
+            left.push_back(nodes[i - 1]);
+            left.back().parent = place[left.back().parent];
+            by_source[first_of(left.back().sources)]++;
+        }
+    }
+    nodes        = std::move(left);
+    candidate_of = std::move(candidates);
 }
 
 void mixer::observe(const std::vector<int32_t> & path, int32_t next) {

@@ -34,6 +34,7 @@ class mixer {
         int32_t  depth;   // 1 ..
         int32_t  token;
         uint32_t sources; // who proposed it
+        float    p;       // chance that it is reached
     };
 
     // guesses of head l after n paths [n][l + 1] -> tokens and ln p, [n][n_guess]. One path for heads that do not see it
@@ -53,6 +54,7 @@ class mixer {
         bool               sees_path;
         uint32_t           allowed; // sources whose nodes may enter the tree: the others only learn
         bool               forced;  // run the first head, whatever it is expected to bring
+        int32_t            n_others = 0; // tokens of others in the pass
     };
 
     mixer() = default;
@@ -67,6 +69,8 @@ class mixer {
 
     // The walk took these of the nodes, from the root on; `next` left the tree, -1: not known.
     void observe(const std::vector<int32_t> & path, int32_t next);
+
+    void drop_nodes(const std::vector<int32_t> & kept); // only these are left, the root (0) among them
 
     void skip(); // a step that drafted nothing, for another reason than the mixer's
     void begin_text();

@@ -166,7 +166,34 @@ const reduction * outputs::reduced() {
     return r;
 }
 
+int32_t outputs::keep(int32_t i) {
+    if (!in_pass(i)) {
+        return i;
+    }
+    kept_row row;
+    if (const float * l = logits(i)) {
+        row.logits.assign(l, l + n_vocab);
+    }
+    if (const float * h = want_hidden ? hidden(i) : nullptr) {
+        row.hidden.assign(h, h + n_embd);
+    }
+    n_kept         = (n_kept + 1) % first_kept;
+    const int32_t id = first_kept + n_kept;
+    kept[id]       = std::move(row);
+    return id;
+}
+
+void outputs::release(int32_t i) {
+    if (!in_pass(i)) {
+        kept.erase(i);
+    }
+}
+
 const float * outputs::logits(int32_t i) {
+    if (!in_pass(i)) {
+        const auto row = kept.find(i);
+        return row != kept.end() && !row->second.logits.empty() ? row->second.logits.data() : nullptr;
+    }
     if (at_host) {
         return llama_get_logits_ith(ctx, i);
     }
@@ -190,6 +217,10 @@ const float * outputs::logits(int32_t i) {
 }
 
 const float * outputs::hidden(int32_t i) {
+    if (!in_pass(i)) {
+        const auto row = kept.find(i);
+        return row != kept.end() && !row->second.hidden.empty() ? row->second.hidden.data() : nullptr;
+    }
     if (at_host) {
         return llama_get_embeddings_ith(ctx, i);
     }
@@ -208,6 +239,11 @@ const float * outputs::hidden(int32_t i) {
 
 states outputs::hidden_states(std::vector<int32_t> tokens_of_pass) {
     states res;
+    if (tokens_of_pass.size() == 1 && !in_pass(tokens_of_pass[0])) {
+        res.host = hidden(tokens_of_pass[0]);
+        res.rows = { 0 };
+        return res;
+    }
     res.rows = std::move(tokens_of_pass);
     for (int32_t & r : res.rows) {
         r -= first_output;
@@ -224,7 +260,7 @@ states outputs::hidden_states(std::vector<int32_t> tokens_of_pass) {
 }
 
 distribution outputs::describe(int32_t i) {
-    if (!at_host && reduced()) {
+    if (in_pass(i) && !at_host && reduced()) {
         const float * v    = &values[(size_t) (i - first_output) * reduction::width(k)];
         const int32_t best = (int32_t) (std::max_element(v, v + k) - v);
         const float   p    = v[k + best];
@@ -239,7 +275,7 @@ distribution outputs::describe(int32_t i) {
 }
 
 int32_t outputs::best(int32_t i, int32_t n, int32_t * best_ids, float * best_logits) {
-    if (!at_host && reduced()) {
+    if (in_pass(i) && !at_host && reduced()) {
         // what the device found: not sorted
         const size_t         r = (size_t) (i - first_output);
         const float *        v = &values[r * reduction::width(k)];
@@ -266,7 +302,7 @@ int32_t outputs::best(int32_t i, int32_t n, int32_t * best_ids, float * best_log
 }
 
 float outputs::logit(int32_t i, int32_t token) {
-    if (at_host) {
+    if (at_host || !in_pass(i)) {
         return logits(i)[token];
     }
     const int32_t r = i - first_output;
@@ -323,10 +359,10 @@ bool outputs::from_candidates(llama_sampler * sampler, int32_t i) {
 }
 
 int32_t outputs::sample(llama_sampler * sampler, int32_t i) {
-    if (at_host) {
+    if (at_host && in_pass(i)) {
         return llama_sampler_sample(sampler, ctx, i);
     }
-    if (!from_candidates(sampler, i)) {
+    if (!in_pass(i) || !from_candidates(sampler, i)) {
         const float * l = logits(i);
         if (!l) {
             throw std::runtime_error("there are no logits to sample from");

@@ -41,7 +41,8 @@ class outputs {
     void begin(bool to_host);
     void end(int32_t n, int32_t first_output);
 
-    // of a token of the pass, by its index there. Pointers are valid until the next pass; null: no such row
+    // of a token of the pass, by its index there, or of one that was kept. Pointers are valid until the next pass; null: no
+    // such row
     const float * logits(int32_t i); // [n_vocab]
     const float * hidden(int32_t i); // [n_embd]
     states        hidden_states(std::vector<int32_t> tokens);
@@ -54,9 +55,22 @@ class outputs {
     // the sampler's choice at a token of the pass, accepted by it
     int32_t sample(llama_sampler * sampler, int32_t i);
 
+    // keep a row when the pass is over, and what it is called then; until it is let go
+    int32_t keep(int32_t i);
+    void    release(int32_t i);
+
     entmtp_traffic traffic = {};
 
   private:
+    static constexpr int32_t first_kept = 1 << 30; // no pass has so many tokens
+
+    struct kept_row {
+        std::vector<float> logits; // [n_vocab]
+        std::vector<float> hidden; // [n_embd], if they are wanted
+    };
+
+    bool in_pass(int32_t i) const { return i < first_kept; }
+
     static constexpr int32_t n_candidates = 65; // top-k samplers keep up to 64: with one more, ties show
 
     const reduction * reduced();                // of the pass; null: there is none, or it is of no use
@@ -78,6 +92,9 @@ class outputs {
     int32_t                  most_k   = 0; // that the device can find
     int32_t                  wanted_k = 1;
     int32_t                  n_unused = 0; // tokens in a row that would have done with less
+
+    std::map<int32_t, kept_row> kept;
+    int32_t                     n_kept = 0; // so far
 
     // of the pass
     bool                 at_host      = true;

@@ -100,6 +100,10 @@ double scheduler::expected(int32_t b, int32_t tree) const {
 // tokens per time: what the last steps reached, and never less than plain decoding
 double scheduler::price() const {
     static constexpr double prior = 16.0; // plain steps
+    if (with.n_others > 0) {
+        const int32_t n = with.n_others + 1;
+        return std::max((double) n / now.cost.verify(n), with.price);
+    }
     const double            plain = now.cost.plain();
     return std::max(1.0 / plain, (prior + tokens_seen) / (prior * plain + time_seen));
 }
@@ -184,8 +188,8 @@ int32_t scheduler::choose(const entmtp_signals &       s,
     ++n_steps;
     verdict = guard::verdict::free;
     if (adapt) {
-        // two plain steps: the first one may find its graph gone
-        if (now.cost.wants_plain() || now.cost.plain_age() > n_retime || n_steps <= 2) {
+        // two plain steps: the first one may find its graph gone. In company no step is one
+        if (with.n_others == 0 && (now.cost.wants_plain() || now.cost.plain_age() > n_retime || n_steps <= 2)) {
             return 0;
         }
         verdict = mixes() ? now.keep_each[first_of(from_heads)].next() : now.keep.next();
@@ -225,14 +229,17 @@ const std::vector<mixer::node> & scheduler::mix(const text_index &       text,
                                                 bool                     sees_path,
                                                 const mixer::expand_fn & expand) {
     const bool forced = verdict == guard::verdict::must && (allowed & from_heads);
-    return all_drafters.grow({ text, rows, s, running, now.cost, price(), n_max, n_heads, sees_path, allowed, forced },
+    return all_drafters.grow({ text, rows, s, running, now.cost, price(), n_max, n_heads, sees_path, allowed, forced,
+                               with.n_others },
                              expand);
 }
 
-// what each drafter saved: its accepted tokens, less its share of the pass and what it took itself; in plain steps
-void scheduler::observe_each(int32_t n_nodes, const std::vector<int32_t> & path, double t_heads) {
+// what each drafter saved: its accepted tokens, less its share of the pass and what it took itself; in plain steps, of
+// which one more in company is a step of all
+void scheduler::observe_each(int32_t n_nodes, const std::vector<int32_t> & path, double t_heads, int32_t n_others) {
     const int32_t * n_by                  = all_drafters.n_nodes_by();
-    const double    t_more                = now.cost.verify(n_nodes) - now.cost.plain();
+    const double    t_more                = now.cost.verify(n_others + n_nodes) - now.cost.verify(n_others + 1);
+    const double    t_plain               = now.cost.verify(n_others + 1) / (n_others + 1);
     int32_t         n_accepted[n_sources] = {};
     for (size_t i = 1; i < path.size(); ++i) {
         n_accepted[first_of(all_drafters.sources_of(path[i]))]++;
@@ -241,12 +248,12 @@ void scheduler::observe_each(int32_t n_nodes, const std::vector<int32_t> & path,
         const bool   is_heads = i == first_of(from_heads);
         const bool   drafted  = n_by[i] > 0 || (is_heads && all_drafters.heads_ran());
         const double t        = t_more * n_by[i] / std::max(n_nodes - 1, 1) + (is_heads ? t_heads : 0.0);
-        now.keep_each[i].observe(drafted, n_accepted[i] - t / now.cost.plain());
+        now.keep_each[i].observe(drafted, n_accepted[i] - t / t_plain);
     }
 }
 
 void scheduler::observe(int32_t tree, int32_t n_nodes, const outcome & o) {
-    const auto & [path, hit, next, t_draft, t_verify] = o;
+    const auto & [path, hit, next, t_draft, t_verify, n_others, timed] = o;
     if (policy != ENTMTP_POLICY_ENTROPY && policy != ENTMTP_POLICY_CONFIDENCE && !mixes()) {
         return;
     }
@@ -254,16 +261,20 @@ void scheduler::observe(int32_t tree, int32_t n_nodes, const outcome & o) {
         const bool   mixed   = tree == grow_tree;
         const double t_heads = mixed ? all_drafters.draft_cost() : 0.0;
 
-        now.cost.observe(n_nodes, t_verify, t_draft, t_heads);
-        tokens_seen = forget_price * tokens_seen + (double) path.size();
-        time_seen   = forget_price * time_seen + now.cost.verify(n_nodes) + t_heads;
+        if (timed) {
+            now.cost.observe(n_others + n_nodes, t_verify, t_draft, t_heads);
+        }
+        if (n_others == 0) {
+            tokens_seen = forget_price * tokens_seen + (double) path.size();
+            time_seen   = forget_price * time_seen + now.cost.verify(n_nodes) + t_heads;
+        }
 
         if (!mixed) {
             all_drafters.skip();
             return;
         }
         if (adapt) {
-            observe_each(n_nodes, path, t_heads);
+            observe_each(n_nodes, path, t_heads, n_others);
         }
         all_drafters.observe(path, next);
         return;

@@ -27,6 +27,15 @@ class scheduler {
     // the sizes of p are n_trees and p.n_bins; throws std::runtime_error with one sentence
     scheduler(const entmtp_policy_params & p, int32_t n_trees);
 
+    // others that share the passes: their tokens in the next one, and what all earn, in tokens per us (0: not known)
+    struct company {
+        int32_t n_others = 0;
+        double  price    = 0.0;
+    };
+
+    // before a step
+    void meet(company c) { with = c; }
+
     // the tree of the next step, or grow_tree
     //   s        of the distribution the root was drawn from
     //   running  entropy, nats
@@ -58,6 +67,12 @@ class scheduler {
                                          bool                     sees_path,
                                          const mixer::expand_fn & expand);
 
+    // of the tree that was mixed these nodes are left
+    void drop_nodes(const std::vector<int32_t> & kept) { all_drafters.drop_nodes(kept); }
+
+    // price of a pass over n tokens, in tokens
+    double fee(int32_t n) const { return now.cost.n_max() == 0 ? 0.0 : price() * now.cost.verify(n); }
+
     // what that step did
     struct outcome {
         const std::vector<int32_t> & path; // [1 + n_accepted] the nodes that were taken, the root first
@@ -65,6 +80,8 @@ class scheduler {
         int32_t next;     // token that left the tree; -1: not known
         double  t_draft;  // us, of the heads
         double  t_verify; // us
+        int32_t n_others = 0;    // tokens of others in the pass
+        bool    timed    = true; // t_verify is that of a pass over so many tokens
     };
 
     void observe(int32_t tree, int32_t n_nodes, const outcome & o);
@@ -94,7 +111,7 @@ class scheduler {
     int32_t choose_entropy(float running, int32_t n_max, const std::vector<int32_t> & n_nodes);
     int32_t
     choose_published(float x, int32_t n_max, const std::vector<int32_t> & n_nodes, const std::vector<int32_t> & depth);
-    void   observe_each(int32_t n_nodes, const std::vector<int32_t> & path, double t_heads);
+    void   observe_each(int32_t n_nodes, const std::vector<int32_t> & path, double t_heads, int32_t n_others);
     double expected(int32_t bin, int32_t tree) const;
     double step_cost(int32_t tree, int32_t n) const {
         return now.cost.verify(n) + (tree > 0 ? now.cost.draft(tree) : 0.0);
@@ -141,6 +158,7 @@ class scheduler {
     double tokens_seen = 0.0;  // both forget
     double time_seen   = 0.0;
 
+    company        with;
     guard::verdict verdict = guard::verdict::free;
     int32_t        bin     = 0; // of the last choice
     int32_t        rung    = 0; // hysteresis: index in ladder

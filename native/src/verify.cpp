@@ -25,48 +25,59 @@ verifier::~verifier() {
     llama_batch_ext_free(batch);
 }
 
-bool verifier::add(int32_t token, int32_t pos, bool output) {
-    const int32_t i = llama_batch_ext_add_token(batch, 0, token);
-    return i >= 0 && llama_batch_ext_set_pos(batch, i, &pos) && llama_batch_ext_set_output_logits(batch, i, output);
-}
-
-int32_t verifier::decode(const int32_t * tokens, int32_t n, int32_t pos0, bool all_outputs) {
+int32_t verifier::decode(const std::vector<part *> & parts, int32_t * first_output) {
     llama_batch_ext_clear(batch);
-    for (int32_t i = 0; i < n; ++i) {
-        if (!add(tokens[i], pos0 + i, all_outputs || i == n - 1)) {
-            return -1;
+
+    bool is_tree = false;
+    for (part * x : parts) {
+        is_tree = is_tree || (!x->parent.empty() && x->tokens.size() > 1);
+        x->at.resize(x->tokens.size());
+    }
+
+    // outputs lie together at the end of the batch
+    int32_t n = 0;
+    for (const bool outputs : { false, true }) {
+        if (outputs) {
+            *first_output = n;
+        }
+        for (part * x : parts) {
+            const auto    size  = (int32_t) x->tokens.size();
+            const int32_t begin = outputs ? x->first_output : 0, end = outputs ? size : x->first_output;
+            for (int32_t i = begin; i < end; ++i) {
+                const bool    in_tree = !x->parent.empty();
+                const int32_t parent  = in_tree ? x->parent[i] : i - 1;
+                const int32_t pos     = x->pos0 + (in_tree ? x->depth[i] : i);
+                if (llama_batch_ext_add_token(batch, x->seq, x->tokens[i]) != n ||
+                    !llama_batch_ext_set_pos(batch, n, &pos) ||
+                    !llama_batch_ext_set_output_logits(batch, n, outputs) ||
+                    (is_tree && parent >= 0 && !llama_batch_ext_set_parent(batch, n, x->at[parent]))) {
+                    return -1;
+                }
+                x->at[i] = n++;
+            }
         }
     }
     return llama_process(ctx, LLAMA_PROCESS_TYPE_DECODE, batch);
 }
 
-int32_t verifier::decode(const tree & topology, const std::vector<int32_t> & tokens, int32_t pos0) {
-    llama_batch_ext_clear(batch);
-    for (int32_t i = 0; i < topology.n_nodes(); ++i) {
-        if (!add(tokens[i], pos0 + topology.depth[i], true)) {
-            return -1;
-        }
-        if (i > 0 && !llama_batch_ext_set_parent(batch, i, topology.parent[i])) {
-            return -1;
-        }
-    }
-    return llama_process(ctx, LLAMA_PROCESS_TYPE_DECODE, batch);
+bool verifier::commit(int32_t seq, const std::vector<int32_t> & path) {
+    return llama_memory_tree_commit(mem, seq, path.data(), (int32_t) path.size());
 }
 
-bool verifier::commit(const std::vector<int32_t> & path) {
-    return llama_memory_tree_commit(mem, 0, path.data(), (int32_t) path.size());
+bool verifier::truncate(int32_t seq, int32_t pos) {
+    return llama_memory_seq_rm(mem, seq, pos, -1);
 }
 
-bool verifier::truncate(int32_t pos) {
-    return llama_memory_seq_rm(mem, 0, pos, -1);
+void verifier::share(int32_t from, int32_t to, int32_t n) {
+    llama_memory_seq_cp(mem, from, to, 0, n);
 }
 
-bool verifier::can_continue(int32_t pos) const {
-    if (n_swa == 0 || pos == 0 || !mem || llama_memory_seq_pos_max(mem, 0) + 1 == pos) {
+bool verifier::can_continue(int32_t seq, int32_t pos) const {
+    if (n_swa == 0 || pos == 0 || !mem || llama_memory_seq_pos_max(mem, seq) + 1 == pos) {
         return true;
     }
     // a token at pos attends to the positions pos - n_swa + 1 .. pos
-    return llama_memory_seq_pos_min(mem, 0) <= std::max(pos - n_swa + 1, 0);
+    return llama_memory_seq_pos_min(mem, seq) <= std::max(pos - n_swa + 1, 0);
 }
 
 } // namespace entmtp

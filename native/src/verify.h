@@ -1,8 +1,6 @@
-// The verify pass: one batch for a whole tree, and what stays in the memory afterwards.
+// The batch of a pass: token trees and texts of one or several sequences, and what stays of them in the memory.
 
 #pragma once
-
-#include "tree.h"
 
 #include "llama.h"
 
@@ -10,6 +8,52 @@
 #include <vector>
 
 namespace entmtp {
+
+// what a sequence wants evaluated
+struct part {
+    int32_t              seq  = 0;
+    int32_t              pos0 = 0;
+    std::vector<int32_t> tokens;
+    std::vector<int32_t> parent; // [n] of a tree, the root's is -1, parents come first; empty: one token after the other
+    std::vector<int32_t> depth;  // [n] of a tree
+    std::vector<float>   p;      // [n] chance that a node is reached, no child's above its parent's; empty: all are wanted
+
+    int32_t first_output = 0;    // tokens from this one on have outputs
+    bool    is_prompt    = false;
+    bool    to_host      = false;
+    bool    timed        = false;
+    int64_t asked        = 0; // when, in turns
+
+    // what came of it
+    int32_t              status = 0;  // of llama_process()
+    std::vector<int32_t> at;          // [n] index in the pass
+    std::vector<int32_t> kept;        // [n] nodes by their former index, where some were dropped; else empty
+    int32_t              n_others    = 0;
+    bool                 with_prompt = false; // a prompt of another was in the pass
+    double               t_us        = 0.0;
+
+    // drop nodes that are not wanted, and those below them
+    template <typename F> void keep(F && wanted) {
+        std::vector<int32_t> place(tokens.size(), -1);
+        size_t               n = 0;
+        for (size_t i = 0; i < tokens.size(); ++i) {
+            if ((i > 0 && place[parent[i]] < 0) || !wanted(i)) {
+                continue;
+            }
+            place[i]  = (int32_t) n;
+            tokens[n] = tokens[i];
+            parent[n] = parent[i] < 0 ? -1 : place[parent[i]];
+            depth[n]  = depth[i];
+            p[n]      = p[i];
+            kept.push_back((int32_t) i);
+            ++n;
+        }
+        tokens.resize(n);
+        parent.resize(n);
+        depth.resize(n);
+        p.resize(n);
+    }
+};
 
 class verifier {
   public:
@@ -25,29 +69,26 @@ class verifier {
     // what to tell the user where it cannot
     const char * why_no_tree() const;
 
-    // evaluate n tokens one after the other from position pos0; logits of the last, or of all
-    // returns the status of llama_process()
-    int32_t decode(const int32_t * tokens, int32_t n, int32_t pos0, bool all_outputs);
+    // evaluate all parts in one batch; returns the status of llama_process()
+    //   first_output  result: tokens of the batch before this one have no outputs, those after it have
+    int32_t decode(const std::vector<part *> & parts, int32_t * first_output);
 
-    // evaluate a tree whose root is at pos0; every node has logits
-    //   tokens [n_nodes]
-    int32_t decode(const tree & topology, const std::vector<int32_t> & tokens, int32_t pos0);
+    // keep a path of a sequence's tree in the last batch (indices in the batch, the root first), drop the rest of it
+    bool commit(int32_t seq, const std::vector<int32_t> & path);
 
-    // keep the path (node indices, the root first) of the last decoded tree and drop the rest
-    bool commit(const std::vector<int32_t> & path);
+    // forget the positions of a sequence from pos on
+    bool truncate(int32_t seq, int32_t pos);
 
-    // forget the positions from pos on
-    bool truncate(int32_t pos);
+    // give a sequence that is empty the first n positions of another
+    void share(int32_t from, int32_t to, int32_t n);
 
-    // the memory holds all that a token at position pos attends to
-    bool can_continue(int32_t pos) const;
+    // the memory holds all that a token of the sequence at position pos attends to
+    bool can_continue(int32_t seq, int32_t pos) const;
 
     // tokens that layers with a sliding window attend to, the token itself among them; 0: there are none
     int32_t window() const { return n_swa; }
 
   private:
-    bool add(int32_t token, int32_t pos, bool output);
-
     llama_context *   ctx;
     llama_memory_t    mem;
     llama_batch_ext * batch;
