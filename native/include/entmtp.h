@@ -379,9 +379,15 @@ ENTMTP_API void entmtp_group_set_stall(struct entmtp_group * group, double us);
 // Passes so far, and how many sequences' parts they had in all.
 ENTMTP_API void entmtp_group_get_passes(struct entmtp_group * group, int64_t * n_passes, int64_t * n_parts);
 
-// Begin with the first n tokens that another decoder of the group has evaluated, without evaluating them; what was in the
-// decoder's own sequence is forgotten.
-ENTMTP_API int32_t entmtp_decoder_share(struct entmtp_decoder * dec, const struct entmtp_decoder * from, int32_t n);
+// How many of n tokens the decoder's memory begins with, of those that are settled.
+ENTMTP_API int32_t entmtp_decoder_in_common(const struct entmtp_decoder * dec, const int32_t * tokens, int32_t n);
+
+// Begin with as many of n tokens as another decoder of the group has evaluated, without evaluating them; what was in the
+// decoder's own sequence is forgotten. Returns how many, or a negative status.
+ENTMTP_API int32_t entmtp_decoder_share(struct entmtp_decoder *       dec,
+                                        const struct entmtp_decoder * from,
+                                        const int32_t *               tokens,
+                                        int32_t                       n);
 
 //
 // statistics

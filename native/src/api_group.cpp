@@ -68,12 +68,22 @@ void entmtp_group_get_passes(entmtp_group * group, int64_t * n_passes, int64_t *
     }
 }
 
-int32_t entmtp_decoder_share(entmtp_decoder * dec, const entmtp_decoder * from, int32_t n) {
-    return guarded(dec, [&](entmtp::decoder & d) {
-        if (!from) {
-            return fail("no decoder to share with");
+int32_t entmtp_decoder_in_common(const entmtp_decoder * dec, const int32_t * tokens, int32_t n) {
+    if (!dec || !tokens || n < 0) {
+        return 0;
+    }
+    const auto hold = dec->impl.hold();
+    return dec->impl.in_common(tokens, n);
+}
+
+int32_t entmtp_decoder_share(entmtp_decoder * dec, const entmtp_decoder * from, const int32_t * tokens, int32_t n) {
+    int32_t       n_shared = 0;
+    const int32_t status   = guarded(dec, [&](entmtp::decoder & d) {
+        if (!from || !tokens || n < 0) {
+            return fail("no decoder or tokens to share");
         }
-        d.share(from->impl, n);
+        n_shared = d.share(from->impl, tokens, n);
         return (int32_t) ENTMTP_OK;
     });
+    return status == ENTMTP_OK ? n_shared : status;
 }

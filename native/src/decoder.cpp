@@ -345,18 +345,25 @@ void decoder::detach() {
     }
 }
 
-void decoder::share(const decoder & from, int32_t n) {
-    if (&from == this || &from.shared != &shared || n < 0 || n > from.n_past || n > n_ctx) {
-        throw std::runtime_error("share: there are no such tokens to begin with");
+int32_t decoder::in_common(const int32_t * toks, int32_t n) const {
+    int32_t i = 0;
+    while (i < std::min(n, n_past) && text[i] == toks[i]) {
+        ++i;
     }
+    return i;
+}
+
+int32_t decoder::share(const decoder & from, const int32_t * toks, int32_t n) {
+    if (&from == this || &from.shared != &shared) {
+        throw std::runtime_error("share: it is not another sequence of the same group");
+    }
+    n = from.in_common(toks, std::min(n, n_ctx));
     settle();
     memory.truncate(seq, 0);
     memory.share(from.seq, seq, n);
     invalidate(n);
-    text.truncate(0);
-    for (int32_t i = 0; i < n; ++i) {
-        text.append(from.text[i]);
-    }
+    set_text(toks, n);
+    return n;
 }
 
 int32_t decoder::step(int32_t token) {

@@ -72,8 +72,11 @@ class decoder {
     // A pass of others begins: nothing of this one may be needed from the last one any more
     void detach();
 
-    // Begin with the first n tokens of another one that shares the passes
-    void share(const decoder & from, int32_t n);
+    // how many of these tokens the memory begins with, of the settled ones
+    int32_t in_common(const int32_t * tokens, int32_t n) const;
+
+    // Begin with what another one that shares the passes has in common with these tokens; returns how many they are
+    int32_t share(const decoder & from, const int32_t * tokens, int32_t n);
 
     void                set_outputs(int32_t mode) { out.set_mode(mode); }
     entmtp_outputs_info outputs_info() const { return out.info(); }

@@ -18,6 +18,7 @@ from .native import library
 if TYPE_CHECKING:
     from .bank import Bank, Tree
     from .common.errors import BankError, BusyError, Cancelled, EntmtpError, ModelError, ServerError
+    from .engine import Engine
     from .llama import Llama
     from .native.stats import DraftStats
 
@@ -26,6 +27,7 @@ with suppress(library.LibrariesMissing):  # said in full when something needs th
 
 _WHERE = {
     "Llama": "llama",
+    "Engine": "engine",
     "Bank": "bank",
     "Tree": "bank",
     "DraftStats": "native.stats",
@@ -43,6 +45,7 @@ __all__ = [
     "BusyError",
     "Cancelled",
     "DraftStats",
+    "Engine",
     "EntmtpError",
     "Llama",
     "ModelError",

@@ -252,10 +252,21 @@ class Llama(Paced):
             static_tree = bank.index(tree) if tree is not None else 1
         elif tree is not None:
             raise ValueError(f'trees names the tree {tree}, which only policy="static" uses')
-        self._decoder.set_bank(bank, policy, static_tree, **self._settings)
-        self.name_threads()
+        before = self.bank, self.policy, self.tree
         self.bank, self.policy = bank, policy
         self.tree = bank.trees[static_tree].name if policy == "static" else None
+        try:
+            self.install(self._decoder)
+        except (EntmtpError, ValueError):
+            self.bank, self.policy, self.tree = before
+            raise
+        self.name_threads()
+
+    def install(self, decoder: Decoder) -> None:
+        """Have a decoder draft as this model does."""
+        assert self.bank is not None
+        static_tree = self.bank.index(self.tree) if self.tree is not None else 0
+        decoder.set_bank(self.bank, self.policy, static_tree, **self._settings)
 
     def set_trees(
         self,

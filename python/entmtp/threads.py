@@ -65,10 +65,14 @@ class Threads:
         self._looked = time.perf_counter()
         self._calm = 0
 
-    def look(self) -> int:
-        """The number to compute with now; call it before every pass, it looks at the system ten times a second."""
+    def look(self, who: int | None = None) -> int:
+        """The number to compute with now; call it before every pass, it looks at the system ten times a second.
+
+        Args:
+            who: threads that take turns at the same passes count as one under this number; None: the calling thread.
+        """
         t = time.perf_counter()
-        _computing[threading.get_ident()] = t
+        _computing[threading.get_ident() if who is None else who] = t
         if t - self._looked >= INTERVAL:
             self._looked = t
             for ident in [i for i, last in list(_computing.items()) if t - last > 3 * INTERVAL]:

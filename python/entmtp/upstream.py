@@ -33,6 +33,7 @@ NEEDS = {
     "_n_vocab": "width of a row of logits",
     "_ctx": "wrapper of the context: get_logits()",
     "model_params": "parameters of the model, set before it is loaded",
+    "context_params": "parameters of the context, set before the arguments are put into them",
     "_sampler": "the sampler chain of the running `generate`, with its pointer `sampler`",
     "_init_sampler": "makes such a chain from the arguments of `sample`",
 }
@@ -84,6 +85,9 @@ class Upstream(llama_cpp.Llama):
     def prepare_model(self, params: Any) -> None:
         """Called with the `llama_model_params` before the model is loaded, to change them."""
 
+    def prepare_context(self, params: Any) -> None:
+        """Called with the `llama_context_params` before the arguments are put into them, to change them."""
+
     def must_evaluate(self) -> bool:
         """Whether the logits of the last token are not there to sample from."""
         return self._stale
@@ -96,6 +100,15 @@ class Upstream(llama_cpp.Llama):
     def model_params(self, params: Any) -> None:
         self.prepare_model(params)
         self._model_params = params
+
+    @property
+    def context_params(self) -> Any:
+        return self._context_params
+
+    @context_params.setter
+    def context_params(self, params: Any) -> None:
+        self.prepare_context(params)
+        self._context_params = params
 
     # `generate` asks before it samples without evaluating; the answer must come from what is true of the memory, as any
     # evaluation may fail on its way

@@ -343,6 +343,32 @@ decoder_get_outputs = _bind("entmtp_decoder_get_outputs", None, c_void_p, POINTE
 # void entmtp_decoder_get_traffic(const struct entmtp_decoder * dec, struct entmtp_traffic * traffic);
 decoder_get_traffic = _bind("entmtp_decoder_get_traffic", None, c_void_p, POINTER(Traffic))
 
+# struct entmtp_group * entmtp_group_init(
+#         struct llama_context * ctx, struct entmtp_heads * heads, int32_t n_seq, int32_t n_ctx);
+group_init = _bind("entmtp_group_init", c_void_p, c_void_p, c_void_p, c_int32, c_int32)
+
+# void entmtp_group_free(struct entmtp_group * group);
+group_free = _bind("entmtp_group_free", None, c_void_p)
+
+# struct entmtp_decoder * entmtp_group_decoder(struct entmtp_group * group, int32_t i);
+group_decoder = _bind("entmtp_group_decoder", c_void_p, c_void_p, c_int32)
+
+# void entmtp_group_set_active(struct entmtp_group * group, int32_t i, bool active);
+group_set_active = _bind("entmtp_group_set_active", None, c_void_p, c_int32, c_bool)
+
+# void entmtp_group_set_stall(struct entmtp_group * group, double us);
+group_set_stall = _bind("entmtp_group_set_stall", None, c_void_p, c_double)
+
+# void entmtp_group_get_passes(struct entmtp_group * group, int64_t * n_passes, int64_t * n_parts);
+group_get_passes = _bind("entmtp_group_get_passes", None, c_void_p, POINTER(c_int64), POINTER(c_int64))
+
+# int32_t entmtp_decoder_in_common(const struct entmtp_decoder * dec, const int32_t * tokens, int32_t n);
+decoder_in_common = _bind("entmtp_decoder_in_common", c_int32, c_void_p, c_void_p, c_int32)
+
+# int32_t entmtp_decoder_share(
+#         struct entmtp_decoder * dec, const struct entmtp_decoder * from, const int32_t * tokens, int32_t n);
+decoder_share = _bind("entmtp_decoder_share", c_int32, c_void_p, c_void_p, c_void_p, c_int32)
+
 # void entmtp_decoder_set_stats(struct entmtp_decoder * dec, bool enabled);
 decoder_set_stats = _bind("entmtp_decoder_set_stats", None, c_void_p, c_bool)
 

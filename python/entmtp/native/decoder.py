@@ -27,9 +27,21 @@ class Decoder:
     """
 
     def __init__(self, ctx: int, heads: Heads | None = None):
-        self._ptr = n.decoder_init(ctx, heads._ptr if heads else None)
-        if not self._ptr:
+        self._begin(n.decoder_init(ctx, heads._ptr if heads else None), heads)
+
+    @classmethod
+    def of_group(cls, pointer: Any, heads: Heads | None) -> Decoder:
+        """One that belongs to a group, which frees it."""
+        decoder = cls.__new__(cls)
+        decoder._begin(pointer, heads)
+        decoder._is_own = False
+        return decoder
+
+    def _begin(self, pointer: Any, heads: Heads | None) -> None:
+        if not pointer:
             raise EntmtpError(n.last_error())
+        self._ptr = pointer
+        self._is_own = True
         self._token = ctypes.c_int32()
         self._heads = heads
         self.bank: Bank | None = None
@@ -190,7 +202,16 @@ class Decoder:
         older = OlderSteps(by_tree=by_tree, **{f[0]: getattr(sums, f[0]) for f in sums._fields_})
         return DraftStats(steps, names, older, self.traffic - self._before, self.outputs)
 
+    def in_common(self, tokens: Sequence[int]) -> int:
+        """How many of these tokens the memory begins with."""
+        return int(n.decoder_in_common(self._ptr, (ctypes.c_int32 * len(tokens))(*tokens), len(tokens)))
+
+    def share(self, other: Decoder, tokens: Sequence[int]) -> int:
+        """Begin with as many of `tokens` as `other`, of the same group, has evaluated; returns how many they are."""
+        array = (ctypes.c_int32 * len(tokens))(*tokens)
+        return int(n.check(n.decoder_share(self._ptr, other._ptr, array, len(tokens))))
+
     def close(self) -> None:
-        if self._ptr:
+        if self._ptr and self._is_own:
             n.decoder_free(self._ptr)
-            self._ptr = None
+        self._ptr = None

@@ -1,0 +1,248 @@
+"""`entmtp.Engine`: one model for several texts at a time, in shared passes."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from . import drafting
+from .common.errors import EntmtpError
+from .llama import Llama
+from .native.group import Group
+from .slot import Slot
+from .stream import Stream
+
+CLOSED = "the engine is closed"
+
+
+class _Host(Llama):
+    """The model with a context for several sequences, which all share one cache."""
+
+    def __init__(self, model_path: str | Path, n_slots: int, **kwargs: Any):
+        self._n_slots = n_slots
+        super().__init__(model_path, **kwargs)
+
+    def prepare_context(self, params: Any) -> None:
+        params.n_seq_max = self._n_slots
+        params.kv_unified = True
+
+
+class Engine:
+    """A model that writes several texts at a time.
+
+    Passes are shared: four tokens of four texts cost far less than four passes over one. Drafts fade as texts are added,
+    for the room in a pass goes where it brings most, and return when texts end. A text is what it would be alone: bit
+    for bit where the CPU kernels compute.
+
+    Examples:
+        >>> with Engine("model.gguf", slots=4) as engine:
+        ...     streams = [engine.submit(p, max_tokens=64) for p in prompts]
+        ...     for stream in streams:
+        ...         print(stream.text)
+
+    Args:
+        model_path: as for `Llama`.
+        slots: texts at a time; further ones wait for their turn, in the order in which they came.
+        n_ctx: tokens that each text may have, prompt and answer.
+        kv_tokens: tokens that all texts together have room for. None: `slots * n_ctx`. With fewer, a text waits until
+            there is room, and what was kept of finished ones gives way.
+        stall: seconds that others may have to wait while a prompt is evaluated: long prompts come in pieces.
+        draft: `"entmtp"`, or None to decode plainly.
+        **kwargs: what else `Llama` takes. Flash attention is on by default.
+
+    Raises:
+        ValueError: arguments that cannot work, or a model whose memory cannot hold several texts.
+        EntmtpError: as for `Llama`.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        slots: int = 4,
+        n_ctx: int = 2048,
+        kv_tokens: int | None = None,
+        stall: float = 0.2,
+        draft: str | None = "entmtp",
+        **kwargs: Any,
+    ):
+        if not 1 <= slots <= 64:
+            raise ValueError(f"slots is {slots}, it must be 1 to 64")
+        for name, why in {"logits_all": "keeps the logits of one text", "embedding": "gives no text"}.items():
+            if kwargs.get(name):
+                raise ValueError(f"{name} is not for an engine: it {why}")
+        self.n_ctx, self.kv_tokens = n_ctx, kv_tokens or slots * n_ctx
+        self._stack = contextlib.ExitStack()
+        self._closed = False
+        self._free = threading.Condition()
+        self._reserved: dict[Slot, int] = {}
+        self._pace = threading.Lock()
+        settings = {"flash_attn": True, "draft": draft, **kwargs}
+        with contextlib.ExitStack() as failed:
+            failed.callback(self._stack.close)
+            # a context has whole blocks of cells; a tree needs a few more than its text
+            self.host = _Host(model_path, slots, n_ctx=self.kv_tokens + 32 * slots, **settings)
+            self._stack.callback(self.host.close)
+            if self.host._is_recurrent or self.host._is_hybrid:
+                raise ValueError(
+                    "the memory of this model (recurrent or hybrid) cannot hold several texts in one cache; use a Llama"
+                )
+            solo = self.host.decoder
+            heads = self.host._heads
+            if heads is not None and heads.info.prefix:
+                heads = None  # their layer's own cache holds one text
+                if self.host.bank is not None:
+                    who = [d for d in self.host.drafters if d != "heads"]
+                    self.host._settings["drafters"] = drafting.who_drafts(who, False)
+            stats = solo.stats_enabled
+            solo.close()
+            self.group = Group(self.host.ctx, heads, slots, n_ctx)
+            self._stack.callback(self.group.close)
+            self.group.set_stall(stall)
+            self.slots: list[Slot] = []
+            for i, decoder in enumerate(self.group.decoders):
+                decoder.set_stats(stats)
+                if self.host.bank is not None:
+                    self.host.install(decoder)
+                    decoder.set_threads(self.host.n_threads)
+                self.slots.append(Slot(self.host, self, i, decoder))
+            failed.pop_all()
+        self._idle = list(self.slots)  # the one that has been idle longest comes first
+        self._workers = ThreadPoolExecutor(slots, thread_name_prefix="entmtp")
+
+    # -- slots --
+
+    @contextlib.contextmanager
+    def slot(self) -> Iterator[Slot]:
+        """A slot for the block, as a `Llama`; waits until there is one.
+
+        Raises:
+            EntmtpError: the engine was closed meanwhile.
+        """
+        with self._free:
+            self._free.wait_for(lambda: self._idle or self._closed)
+            if self._closed:
+                raise EntmtpError(CLOSED)
+            slot = self._idle.pop(0)
+        try:
+            yield slot
+        finally:
+            with self._free:
+                self._idle.append(slot)
+                self._free.notify_all()
+
+    @contextlib.contextmanager
+    def room_for(self, slot: Slot, n: int) -> Iterator[None]:
+        """A text of up to n tokens in a slot: waits until they fit into the memory, and lets passes wait for it."""
+        if n > self.kv_tokens:
+            raise ValueError(
+                f"the text may come to {n} tokens, but all texts together have room for {self.kv_tokens} (kv_tokens); ask for "
+                "fewer, or create the engine with more"
+            )
+        with self._free:
+            self._free.wait_for(lambda: sum(self._reserved.values()) + n <= self.kv_tokens or self._closed)
+            if self._closed:
+                raise EntmtpError(CLOSED)
+            self._reserved[slot] = n
+            self._give_way(slot)
+        self.group.set_active(slot.number, True)
+        try:
+            yield
+        finally:
+            self.group.set_active(slot.number, False)
+            with self._free:
+                del self._reserved[slot]
+                self._free.notify_all()
+
+    def _give_way(self, slot: Slot) -> None:
+        """What idle slots keep of their texts goes where there is no room for it, the oldest first."""
+        room = self.kv_tokens - sum(self._reserved.values())
+        kept = [s for s in self._idle if s is not slot and s not in self._reserved]
+        while sum(s.n_tokens for s in kept) > room:
+            oldest = kept.pop(0)
+            oldest.reset()
+            oldest.decoder.clear()
+
+    # -- requests --
+
+    def submit(self, prompt: str | Sequence[int] | list[dict[str, Any]], **settings: Any) -> Stream:
+        """Have a text written, from any thread.
+
+        Args:
+            prompt: text or tokens to go on with, or the messages of a chat.
+            **settings: of `Llama.create_completion`, or of `create_chat_completion` for messages.
+
+        Returns:
+            A stream of pieces of text, to iterate over with `for` or `async for`; `.text` waits for all of it.
+        """
+        if self._closed:
+            raise EntmtpError(CLOSED)
+        stream = Stream()
+        is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], dict)
+        self._workers.submit(self._write, stream, prompt, is_chat, settings)
+        return stream
+
+    def _write(self, stream: Stream, prompt: Any, is_chat: bool, settings: dict[str, Any]) -> None:
+        try:
+            with self.slot() as llm:
+                create = llm.create_chat_completion if is_chat else llm.create_completion
+                stream.follow(create(prompt, **{**settings, "stream": True}), llm.cancel)
+        except Exception as e:
+            stream.fail(e)
+
+    # -- the machine --
+
+    def follow(self) -> None:
+        """Before a pass: the number of threads that the machine has to spare now."""
+        threads = self.host._threads
+        if threads is None or not self._pace.acquire(blocking=False):
+            return
+        try:
+            if (n := threads.look(id(self))) != self.host.n_threads:
+                self._compute_on(n)
+        finally:
+            self._pace.release()
+
+    def _compute_on(self, n: int) -> None:
+        self.host.n_threads = self.host.n_threads_batch = n
+        for slot in self.slots:
+            slot.n_threads = slot.n_threads_batch = n
+            slot.decoder.set_threads(n, drafting.costs_for(n, self.host._costs))
+
+    def set_threads(self, n_threads: int) -> None:
+        """Compute on so many CPU threads from now on."""
+        if n_threads < 1:
+            raise ValueError(f"n_threads is {n_threads}, it must be at least 1")
+        with self._pace:
+            self.host._threads = None
+            self._compute_on(n_threads)
+
+    @property
+    def texts_per_pass(self) -> float:
+        """How many texts a pass was shared by so far, on average."""
+        passes, parts = self.group.passes
+        return parts / passes if passes else 0.0
+
+    def close(self) -> None:
+        """Stop what is being written, and free the model."""
+        with self._free:
+            if self._closed:
+                return
+            self._closed = True
+            self._free.notify_all()
+        for slot in self.slots:
+            slot.cancel()
+        self._workers.shutdown(cancel_futures=True)
+        with self._free:
+            self._free.wait_for(lambda: len(self._idle) == len(self.slots), timeout=60)
+        self._stack.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

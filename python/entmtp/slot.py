@@ -1,0 +1,118 @@
+"""One of several users of a model: a `Llama` whose passes are shared with the others'."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .common.use import Use
+from .llama import Llama
+from .native.decoder import Decoder
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+# A text is begun from another slot's cells where that saves so many tokens more than the slot's own
+WORTH_SHARING = 8
+
+
+class SlotContext:
+    """A context as llama-cpp-python sees it, reduced to one sequence."""
+
+    def __init__(self, shared: Any, n_ctx: int):
+        self._shared, self._n_ctx = shared, n_ctx
+
+    def n_ctx(self) -> int:
+        return self._n_ctx
+
+    def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
+        """The decoder cuts its sequence back itself, when it evaluates what comes next."""
+        return True
+
+    def kv_cache_clear(self) -> None:
+        raise ValueError("a slot of an engine has no cache of its own to clear")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._shared, name)
+
+
+class Slot(Llama):
+    """As `Llama`, for one text at a time; made by an `Engine`.
+
+    What changes the model or its context as a whole (other trees, states, embeddings) is not for a slot.
+    """
+
+    def __init__(self, host: Llama, engine: Engine, number: int, decoder: Decoder):
+        self.__dict__.update(host.__dict__)
+        self._engine, self.number = engine, number
+        self._stack = contextlib.ExitStack()
+        self._decoder = decoder
+        self._use = Use()
+        self._ctx = SlotContext(host._ctx, engine.n_ctx)
+        self._n_ctx = engine.n_ctx
+        self.input_ids = np.zeros(engine.n_ctx, dtype=np.intc)
+        self.n_tokens = 0
+        self.on_token = None
+        self._sampler = None
+        self._warned: set[str] = set()
+        self.expected = engine.n_ctx  # tokens that the text may come to
+
+    def n_ctx(self) -> int:
+        return self._engine.n_ctx
+
+    def follow(self) -> None:
+        self._engine.follow()
+
+    def compute_on(self, n_threads: int) -> None:
+        raise ValueError("threads are the engine's: Engine.set_threads")
+
+    def set_threads(self, n_threads: int | None = None) -> None:
+        self.compute_on(0)
+
+    def set_trees(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("trees are chosen when the engine is made")
+
+    def save_state(self) -> Any:
+        raise ValueError("a slot of an engine has no state of its own to save; use a Llama")
+
+    def load_state(self, state: Any) -> None:
+        raise ValueError("a slot of an engine has no state of its own to load; use a Llama")
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("an engine gives no embeddings; use a Llama with embedding=True")
+
+    def create_completion(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        limit = kwargs.get("max_tokens", 16)
+        self.expected = self.n_ctx() if limit is None or limit < 0 else limit
+        return super().create_completion(prompt, *args, **kwargs)
+
+    def generate(
+        self, tokens: Sequence[int], *args: Any, **kwargs: Any
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """As `Llama.generate`; waits where the texts of others leave no room in the memory."""
+        tokens = list(tokens)
+        with self._engine.room_for(self, min(len(tokens) + self.expected, self.n_ctx())):
+            return (yield from super().generate(tokens, *args, **kwargs))
+
+    def _look_at_prompt(self, prompt: list[int], reset: bool) -> None:
+        if reset and prompt:
+            self._begin_as_others(prompt)
+        super()._look_at_prompt(prompt, reset)
+
+    def _begin_as_others(self, prompt: list[int]) -> None:
+        """What another slot has evaluated of the prompt need not be evaluated again."""
+        own = self.decoder.in_common(prompt)
+        common = {other: other.decoder.in_common(prompt) for other in self._engine.slots if other is not self}
+        best = max(common, key=lambda other: common[other], default=None)
+        if best is not None and common[best] >= own + WORTH_SHARING:
+            self.n_tokens = self.decoder.share(best.decoder, prompt)
+            self.input_ids[: self.n_tokens] = prompt[: self.n_tokens]
+
+    def close(self) -> None:
+        """Nothing: the engine holds what there is to free."""
+
+    def __hash__(self) -> int:
+        return id(self)

@@ -1,0 +1,116 @@
+"""A text that is being written by another thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+
+class Stream:
+    """Pieces of a text as they come, for any number of readers, each from the beginning.
+
+    Attributes:
+        finish_reason: why the text ended: `"stop"`, `"length"`, `"tool_calls"`; None while it is written, and where it
+            was cancelled before it began.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+        self._changed = threading.Condition()
+        self._wakers: list[Callable[[], None]] = []
+        self._cancel: Callable[[], None] | None = None
+        self._cancelled = False
+        self._done = False
+        self._error: Exception | None = None
+        self.finish_reason: str | None = None
+
+    # -- for the writer --
+
+    def follow(self, chunks: Iterator[dict[str, Any]], cancel: Callable[[], None]) -> None:
+        """Write what `create_completion` or `create_chat_completion` streams; `cancel` stops it."""
+        with self._changed:
+            self._cancel = cancel
+        try:
+            for chunk in () if self._cancelled else chunks:
+                choice = chunk["choices"][0]
+                piece = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+                self._add(piece, choice.get("finish_reason"))
+                if self._cancelled:
+                    break
+        finally:
+            if hasattr(chunks, "close"):
+                chunks.close()
+            self._end(None)
+
+    def fail(self, error: Exception) -> None:
+        """The text cannot be written, or not to its end: readers get the error."""
+        self._end(error)
+
+    def _add(self, piece: str, finish_reason: str | None) -> None:
+        with self._changed:
+            if piece:
+                self._pieces.append(piece)
+            self.finish_reason = finish_reason or self.finish_reason
+            self._wake()
+
+    def _end(self, error: Exception | None) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._cancel = None
+            self._done = True
+            self._wake()
+
+    def _wake(self) -> None:
+        self._changed.notify_all()
+        for waker in self._wakers:
+            waker()
+        self._wakers.clear()
+
+    # -- for readers --
+
+    def cancel(self) -> None:
+        """Stop writing; what was written stays."""
+        with self._changed:
+            self._cancelled = True
+            if self._cancel is not None:
+                self._cancel()
+
+    def __iter__(self) -> Iterator[str]:
+        n = 0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._pieces) > n or self._done)
+                pieces, over = self._pieces[n:], self._done
+            yield from pieces
+            n += len(pieces)
+            if over and n == len(self._pieces):
+                self._raise()
+                return
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        loop, n = asyncio.get_running_loop(), 0
+        while True:
+            more = asyncio.Event()
+            with self._changed:
+                pieces, over = self._pieces[n:], self._done
+                if not pieces and not over:
+                    self._wakers.append(lambda: loop.call_soon_threadsafe(more.set))
+            for piece in pieces:
+                yield piece
+            n += len(pieces)
+            if over and n == len(self._pieces):
+                self._raise()
+                return
+            if not pieces:
+                await more.wait()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def text(self) -> str:
+        """All of the text; waits until it is written."""
+        return "".join(self)
