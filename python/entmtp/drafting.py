@@ -142,8 +142,8 @@ def how_lossless(metadata: dict[str, str], on_cpu: bool, accept: str) -> str:
     if accept != "lossless":
         return "lossy"
     arch = metadata.get("general.architecture", "")
-    experts = metadata.get(f"{arch}.expert_count") or "0"  # ggml multiplies these
-    return "exact" if on_cpu and experts == "0" else "rounding"
+    latent = metadata.get(f"{arch}.attention.kv_lora_rank") or "0"  # ggml multiplies its heads
+    return "exact" if on_cpu and latent == "0" else "rounding"
 
 
 def check_heads(policy: str, has_heads: bool) -> None:

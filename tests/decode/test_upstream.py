@@ -80,6 +80,6 @@ def test_what_the_text_is_to_plain_decodings() -> None:
         facts = {"general.architecture": "a", **{f"a.{k.replace('__', '.')}": v for k, v in metadata.items()}}
         return drafting.how_lossless(facts, on_cpu, accept)
 
-    assert of() == of(expert_count="0") == of(attention__sliding_window="512") == "exact"
-    assert of(on_cpu=False) == of(expert_count="8") == of(expert_count="?") == "rounding"
+    assert of() == of(expert_count="8") == of(attention__sliding_window="512") == "exact"
+    assert of(on_cpu=False) == of(attention__kv_lora_rank="512") == of(attention__kv_lora_rank="?") == "rounding"
     assert of(accept="typical") == "lossy"
