@@ -8,41 +8,55 @@
 
 namespace entmtp {
 
-// Results [n_used, n_tokens] are counted as they lie, t*n_used + i, and sorted by their expert. So an expert's weights are
-// read once for all that want them, and each result is what it would be alone: the kernels give that in any company.
+// the matrix that makes row `result` of the results, which are counted as they lie
+static int64_t expert_of(const ggml_tensor * op, int64_t result) {
+    const ggml_tensor *w = op->src[0], *ids = op->src[2];
+    if (op->op == GGML_OP_MUL_MAT) {
+        return result / op->ne[1] % op->ne[2] * w->ne[2] / op->ne[2]; // some heads may share one
+    }
+    const int64_t i = result % ids->ne[0], t = result / ids->ne[0];
+    const int32_t e = *(const int32_t *) ((const char *) ids->data + i * ids->nb[0] + t * ids->nb[1]);
+    GGML_ASSERT(e >= 0 && e < w->ne[2]);
+    return e;
+}
+
+// the row of src[1] that it is made from: its own, or the one of its token
+static int64_t source_of(const ggml_tensor * op, int64_t result) {
+    if (op->op == GGML_OP_MUL_MAT) {
+        return result;
+    }
+    const int64_t n_used = op->src[2]->ne[0], n_rows = op->src[1]->ne[1];
+    return result / n_used * n_rows + result % n_used % n_rows;
+}
+
+// Results are sorted by their expert. So an expert's weights are read once for all that want them, and each result is what
+// it would be alone: the kernels give that in any company.
 struct routing {
-    int32_t * results; // [n_used*n_tokens] expert after expert, within one in order
+    int32_t * results; // [n_results] expert after expert, within one in order
     int32_t * first;   // [n_expert + 1] where an expert's results begin
     int32_t * active;  // [n_expert] experts that have any
     int64_t   n_active;
 
     static size_t size(const ggml_tensor * op) { // bytes
-        return lines_of((ggml_nelements(op->src[2]) + 2 * op->src[0]->ne[2] + 1) * sizeof(int32_t));
+        return lines_of((ggml_nrows(op) + 2 * op->src[0]->ne[2] + 1) * sizeof(int32_t));
     }
 
     routing(const ggml_tensor * op, uint8_t * memory) {
-        const ggml_tensor * ids      = op->src[2];
-        const int64_t       n_expert = op->src[0]->ne[2], n_used = ids->ne[0], n_results = ggml_nelements(ids);
+        const int64_t n_expert = op->src[0]->ne[2], n_results = ggml_nrows(op);
         results = (int32_t *) memory;
         first   = results + n_results;
         active  = first + n_expert + 1;
 
-        const auto expert_of = [&](int64_t r) {
-            const char *  at = (const char *) ids->data + r % n_used * ids->nb[0] + r / n_used * ids->nb[1];
-            const int32_t e  = *(const int32_t *) at;
-            GGML_ASSERT(e >= 0 && e < n_expert);
-            return e;
-        };
         std::fill(first, first + n_expert + 1, 0);
         for (int64_t r = 0; r < n_results; ++r) {
-            first[expert_of(r) + 1]++;
+            first[expert_of(op, r) + 1]++;
         }
         for (int64_t e = 0; e < n_expert; ++e) {
             first[e + 1] += first[e];
             active[e] = first[e]; // for now: where its next result goes
         }
         for (int64_t r = 0; r < n_results; ++r) {
-            results[active[expert_of(r)]++] = (int32_t) r;
+            results[active[expert_of(op, r)]++] = (int32_t) r;
         }
         n_active = 0;
         for (int32_t e = 0; e < n_expert; ++e) {
@@ -52,12 +66,6 @@ struct routing {
         }
     }
 };
-
-// the row of src[1] that a result is made from: its own, or the one of its token
-static int64_t source_of(const ggml_tensor * op, int64_t result) {
-    const int64_t n_used = op->src[2]->ne[0], n_rows = op->src[1]->ne[1];
-    return result / n_used * n_rows + result % n_used % n_rows;
-}
 
 // The work buffer: rows of activations, each by itself, shared or a copy for every thread; then what is a thread's own, its
 // routing and a group of rows side by side.

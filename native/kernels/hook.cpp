@@ -78,11 +78,10 @@ static void hook_pack(ggml_tensor * t, const void * data) {
 
 // Weights that are loaded stay ours; whether new ones (without data yet) become ours is for the switch to say.
 static bool hook_supports_op(const ggml_tensor * op) {
-    const ggml_tensor * w          = op->src[0];
-    const bool          is_product = op->op == GGML_OP_MUL_MAT ? ggml_n_dims(w) <= 2 && op->op_params[1] == 0
-                                                               : op->op == GGML_OP_MUL_MAT_ID && w->ne[3] == 1;
+    const ggml_tensor * w = op->src[0];
+    const bool is_product = op->op == GGML_OP_MUL_MAT_ID || (op->op == GGML_OP_MUL_MAT && op->op_params[1] == 0);
     return (g_enabled || w->data) && is_product && (packed_type(w->type) != W_COUNT || is_row_product(w->type)) &&
-           ggml_is_contiguous(w) && op->src[1]->type == GGML_TYPE_F32;
+           w->ne[3] == 1 && ggml_is_contiguous(w) && op->src[1]->type == GGML_TYPE_F32;
 }
 
 static void compute_packed(const ggml_cpu_hook_task * task, ggml_tensor * op) {
@@ -213,10 +212,16 @@ static bool is_packed(const ggml_tensor * t) {
     return t->buffer && ggml_backend_buffer_get_type(t->buffer) == ggml_cpu_hook_buffer_type();
 }
 
+static bool is_of_many(const ggml_tensor * op) { // matrices in one tensor
+    return is_packed(op->src[0]) && (op->op == GGML_OP_MUL_MAT_ID || op->src[0]->ne[2] > 1);
+}
+
 static bool hook_work_size(int n_threads, const ggml_tensor * op, size_t * size) {
     if (op->op == GGML_OP_FLASH_ATTN_EXT) {
         const ggml_tensor *k = op->src[1], *v = op->src[2];
         *size = n_threads * attention_scratch((int) k->ne[1], (int) k->ne[0], (int) v->ne[0]) * sizeof(float);
+    } else if (is_of_many(op)) {
+        *size = experts_work_size(n_threads, op);
     } else if (op->op == GGML_OP_MUL_MAT && is_packed(op->src[0])) {
         const ggml_tensor * w    = op->src[0];
         const weight_type   type = packed_type(w->type);
@@ -228,8 +233,6 @@ static bool hook_work_size(int n_threads, const ggml_tensor * op, size_t * size)
         *size = (size_t) work.n_tokens * work.token * (work.alone(n_threads, op) ? n_threads : 1);
     } else if (op->op == GGML_OP_MUL_MAT) {
         *size = n_threads * ordered_scratch(op);
-    } else if (op->op == GGML_OP_MUL_MAT_ID) {
-        *size = experts_work_size(n_threads, op);
     } else {
         *size = 0;
     }
@@ -239,7 +242,9 @@ static bool hook_work_size(int n_threads, const ggml_tensor * op, size_t * size)
 static bool hook_compute(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     switch (op->op) {
         case GGML_OP_MUL_MAT:
-            if (!is_packed(op->src[0])) {
+            if (is_of_many(op)) {
+                compute_experts(kernels(), task, op);
+            } else if (!is_packed(op->src[0])) {
                 compute_ordered(task, op);
             } else if (packed_type(op->src[0]->type) == W_COUNT) {
                 compute_rows(task, op);

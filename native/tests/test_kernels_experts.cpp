@@ -63,6 +63,34 @@ struct experts {
     }
 };
 
+// y of a graph over x (and ids, of which each row begins with its part of `rows`); frees the graph
+static std::vector<float> compute(ggml_context *               ctx,
+                                  ggml_tensor *                y,
+                                  ggml_tensor *                x,
+                                  const std::vector<float> &   values,
+                                  int                          n_threads,
+                                  ggml_tensor *                ids  = nullptr,
+                                  const std::vector<int32_t> & rows = {}) {
+    ggml_cgraph * gf = ggml_new_graph(ctx);
+    ggml_build_forward_expand(gf, y);
+    ggml_backend_t        cpu    = ggml_backend_cpu_init();
+    ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(ctx, cpu);
+    CHECK(ggml_backend_supports_op(cpu, y));
+    ggml_backend_cpu_set_n_threads(cpu, n_threads);
+    ggml_backend_tensor_set(x, values.data(), 0, values.size() * sizeof(float));
+    const size_t n = ids ? rows.size() / ids->ne[1] : 0;
+    for (int64_t t = 0; ids && t < ids->ne[1]; ++t) {
+        ggml_backend_tensor_set(ids, &rows[t * n], t * ids->nb[1], n * sizeof(int32_t));
+    }
+    ggml_backend_graph_compute(cpu, gf);
+    std::vector<float> out(ggml_nelements(y));
+    ggml_backend_tensor_get(y, out.data(), 0, out.size() * sizeof(float));
+    ggml_backend_buffer_free(buffer);
+    ggml_backend_free(cpu);
+    ggml_free(ctx);
+    return out;
+}
+
 // x: [n_tokens][n_x][k], ids: [n_tokens][n_used] -> [n_tokens][n_used][n_out]
 static std::vector<float> product(const experts &              m,
                                   const std::vector<float> &   x,
@@ -76,25 +104,7 @@ static std::vector<float> product(const experts &              m,
     // the chosen of all experts in order, as a router gives them: a view of longer rows
     ggml_tensor *  all      = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, m.n_expert + 1, n_tokens);
     ggml_tensor *  to       = ggml_view_2d(ctx, all, n_used, n_tokens, all->nb[1], 0);
-    ggml_tensor *  y        = ggml_mul_mat_id(ctx, m.w, xs, to);
-    ggml_cgraph *  gf       = ggml_new_graph(ctx);
-    ggml_build_forward_expand(gf, y);
-
-    ggml_backend_t        cpu    = ggml_backend_cpu_init();
-    ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(ctx, cpu);
-    CHECK(ggml_backend_supports_op(cpu, y));
-    ggml_backend_cpu_set_n_threads(cpu, n_threads);
-    ggml_backend_tensor_set(xs, x.data(), 0, x.size() * sizeof(float));
-    for (int64_t t = 0; t < n_tokens; ++t) {
-        ggml_backend_tensor_set(all, &ids[t * n_used], t * all->nb[1], n_used * sizeof(int32_t));
-    }
-    ggml_backend_graph_compute(cpu, gf);
-    std::vector<float> out(ggml_nelements(y));
-    ggml_backend_tensor_get(y, out.data(), 0, out.size() * sizeof(float));
-    ggml_backend_buffer_free(buffer);
-    ggml_backend_free(cpu);
-    ggml_free(ctx);
-    return out;
+    return compute(ctx, ggml_mul_mat_id(ctx, m.w, xs, to), xs, x, n_threads, all, ids);
 }
 
 // What kernels make of a row of activations, as numbers: integers times their scale, or the floats themselves
@@ -192,6 +202,26 @@ static void check_experts(ggml_type type, int64_t k, int64_t n_out, int64_t n_ex
     }
 }
 
+// a matrix for each head: [n_head][n_tokens][k] -> [n_head][n_tokens][n_out]; two heads share one
+static void test_heads() {
+    std::mt19937 rng(3);
+    for (const ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_K, GGML_TYPE_F16, GGML_TYPE_IQ3_S }) {
+        const experts m(type, 256, 50, 3, rng);
+        for (int n_tokens : { 1, 7, 40 }) {
+            const int            n_head = 6;
+            // the same rows, sent to a matrix by their place or by a number
+            const pass           p      = make_pass(m, n_tokens * n_head, 1, 1, rng);
+            std::vector<int32_t> ids;
+            for (int i = 0; i < n_tokens * n_head; ++i) {
+                ids.push_back(i / n_tokens / 2);
+            }
+            ggml_context * ctx = ggml_init({ 8 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true });
+            ggml_tensor *  x   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, m.k, n_tokens, n_head);
+            CHECK(same_bits(compute(ctx, ggml_mul_mat(ctx, m.w, x), x, p.x, 2), product(m, p.x, 1, ids, 1, 1)));
+        }
+    }
+}
+
 static void test_experts() {
     std::mt19937 rng(1);
     for (const kernel_set * const * set = kernel_sets(); *set; ++set) {
@@ -227,5 +257,6 @@ int main() {
     ggml_cpu_init();
     test_experts();
     test_crowds();
+    test_heads();
     return check_result("test_kernels_experts");
 }

@@ -101,5 +101,10 @@ def test_doctor_lists_experts_under_their_kernel(name: str) -> None:
             ("Q4_0", "panels"): 8, ("Q5_0", "panels"): 2, ("IQ3_S", "rows"): 2, ("F16", "panels"): 2,
             ("F32", "panels"): 3,
         },
+        # 6 matrices of attention in 3 layers; 3 dense ones; 3 experts, 3 of the shared one and a router in 2 layers
+        "deepseek2": {
+            ("Q4_K", "panels"): 6, ("Q5_K", "panels"): 3, ("Q6_K", "panels"): 3, ("Q8_0", "panels"): 12,
+            ("F32", "panels"): 12,
+        },
     }  # fmt: skip
     assert found == expected[name]

@@ -18,6 +18,7 @@ from .typed import quantise
 GPU_LAYERS = int(os.environ.get("ENTMTP_TEST_GPU_LAYERS", "0"))
 ON_GPU = {"n_gpu_layers": GPU_LAYERS} if GPU_LAYERS else {}
 
+N_ROT = 32  # dimensions that latent attention rotates
 N_VOCAB = 320  # 256 bytes, one merge, the end token, fillers
 
 
@@ -38,6 +39,9 @@ class Spec:
     window: int = 0  # sliding window of every other layer
     n_expert: int = 0
     n_expert_used: int = 0
+    latent: int = (
+        0  # dimensions that keys and values are made from, by a matrix for each head; rotated: 32 more
+    )
     tied: bool = False  # the embeddings are the output projection, too
     types: tuple[
         tuple[str, str], ...
@@ -71,6 +75,11 @@ EXPERTS = {
     "mixtral": Spec(
         "llama", n_embd=256, head_dim=64, n_expert=8, n_expert_used=2, n_ff=256,
         types=(("ffn_up_exps", "IQ3_S"), ("ffn_gate_exps", "Q5_0"), ("_exps", "F16"), ("attn_", "Q4_0")),
+    ),
+    # latent attention, a dense first layer, an expert that all tokens share
+    "deepseek2": Spec(
+        "deepseek2", n_layer=3, n_embd=256, n_head_kv=1, head_dim=64, latent=256, n_expert=8, n_expert_used=2, n_ff=256,
+        types=(("_exps", "Q4_K"), ("attn_v_b", "Q5_K"), ("attn_output", "Q6_K"), ("attn_", "Q8_0")),
     ),
 }  # fmt: skip
 
@@ -148,10 +157,26 @@ def _add_attention(t: _Weights, s: Spec, prefix: str) -> None:
         t.norm(f"{prefix}.post_attention_norm.weight", s.n_embd)
 
 
+def _add_latent_attention(t: _Weights, s: Spec, prefix: str) -> None:
+    t.norm(f"{prefix}.attn_q_a_norm.weight", s.latent)
+    t.norm(f"{prefix}.attn_kv_a_norm.weight", s.latent)
+    t.normal(f"{prefix}.attn_q_a.weight", s.latent, s.n_embd)
+    t.normal(f"{prefix}.attn_q_b.weight", s.n_head * (s.head_dim + N_ROT), s.latent, gain=1.5)
+    t.normal(f"{prefix}.attn_kv_a_mqa.weight", s.latent + N_ROT, s.n_embd, gain=1.5)
+    t.normal(f"{prefix}.attn_k_b.weight", s.n_head, s.latent, s.head_dim)
+    t.normal(f"{prefix}.attn_v_b.weight", s.n_head, s.head_dim, s.latent)
+    t.normal(f"{prefix}.attn_output.weight", s.n_embd, s.n_head * s.head_dim)
+
+
 def _add_ffn(t: _Weights, s: Spec, prefix: str) -> None:
     if s.arch not in ("olmo2", "gpt-oss"):
         t.norm(f"{prefix}.ffn_norm.weight", s.n_embd)
-    if s.n_expert:
+    if s.n_expert and not (s.latent and prefix == "blk.0"):
+        if s.latent:
+            t.bias(f"{prefix}.exp_probs_b.bias", s.n_expert)
+            t.normal(f"{prefix}.ffn_gate_shexp.weight", s.n_ff, s.n_embd)
+            t.normal(f"{prefix}.ffn_up_shexp.weight", s.n_ff, s.n_embd)
+            t.normal(f"{prefix}.ffn_down_shexp.weight", s.n_embd, s.n_ff)
         if s.arch == "gpt-oss":
             t.bias(f"{prefix}.ffn_gate_inp.bias", s.n_expert)
             for part, n in (("gate", s.n_ff), ("up", s.n_ff), ("down", s.n_embd)):
@@ -205,9 +230,9 @@ def write_model(path: Path, spec: Spec, seed: int = 1) -> Path:
     else:
         w.add_head_count(s.n_head)
         w.add_head_count_kv(s.n_head_kv)
-        w.add_key_length(s.head_dim)
-        w.add_value_length(s.head_dim)
-        w.add_rope_dimension_count(s.head_dim)
+        w.add_key_length(s.latent + N_ROT if s.latent else s.head_dim)
+        w.add_value_length(s.latent or s.head_dim)
+        w.add_rope_dimension_count(N_ROT if s.latent else s.head_dim)
         w.add_rope_freq_base(10000.0)
     if s.window:
         w.add_sliding_window(s.window)
@@ -216,6 +241,17 @@ def write_model(path: Path, spec: Spec, seed: int = 1) -> Path:
         w.add_expert_count(s.n_expert)
         w.add_expert_used_count(s.n_expert_used)
         w.add_expert_feed_forward_length(s.n_ff)
+
+    if s.latent:
+        w.add_q_lora_rank(s.latent)
+        w.add_kv_lora_rank(s.latent)
+        w.add_key_length_mla(s.head_dim + N_ROT)
+        w.add_value_length_mla(s.head_dim)
+        w.add_leading_dense_block_count(1)
+        w.add_expert_shared_count(1)
+        w.add_expert_weights_scale(1.5)
+        w.add_expert_weights_norm(True)
+        w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
 
     # embeddings of size 1, except where the architecture scales them itself
     t.normal("token_embd.weight", N_VOCAB, s.n_embd, gain=1.0 if s.arch == "gemma3" else s.n_embd**0.5)
@@ -229,7 +265,7 @@ def write_model(path: Path, spec: Spec, seed: int = 1) -> Path:
         if s.arch == "mamba":
             _add_mamba(w, t, s, prefix)
         else:
-            _add_attention(t, s, prefix)
+            (_add_latent_attention if s.latent else _add_attention)(t, s, prefix)
             _add_ffn(t, s, prefix)
 
     w.write_header_to_file()

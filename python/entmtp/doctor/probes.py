@@ -93,11 +93,7 @@ def weights(path: Path) -> list[dict[str, Any]]:
             continue
         if tensor.name == "token_embd.weight" and not tied:
             continue
-        # of three dimensions, experts are ours; heads of latent attention are not
-        ours = len(tensor.shape) == 2 or "exps." in tensor.name
-        how = (
-            kernels.of_type(int(tensor.tensor_type)) if ours and kernels.current() != kernels.OFF else "ggml"
-        )
+        how = kernels.of_type(int(tensor.tensor_type)) if kernels.current() != kernels.OFF else "ggml"
         sums = found.setdefault((tensor.tensor_type.name, how), [0, 0])
         sums[0] += 1
         sums[1] += int(tensor.n_bytes)
