@@ -82,11 +82,12 @@ test-arm: $(VENV)/.tools ## cross-compile for 64-bit Arm and test the CPU kernel
 		|| { echo "$$tool was not found; on Debian and Ubuntu: apt install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
 	$(BIN)/cmake -S . -B build/arm -G Ninja -DENTMTP_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 		-DCMAKE_C_COMPILER=$(ARM)-gcc -DCMAKE_CXX_COMPILER=$(ARM)-g++ -DGGML_NATIVE=OFF $(filter -DENTMTP_%,$(FLAGS))
-	$(BIN)/cmake --build build/arm --target test_kernels --target test_kernels_attention
+	$(BIN)/cmake --build build/arm --target test_kernels --target test_kernels_attention --target test_kernels_experts
 	$(QEMU) -cpu max build/arm/native/test_kernels i8mm dotprod portable
 	$(QEMU) -cpu neoverse-n1 build/arm/native/test_kernels dotprod portable
 	$(QEMU) -cpu cortex-a53 build/arm/native/test_kernels portable
-	@for cpu in max neoverse-n1 cortex-a53; do $(QEMU) -cpu $$cpu build/arm/native/test_kernels_attention || exit 1; done
+	@for cpu in max neoverse-n1 cortex-a53; do for name in attention experts; do \
+		$(QEMU) -cpu $$cpu build/arm/native/test_kernels_$$name || exit 1; done; done
 
 build: $(BUILD)/.flags ## build llama.cpp (once, cached) and libentmtp
 	@$(if $(LLAMA_CPP_DIR),$(BIN)/cmake $(BUILD)) # looks for changes in that directory

@@ -1,8 +1,10 @@
 #include "hook.h"
 
 #include "cache_ops.h"
+#include "experts.h"
 #include "memory.h"
 #include "pack.h"
+#include "work.h"
 
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
@@ -36,7 +38,7 @@ static bool is_row_product(ggml_type type) {
 
 static size_t hook_packed_size(const ggml_tensor * t) {
     const weight_type type = packed_type(t->type);
-    return type == W_COUNT ? ggml_nbytes(t) : packed_size(type, t->ne[0], ggml_nrows(t));
+    return type == W_COUNT ? ggml_nbytes(t) : packed_size(type, t->ne[0], t->ne[1]) * t->ne[2];
 }
 
 static void pack(ggml_tensor * t, const void * data) {
@@ -45,15 +47,24 @@ static void pack(ggml_tensor * t, const void * data) {
         memcpy(t->data, data, ggml_nbytes(t));
         return;
     }
-    const int64_t n_panels = (t->ne[1] + PANEL - 1) / PANEL;
-    const int64_t n_tasks  = std::min<int64_t>(std::max(1u, std::thread::hardware_concurrency()), n_panels / 64 + 1);
+    // the panels of all matrices, matrix after matrix
+    const int64_t n_panels = (t->ne[1] + PANEL - 1) / PANEL, n_all = n_panels * t->ne[2];
+    const int64_t n_tasks = std::min<int64_t>(std::max(1u, std::thread::hardware_concurrency()), n_all / 64 + 1);
+    const size_t  size    = packed_size(type, t->ne[0], t->ne[1]);
 
+    const auto some = [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin, n; p < end; p += n) {
+            const int64_t i = p / n_panels, p0 = p % n_panels;
+            n = std::min(n_panels - p0, end - p);
+            pack_panels(type, (const uint8_t *) data + i * t->nb[2], t->ne[0], t->ne[1], p0, p0 + n,
+                        (uint8_t *) t->data + i * size);
+        }
+    };
     std::vector<std::thread> threads;
     for (int64_t i = 1; i < n_tasks; ++i) {
-        threads.emplace_back(pack_panels, type, data, t->ne[0], t->ne[1], n_panels * i / n_tasks,
-                             n_panels * (i + 1) / n_tasks, (uint8_t *) t->data);
+        threads.emplace_back(some, n_all * i / n_tasks, n_all * (i + 1) / n_tasks);
     }
-    pack_panels(type, data, t->ne[0], t->ne[1], 0, n_panels / n_tasks, (uint8_t *) t->data);
+    some(0, n_all / n_tasks);
     for (std::thread & thread : threads) {
         thread.join();
     }
@@ -68,43 +79,9 @@ static void hook_pack(ggml_tensor * t, const void * data) {
 // Weights that are loaded stay ours; whether new ones (without data yet) become ours is for the switch to say.
 static bool hook_supports_op(const ggml_tensor * op) {
     const ggml_tensor * w = op->src[0];
-    return (g_enabled || w->data) && op->op == GGML_OP_MUL_MAT &&
-           (packed_type(w->type) != W_COUNT || is_row_product(w->type)) && ggml_n_dims(w) <= 2 &&
-           ggml_is_contiguous(w) && op->src[1]->type == GGML_TYPE_F32 && op->op_params[1] == 0;
-}
-
-// Activations in the work buffer: groups of up to `group` tokens, each [n_blocks][n]
-struct work_layout {
-    int64_t n_blocks, n_tokens;
-    size_t  token; // bytes per token: q or f, then d, then s
-
-    work_layout(weight_type type, const ggml_tensor * op) {
-        const weight_layout & l = LAYOUTS[type];
-        n_blocks                = (op->src[0]->ne[0] + l.block - 1) / l.block;
-        n_tokens                = ggml_nrows(op->src[1]);
-        token                   = n_blocks * (l.bits == 0 ? l.block * 4 : l.block + 4 + 4 * l.sums);
-        token                   = (token + 63) / 64 * 64;
-    }
-};
-
-static activations group_activations(weight_type type, const work_layout & w, uint8_t * base, int64_t first, int n) {
-    uint8_t *   p = base + first * w.token;
-    activations a;
-    a.q = (int8_t *) p;
-    a.f = (float *) p;
-    a.d = (float *) (p + w.n_blocks * n * LAYOUTS[type].block);
-    a.s = (int32_t *) (a.d + w.n_blocks * n);
-    return a;
-}
-
-// Below this many floats every thread quantises all activations for itself, which is faster than meeting the others.
-constexpr int64_t QUANTIZE_ALONE = 4096;
-constexpr size_t  CHUNK_BYTES    = 256 << 10; // weights that stay in the second cache while groups of tokens go by
-
-// row i of all rows of a tensor of floats
-static float * row_of(const ggml_tensor * t, int64_t i) {
-    const int64_t i1 = i % t->ne[1], i2 = i / t->ne[1] % t->ne[2], i3 = i / t->ne[1] / t->ne[2];
-    return (float *) ((char *) t->data + i1 * t->nb[1] + i2 * t->nb[2] + i3 * t->nb[3]);
+    const bool is_product = op->op == GGML_OP_MUL_MAT_ID || (op->op == GGML_OP_MUL_MAT && op->op_params[1] == 0);
+    return (g_enabled || w->data) && is_product && (packed_type(w->type) != W_COUNT || is_row_product(w->type)) &&
+           w->ne[3] == 1 && ggml_is_contiguous(w) && op->src[1]->type == GGML_TYPE_F32;
 }
 
 static void compute_packed(const ggml_cpu_hook_task * task, ggml_tensor * op) {
@@ -118,7 +95,7 @@ static void compute_packed(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     const int64_t k = w->ne[0], n_rows = w->ne[1], n_tokens = work.n_tokens;
     const int64_t group    = l.bits == 0 ? set.group_float : set.group;
     const int64_t n_groups = (n_tokens + group - 1) / group;
-    const bool    alone    = task->nth == 1 || n_tokens * k <= QUANTIZE_ALONE;
+    const bool    alone    = work.alone(task->nth, op);
 
     uint8_t * base = (uint8_t *) task->wdata + (alone ? task->ith * (size_t) n_tokens * work.token : 0);
 
@@ -136,7 +113,7 @@ static void compute_packed(const ggml_cpu_hook_task * task, ggml_tensor * op) {
         }
         const int64_t b0 = alone ? 0 : work.n_blocks * task->ith / task->nth;
         const int64_t b1 = alone ? work.n_blocks : work.n_blocks * (task->ith + 1) / task->nth;
-        set.quantize(type, rows, n, k, b0, b1, group_activations(type, work, base, first, n));
+        set.quantize(type, rows, n, k, b0, b1, activations_at(type, work, base + first * work.token, n));
     }
 
     const int64_t n_panels    = (n_rows + PANEL - 1) / PANEL;
@@ -164,7 +141,7 @@ static void compute_packed(const ggml_cpu_hook_task * task, ggml_tensor * op) {
             for (int64_t g = 0; g < n_groups; ++g) {
                 const int64_t     first = group_start(g);
                 const int         n     = (int) (group_start(g + 1) - first);
-                const activations a     = group_activations(type, work, base, first, n);
+                const activations a     = activations_at(type, work, base + first * work.token, n);
                 for (int64_t p = p0; p < std::min(p0 + step, end); ++p) {
                     float out[16 * PANEL];
                     set.matmul(type, (const uint8_t *) w->data + p * panel_bytes, work.n_blocks, n, a, out);
@@ -183,34 +160,21 @@ static void compute_packed(const ggml_cpu_hook_task * task, ggml_tensor * op) {
 // Rows stay as ggml lays them out, and each row's product with each token is ggml's own product of one token: as fast with
 // one token as ggml, slower than panels with several, and the same bits whatever else is in the pass.
 
-static size_t row_activations(ggml_type type, int64_t k) { // bytes of a token
-    return (ggml_row_size(ggml_get_type_traits_cpu(type)->vec_dot_type, k) + 63) / 64 * 64;
-}
-
 static void compute_rows(const ggml_cpu_hook_task * task, ggml_tensor * op) {
-    const ggml_tensor *          w    = op->src[0];
-    const ggml_tensor *          x    = op->src[1];
-    const ggml_type_traits_cpu * type = ggml_get_type_traits_cpu(w->type);
-    const ggml_type_traits_cpu * with = ggml_get_type_traits_cpu(type->vec_dot_type);
+    const ggml_tensor * w   = op->src[0];
+    const auto          dot = ggml_get_type_traits_cpu(w->type)->vec_dot;
 
-    const int64_t k = w->ne[0], n_rows = w->ne[1], n_tokens = ggml_nrows(x);
-    const size_t  token     = row_activations(w->type, k);
+    const int64_t n_rows = w->ne[1], n_tokens = ggml_nrows(op->src[1]);
+    const size_t  token     = row_activations(w->type, w->ne[0]);
     uint8_t *     quantised = (uint8_t *) task->wdata; // [n_tokens]
 
-    for (int64_t i = task->ith; i < n_tokens; i += task->nth) {
-        const float * row = row_of(x, i);
-        if (type->vec_dot_type == GGML_TYPE_F32) {
-            memcpy(quantised + i * token, row, k * sizeof(float));
-        } else {
-            with->from_float(row, quantised + i * token, k);
-        }
-    }
+    quantize_rows(task, op, quantised);
     ggml_cpu_hook_barrier(task);
 
     for (int64_t r = n_rows * task->ith / task->nth; r < n_rows * (task->ith + 1) / task->nth; ++r) {
         for (int64_t i = 0; i < n_tokens; ++i) { // the row stays in the first cache
-            type->vec_dot((int) k, row_of(op, i) + r, 0, (const char *) w->data + r * w->nb[1], 0,
-                          quantised + i * token, 0, 1);
+            dot((int) w->ne[0], row_of(op, i) + r, 0, (const char *) w->data + r * w->nb[1], 0, quantised + i * token,
+                0, 1);
         }
     }
 }
@@ -248,10 +212,16 @@ static bool is_packed(const ggml_tensor * t) {
     return t->buffer && ggml_backend_buffer_get_type(t->buffer) == ggml_cpu_hook_buffer_type();
 }
 
+static bool is_of_many(const ggml_tensor * op) { // matrices in one tensor
+    return is_packed(op->src[0]) && (op->op == GGML_OP_MUL_MAT_ID || op->src[0]->ne[2] > 1);
+}
+
 static bool hook_work_size(int n_threads, const ggml_tensor * op, size_t * size) {
     if (op->op == GGML_OP_FLASH_ATTN_EXT) {
         const ggml_tensor *k = op->src[1], *v = op->src[2];
         *size = n_threads * attention_scratch((int) k->ne[1], (int) k->ne[0], (int) v->ne[0]) * sizeof(float);
+    } else if (is_of_many(op)) {
+        *size = experts_work_size(n_threads, op);
     } else if (op->op == GGML_OP_MUL_MAT && is_packed(op->src[0])) {
         const ggml_tensor * w    = op->src[0];
         const weight_type   type = packed_type(w->type);
@@ -260,8 +230,7 @@ static bool hook_work_size(int n_threads, const ggml_tensor * op, size_t * size)
             return true;
         }
         const work_layout work(type, op);
-        const bool        alone = work.n_tokens * w->ne[0] <= QUANTIZE_ALONE;
-        *size                   = (size_t) work.n_tokens * work.token * (alone ? n_threads : 1);
+        *size = (size_t) work.n_tokens * work.token * (work.alone(n_threads, op) ? n_threads : 1);
     } else if (op->op == GGML_OP_MUL_MAT) {
         *size = n_threads * ordered_scratch(op);
     } else {
@@ -273,13 +242,18 @@ static bool hook_work_size(int n_threads, const ggml_tensor * op, size_t * size)
 static bool hook_compute(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     switch (op->op) {
         case GGML_OP_MUL_MAT:
-            if (!is_packed(op->src[0])) {
+            if (is_of_many(op)) {
+                compute_experts(kernels(), task, op);
+            } else if (!is_packed(op->src[0])) {
                 compute_ordered(task, op);
             } else if (packed_type(op->src[0]->type) == W_COUNT) {
                 compute_rows(task, op);
             } else {
                 compute_packed(task, op);
             }
+            return true;
+        case GGML_OP_MUL_MAT_ID:
+            compute_experts(kernels(), task, op);
             return true;
         case GGML_OP_FLASH_ATTN_EXT:
             compute_attention(task, op);

@@ -132,18 +132,15 @@ def check(draft: Any, heads: Any, policy: str, accept: str, kwargs: dict[str, An
             raise ValueError(f'{name} cannot be combined with draft="entmtp": it {why}')
 
 
-def how_lossless(metadata: dict[str, str], on_cpu: bool, accept: str) -> str:
+def how_lossless(on_cpu: bool, accept: str) -> str:
     """What the text of drafts is to plain decoding's: see `Llama.lossless`.
 
     Args:
-        metadata: of the model's file.
         on_cpu: every layer is computed on this machine's CPU, by our kernels.
     """
     if accept != "lossless":
         return "lossy"
-    arch = metadata.get("general.architecture", "")
-    experts = metadata.get(f"{arch}.expert_count") or "0"  # ggml multiplies these
-    return "exact" if on_cpu and experts == "0" else "rounding"
+    return "exact" if on_cpu else "rounding"
 
 
 def check_heads(policy: str, has_heads: bool) -> None:

@@ -160,7 +160,7 @@ class Llama(Paced):
         )
         # what drafts give is "exact" (plain decoding's text, bit for bit), "rounding" (where two tokens are as near as
         # what kernels round, either may come: docs/how-it-works.md) or "lossy" (accept="typical")
-        self.lossless = drafting.how_lossless(self.metadata, on_cpu, accept)
+        self.lossless = drafting.how_lossless(on_cpu, accept)
         self._accept = accept
         self._typical = (typical_epsilon, typical_alpha)
         self._warned: set[str] = set()

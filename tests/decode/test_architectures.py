@@ -9,6 +9,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from gguf import GGUFReader
+from gguf.quants import dequantize
 
 from entmtp import Bank, EntmtpError, Llama
 from entmtp.bank.tree import PLAIN, Tree
@@ -47,15 +48,16 @@ def answers(llm: llama_cpp.Llama) -> list[list[int]]:
     return result
 
 
-def heads_for(model: Path, n_embd: int, folder: Path) -> Path:
+def heads_for(model: Path, n_embd: int, folder: Path, n_heads: int = 2) -> Path:
     """Medusa heads that project the hidden state as the base model does: they guess that the next token comes again."""
-    state = medusa_state(n_heads=2, n_layers=1, n_embd=n_embd, n_vocab=N_VOCAB)
+    state = medusa_state(n_heads=n_heads, n_layers=1, n_embd=n_embd, n_vocab=N_VOCAB)
     tensors = {t.name: t for t in GGUFReader(model).tensors}
-    output = tensors.get("output.weight", tensors["token_embd.weight"]).data
-    for i in range(2):
+    output = tensors.get("output.weight", tensors["token_embd.weight"])
+    rows = dequantize(output.data, output.tensor_type).astype(np.float32).reshape(N_VOCAB, n_embd)
+    for i in range(n_heads):
         state[f"{i}.0.linear.weight"] = np.zeros((n_embd, n_embd), np.float32)
-        state[f"{i}.1.weight"] = np.array(output, dtype=np.float32).reshape(N_VOCAB, n_embd)
-    checkpoint = write_checkpoint(folder / "medusa", state, medusa_config(n_heads=2))
+        state[f"{i}.1.weight"] = rows
+    checkpoint = write_checkpoint(folder / "medusa", state, medusa_config(n_heads=n_heads))
     heads = folder / "heads.gguf"
     convert(checkpoint, model, heads, outtype="f32", progress=False)
     return heads

@@ -12,14 +12,17 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from .typed import quantise
+
 # layers on the GPU of the models that tests load: -1 (all) runs the suite there (docs/build.md)
 GPU_LAYERS = int(os.environ.get("ENTMTP_TEST_GPU_LAYERS", "0"))
 ON_GPU = {"n_gpu_layers": GPU_LAYERS} if GPU_LAYERS else {}
 
+N_ROT = 32  # dimensions that latent attention rotates
 N_VOCAB = 320  # 256 bytes, one merge, the end token, fillers
 
 
-POST_NORM = {"gemma3", "olmo2"}  # norms after attention and feed-forward
+POST_NORM = {"gemma3", "olmo2", "gpt-oss"}  # norms after attention, and but for gpt-oss after feed-forward
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,13 @@ class Spec:
     window: int = 0  # sliding window of every other layer
     n_expert: int = 0
     n_expert_used: int = 0
+    latent: int = (
+        0  # dimensions that keys and values are made from, by a matrix for each head; rotated: 32 more
+    )
     tied: bool = False  # the embeddings are the output projection, too
+    types: tuple[
+        tuple[str, str], ...
+    ] = ()  # of matrices by a part of their names, the first that fits; else f32
 
 
 SPECS = {
@@ -52,6 +61,28 @@ SPECS = {
     "mamba": Spec("mamba"),
 }
 
+# mixtures of experts as files of them are: rows of whole blocks of 256, types by what a matrix is for
+EXPERTS = {
+    "qwen3moe": Spec(
+        "qwen3moe", n_embd=256, head_dim=64, n_expert=8, n_expert_used=2, n_ff=256,
+        types=(("ffn_down_exps", "Q6_K"), ("_exps", "Q4_K"), ("attn_v.", "Q6_K"), ("attn_", "Q4_K")),
+    ),
+    "gpt-oss": Spec(
+        "gpt-oss", n_layer=4, n_embd=256, head_dim=64, n_expert=8, n_expert_used=4, n_ff=256, window=16,
+        types=(("_exps.weight", "MXFP4"), ("attn_sinks", "F32"), ("attn_", "Q8_0"), ("output.", "Q8_0")),
+    ),
+    # of Mixtral's shape; IQ3_S has no panels
+    "mixtral": Spec(
+        "llama", n_embd=256, head_dim=64, n_expert=8, n_expert_used=2, n_ff=256,
+        types=(("ffn_up_exps", "IQ3_S"), ("ffn_gate_exps", "Q5_0"), ("_exps", "F16"), ("attn_", "Q4_0")),
+    ),
+    # latent attention, a dense first layer, an expert that all tokens share
+    "deepseek2": Spec(
+        "deepseek2", n_layer=3, n_embd=256, n_head_kv=1, head_dim=64, latent=256, n_expert=8, n_expert_used=2, n_ff=256,
+        types=(("_exps", "Q4_K"), ("attn_v_b", "Q5_K"), ("attn_output", "Q6_K"), ("attn_", "Q8_0")),
+    ),
+}  # fmt: skip
+
 
 def byte_tokens() -> list[str]:
     """The 256 byte tokens of a GPT-2 vocabulary: printable bytes stand for themselves, others from U+0100 on."""
@@ -63,20 +94,32 @@ def byte_tokens() -> list[str]:
 class _Weights:
     """Draws tensors and adds them to the file; the same name and seed give the same weights."""
 
-    def __init__(self, writer: gguf.GGUFWriter, seed: int) -> None:
+    def __init__(self, writer: gguf.GGUFWriter, seed: int, types: tuple[tuple[str, str], ...] = ()) -> None:
         self.writer = writer
         self.seed = seed
+        self.types = types
 
     def normal(self, name: str, *shape: int, gain: float = 1.0) -> None:
         """Rows first, as numpy has it. Variance 1 / columns: activations keep their size."""
         rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
         scale = gain / np.sqrt(shape[-1])
-        self.writer.add_tensor(name, rng.normal(0.0, scale, shape).astype(np.float32))
+        values = rng.normal(0.0, scale, shape).astype(np.float32)
+        kind = gguf.GGMLQuantizationType[next((t for part, t in self.types if part in name), "F32")]
+        if kind == gguf.GGMLQuantizationType.F32:
+            self.writer.add_tensor(name, values)
+        elif kind == gguf.GGMLQuantizationType.F16:
+            self.writer.add_tensor(name, values.astype(np.float16))
+        else:
+            self.writer.add_tensor(name, quantise(values, kind), raw_dtype=kind)
 
     def norm(self, name: str, n: int) -> None:
         """A norm's weights near 1, all different: a hidden state before the norm cannot pass for one after it."""
         rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
         self.writer.add_tensor(name, rng.uniform(0.7, 1.3, n).astype(np.float32))
+
+    def bias(self, name: str, *shape: int) -> None:
+        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+        self.writer.add_tensor(name, rng.normal(0.0, 0.3, shape).astype(np.float32))
 
 
 def _add_vocab(w: gguf.GGUFWriter) -> None:
@@ -101,7 +144,12 @@ def _add_attention(t: _Weights, s: Spec, prefix: str) -> None:
     t.normal(f"{prefix}.attn_k.weight", s.n_head_kv * s.head_dim, s.n_embd, gain=1.5)
     t.normal(f"{prefix}.attn_v.weight", s.n_head_kv * s.head_dim, s.n_embd)
     t.normal(f"{prefix}.attn_output.weight", s.n_embd, s.n_head * s.head_dim)
-    if s.arch != "llama":
+    if s.arch == "gpt-oss":
+        for part, n in (("q", s.n_head), ("k", s.n_head_kv), ("v", s.n_head_kv)):
+            t.bias(f"{prefix}.attn_{part}.bias", n * s.head_dim)
+        t.bias(f"{prefix}.attn_output.bias", s.n_embd)
+        t.bias(f"{prefix}.attn_sinks.weight", s.n_head)
+    elif s.arch != "llama":
         over_heads = s.arch == "olmo2"  # one norm over all heads
         t.norm(f"{prefix}.attn_q_norm.weight", s.head_dim * (s.n_head if over_heads else 1))
         t.norm(f"{prefix}.attn_k_norm.weight", s.head_dim * (s.n_head_kv if over_heads else 1))
@@ -109,10 +157,30 @@ def _add_attention(t: _Weights, s: Spec, prefix: str) -> None:
         t.norm(f"{prefix}.post_attention_norm.weight", s.n_embd)
 
 
+def _add_latent_attention(t: _Weights, s: Spec, prefix: str) -> None:
+    t.norm(f"{prefix}.attn_q_a_norm.weight", s.latent)
+    t.norm(f"{prefix}.attn_kv_a_norm.weight", s.latent)
+    t.normal(f"{prefix}.attn_q_a.weight", s.latent, s.n_embd)
+    t.normal(f"{prefix}.attn_q_b.weight", s.n_head * (s.head_dim + N_ROT), s.latent, gain=1.5)
+    t.normal(f"{prefix}.attn_kv_a_mqa.weight", s.latent + N_ROT, s.n_embd, gain=1.5)
+    t.normal(f"{prefix}.attn_k_b.weight", s.n_head, s.latent, s.head_dim)
+    t.normal(f"{prefix}.attn_v_b.weight", s.n_head, s.head_dim, s.latent)
+    t.normal(f"{prefix}.attn_output.weight", s.n_embd, s.n_head * s.head_dim)
+
+
 def _add_ffn(t: _Weights, s: Spec, prefix: str) -> None:
-    if s.arch != "olmo2":
+    if s.arch not in ("olmo2", "gpt-oss"):
         t.norm(f"{prefix}.ffn_norm.weight", s.n_embd)
-    if s.n_expert:
+    if s.n_expert and not (s.latent and prefix == "blk.0"):
+        if s.latent:
+            t.bias(f"{prefix}.exp_probs_b.bias", s.n_expert)
+            t.normal(f"{prefix}.ffn_gate_shexp.weight", s.n_ff, s.n_embd)
+            t.normal(f"{prefix}.ffn_up_shexp.weight", s.n_ff, s.n_embd)
+            t.normal(f"{prefix}.ffn_down_shexp.weight", s.n_embd, s.n_ff)
+        if s.arch == "gpt-oss":
+            t.bias(f"{prefix}.ffn_gate_inp.bias", s.n_expert)
+            for part, n in (("gate", s.n_ff), ("up", s.n_ff), ("down", s.n_embd)):
+                t.bias(f"{prefix}.ffn_{part}_exps.bias", s.n_expert, n)
         t.normal(f"{prefix}.ffn_gate_inp.weight", s.n_expert, s.n_embd)
         t.normal(f"{prefix}.ffn_gate_exps.weight", s.n_expert, s.n_ff, s.n_embd)
         t.normal(f"{prefix}.ffn_up_exps.weight", s.n_expert, s.n_ff, s.n_embd)
@@ -140,10 +208,10 @@ def _add_mamba(w: gguf.GGUFWriter, t: _Weights, s: Spec, prefix: str) -> None:
 
 
 def write_model(path: Path, spec: Spec, seed: int = 1) -> Path:
-    """Write a model of shape `spec` to `path`, weights in f32."""
+    """Write a model of shape `spec` to `path`."""
     s = spec
     w = gguf.GGUFWriter(path, s.arch)
-    t = _Weights(w, seed)
+    t = _Weights(w, seed, s.types)
 
     w.add_name(f"random {s.arch}")
     w.add_context_length(2048)
@@ -162,9 +230,9 @@ def write_model(path: Path, spec: Spec, seed: int = 1) -> Path:
     else:
         w.add_head_count(s.n_head)
         w.add_head_count_kv(s.n_head_kv)
-        w.add_key_length(s.head_dim)
-        w.add_value_length(s.head_dim)
-        w.add_rope_dimension_count(s.head_dim)
+        w.add_key_length(s.latent + N_ROT if s.latent else s.head_dim)
+        w.add_value_length(s.latent or s.head_dim)
+        w.add_rope_dimension_count(N_ROT if s.latent else s.head_dim)
         w.add_rope_freq_base(10000.0)
     if s.window:
         w.add_sliding_window(s.window)
@@ -173,6 +241,17 @@ def write_model(path: Path, spec: Spec, seed: int = 1) -> Path:
         w.add_expert_count(s.n_expert)
         w.add_expert_used_count(s.n_expert_used)
         w.add_expert_feed_forward_length(s.n_ff)
+
+    if s.latent:
+        w.add_q_lora_rank(s.latent)
+        w.add_kv_lora_rank(s.latent)
+        w.add_key_length_mla(s.head_dim + N_ROT)
+        w.add_value_length_mla(s.head_dim)
+        w.add_leading_dense_block_count(1)
+        w.add_expert_shared_count(1)
+        w.add_expert_weights_scale(1.5)
+        w.add_expert_weights_norm(True)
+        w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
 
     # embeddings of size 1, except where the architecture scales them itself
     t.normal("token_embd.weight", N_VOCAB, s.n_embd, gain=1.0 if s.arch == "gemma3" else s.n_embd**0.5)
@@ -186,7 +265,7 @@ def write_model(path: Path, spec: Spec, seed: int = 1) -> Path:
         if s.arch == "mamba":
             _add_mamba(w, t, s, prefix)
         else:
-            _add_attention(t, s, prefix)
+            (_add_latent_attention if s.latent else _add_attention)(t, s, prefix)
             _add_ffn(t, s, prefix)
 
     w.write_header_to_file()
@@ -205,6 +284,12 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 def model_path(name: str) -> Path:
     """The GGUF file of SPECS[name], written once per process."""
     return write_model(Path(_folder().name) / f"{name}.gguf", SPECS[name])
+
+
+@functools.cache
+def experts_path(name: str) -> Path:
+    """The same of EXPERTS[name]."""
+    return write_model(Path(_folder().name) / f"experts-{name}.gguf", EXPERTS[name])
 
 
 def write_encoder(path: Path) -> Path:

@@ -23,18 +23,17 @@ TYPES = (
 )  # fmt: skip
 
 
-def _quantise(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    """Bytes of rows of floats [n, k]; what each weight counts is the same (an importance matrix of ones)."""
+def quantise(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """Bytes of rows of floats [.., k]; what each weight counts is the same (an importance matrix of ones)."""
     ggml = ctypes.CDLL(str(library.library_path("ggml-base", library.prepare())))
     ggml.ggml_quantize_chunk.restype = c_size_t
     ggml.ggml_quantize_chunk.argtypes = [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]
     block, size = GGML_QUANT_SIZES[kind]
     rows = np.ascontiguousarray(rows, np.float32)
-    out = np.empty((len(rows), rows.shape[1] // block * size), np.uint8)
-    ones = np.ones(rows.shape[1], np.float32)
-    n = ggml.ggml_quantize_chunk(
-        int(kind), rows.ctypes.data, out.ctypes.data, 0, len(rows), rows.shape[1], ones.ctypes.data
-    )
+    n_rows, k = int(np.prod(rows.shape[:-1])), rows.shape[-1]
+    out = np.empty((*rows.shape[:-1], k // block * size), np.uint8)
+    ones = np.ones(k, np.float32)
+    n = ggml.ggml_quantize_chunk(int(kind), rows.ctypes.data, out.ctypes.data, 0, n_rows, k, ones.ctypes.data)
     assert n == out.nbytes
     return out
 
@@ -59,7 +58,7 @@ def write_typed(path: Path, name: str, per_file: int = 0) -> Path:
         elif tensor.name == "token_embd.weight":
             writer.add_tensor(tensor.name, values.astype(np.float16))
         else:
-            writer.add_tensor(tensor.name, _quantise(values, kind), raw_dtype=kind)
+            writer.add_tensor(tensor.name, quantise(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

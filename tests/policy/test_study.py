@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from entmtp.bank.bank import Bank
 from entmtp.bank.traces import Traces
 from entmtp.bench import study, whatif
 from entmtp.bench.cli import main
+from entmtp.bench.passes import weights_per_pass
 from entmtp.measure import search
 from entmtp.measure.replay import replay
 from entmtp.measure.turns import Prompt, decode
@@ -144,3 +146,19 @@ def test_models_of_a_shape_decode(arch: str, tmp_path: Path) -> None:
     assert len(tokens) == 16 and llm.draft_stats.n_drafted > 0
     assert np.isfinite(llm._decoder.logits(llm.n_vocab())).all()  # type: ignore[union-attr]
     llm.close()
+
+
+@pytest.mark.parametrize(("name", "quant"), [("30b-a3b", "q4_k"), ("gpt-oss-20b", "mxfp4")])
+def test_models_of_a_shape_with_experts_decode(name: str, quant: str, tmp_path: Path) -> None:
+    small = {"n_layer": 2, "n_embd": 256, "n_ff": 256, "n_head": 4, "n_head_kv": 2, "n_head_dim": 64}
+    shape = replace(SHAPES[name], **small, n_expert=16, n_vocab=4352)
+    model = write_model(tmp_path / "m.gguf", shape, quant=quant)
+    llm = Llama(model, n_ctx=256, n_threads=N_THREADS, n_threads_batch=N_THREADS, verbose=False)
+    assert len(decode(llm, Prompt([1, 2, 3], 16)).tokens) == 16
+    logits = llm.decoder.logits(llm.n_vocab())
+    assert np.isfinite(logits).all() and 0.1 < logits.std() < 10.0
+    llm.close()
+    # of 16 experts a token multiplies as many as are used
+    n_attention, n_expert = 2 * 256 * 64 * (4 + 2), 3 * 256 * 256
+    n_layer = n_attention + shape.n_expert_used * n_expert + 16 * 256
+    assert weights_per_pass(model)[1] == 2 * n_layer + 4352 * 256

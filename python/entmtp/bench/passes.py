@@ -31,11 +31,19 @@ WARM_UP = 9  # tokens: a prompt as long as the tree is large takes the place of 
 
 
 def weights_per_pass(model: str | Path) -> tuple[int, int]:
-    """Bytes of weights that a pass reads, and multiply-adds per token, without attention."""
-    tensors = [t for t in gguf.GGUFReader(model).tensors if len(t.shape) == 2]
+    """Bytes of weights that a pass of one token reads, and multiply-adds per token, without attention."""
+    reader = gguf.GGUFReader(model)
+    tensors = [t for t in reader.tensors if len(t.shape) >= 2 and not t.name.endswith(".bias")]
     tied = all(t.name != "output.weight" for t in tensors)
     used = [t for t in tensors if t.name != "token_embd.weight" or tied]
-    return sum(int(t.n_bytes) for t in used), sum(int(t.n_elements) for t in used)
+    arch = reader.fields["general.architecture"].contents()
+    n_expert, n_used = (reader.fields.get(f"{arch}.expert_{key}") for key in ("count", "used_count"))
+    share = n_used.contents() / n_expert.contents() if n_expert and n_used else 1.0
+
+    def total(of: str) -> int:
+        return round(sum(int(getattr(t, of)) * (share if "exps." in t.name else 1.0) for t in used))
+
+    return total("n_bytes"), total("n_elements")
 
 
 def bandwidth(llm: Llama) -> float:

@@ -89,10 +89,11 @@ def weights(path: Path) -> list[dict[str, Any]]:
     tensors = [tensor for file in files for tensor in gguf.GGUFReader(file).tensors]
     tied = all(t.name != "output.weight" for t in tensors)  # the embeddings are the output projection, too
     for tensor in tensors:
-        if len(tensor.shape) < 2 or (tensor.name == "token_embd.weight" and not tied):
+        if len(tensor.shape) < 2 or tensor.name.endswith(".bias"):
             continue
-        plain = len(tensor.shape) == 2 and kernels.current() != kernels.OFF  # experts have three dimensions
-        how = kernels.of_type(int(tensor.tensor_type)) if plain else "ggml"
+        if tensor.name == "token_embd.weight" and not tied:
+            continue
+        how = kernels.of_type(int(tensor.tensor_type)) if kernels.current() != kernels.OFF else "ggml"
         sums = found.setdefault((tensor.tensor_type.name, how), [0, 0])
         sums[0] += 1
         sums[1] += int(tensor.n_bytes)

@@ -1,0 +1,110 @@
+"""Mixtures of experts: the same bits in a pass of any size, and the same text with a large tree."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_architectures import heads_for
+from test_invariance import decode, needs_kernels
+
+from entmtp import Llama
+from entmtp.doctor.probes import weights
+from entmtp.models.gguf_expand import expand
+from entmtp.native import kernels
+from helpers.models import EXPERTS, experts_path
+
+pytestmark = [needs_kernels, pytest.mark.parametrize("name", EXPERTS)]
+
+SETTINGS: dict[str, Any] = {
+    "n_ctx": 256,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+    "verbose": False,
+    "kernels": "auto",
+}
+TOKENS = np.random.default_rng(1).integers(0, 256, 154).tolist()
+PROMPT, REST = TOKENS[:90], TOKENS[90:]
+
+
+@pytest.mark.parametrize("flash_attn", [False, True], ids=["eager", "flash"])
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_a_pass_of_any_size_gives_the_same_bits(name: str, n_threads: int, flash_attn: bool) -> None:
+    llm = Llama(
+        experts_path(name),
+        **SETTINGS | {"n_threads": n_threads, "n_threads_batch": n_threads, "flash_attn": flash_attn},
+    )
+    missed = kernels.missed()
+    decode(llm, PROMPT, 0)
+    alone = np.concatenate([decode(llm, [token], 90 + i) for i, token in enumerate(REST)])
+    assert np.isfinite(alone).all() and alone.std() > 0.1
+    for n in (2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 31, 32, 33, 64):
+        together = decode(llm, REST[:n], 90)
+        np.testing.assert_array_equal(together.view(np.int32), alone[:n].view(np.int32), f"{n} tokens")
+    assert kernels.missed() == missed, "ggml computed some of the products in its own way"
+    llm.close()
+
+
+def test_the_63_node_tree_gives_the_text_of_plain_decoding(name: str, tmp_path: Path) -> None:
+    model = experts_path(name)
+    heads = heads_for(model, EXPERTS[name].n_embd, tmp_path, n_heads=4)
+    plain = Llama(model, **SETTINGS)
+    draft = Llama(
+        model, draft="entmtp", heads=heads, trees="mc_sim_7b_63", policy="static", calibrate=False, **SETTINGS
+    )
+    assert draft.lossless == "exact"
+    for seed, start in enumerate((0, 7, 40)):
+        for temp in (0.0, 0.8):
+            found = []
+            for llm in (plain, draft):
+                llm.reset()
+                llm.set_seed(seed)
+                found.append(list(islice(llm.generate(TOKENS[start : start + 50], temp=temp), 40)))
+            assert found[0] == found[1], f"prompt {start}, temperature {temp:g}"
+    stats = draft.draft_stats
+    assert stats.n_drafted > 3000 and stats.n_accepted > 0
+    plain.close()
+    draft.close()
+
+
+def test_as_near_to_exact_weights_as_ggml(name: str, tmp_path: Path) -> None:
+    """KL divergence of the next token's distribution from that of the same weights in f32.
+
+    Its median: a rounding can send a token to another expert, which moves all behind it.
+    """
+    exact = expand(experts_path(name), tmp_path / "exact.gguf")
+    log_p = []
+    for file, kind in ((exact, "off"), (experts_path(name), "auto"), (experts_path(name), "off")):
+        with kernels.using(kernels.current()):
+            llm = Llama(file, **SETTINGS | {"kernels": kind})
+            logits = decode(llm, TOKENS, 0).astype(np.float64)
+            llm.close()
+        logits -= logits.max(axis=1, keepdims=True)
+        log_p.append(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
+    ours, ggml = ((np.exp(log_p[0]) * (log_p[0] - q)).sum(axis=1) for q in log_p[1:])
+    assert np.median(ours) <= 1.2 * np.median(ggml), (np.median(ours), np.median(ggml))
+
+
+def test_doctor_lists_experts_under_their_kernel(name: str) -> None:
+    with kernels.using("auto"):
+        found = {(row["type"], row["by"]): row["tensors"] for row in weights(experts_path(name))}
+    with kernels.using("off"):
+        assert {row["by"] for row in weights(experts_path(name))} == {"ggml"}
+    # each layer's four matrices of attention, three of experts and a router; the output, but no biases
+    expected = {
+        "qwen3moe": {("Q4_K", "panels"): 10, ("Q6_K", "panels"): 4, ("F32", "panels"): 3},
+        "gpt-oss": {("MXFP4", "panels"): 12, ("Q8_0", "panels"): 17, ("F32", "panels"): 4},
+        "mixtral": {
+            ("Q4_0", "panels"): 8, ("Q5_0", "panels"): 2, ("IQ3_S", "rows"): 2, ("F16", "panels"): 2,
+            ("F32", "panels"): 3,
+        },
+        # 6 matrices of attention in 3 layers; 3 dense ones; 3 experts, 3 of the shared one and a router in 2 layers
+        "deepseek2": {
+            ("Q4_K", "panels"): 6, ("Q5_K", "panels"): 3, ("Q6_K", "panels"): 3, ("Q8_0", "panels"): 12,
+            ("F32", "panels"): 12,
+        },
+    }  # fmt: skip
+    assert found == expected[name]
