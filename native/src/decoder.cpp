@@ -133,7 +133,7 @@ void decoder::set_threads(int32_t n, const entmtp_costs * costs) {
     policy.set_threads(n, costs, (int32_t) bank.size());
     llama_set_n_threads(ctx, n, n);
     if (draft_heads) {
-        draft_heads->set_threads(n);
+        draft_heads->set_threads(shared.n_seq > 1 ? 1 : n); // threads that draft are many already
     }
     in_step = false; // what is being walked was timed with other threads
 }
@@ -250,7 +250,7 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
         work.to_host      = all_outputs;
         work.tokens.assign(toks + i, toks + i + m);
 
-        const int32_t status = decode_status(cancelled ? 2 : shared.run(work, nullptr));
+        const int32_t status = decode_status(cancelled ? 2 : shared.run(work));
         if (status != ENTMTP_OK) {
             // what was evaluated before the failure stays in llama.cpp's memory: cut it back
             memory.truncate(seq, past);
@@ -312,7 +312,9 @@ int32_t decoder::verify_tree(int32_t id) {
     work.p      = reach;
     work.timed  = stats || policy.needs_timing();
 
-    const int32_t status = shared.run(work, [&](int32_t n) { return policy.fee(n); });
+    work.fee    = [this](int32_t n) { return policy.fee(n); };
+
+    const int32_t status = shared.run(work);
     if (status == 0 && !work.kept.empty()) {
         drop_nodes(work.kept);
     }
@@ -334,8 +336,10 @@ void decoder::drop_nodes(const std::vector<int32_t> & kept) {
 }
 
 void decoder::set_row(int32_t i) {
-    out.release(row);
-    row = i;
+    if (i != row) {
+        out.release(row);
+        row = i;
+    }
 }
 
 void decoder::detach() {

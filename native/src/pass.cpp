@@ -20,7 +20,22 @@ static constexpr int32_t first_chunk = 64; // tokens of a prompt, until their ti
 static constexpr int32_t least_chunk = 16;
 
 pass::pass(llama_context * ctx, bool want_hidden, int32_t n_seq) :
-    memory(ctx), out(ctx, want_hidden), n_seq(n_seq), ctx(ctx), members(n_seq) {}
+    memory(ctx), out(ctx, want_hidden), n_seq(n_seq), ctx(ctx), members(n_seq) {
+    if (n_seq > 1) {
+        worker = std::thread([this] { serve(); });
+    }
+}
+
+pass::~pass() {
+    if (worker.joinable()) {
+        {
+            const std::lock_guard<std::mutex> lock(mutex);
+            over = true;
+        }
+        changed.notify_all();
+        worker.join();
+    }
+}
 
 pass::hold::hold(pass & p, int32_t seq) : owner(p) {
     std::unique_lock<std::mutex> lock(p.mutex);
@@ -62,33 +77,51 @@ int32_t pass::prompt_chunk(int32_t seq) const {
 }
 
 bool pass::ready() const {
+    if (std::any_of(members.begin(), members.end(), [](const member & m) { return m.served; })) {
+        return false;
+    }
     const bool all = std::all_of(members.begin(), members.end(),
                                  [](const member & m) { return m.wants || !m.active || m.absent; });
     return all || clock::now() >= deadline;
 }
 
-int32_t pass::run(part & mine, const fee_fn & fee) {
+bool pass::wanted() const {
+    return std::any_of(members.begin(), members.end(), [](const member & m) { return m.wants; });
+}
+
+int32_t pass::run(part & mine) {
     std::unique_lock<std::mutex> lock(mutex, std::adopt_lock);
 
-    const bool first = std::none_of(members.begin(), members.end(), [](const member & m) { return m.wants; });
-    if (first) {
+    if (!wanted()) {
         const double patience = std::clamp(t_last / 2, least_patience, most_patience);
         deadline              = clock::now() + std::chrono::duration_cast<clock::duration>(us(patience));
     }
-    member & me = members[mine.seq];
-    mine.asked  = n_asked++;
-    me.wants    = &mine;
-    while (me.wants) {
-        if (!running && ready()) {
-            lead(lock, fee);
-        } else if (running) {
-            changed.wait(lock);
-        } else {
-            changed.wait_until(lock, deadline);
-        }
+    mine.asked               = n_asked++;
+    members[mine.seq].wants = &mine;
+    if (n_seq == 1) {
+        lead(lock);
+    } else {
+        changed.notify_all();
+        changed.wait(lock, [&] { return members[mine.seq].served; });
+        changed.notify_all();
     }
+    members[mine.seq].served = false;
     lock.release(); // still held, as it came
     return mine.status;
+}
+
+// the worker's loop
+void pass::serve() {
+    std::unique_lock<std::mutex> lock(mutex);
+    while (!over) {
+        if (!wanted()) {
+            changed.wait(lock);
+        } else if (!ready()) {
+            clock::now() < deadline ? (void) changed.wait_until(lock, deadline) : changed.wait(lock);
+        } else {
+            lead(lock);
+        }
+    }
 }
 
 // whose turn it is: all that decode, and prompts as they came, while they fit
@@ -120,7 +153,7 @@ std::vector<part *> pass::choose() const {
 }
 
 // Each chose its tree as if the others had none. Of all nodes together the most probable ones stay, as long as they pay
-void pass::drop_nodes(const std::vector<part *> & parts, const fee_fn & fee) const {
+void pass::drop_nodes(const std::vector<part *> & parts) const {
     int32_t            n_sure = 0;
     std::vector<float> p;
     for (const part * x : parts) {
@@ -129,9 +162,11 @@ void pass::drop_nodes(const std::vector<part *> & parts, const fee_fn & fee) con
             p.insert(p.end(), x->p.begin() + 1, x->p.end());
         }
     }
-    if (parts.size() < 2 || p.empty() || !fee) {
+    const auto with_fee = std::find_if(parts.begin(), parts.end(), [](const part * x) { return (bool) x->fee; });
+    if (parts.size() < 2 || p.empty() || with_fee == parts.end()) {
         return;
     }
+    const auto & fee = (*with_fee)->fee;
     std::sort(p.begin(), p.end(), std::greater<float>());
     double sum = 0.0, best = -fee(n_sure);
     size_t n_best = 0;
@@ -157,7 +192,7 @@ void pass::drop_nodes(const std::vector<part *> & parts, const fee_fn & fee) con
     }
 }
 
-void pass::lead(std::unique_lock<std::mutex> & lock, const fee_fn & fee) {
+void pass::lead(std::unique_lock<std::mutex> & lock) {
     const std::vector<part *> parts = choose();
 
     for (member & m : members) {
@@ -166,7 +201,7 @@ void pass::lead(std::unique_lock<std::mutex> & lock, const fee_fn & fee) {
             m.absent = true;
         }
     }
-    drop_nodes(parts, fee);
+    drop_nodes(parts);
 
     int32_t n_tokens = 0, n_prompt = 0;
     bool    to_host = false, timed = n_seq > 1;
@@ -213,6 +248,7 @@ void pass::lead(std::unique_lock<std::mutex> & lock, const fee_fn & fee) {
         p->n_others            = n_tokens - (int32_t) p->tokens.size();
         p->with_prompt         = n_prompt > (p->is_prompt ? (int32_t) p->tokens.size() : 0);
         members[p->seq].wants  = nullptr;
+        members[p->seq].served = true;
     }
     deadline = clock::now() + std::chrono::duration_cast<clock::duration>(
                                   us(std::clamp(t_last / 2, least_patience, most_patience)));

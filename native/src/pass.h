@@ -10,8 +10,8 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
-#include <functional>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 namespace entmtp {
@@ -19,12 +19,14 @@ namespace entmtp {
 class decoder;
 
 // With one sequence a pass runs at once, in the thread that asks for it. With several each has a thread of its own, and a
-// pass begins when all that are active have said what they want evaluated, in the thread that came last. Nobody is waited
-// for much longer than a pass takes: who comes late keeps the row that it still needs and joins the next one.
+// pass begins when all that are active have said what they want evaluated. Nobody is waited for much longer than a pass
+// takes: who comes late keeps the row that it still needs and joins the next one. All these passes run in one thread of
+// ours, for OpenMP gives every thread that computes a team of its own, which spins when it has nothing to do.
 class pass {
   public:
     // want_hidden  hidden states beside the logits
     pass(llama_context * ctx, bool want_hidden, int32_t n_seq);
+    ~pass();
 
     verifier memory;
     outputs  out;
@@ -49,9 +51,7 @@ class pass {
     void set_active(int32_t seq, bool active);
 
     // Evaluate a part, together with those of others; returns its status. The pass is held, and let go of meanwhile
-    //   fee  price of the n-th node of a pass in tokens, for giving up nodes that do not pay in company; null: keep all
-    using fee_fn = std::function<double(int32_t n)>;
-    int32_t run(part & mine, const fee_fn & fee);
+    int32_t run(part & mine);
 
     // Company: the others that the next pass is expected to have, and what all earn together, in tokens per us (0: unknown)
     int32_t n_others(int32_t seq) const;
@@ -74,19 +74,24 @@ class pass {
         bool      active = false;
         bool      absent = false; // was left out, and has not been heard of since
         part *    wants  = nullptr;
+        bool      served = false; // what came of it is not collected yet: its rows must stay
     };
 
     int32_t             n_active() const;
+    bool                wanted() const;
     bool                ready() const;
     std::vector<part *> choose() const;
-    void                drop_nodes(const std::vector<part *> & parts, const fee_fn & fee) const;
-    void                lead(std::unique_lock<std::mutex> & lock, const fee_fn & fee);
+    void                drop_nodes(const std::vector<part *> & parts) const;
+    void                lead(std::unique_lock<std::mutex> & lock);
+    void                serve();
 
     llama_context * ctx;
 
     std::mutex              mutex;
     std::condition_variable changed;
     bool                    running = false;
+    bool                    over    = false;
+    std::thread             worker; // of several sequences
     std::vector<member>     members; // [n_seq]
     clock::time_point       deadline;
     int64_t                 n_asked = 0;

@@ -5,6 +5,7 @@
 #include "llama.h"
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 namespace entmtp {
@@ -22,6 +23,9 @@ struct part {
     bool    is_prompt    = false;
     bool    to_host      = false;
     bool    timed        = false;
+
+    std::function<double(int32_t)> fee; // price of a pass over n tokens, in tokens; null: no node is worth less than it costs
+
     int64_t asked        = 0; // when, in turns
 
     // what came of it

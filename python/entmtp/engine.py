@@ -84,8 +84,12 @@ class Engine:
         settings = {"flash_attn": True, "draft": draft, **kwargs}
         with contextlib.ExitStack() as failed:
             failed.callback(self._stack.close)
-            # a context has whole blocks of cells; a tree needs a few more than its text
-            self.host = _Host(model_path, slots, n_ctx=self.kv_tokens + 32 * slots, **settings)
+            # Loading measures passes, and OpenMP keeps a team for every thread that ever computed: one that goes takes its
+            # team along. Two teams on the same processors wait for each other by sleeping, which costs several times
+            with ThreadPoolExecutor(1) as loader:
+                # a tree needs a few cells more than its text
+                n_cells = self.kv_tokens + 32 * slots
+                self.host = loader.submit(_Host, model_path, slots, n_ctx=n_cells, **settings).result()
             self._stack.callback(self.host.close)
             if self.host._is_recurrent or self.host._is_hybrid:
                 raise ValueError(
