@@ -376,8 +376,12 @@ ENTMTP_API void entmtp_group_set_active(struct entmtp_group * group, int32_t i, 
 // While others wait, a prompt is evaluated in pieces that take about so long. Until then 200 ms.
 ENTMTP_API void entmtp_group_set_stall(struct entmtp_group * group, double us);
 
-// Passes so far, and how many sequences' parts they had in all.
-ENTMTP_API void entmtp_group_get_passes(struct entmtp_group * group, int64_t * n_passes, int64_t * n_parts);
+// Passes so far, how many sequences' parts they had in all, and how many tokens.
+ENTMTP_API void
+entmtp_group_get_passes(struct entmtp_group * group, int64_t * n_passes, int64_t * n_parts, int64_t * n_tokens);
+
+// Forget the text, and give its cells back to the others.
+ENTMTP_API int32_t entmtp_decoder_clear(struct entmtp_decoder * dec);
 
 // How many of n tokens the decoder's memory begins with, of those that are settled.
 ENTMTP_API int32_t entmtp_decoder_in_common(const struct entmtp_decoder * dec, const int32_t * tokens, int32_t n);

@@ -60,12 +60,20 @@ void entmtp_group_set_stall(entmtp_group * group, double us) {
     }
 }
 
-void entmtp_group_get_passes(entmtp_group * group, int64_t * n_passes, int64_t * n_parts) {
-    if (group && n_passes && n_parts) {
+void entmtp_group_get_passes(entmtp_group * group, int64_t * n_passes, int64_t * n_parts, int64_t * n_tokens) {
+    if (group && n_passes && n_parts && n_tokens) {
         const auto hold = group->members[0]->impl.hold();
         *n_passes       = group->shared.n_passes;
         *n_parts        = group->shared.n_parts;
+        *n_tokens       = group->shared.n_tokens;
     }
+}
+
+int32_t entmtp_decoder_clear(entmtp_decoder * dec) {
+    return guarded(dec, [&](entmtp::decoder & d) {
+        d.clear();
+        return (int32_t) ENTMTP_OK;
+    });
 }
 
 int32_t entmtp_decoder_in_common(const entmtp_decoder * dec, const int32_t * tokens, int32_t n) {

@@ -487,6 +487,12 @@ void decoder::run_prefix(const std::vector<int32_t> & rows, int32_t pos0) {
     draft_heads->prefix()->add(out.hidden_states(rows), pos0);
 }
 
+void decoder::clear() {
+    settle();
+    memory.truncate(seq, 0);
+    invalidate(0);
+}
+
 void decoder::invalidate(int32_t past) {
     leave_tree();
     live    = false;

@@ -90,6 +90,7 @@ class decoder {
     bool can_continue(int32_t past) const { return memory.can_continue(seq, past); }
 
     void invalidate(int32_t n_past);
+    void clear(); // and free the memory's cells
     void cancel(bool value) { cancelled = value; }
 
     const float * logits();

@@ -232,6 +232,7 @@ void pass::lead(std::unique_lock<std::mutex> & lock) {
 
     ++n_passes;
     n_parts += (int64_t) parts.size();
+    this->n_tokens += n_tokens;
     if (status == 0 && n_seq > 1) {
         if (n_prompt == 0) {
             t_last      = t;

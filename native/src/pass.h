@@ -62,9 +62,10 @@ class pass {
     int32_t prompt_chunk(int32_t seq) const;
     void    set_stall(double us) { stall = us; } // that others may have to wait for a prompt
 
-    // passes so far, and parts in them
+    // passes so far, parts in them, and their tokens
     int64_t n_passes = 0;
     int64_t n_parts  = 0;
+    int64_t n_tokens = 0;
 
   private:
     using clock = std::chrono::steady_clock;

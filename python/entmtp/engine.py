@@ -12,7 +12,7 @@ from typing import Any
 from . import drafting
 from .common.errors import EntmtpError
 from .llama import Llama
-from .native.group import Group
+from .native.group import Group, Passes
 from .slot import Slot
 from .stream import Stream
 
@@ -133,6 +133,7 @@ class Engine:
                 raise EntmtpError(CLOSED)
             slot = self._idle.pop(0)
         try:
+            slot.decoder.forget()  # the next text may be another user's
             yield slot
         finally:
             with self._free:
@@ -167,9 +168,7 @@ class Engine:
         room = self.kv_tokens - sum(self._reserved.values())
         kept = [s for s in self._idle if s is not slot and s not in self._reserved]
         while sum(s.n_tokens for s in kept) > room:
-            oldest = kept.pop(0)
-            oldest.reset()
-            oldest.decoder.clear()
+            kept.pop(0).forget()
 
     # -- requests --
 
@@ -187,7 +186,8 @@ class Engine:
             raise EntmtpError(CLOSED)
         stream = Stream()
         is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], dict)
-        self._workers.submit(self._write, stream, prompt, is_chat, settings)
+        written = self._workers.submit(self._write, stream, prompt, is_chat, settings)
+        written.add_done_callback(lambda f: stream.fail(EntmtpError(CLOSED)) if f.cancelled() else None)
         return stream
 
     def _write(self, stream: Stream, prompt: Any, is_chat: bool, settings: dict[str, Any]) -> None:
@@ -226,10 +226,9 @@ class Engine:
             self._compute_on(n_threads)
 
     @property
-    def texts_per_pass(self) -> float:
-        """How many texts a pass was shared by so far, on average."""
-        passes, parts = self.group.passes
-        return parts / passes if passes else 0.0
+    def passes(self) -> Passes:
+        """What was evaluated so far: passes, texts that took part in them, and tokens."""
+        return self.group.passes
 
     def close(self) -> None:
         """Stop what is being written, and free the model."""

@@ -111,6 +111,11 @@ class Slot(Llama):
             self.n_tokens = self.decoder.share(best.decoder, prompt)
             self.input_ids[: self.n_tokens] = prompt[: self.n_tokens]
 
+    def forget(self) -> None:
+        """Give the cells of the text to others."""
+        self.reset()
+        self.decoder.clear()
+
     def close(self) -> None:
         """Nothing: the engine holds what there is to free."""
 

@@ -359,8 +359,12 @@ group_set_active = _bind("entmtp_group_set_active", None, c_void_p, c_int32, c_b
 # void entmtp_group_set_stall(struct entmtp_group * group, double us);
 group_set_stall = _bind("entmtp_group_set_stall", None, c_void_p, c_double)
 
-# void entmtp_group_get_passes(struct entmtp_group * group, int64_t * n_passes, int64_t * n_parts);
-group_get_passes = _bind("entmtp_group_get_passes", None, c_void_p, POINTER(c_int64), POINTER(c_int64))
+# void entmtp_group_get_passes(
+#         struct entmtp_group * group, int64_t * n_passes, int64_t * n_parts, int64_t * n_tokens);
+group_get_passes = _bind("entmtp_group_get_passes", None, c_void_p, *[POINTER(c_int64)] * 3)
+
+# int32_t entmtp_decoder_clear(struct entmtp_decoder * dec);
+decoder_clear = _bind("entmtp_decoder_clear", c_int32, c_void_p)
 
 # int32_t entmtp_decoder_in_common(const struct entmtp_decoder * dec, const int32_t * tokens, int32_t n);
 decoder_in_common = _bind("entmtp_decoder_in_common", c_int32, c_void_p, c_void_p, c_int32)

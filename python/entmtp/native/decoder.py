@@ -202,6 +202,10 @@ class Decoder:
         older = OlderSteps(by_tree=by_tree, **{f[0]: getattr(sums, f[0]) for f in sums._fields_})
         return DraftStats(steps, names, older, self.traffic - self._before, self.outputs)
 
+    def clear(self) -> None:
+        """Forget the text, and give its cells back to others of the group."""
+        n.check(n.decoder_clear(self._ptr))
+
     def in_common(self, tokens: Sequence[int]) -> int:
         """How many of these tokens the memory begins with."""
         return int(n.decoder_in_common(self._ptr, (ctypes.c_int32 * len(tokens))(*tokens), len(tokens)))

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 from ..common.errors import EntmtpError
 from . import abi as n
 from .decoder import Decoder
 from .heads import Heads
+
+
+class Passes(NamedTuple):
+    """Passes of a group.
+
+    Attributes:
+        n: how many there were.
+        parts: decoders that took part, added up.
+        tokens: that were evaluated.
+    """
+
+    n: int
+    parts: int
+    tokens: int
 
 
 class Group:
@@ -41,11 +56,11 @@ class Group:
         n.group_set_stall(self._ptr, 1e6 * seconds)
 
     @property
-    def passes(self) -> tuple[int, int]:
-        """Passes so far, and how many decoders took part in them, added up."""
-        passes, parts = ctypes.c_int64(), ctypes.c_int64()
-        n.group_get_passes(self._ptr, ctypes.byref(passes), ctypes.byref(parts))
-        return passes.value, parts.value
+    def passes(self) -> Passes:
+        """What was evaluated so far."""
+        counts = [ctypes.c_int64() for _ in Passes._fields]
+        n.group_get_passes(self._ptr, *map(ctypes.byref, counts))
+        return Passes(*(c.value for c in counts))
 
     def close(self) -> None:
         """Free all; no thread may be in a call of a decoder."""
