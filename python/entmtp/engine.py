@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,14 @@ from .stream import Stream
 CLOSED = "the engine is closed"
 
 
-class _Host(Llama):
-    """The model with a context for several sequences, which all share one cache."""
+class Host(Llama):
+    """The model of an engine, with a context for several sequences that share one cache.
 
-    def __init__(self, model_path: str | Path, n_slots: int, **kwargs: Any):
+    Args:
+        n_slots: so many.
+    """
+
+    def __init__(self, model_path: str | Path, *, n_slots: int, **kwargs: Any):
         self._n_slots = n_slots
         super().__init__(model_path, **kwargs)
 
@@ -34,9 +38,9 @@ class _Host(Llama):
 class Engine:
     """A model that writes several texts at a time.
 
-    Passes are shared: four tokens of four texts cost far less than four passes over one. Drafts fade as texts are added,
-    for the room in a pass goes where it brings most, and return when texts end. A text is what it would be alone: bit
-    for bit where the CPU kernels compute.
+    Passes are shared: four tokens of four texts cost far less than four passes over one. Drafts fade as texts are
+    added, for the room in a pass goes where it brings most, and return when texts end. A text is what it would be
+    alone: bit for bit where the CPU kernels compute.
 
     Examples:
         >>> with Engine("model.gguf", slots=4) as engine:
@@ -70,28 +74,54 @@ class Engine:
         draft: str | None = "entmtp",
         **kwargs: Any,
     ):
-        if not 1 <= slots <= 64:
-            raise ValueError(f"slots is {slots}, it must be 1 to 64")
         for name, why in {"logits_all": "keeps the logits of one text", "embedding": "gives no text"}.items():
             if kwargs.get(name):
                 raise ValueError(f"{name} is not for an engine: it {why}")
+        settings = {"flash_attn": True, "draft": draft, **kwargs}
+        self._begin(
+            lambda n_cells: Host(model_path, n_slots=slots, n_ctx=n_cells, **settings),
+            slots,
+            n_ctx,
+            kv_tokens,
+            stall,
+        )
+
+    @classmethod
+    def around(
+        cls, load: Callable[[int], Host], slots: int, n_ctx: int, kv_tokens: int | None = None, stall: float = 0.2,
+        slot_type: type[Slot] = Slot,
+    ) -> Engine:  # fmt: skip
+        """An engine for a model that somebody else loads.
+
+        Args:
+            load: called with the tokens that its context must have room for.
+            slot_type: what `slot` gives.
+        """
+        engine = cls.__new__(cls)
+        engine._begin(load, slots, n_ctx, kv_tokens, stall, slot_type)
+        return engine
+
+    def _begin(
+        self, load: Callable[[int], Host], slots: int, n_ctx: int, kv_tokens: int | None, stall: float,
+        slot_type: type[Slot] = Slot,
+    ) -> None:  # fmt: skip
+        if not 1 <= slots <= 64:
+            raise ValueError(f"slots is {slots}, it must be 1 to 64")
         self.n_ctx, self.kv_tokens = n_ctx, kv_tokens or slots * n_ctx
         self._stack = contextlib.ExitStack()
         self._closed = False
         self._free = threading.Condition()
         self._reserved: dict[Slot, int] = {}
         self._pace = threading.Lock()
-        settings = {"flash_attn": True, "draft": draft, **kwargs}
         with contextlib.ExitStack() as failed:
             failed.callback(self._stack.close)
-            # Loading measures passes, and OpenMP keeps a team for every thread that ever computed: one that goes takes its
-            # team along. Two teams on the same processors wait for each other by sleeping, which costs several times
+            # Loading measures passes, and OpenMP keeps a team for every thread that ever computed: one that goes takes
+            # its team along. Two teams on the same processors wait for each other asleep, at several times the cost
             with ThreadPoolExecutor(1) as loader:
                 # a tree needs a few cells more than its text
-                n_cells = self.kv_tokens + 32 * slots
-                self.host = loader.submit(_Host, model_path, slots, n_ctx=n_cells, **settings).result()
+                self.host = loader.submit(load, self.kv_tokens + 32 * slots).result()
             self._stack.callback(self.host.close)
-            if self.host._is_recurrent or self.host._is_hybrid:
+            if self.host.is_recurrent:
                 raise ValueError(
                     "the memory of this model (recurrent or hybrid) cannot hold several texts in one cache; use a Llama"
                 )
@@ -107,13 +137,13 @@ class Engine:
             self.group = Group(self.host.ctx, heads, slots, n_ctx)
             self._stack.callback(self.group.close)
             self.group.set_stall(stall)
-            self.slots: list[Slot] = []
+            self.slots: list[Any] = []
             for i, decoder in enumerate(self.group.decoders):
                 decoder.set_stats(stats)
                 if self.host.bank is not None:
                     self.host.install(decoder)
                     decoder.set_threads(self.host.n_threads)
-                self.slots.append(Slot(self.host, self, i, decoder))
+                self.slots.append(slot_type(self.host, self, i, decoder))
             failed.pop_all()
         self._idle = list(self.slots)  # the one that has been idle longest comes first
         self._workers = ThreadPoolExecutor(slots, thread_name_prefix="entmtp")
@@ -121,7 +151,7 @@ class Engine:
     # -- slots --
 
     @contextlib.contextmanager
-    def slot(self) -> Iterator[Slot]:
+    def slot(self) -> Iterator[Any]:
         """A slot for the block, as a `Llama`; waits until there is one.
 
         Raises:
@@ -145,8 +175,8 @@ class Engine:
         """A text of up to n tokens in a slot: waits until they fit into the memory, and lets passes wait for it."""
         if n > self.kv_tokens:
             raise ValueError(
-                f"the text may come to {n} tokens, but all texts together have room for {self.kv_tokens} (kv_tokens); ask for "
-                "fewer, or create the engine with more"
+                f"the text may come to {n} tokens, but all texts together have room for {self.kv_tokens} (kv_tokens); "
+                "ask for fewer, or create the engine with more"
             )
         with self._free:
             self._free.wait_for(lambda: sum(self._reserved.values()) + n <= self.kv_tokens or self._closed)

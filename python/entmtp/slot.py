@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from .common.use import Use
 from .llama import Llama
@@ -19,26 +17,6 @@ if TYPE_CHECKING:
 WORTH_SHARING = 8
 
 
-class SlotContext:
-    """A context as llama-cpp-python sees it, reduced to one sequence."""
-
-    def __init__(self, shared: Any, n_ctx: int):
-        self._shared, self._n_ctx = shared, n_ctx
-
-    def n_ctx(self) -> int:
-        return self._n_ctx
-
-    def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
-        """The decoder cuts its sequence back itself, when it evaluates what comes next."""
-        return True
-
-    def kv_cache_clear(self) -> None:
-        raise ValueError("a slot of an engine has no cache of its own to clear")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._shared, name)
-
-
 class Slot(Llama):
     """As `Llama`, for one text at a time; made by an `Engine`.
 
@@ -46,22 +24,13 @@ class Slot(Llama):
     """
 
     def __init__(self, host: Llama, engine: Engine, number: int, decoder: Decoder):
-        self.__dict__.update(host.__dict__)
+        self.begin_as(host, engine.n_ctx)
         self._engine, self.number = engine, number
-        self._stack = contextlib.ExitStack()
         self._decoder = decoder
         self._use = Use()
-        self._ctx = SlotContext(host._ctx, engine.n_ctx)
-        self._n_ctx = engine.n_ctx
-        self.input_ids = np.zeros(engine.n_ctx, dtype=np.intc)
-        self.n_tokens = 0
         self.on_token = None
-        self._sampler = None
         self._warned: set[str] = set()
         self.expected = engine.n_ctx  # tokens that the text may come to
-
-    def n_ctx(self) -> int:
-        return self._engine.n_ctx
 
     def follow(self) -> None:
         self._engine.follow()
@@ -87,7 +56,22 @@ class Slot(Llama):
     def create_completion(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         limit = kwargs.get("max_tokens", 16)
         self.expected = self.n_ctx() if limit is None or limit < 0 else limit
-        return super().create_completion(prompt, *args, **kwargs)
+        with self._own_limit():
+            answer = super().create_completion(prompt, *args, **kwargs)
+        return self._stream(answer) if isinstance(answer, Iterator) else answer
+
+    def _stream(self, chunks: Iterator[Any]) -> Iterator[Any]:
+        with self._own_limit():
+            yield from chunks
+
+    @contextlib.contextmanager
+    def _own_limit(self) -> Iterator[None]:
+        """llama-cpp-python names the context's whole size where a prompt is too long."""
+        try:
+            yield
+        except ValueError as e:
+            text, found, _ = str(e).partition("exceed context window of ")
+            raise ValueError(f"{text}{found}{self.n_ctx()}") if found else e from None
 
     def generate(
         self, tokens: Sequence[int], *args: Any, **kwargs: Any

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from typing import Any
 
 
@@ -19,7 +20,7 @@ class Stream:
     def __init__(self) -> None:
         self._pieces: list[str] = []
         self._changed = threading.Condition()
-        self._wakers: list[Callable[[], None]] = []
+        self._wakers: list[Callable[[], object]] = []
         self._cancel: Callable[[], None] | None = None
         self._cancelled = False
         self._done = False
@@ -78,33 +79,30 @@ class Stream:
                 self._cancel()
 
     def __iter__(self) -> Iterator[str]:
-        n = 0
-        while True:
+        n, over = 0, False
+        while not over:
             with self._changed:
-                self._changed.wait_for(lambda: len(self._pieces) > n or self._done)
+                while len(self._pieces) == n and not self._done:
+                    self._changed.wait()
                 pieces, over = self._pieces[n:], self._done
             yield from pieces
             n += len(pieces)
-            if over and n == len(self._pieces):
-                self._raise()
-                return
+        self._raise()
 
     async def __aiter__(self) -> AsyncIterator[str]:
-        loop, n = asyncio.get_running_loop(), 0
-        while True:
+        loop, n, over = asyncio.get_running_loop(), 0, False
+        while not over:
             more = asyncio.Event()
             with self._changed:
                 pieces, over = self._pieces[n:], self._done
                 if not pieces and not over:
-                    self._wakers.append(lambda: loop.call_soon_threadsafe(more.set))
+                    self._wakers.append(partial(loop.call_soon_threadsafe, more.set))
             for piece in pieces:
                 yield piece
             n += len(pieces)
-            if over and n == len(self._pieces):
-                self._raise()
-                return
-            if not pieces:
+            if not pieces and not over:
                 await more.wait()
+        self._raise()
 
     def _raise(self) -> None:
         if self._error is not None:

@@ -6,6 +6,7 @@ missing, and this file is what has to be looked at.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -31,9 +32,13 @@ NEEDS = {
     "_requires_eval": "the last token's logits are not there: `generate` must not sample before it evaluates",
     "_logits_all": "the argument logits_all",
     "_n_vocab": "width of a row of logits",
-    "_ctx": "wrapper of the context: get_logits()",
+    "_ctx": "wrapper of the context: get_logits(), kv_cache_seq_rm()",
     "model_params": "parameters of the model, set before it is loaded",
     "context_params": "parameters of the context, set before the arguments are put into them",
+    "_n_ctx": "tokens that a text may have, [input_ids]",
+    "_is_recurrent": "the memory holds a state, not cells",
+    "_is_hybrid": "it holds both",
+    "_stack": "what is freed with the object",
     "_sampler": "the sampler chain of the running `generate`, with its pointer `sampler`",
     "_init_sampler": "makes such a chain from the arguments of `sample`",
 }
@@ -67,6 +72,26 @@ def _log(level: int, text: bytes, _: Any) -> None:
 llama_cpp.llama_log_set(_log, None)
 
 
+class SequenceContext:
+    """A context as llama-cpp-python sees it, reduced to one of its sequences, which a decoder looks after."""
+
+    def __init__(self, shared: Any, n_ctx: int):
+        self._shared, self._n_ctx = shared, n_ctx
+
+    def n_ctx(self) -> int:
+        return self._n_ctx
+
+    def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
+        """The decoder cuts its sequence back itself, when it evaluates what comes next."""
+        return True
+
+    def kv_cache_clear(self) -> None:
+        raise ValueError("the cache holds the texts of others, too")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._shared, name)
+
+
 class Upstream(llama_cpp.Llama):
     """`llama_cpp.Llama`, with public names for what ours builds upon."""
 
@@ -81,6 +106,20 @@ class Upstream(llama_cpp.Llama):
             self.input_ids = np.zeros(self.n_ctx(), dtype=np.intc)
             if self.logits_all:
                 self.scores = np.zeros((self.n_ctx(), self.vocab_size), dtype=np.single)
+
+    def begin_as(self, other: Upstream, n_ctx: int) -> None:
+        """Share the model and the context of another, in place of `__init__`, for a text of up to n_ctx tokens."""
+        self.__dict__.update(other.__dict__, _ctx=SequenceContext(other._ctx, n_ctx), _n_ctx=n_ctx)
+        self._stack = contextlib.ExitStack()  # the other frees them
+        self.input_ids = np.zeros(n_ctx, dtype=np.intc)
+        self.n_tokens = 0
+        self._sampler = None
+        self._stale = True
+
+    @property
+    def is_recurrent(self) -> bool:
+        """The memory holds a state of its text, or that beside cells: it cannot hold several texts as one cache."""
+        return bool(self._is_recurrent or self._is_hybrid)
 
     def prepare_model(self, params: Any) -> None:
         """Called with the `llama_model_params` before the model is loaded, to change them."""

@@ -142,7 +142,10 @@ def test_memory_is_shared_out(alone: Alone) -> None:
         streams = [engine.submit(p, max_tokens=150, temperature=0.0) for p in PROMPTS]
         for prompt, stream in zip(PROMPTS, streams, strict=True):
             assert stream.text == alone.text(prompt, max_tokens=150, temperature=0.0)
-        with pytest.raises(ValueError, match=r"come to 301 tokens.*room for 300 \(kv_tokens\)"), engine.room_for(engine.slots[0], 301):
+        with (
+            pytest.raises(ValueError, match=r"come to 301 tokens.*room for 300 \(kv_tokens\)"),
+            engine.room_for(engine.slots[0], 301),
+        ):
             pass
 
 

@@ -400,7 +400,9 @@ def test_wrong_positions_are_refused(two: list[Context], pos: list[int], parents
         (False, [1, 0, 0], [-1, -1, 1]),
     ],
 )
-def test_trees_that_cannot_share_a_batch_are_refused(unified: bool, seq: list[int], parents: list[int]) -> None:
+def test_trees_that_cannot_share_a_batch_are_refused(
+    unified: bool, seq: list[int], parents: list[int]
+) -> None:
     with contexts("llama", n_seq=2, unified=unified, n_ctx=512) as (ctx, plain):
         for c in (ctx, plain):
             c.decode(PROMPT, seq=0)

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
@@ -26,7 +26,7 @@ from llama_cpp.server import app as stock
 from llama_cpp.server.errors import RouteErrorHandler
 
 from .metrics import Metrics
-from .model import Models
+from .model import Models, SlotModels
 from .requests import Requests, ServedRequest, current
 from .settings import ModelSettings, ServerSettings
 
@@ -41,14 +41,24 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
     """
     metrics = Metrics()
     replaced: list[tuple[Any, str, Any]] = [
-        (stock, "LlamaProxy", partial(Models, metrics=metrics)),
+        (
+            stock,
+            "LlamaProxy",
+            partial(Models, metrics=metrics, parallel=server.parallel, kv_tokens=server.kv_tokens),
+        ),
         (stock, "run_in_threadpool", in_model_thread),
         (stock, "get_event_publisher", publish),
         (RouteErrorHandler, "error_message_wrapper", worded),
     ]
+    if server.parallel > 1:
+        replaced.append((stock, "get_llama_proxy", slot_of_request))
+    locked = stock.get_llama_proxy  # one request after the other
     for where, name, ours in replaced:
         setattr(where, name, ours)
+    global _model_threads
+    _model_threads = ThreadPoolExecutor(server.parallel, thread_name_prefix="model")
     app = stock.create_app(server_settings=server, model_settings=list[Any](settings))
+    app.dependency_overrides[locked] = stock.get_llama_proxy
 
     async def read_metrics(request: Request) -> Response:
         text, content_type = metrics.text(request.headers.get("accept"))
@@ -69,17 +79,25 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
     return requests, stock._llama_proxy
 
 
-_model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+async def slot_of_request() -> AsyncIterator[SlotModels]:
+    """Stands in for llama-cpp-python's `get_llama_proxy` where answers are written in parallel."""
+    assert isinstance(stock._llama_proxy, Models)
+    async with stock._llama_proxy.of_request() as models:
+        yield models
+
+
+_model_threads = ThreadPoolExecutor(1, thread_name_prefix="model")
 
 
 async def in_model_thread(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run what uses the model, always in the same thread; a cancellation waits for it.
+    """Run what uses a model, in one of as many threads as there are answers at a time; a cancellation waits for it.
 
-    In a pool every thread would get an OpenMP team and a heap of its own: 16 clients cost 50 MB in 100,000 tokens.
+    In a larger pool every thread would get an OpenMP team and a heap of its own: 16 clients cost 50 MB in 100,000
+    tokens.
     """
     work = partial(copy_context().run, partial(call, *args, **kwargs))
     with anyio.CancelScope(shield=True):
-        return await asyncio.get_running_loop().run_in_executor(_model_thread, work)
+        return await asyncio.get_running_loop().run_in_executor(_model_threads, work)
 
 
 async def publish(

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 from llama_cpp.server.model import LlamaProxy
 
+from ..common.errors import EntmtpError
+from ..engine import Engine, Host
 from ..llama import Llama
 from ..models.base import context_length
 from ..models.names import resolve
 from ..options.model import arguments, explained, model_files
+from ..slot import Slot
 from .metrics import Metrics
 from .requests import ServedRequest, current
 from .settings import OURS, ModelSettings
 
 
-class ServedLlama(Llama):
-    """A `Llama` whose generations belong to a request: stopped with it, and counted at their end."""
+class Served(Llama):
+    """A model whose generations belong to a request: stopped with it, and counted at their end."""
 
     alias = ""
     metrics: Metrics | None = None
@@ -52,12 +56,52 @@ class ServedLlama(Llama):
                 self.reset_draft_stats()  # a record per step would grow
 
 
-class Models(LlamaProxy):
-    """The models of the server by alias, one of them loaded: llama-cpp-python's, with our `Llama` in it."""
+class ServedLlama(Served):
+    """A `Llama` for one request after the other."""
 
-    def __init__(self, models: list[ModelSettings], metrics: Metrics):
-        self.metrics = metrics
+
+class ServedHost(Served, Host):
+    """The model of an engine."""
+
+
+class ServedSlot(Served, Slot):
+    """Of an engine, for one request among others."""
+
+
+class Models(LlamaProxy):
+    """The models of the server by alias, one of them loaded: llama-cpp-python's, with our `Llama` in it.
+
+    Args:
+        parallel: answers at a time; with several there is an engine, and one model.
+        kv_tokens: of all of them.
+    """
+
+    def __init__(
+        self, models: list[ModelSettings], metrics: Metrics, parallel: int = 1, kv_tokens: int | None = None
+    ):
+        self.metrics, self.parallel, self.kv_tokens = metrics, parallel, kv_tokens
+        self.engine: Engine | None = None
+        if parallel > 1 and len(models) > 1:
+            raise EntmtpError("parallel answers are for one model: name one, or leave parallel out")
         super().__init__(list[Any](models))
+
+    @asynccontextmanager
+    async def of_request(self) -> AsyncIterator[SlotModels]:
+        """The models as a request may use them, with an engine: one of its slots, when there is one."""
+        assert self.engine is not None
+        if self._turns is None:
+            self._turns = asyncio.Semaphore(self.parallel)
+        async with self._turns:
+            with self.engine.slot() as slot:
+                yield SlotModels(self, slot)
+
+    _turns: asyncio.Semaphore | None = None
+
+    def free(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+        else:
+            super().free()
 
     def __call__(self, model: str | None = None) -> llama_cpp.Llama:
         # called once by every request that needs a model, at its turn
@@ -86,25 +130,63 @@ class Models(LlamaProxy):
             settings = settings.model_copy(update=known)
         else:  # llama-cpp-python fetches the model
             heads = resolve(settings.heads, "heads") if settings.heads else None
-        with _built_with(arguments(names, heads)):
+        ours = arguments(names, heads)
+        llm = self._load(settings, ours) if self.parallel == 1 else self._load_engine(settings, ours)
+        for served in (llm, *(self.engine.slots if self.engine else ())):
+            served.alias, served.metrics = alias, self.metrics
+        return llm
+
+    def _load(self, settings: ModelSettings, ours: dict[str, Any], kind: type[Served] = ServedLlama) -> Any:
+        with _built_with(kind, ours):
             try:
-                llm = LlamaProxy.load_llama_from_model_settings(settings)
+                return LlamaProxy.load_llama_from_model_settings(settings)
             except ValueError as e:
                 raise explained(e, Path(settings.model), settings.n_ctx) from e
-        assert isinstance(llm, ServedLlama)
-        llm.alias, llm.metrics = alias, self.metrics
-        return llm
+
+    def _load_engine(self, settings: ModelSettings, ours: dict[str, Any]) -> Any:
+        if settings.embedding or (settings.logits_all and "logits_all" in settings.model_fields_set):
+            raise EntmtpError(
+                "parallel answers cannot be combined with embedding or logits_all; leave parallel out"
+            )
+        known: dict[str, Any] = {"logits_all": False}  # no logprobs
+        if "flash_attn" not in settings.model_fields_set:
+            known["flash_attn"] = True
+
+        def load(n_cells: int) -> Any:
+            large = settings.model_copy(update={**known, "n_ctx": n_cells})
+            return self._load(large, {**ours, "n_slots": self.parallel}, ServedHost)
+
+        self.engine = Engine.around(load, self.parallel, settings.n_ctx, self.kv_tokens, slot_type=ServedSlot)
+        return self.engine.host
+
+
+class SlotModels:
+    """What llama-cpp-python's application sees in place of `Models`: the slot of its request."""
+
+    def __init__(self, models: Models, slot: ServedSlot):
+        self._models, self._slot = models, slot
+
+    def __call__(self, model: str | None = None) -> ServedSlot:
+        if request := current.get():
+            request.start()
+        return self._slot
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._models)
+
+    def __getitem__(self, model: str) -> Any:
+        return self._models[model]
 
 
 @contextmanager
-def _built_with(ours: dict[str, Any]) -> Iterator[None]:
-    """Within this, `llama_cpp.Llama(...)` makes a `ServedLlama` with further arguments.
+def _built_with(kind: type[Served], ours: dict[str, Any]) -> Iterator[None]:
+    """Within this, `llama_cpp.Llama(...)` makes one of `kind` with further arguments.
 
     llama-cpp-python turns its forty settings into arguments, chat handlers and caches in one function, which names
     the class; so the name is lent for the time of that call, rather than the function written anew.
     """
 
-    class Configured(ServedLlama):
+    class Configured(kind):  # type: ignore[misc, valid-type]
         def __init__(self, **kwargs: Any):
             super().__init__(**kwargs, **ours)
 

@@ -82,6 +82,14 @@ class ServerSettings(stock.ServerSettings):
 
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0: all of this machine's")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0: a free one")
+    parallel: int = Field(
+        default=1, ge=1, le=64, description="answers at a time, in shared passes; each may have n_ctx tokens"
+    )
+    kv_tokens: Optional[int] = Field(  # noqa: UP045
+        default=None,
+        ge=1,
+        description="with parallel: tokens of all answers together; without, parallel times n_ctx",
+    )
     interrupt_requests: bool = Field(
         default=False,
         description="cut a running streamed answer when another request comes, instead of answering in order",
