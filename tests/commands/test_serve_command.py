@@ -108,7 +108,7 @@ def test_options_of_drafting(models: dict[str, Path], tmp_path: Path) -> None:
         server.client().completions.create(
             model="m", prompt=PROMPT, max_tokens=40, temperature=0.8, extra_body=more
         )
-        label = f'{{model="{own["model"]}"}}'
+        label = f'{{model="{Path(own["model"]).stem}"}}'  # a path would tell of the machine
         metrics = server.until(lambda m: m[f"entmtp_generated_tokens_total{label}"] == 40)
     accepted, drafted = (metrics[f"entmtp_{kind}_tokens_total{label}"] for kind in ("accepted", "drafted"))
     # nothing is asked of a guess: every one is taken, but that of the last step, after the end

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import json
 import time
 from collections.abc import AsyncIterator, Callable
@@ -19,12 +20,14 @@ from typing import Any
 
 import anyio
 from anyio.streams.memory import MemoryObjectSendStream
-from fastapi import Depends, Request, Response
+from fastapi import Depends, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from llama_cpp.server import app as stock
 from llama_cpp.server.errors import RouteErrorHandler
 
+from ..llama import Llama
 from .metrics import Metrics
 from .model import Models, SlotModels
 from .requests import Requests, ServedRequest, current
@@ -59,6 +62,12 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
     _model_threads = ThreadPoolExecutor(server.parallel, thread_name_prefix="model")
     app = stock.create_app(server_settings=server, model_settings=list[Any](settings))
     app.dependency_overrides[locked] = stock.get_llama_proxy
+    app.dependency_overrides[stock.authenticate] = authenticate
+    app.user_middleware = [m for m in app.user_middleware if m.cls is not CORSMiddleware]
+    if server.cors:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=server.cors.split(","), allow_methods=["*"], allow_headers=["*"]
+        )
 
     async def read_metrics(request: Request) -> Response:
         text, content_type = metrics.text(request.headers.get("accept"))
@@ -73,7 +82,7 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
     def finished(request: ServedRequest) -> None:
         metrics.request(request, time.perf_counter())
 
-    requests = Requests(app, finished)
+    requests = Requests(app, finished, server.max_body, server.max_waiting)
     metrics.watch_queue(requests.waiting, requests.running)
     assert isinstance(stock._llama_proxy, Models)
     return requests, stock._llama_proxy
@@ -95,9 +104,39 @@ async def in_model_thread(call: Callable[..., Any], *args: Any, **kwargs: Any) -
     In a larger pool every thread would get an OpenMP team and a heap of its own: 16 clients cost 50 MB in 100,000
     tokens.
     """
-    work = partial(copy_context().run, partial(call, *args, **kwargs))
+    asked = partial(call, *args, **kwargs)
+    if isinstance(call, Llama) or call.__name__ == "create_chat_completion":  # llama(...) completes a text
+        asked = partial(_all_choices, call, kwargs)
+    work = partial(copy_context().run, asked)
     with anyio.CancelScope(shield=True):
         return await asyncio.get_running_loop().run_in_executor(_model_threads, work)
+
+
+def _all_choices(create: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    """One answer with all choices that the request wants."""
+    served = current.get()
+    llama: Any = getattr(create, "__self__", create)
+    answer: dict[str, Any] = {}
+    for index, choice in enumerate(served.asked.choices if served else [{}]):
+        one = create(**{**kwargs, **choice, "model": llama.alias})
+        one["choices"][0]["index"] = index
+        if answer:
+            answer["choices"] += one["choices"]
+            assert served is not None
+            answer["usage"] = served.usage()
+        else:
+            answer = one
+        if served and served.stopped:
+            break
+    return answer
+
+
+async def authenticate(request: Request) -> None:
+    """The API key, compared in the same time whatever it is."""
+    key = next(stock.get_server_settings()).api_key
+    given = request.headers.get("authorization", "").removeprefix("Bearer ")
+    if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
+        raise HTTPException(401, "Invalid API key")
 
 
 async def publish(
@@ -123,12 +162,20 @@ async def publish(
         loop.call_soon_threadsafe(ready.put_nowait, _event(event))
 
     def write(llama: Any) -> None:
-        # llama-cpp-python's application names the method of its own class
-        with contextlib.closing(getattr(llama, llama_call.__name__)(**kwargs)) as chunks:
-            for chunk in chunks:
-                put(chunk)
-                if interruptible and stock.llama_outer_lock.locked():
-                    break
+        chunk: dict[str, Any] = {}
+        for index, choice in enumerate(served.asked.choices if served else [{}]):
+            # llama-cpp-python's application names the method of its own class
+            create = getattr(llama, llama_call.__name__)
+            with contextlib.closing(create(**{**kwargs, **choice, "model": llama.alias})) as chunks:
+                for chunk in chunks:
+                    chunk["choices"][0]["index"] = index
+                    put(chunk)
+                    if interruptible and stock.llama_outer_lock.locked():
+                        return
+            if served and served.stopped:
+                return
+        if served and served.asked.include_usage:
+            put({**chunk, "choices": [], "usage": served.usage()})
 
     async def answer() -> None:
         try:
@@ -169,6 +216,11 @@ def worded(handler: Any, error: Exception, body: Any = None) -> tuple[int, dict[
         status, text = 400, f"{where}: {first['msg']}" if where else first["msg"]
     elif isinstance(error, ValueError) and not known:
         status, text = 400, str(error)
+    elif isinstance(error, RuntimeError) and "embedding=True" in str(error):
+        status, text = (
+            400,
+            "this model is served for text; start the server with --embedding true for embeddings",
+        )
     else:
         return _word_error(handler, error, body)  # type: ignore[return-value]
     return status, _error(text)

@@ -36,6 +36,7 @@ class Served(Llama):
         """As `Llama.generate`, but takes no tokens in between."""
         request = current.get() or ServedRequest("")
         n_tokens = 0
+        request.n_prompt += len(tokens)
         self.reset_draft_stats()
         if self._decoder is not None:
             self._decoder.forget()  # or the speed of an answer would tell of another client's text
@@ -47,6 +48,7 @@ class Served(Llama):
                     if n_tokens == 0:
                         request.mark_first_token()
                     n_tokens += 1
+                    request.n_tokens += not llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
                     yield token
                     if request.stopped:
                         return
@@ -83,6 +85,10 @@ class Models(LlamaProxy):
         self.engine: Engine | None = None
         if parallel > 1 and len(models) > 1:
             raise EntmtpError("parallel answers are for one model: name one, or leave parallel out")
+        names = [Path(m.model).stem for m in models]
+        for settings, name in zip(models, names, strict=True):
+            # a path would tell clients about the machine
+            settings.model_alias = settings.model_alias or (name if names.count(name) == 1 else settings.model)
         super().__init__(list[Any](models))
 
     @asynccontextmanager

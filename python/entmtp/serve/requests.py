@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from .asked import Asked, Refused, read
+
 if TYPE_CHECKING:
     from ..llama import Llama
 
@@ -34,6 +36,7 @@ class ServedRequest:
     Attributes:
         started: it has the model; before, it waits.
         first_token: the first token of the answer was drawn.
+        n_prompt, n_tokens: of the prompts, and of the answers.
         stopped: why nobody wants the answer any more.
     """
 
@@ -47,6 +50,8 @@ class ServedRequest:
         self.failed: int | None = None  # the status that the answer deserves
         self.streams = False  # the response is one of server-sent events
         self.complete = False
+        self.asked = Asked()
+        self.n_prompt = self.n_tokens = 0  # so far
         self.scope = anyio.CancelScope()
         self._llama: Llama | None = None
         self._lock = threading.Lock()
@@ -54,6 +59,13 @@ class ServedRequest:
     def start(self) -> None:
         """The request has the model."""
         self.started = self.started or time.perf_counter()
+
+    def usage(self) -> dict[str, int]:
+        """Tokens, as OpenAI counts them: a prompt once, however many answers it gets."""
+        n_prompt = self.n_prompt // self.asked.n_same
+        return {
+            "prompt_tokens": n_prompt, "completion_tokens": self.n_tokens, "total_tokens": n_prompt + self.n_tokens
+        }  # fmt: skip
 
     def mark_first_token(self) -> None:
         self.first_token = self.first_token or time.perf_counter()
@@ -88,11 +100,14 @@ class Requests:
     Args:
         app: the application.
         finished: called with every request at its end.
+        max_body: bytes of a request.
+        max_waiting: requests that may wait.
     """
 
-    def __init__(self, app: App, finished: Callable[[ServedRequest], None]):
+    def __init__(self, app: App, finished: Callable[[ServedRequest], None], max_body: int, max_waiting: int):
         self.app = app
         self.finished = finished
+        self.max_body, self.max_waiting = max_body, max_waiting
         self.busy: set[ServedRequest] = set()
         self.closing = False
 
@@ -112,9 +127,18 @@ class Requests:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        if (body := await read_body(receive)) is None:
-            return  # left before it had asked
         request = ServedRequest(scope["path"].removeprefix(scope.get("root_path", "")))
+        try:
+            if (body := await read_body(receive, self.max_body)) is None:
+                return  # left before it had asked
+            if self.waiting() >= self.max_waiting:
+                raise Refused("too many requests wait for the model; ask again later", status=429)
+            body, request.asked = read(request.path, body)
+        except Refused as e:
+            request.status, request.complete = e.status, True
+            await _answer(send, e)
+            self.finished(request)
+            return
         if self.closing:
             request.stop(SHUTTING_DOWN)
         self.busy.add(request)
@@ -137,32 +161,31 @@ class Requests:
             request.stop(CLIENT_LEFT)
 
 
-async def read_body(receive: App) -> bytes | None:
-    """The body of a request, as the application shall see it; None if the client left."""
-    body = b""
+async def read_body(receive: App, most: int) -> bytes | None:
+    """The body of a request; None if the client left.
+
+    Raises:
+        Refused: it is larger than `most` bytes; the rest is not read.
+    """
+    body = bytearray()
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
         body += message.get("body", b"")
+        if len(body) > most:
+            raise Refused(f"the body of the request is larger than {most} bytes (max_body)", status=413)
         if not message.get("more_body", False):
-            return modernised(body)
+            return bytes(body)
 
 
-def modernised(body: bytes) -> bytes:
-    """What OpenAI's clients send today, in the terms that llama-cpp-python's server knows."""
-    if b'"json_schema"' not in body and b'"max_completion_tokens"' not in body:
-        return body
-    try:
-        asked = json.loads(body)
-        if asked.get("max_completion_tokens") is not None:
-            asked.setdefault("max_tokens", asked["max_completion_tokens"])
-        form = asked.get("response_format") or {}
-        if form.get("type") == "json_schema":
-            asked["response_format"] = {"type": "json_object", "schema": form["json_schema"]["schema"]}
-    except (ValueError, AttributeError, TypeError, KeyError):
-        return body  # the application says what is wrong with it
-    return json.dumps(asked).encode()
+async def _answer(send: App, refused: Refused) -> None:
+    body = refused.body()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if refused.status == 429:
+        headers.append((b"retry-after", b"1"))
+    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _with_length(scope: Message, body: bytes) -> Message:

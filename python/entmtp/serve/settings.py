@@ -90,6 +90,13 @@ class ServerSettings(stock.ServerSettings):
         ge=1,
         description="with parallel: tokens of all answers together; without, parallel times n_ctx",
     )
+    max_body: int = Field(default=16 << 20, ge=1, description="bytes that a request may have")
+    max_waiting: int = Field(
+        default=256, ge=0, description="requests that may wait; further ones get status 429"
+    )
+    cors: Optional[str] = Field(  # noqa: UP045
+        default=None, description="origins of pages whose scripts may ask, with commas between them; *: any"
+    )
     interrupt_requests: bool = Field(
         default=False,
         description="cut a running streamed answer when another request comes, instead of answering in order",
