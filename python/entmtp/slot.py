@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from .common.use import Use
 from .llama import Llama
 from .native.decoder import Decoder
 
-if TYPE_CHECKING:
-    from .engine import Engine
-
 # A text is begun from another slot's cells where that saves so many tokens more than the slot's own
 WORTH_SHARING = 8
+
+
+class Owner(Protocol):
+    """What a slot asks of its engine."""
+
+    n_ctx: int
+    slots: list[Any]
+
+    def room_for(self, slot: Slot, n: int) -> contextlib.AbstractContextManager[None]: ...
+    def follow(self) -> None: ...
 
 
 class Slot(Llama):
@@ -23,7 +30,7 @@ class Slot(Llama):
     What changes the model or its context as a whole (other trees, states, embeddings) is not for a slot.
     """
 
-    def __init__(self, host: Llama, engine: Engine, number: int, decoder: Decoder):
+    def __init__(self, host: Llama, engine: Owner, number: int, decoder: Decoder):
         self.begin_as(host, engine.n_ctx)
         self._engine, self.number = engine, number
         self._decoder = decoder
