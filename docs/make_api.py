@@ -32,6 +32,8 @@ Import `entmtp` before `llama_cpp`: a process can hold one llama.cpp only, and t
 PUBLIC = {
     "entmtp": (
         "Llama",
+        "Engine",
+        "Stream",
         "DraftStats",
         "Bank",
         "Tree",

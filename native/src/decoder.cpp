@@ -321,53 +321,11 @@ int32_t decoder::verify_tree(int32_t id) {
     return status;
 }
 
-// the pass had no room for some nodes of a grown tree
-void decoder::drop_nodes(const std::vector<int32_t> & kept) {
-    grown.parent = work.parent;
-    grown.depth  = work.depth;
-    grown.rank.assign(kept.size(), 0);
-    tokens = work.tokens;
-    std::vector<uint32_t> left;
-    for (const int32_t i : kept) {
-        left.push_back(sources[i]);
-    }
-    sources = left;
-    policy.drop_nodes(kept);
-}
-
 void decoder::set_row(int32_t i) {
     if (i != row) {
         out.release(row);
         row = i;
     }
-}
-
-void decoder::detach() {
-    settle();
-    if (live && row >= 0) {
-        set_row(out.keep(row));
-    }
-}
-
-int32_t decoder::in_common(const int32_t * toks, int32_t n) const {
-    int32_t i = 0;
-    while (i < std::min(n, n_past) && text[i] == toks[i]) {
-        ++i;
-    }
-    return i;
-}
-
-int32_t decoder::share(const decoder & from, const int32_t * toks, int32_t n) {
-    if (&from == this || &from.shared != &shared) {
-        throw std::runtime_error("share: it is not another sequence of the same group");
-    }
-    n = from.in_common(toks, std::min(n, n_ctx));
-    settle();
-    memory.truncate(seq, 0);
-    memory.share(from.seq, seq, n);
-    invalidate(n);
-    set_text(toks, n);
-    return n;
 }
 
 int32_t decoder::step(int32_t token) {
@@ -485,12 +443,6 @@ void decoder::leave_tree() {
 
 void decoder::run_prefix(const std::vector<int32_t> & rows, int32_t pos0) {
     draft_heads->prefix()->add(out.hidden_states(rows), pos0);
-}
-
-void decoder::clear() {
-    settle();
-    memory.truncate(seq, 0);
-    invalidate(0);
 }
 
 void decoder::invalidate(int32_t past) {

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .llama import Llama
     from .native.stats import DraftStats
+    from .stream import Stream
 
 with suppress(library.LibrariesMissing):  # said in full when something needs them
     library.prepare()
@@ -28,6 +29,7 @@ with suppress(library.LibrariesMissing):  # said in full when something needs th
 _WHERE = {
     "Llama": "llama",
     "Engine": "engine",
+    "Stream": "stream",
     "Bank": "bank",
     "Tree": "bank",
     "DraftStats": "native.stats",
@@ -50,6 +52,7 @@ __all__ = [
     "Llama",
     "ModelError",
     "ServerError",
+    "Stream",
     "Tree",
     "__version__",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -163,7 +162,6 @@ class Llama(Paced):
         self.lossless = drafting.how_lossless(on_cpu, accept)
         self._accept = accept
         self._typical = (typical_epsilon, typical_alpha)
-        self._warned: set[str] = set()
 
         # embedding contexts are not decoded from, and encoders have no decode loop
         if self.context_params.embeddings or llama_cpp.llama_model_has_encoder(self.model):
@@ -184,7 +182,7 @@ class Llama(Paced):
             self._decoder.set_outputs("host" if self.logits_all else outputs)
 
             if draft is not None and self._heads is None and not self._decoder.can_tree():
-                self._say_once("the memory of this model cannot hold a token tree: decoding plainly")
+                self.warn_once("the memory of this model cannot hold a token tree: decoding plainly")
             elif draft is not None:
                 self._settings: dict[str, Any] = {"score": score, "adapt": adapt, "drafters": who}
                 self._calibrate = calibrate
@@ -252,14 +250,9 @@ class Llama(Paced):
             static_tree = bank.index(tree) if tree is not None else 1
         elif tree is not None:
             raise ValueError(f'trees names the tree {tree}, which only policy="static" uses')
-        before = self.bank, self.policy, self.tree
         self.bank, self.policy = bank, policy
         self.tree = bank.trees[static_tree].name if policy == "static" else None
-        try:
-            self.install(self._decoder)
-        except (EntmtpError, ValueError):
-            self.bank, self.policy, self.tree = before
-            raise
+        self.install(self._decoder)
         self.name_threads()
 
     def install(self, decoder: Decoder) -> None:
@@ -405,7 +398,7 @@ class Llama(Paced):
             asked += ["mirostat_mode"] if settings["mirostat_mode"] else []
             if not asked:
                 return self._tell(self._decoder.sample_typical(chain, temp, *self._typical))
-            self._say_once(f'accept="typical" does not know {asked[0]}: accepting losslessly')
+            self.warn_once(f'accept="typical" does not know {asked[0]}: accepting losslessly')
 
         return self._tell(self._decoder.sample(chain))
 
@@ -413,11 +406,6 @@ class Llama(Paced):
         if self.on_token is not None and self._decoder is not None:
             self.on_token(token, self._decoder.drafted_by(token))
         return token
-
-    def _say_once(self, text: str) -> None:
-        if text not in self._warned:
-            self._warned.add(text)
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def generate(
         self, tokens: Sequence[int], *args: Any, **kwargs: Any

@@ -36,7 +36,6 @@ class Slot(Llama):
         self._decoder = decoder
         self._use = Use()
         self.on_token = None
-        self._warned: set[str] = set()
         self.expected = engine.n_ctx  # tokens that the text may come to
 
     def follow(self) -> None:

@@ -13,6 +13,7 @@ import math
 import random
 import sys
 import threading
+import warnings
 from typing import Any
 
 import llama_cpp
@@ -97,6 +98,7 @@ class Upstream(llama_cpp.Llama):
 
     def __init__(self, model_path: str, **kwargs: Any):
         self._stale = True
+        self._warned: set[str] = set()
         if kwargs.get("seed") == -1:  # documented as random; llama-cpp-python begins with a fixed one
             kwargs["seed"] = random.randrange(1, 1 << 32)
         with _loading:
@@ -115,6 +117,7 @@ class Upstream(llama_cpp.Llama):
         self.n_tokens = 0
         self._sampler = None
         self._stale = True
+        self._warned = set()
 
     @property
     def is_recurrent(self) -> bool:
@@ -188,6 +191,12 @@ class Upstream(llama_cpp.Llama):
             raise ValueError("messages are empty: there is nothing to answer")
         check_request(self, kwargs)
         return super().create_chat_completion(messages, *args, **kwargs)
+
+    def warn_once(self, text: str) -> None:
+        """A warning, the first time that this model has a reason for it."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def rows(self, n: int) -> npt.NDArray[np.single]:
         """Logits of the last batch of n tokens, [n, n_vocab]; valid until the next."""

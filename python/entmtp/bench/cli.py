@@ -20,7 +20,7 @@ from ..native.backends import llama_commit
 from ..options import DEMO, add_model_options
 from ..report.plots import draw
 from ..report.tables import write
-from . import gpu, heads, load, passes, run, study, whatif
+from . import gpu, heads, load, passes, run, study, users, whatif
 from .inputs import SUITES, context_lengths, some_of
 
 SHAPE = f"random weights by shape ({', '.join(SHAPES)}) and type ({', '.join(QUANTS)}), as 1b:q4_k"
@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--rounds": {"type": int, "metavar": "N", "help": "how often everything is measured"},
     "--methods": {"nargs": "+", "metavar": "NAME", "help": "methods besides the plain loops (default: all)"},
     "--busy": {"type": int, "nargs": "+", "metavar": "N", "help": "busy programs beside it"},
+    "--users": {"type": int, "nargs": "+", "metavar": "N", "help": "users at a time, 1 the first"},
     "--counts": {"type": int, "nargs": "+", "metavar": "N", "help": "fixed numbers of threads (default: 1 and all)"},
     "--published": {"type": int, "metavar": "N", "help": "how many published trees to include"},
     "--more-models": {"nargs": "+", "metavar": "MODEL", "help": "further base models"},
@@ -96,6 +97,11 @@ COMMANDS = {
         load.run, "numbers of threads beside busy programs, fixed ones and the one that follows the machine",
         "entmtp bench load -m model.gguf --suite paper --limit 1 --busy 0 1 2 -o load.json",
         ANSWERS | {"--limit": 1, "--tokens": 120, "--busy": [0, 1, 2], "--counts": None},
+    ),
+    "users": Command(
+        users.run, "one model for several users at a time, with drafts and without",
+        "entmtp bench users -m model.gguf --suite paper --limit 2 --users 1 2 4 -o users.json",
+        ANSWERS | {"--limit": 2, "--tokens": 120, "--rounds": 3, "--users": [1, 2, 4]},
     ),
     "study": Command(
         study.run, "tune on half of the prompts, then compare policies on the other half, live and by replay",

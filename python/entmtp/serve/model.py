@@ -88,7 +88,9 @@ class Models(LlamaProxy):
         names = [Path(m.model).stem for m in models]
         for settings, name in zip(models, names, strict=True):
             # a path would tell clients about the machine
-            settings.model_alias = settings.model_alias or (name if names.count(name) == 1 else settings.model)
+            settings.model_alias = settings.model_alias or (
+                name if names.count(name) == 1 else settings.model
+            )
         super().__init__(list[Any](models))
 
     @asynccontextmanager

@@ -1,0 +1,131 @@
+"""`entmtp bench users`: one model for several users at a time, with drafts and without."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..common.progress import stages
+from ..engine import Engine
+from ..measure.methods import ENTMTP, PLAIN_LOOP
+from ..measure.turns import Prompt
+from ..options.model import arguments, model_files
+from ..report.tables import table
+from .inputs import changed, model_of, read_tasks, tokens_of
+
+CONTEXT = 2048
+
+
+class Told(NamedTuple):
+    """An answer, and when its tokens came: seconds after it was asked for."""
+
+    tokens: list[int]
+    times: list[float]
+
+
+def engine_of(args: Namespace, drafts: bool) -> Engine:
+    own = args if drafts else changed(args, draft="off", heads=None)
+    model, heads = model_files(own)
+    settings = arguments(own, heads) | {"n_ctx": args.ctx or CONTEXT, "verbose": False}
+    if not drafts:
+        settings["draft"] = None
+    return Engine(model, slots=max(args.users), **settings)
+
+
+def serve(engine: Engine, prompts: list[Prompt], n_users: int) -> tuple[list[Told], float]:
+    """All prompts answered by so many users, each of whom asks the next one when theirs is answered; seconds in all."""
+    told: list[Told | None] = [None] * len(prompts)
+    following = itertools.count()
+    lock = threading.Lock()
+
+    def user() -> None:
+        while True:
+            with lock:
+                i = next(following)
+            if i >= len(prompts):
+                return
+            prompt, tokens, times, asked = prompts[i], [], [], time.perf_counter()
+            with engine.slot() as llm:
+                llm.reset()
+                llm.set_seed(prompt.seed)
+                for token in llm.generate(prompt.tokens, temp=prompt.temp):
+                    tokens.append(token)
+                    times.append(time.perf_counter() - asked)
+                    if len(tokens) == prompt.n_tokens or token == llm.token_eos():
+                        break
+            told[i] = Told(tokens, times)
+
+    for slot in engine.slots:
+        slot.forget()  # or prompts of before need not be read again
+    start = time.perf_counter()
+    with ThreadPoolExecutor(n_users) as users:
+        for one in [users.submit(user) for _ in range(n_users)]:
+            one.result()
+    return [t for t in told if t is not None], time.perf_counter() - start
+
+
+def figures(answers: list[Told], seconds: float) -> dict[str, float]:
+    """Of one round. Gaps are between tokens as users see them: drafts that were right come together."""
+    gaps = 1e3 * np.concatenate([np.diff(t.times) for t in answers if len(t.times) > 1])
+    return {
+        "tokens_per_second": sum(len(t.tokens) for t in answers) / seconds,
+        "gap_p50_ms": float(np.percentile(gaps, 50)),
+        "gap_p99_ms": float(np.percentile(gaps, 99)),
+        "first_token_p50_ms": 1e3 * float(np.median([t.times[0] for t in answers])),
+    }
+
+
+def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
+    tasks = read_tasks(args)
+    methods = {PLAIN_LOOP.label: False, ENTMTP.label: True}
+    found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    same: dict[tuple[str, int], int] = {}
+    reference: list[list[int]] = []
+    with model_of(args, args.model, needs_heads=False) as args, stages() as advance:
+        todo = list(itertools.product(range(args.rounds), methods))
+        for done, (_, label) in enumerate(todo):
+            # one engine at a time: two teams of threads on the same processors wait for each other
+            with engine_of(args, methods[label]) as engine:
+                prompts = [
+                    Prompt(tokens_of(engine.host, q, args), args.tokens, temp, seed=7)
+                    for temp in args.temp for task in tasks.values() for q in task
+                ]  # fmt: skip
+                serve(engine, prompts[: len(engine.slots)], len(engine.slots))  # builds graphs, wakes threads
+                for n in args.users:
+                    before = engine.passes
+                    answers, seconds = serve(engine, prompts, n)
+                    after = engine.passes
+                    row = figures(answers, seconds)
+                    row["texts_per_pass"] = (after.parts - before.parts) / max(after.n - before.n, 1)
+                    found.setdefault((label, n), []).append(row)
+                    texts = [a.tokens for a in answers]
+                    reference = reference or texts  # plain decoding of one user
+                    same[label, n] = same.get((label, n), 0) + sum(
+                        a == b for a, b in zip(texts, reference, strict=True)
+                    )
+            advance("users", done + 1, len(todo))
+    rows: list[dict[str, Any]] = []
+    for (label, n), rounds in found.items():
+        middle = {key: float(np.median([r[key] for r in rounds])) for key in rounds[0]}
+        rows.append({"method": label, "users": n, "identical": same[label, n], **middle, "rounds": rounds})
+    report["users"] = rows
+    alone = next(r["tokens_per_second"] for r in rows)
+    yield table(
+        ["", "users", "tokens/s", "of one plain user", "ms between tokens, p50", "p99", "ms to the first",
+         "texts a pass", "same text"],
+        [
+            [
+                r["method"], str(r["users"]), f"{r['tokens_per_second']:.0f}", f"{r['tokens_per_second'] / alone:.2f}",
+                f"{r['gap_p50_ms']:.1f}", f"{r['gap_p99_ms']:.1f}", f"{r['first_token_p50_ms']:.0f}",
+                f"{r['texts_per_pass']:.2f}", f"{r['identical']}/{len(prompts) * args.rounds}",
+            ]
+            for r in rows
+        ],
+    )  # fmt: skip
