@@ -180,6 +180,8 @@ class decoder {
     double t_heads  = 0;     // us of them, in the heads
     double t_verify = 0;     // us
 
+    std::vector<llama_token_data> candidates; // for the sampler, in company
+
     std::atomic<bool> cancelled{ false };
 };
 

@@ -31,13 +31,20 @@ void decoder::begin_token() {
 
 // what the last evaluated token's logits tell
 void decoder::look() {
-    seen    = out.describe(row);
+    int32_t best[successors::k];
+    float   log_p[successors::k];
+    int32_t n = 0;
+    if (const float * l = shared.n_seq > 1 ? out.logits(row) : nullptr) {
+        const pass::apart reading(shared, seq);
+        seen = describe(l, n_vocab);
+        n    = uses_rows() ? outputs::best(l, n_vocab, successors::k, best, log_p) : 0;
+    } else {
+        seen = out.describe(row);
+        n    = uses_rows() ? out.best(row, successors::k, best, log_p) : 0;
+    }
     is_seen = true;
     running.add(seen.entropy);
     if (uses_rows()) {
-        int32_t       best[successors::k];
-        float         log_p[successors::k];
-        const int32_t n = out.best(row, successors::k, best, log_p);
         for (int32_t i = 0; i < n; ++i) {
             log_p[i] -= seen.log_sum;
         }
@@ -86,7 +93,12 @@ int32_t decoder::sample(llama_sampler * sampler, int32_t * token) {
 
     const int64_t t1 = in_list ? ggml_time_us() : 0;
 
-    *token = out.sample(sampler, row);
+    if (const float * l = shared.n_seq > 1 ? out.logits(row) : nullptr) {
+        const pass::apart reading(shared, seq);
+        *token = outputs::sample(sampler, l, n_vocab, candidates);
+    } else {
+        *token = out.sample(sampler, row);
+    }
 
     if (in_list) {
         const int64_t t2 = ggml_time_us();

@@ -291,12 +291,14 @@ int32_t outputs::best(int32_t i, int32_t n, int32_t * best_ids, float * best_log
         return n;
     }
     const float * l = logits(i);
-    n               = l ? std::min(n, n_vocab) : 0;
-    if (n > 0) {
-        top_k(l, n_vocab, n, best_ids);
-    }
+    return l ? best(l, n_vocab, n, best_ids, best_logits) : 0;
+}
+
+int32_t outputs::best(const float * row, int32_t n_vocab, int32_t k, int32_t * best_ids, float * best_logits) {
+    const int32_t n = std::min(k, n_vocab);
+    top_k(row, n_vocab, n, best_ids);
     for (int32_t j = 0; j < n; ++j) {
-        best_logits[j] = l[best_ids[j]];
+        best_logits[j] = row[best_ids[j]];
     }
     return n;
 }
@@ -367,13 +369,25 @@ int32_t outputs::sample(llama_sampler * sampler, int32_t i) {
         if (!l) {
             throw std::runtime_error("there are no logits to sample from");
         }
-        tokens.resize(n_vocab);
-        for (int32_t t = 0; t < n_vocab; ++t) {
-            tokens[t] = { t, l[t], 0.0f };
-        }
+        return sample(sampler, l, n_vocab, tokens);
     }
-    // as llama_sampler_sample() does
-    llama_token_data_array array = { tokens.data(), tokens.size(), -1, false };
+    return apply(sampler, tokens);
+}
+
+int32_t outputs::sample(llama_sampler *                 sampler,
+                        const float *                   logits,
+                        int32_t                         n_vocab,
+                        std::vector<llama_token_data> & candidates) {
+    candidates.resize(n_vocab);
+    for (int32_t t = 0; t < n_vocab; ++t) {
+        candidates[t] = { t, logits[t], 0.0f };
+    }
+    return apply(sampler, candidates);
+}
+
+// as llama_sampler_sample() does
+int32_t outputs::apply(llama_sampler * sampler, std::vector<llama_token_data> & candidates) {
+    llama_token_data_array array = { candidates.data(), candidates.size(), -1, false };
     llama_sampler_apply(sampler, &array);
     if (array.selected < 0 || array.selected >= (int64_t) array.size) {
         throw std::runtime_error("the sampler chain chose no token");

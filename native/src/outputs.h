@@ -52,8 +52,14 @@ class outputs {
     // the k largest logits of a row, the largest first, and their tokens; returns how many are known without fetching it
     int32_t best(int32_t i, int32_t k, int32_t * tokens, float * logits);
 
+    static int32_t best(const float * row, int32_t n_vocab, int32_t k, int32_t * tokens, float * logits);
+
     // the sampler's choice at a token of the pass, accepted by it
     int32_t sample(llama_sampler * sampler, int32_t i);
+
+    // the same of a row that was read; candidates is what it works with
+    static int32_t
+    sample(llama_sampler * sampler, const float * logits, int32_t n_vocab, std::vector<llama_token_data> & candidates);
 
     // keep a row when the pass is over, and what it is called then; until it is let go
     int32_t keep(int32_t i);
@@ -76,6 +82,7 @@ class outputs {
     const reduction * reduced();                // of the pass; null: there is none, or it is of no use
     void              use_reductions(int32_t k);
     void              announce(const std::string & why);
+    static int32_t    apply(llama_sampler * sampler, std::vector<llama_token_data> & candidates);
     bool              from_candidates(llama_sampler * sampler, int32_t i);
 
     llama_context *    ctx;

@@ -44,6 +44,21 @@ pass::hold::hold(pass & p, int32_t seq) : owner(p) {
     lock.release();
 }
 
+pass::apart::apart(pass & p, int32_t seq) : owner(p), seq(seq) {
+    if (owner.n_seq > 1) {
+        owner.members[seq].served = true;
+        owner.mutex.unlock();
+    }
+}
+
+pass::apart::~apart() {
+    if (owner.n_seq > 1) {
+        owner.mutex.lock();
+        owner.members[seq].served = false;
+        owner.changed.notify_all();
+    }
+}
+
 void pass::join(int32_t seq, decoder * d) {
     members[seq].owner = d;
 }

@@ -46,6 +46,21 @@ class pass {
         pass & owner;
     };
 
+    // Within a call: others may go on, but no pass begins, for this one reads the last one's rows. For what takes long and
+    // touches nothing that is shared; with one sequence nothing changes
+    class apart {
+      public:
+        apart(pass & p, int32_t seq);
+        ~apart();
+
+        apart(const apart &)             = delete;
+        apart & operator=(const apart &) = delete;
+
+      private:
+        pass &        owner;
+        const int32_t seq;
+    };
+
     // of several sequences: who takes part. Both want the pass held
     void join(int32_t seq, decoder * d);
     void set_active(int32_t seq, bool active);
@@ -75,7 +90,7 @@ class pass {
         bool      active = false;
         bool      absent = false; // was left out, and has not been heard of since
         part *    wants  = nullptr;
-        bool      served = false; // what came of it is not collected yet: its rows must stay
+        bool      served = false; // what came of it is not collected yet, or is being read: its rows must stay
     };
 
     int32_t             n_active() const;
