@@ -33,7 +33,7 @@ export PATH := $(BIN):$(PATH)
 SKBUILD := $(shell sed -n 's/^requires = \["\(scikit-build-core==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-arm soak build install wheel bump lint format clean distclean
+.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-tsan test-arm soak build install wheel bump lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -66,6 +66,12 @@ test-gpu: install ## run the tests that need a GPU; with CUDA=1, METAL=1 or VULK
 
 soak: install ## random calls to a drafting model and a plain twin, 1000000 tokens or TOKENS=n
 	$(PY) tests/soak.py --tokens $(or $(TOKENS),1000000)
+
+test-tsan: $(VENV)/.tools ## run the test of several threads with ThreadSanitizer
+	$(BIN)/cmake -S . -B build/tsan -G Ninja -DENTMTP_TESTS=ON -DENTMTP_SANITIZE=thread \
+		-DCMAKE_BUILD_TYPE=RelWithDebInfo $(FLAGS)
+	$(BIN)/cmake --build build/tsan --target test_group
+	build/tsan/native/test_group
 
 test-asan: $(VENV)/.tools ## run the native tests with AddressSanitizer and UBSan
 	$(BIN)/cmake -S . -B build/asan -G Ninja -DENTMTP_TESTS=ON -DENTMTP_SANITIZE=address,undefined \
