@@ -1,0 +1,76 @@
+"""OpenAI's Responses API, asked by OpenAI's client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from helpers.serving import Server
+from helpers.typed import DEMO
+
+SETTINGS: dict[str, Any] = {"model": DEMO.stem, "temperature": 0.0, "max_output_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server("--model", DEMO, "--ctx", 512, "--threads", 1, "--chat_format", "chatml") as running:
+        yield running
+
+
+def test_a_response_is_the_chats_answer(server: Server) -> None:
+    client = server.client()
+    messages: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The sea"}]
+    chat = client.chat.completions.create(
+        model=DEMO.stem, messages=messages, temperature=0.0, max_completion_tokens=12
+    )
+    one = client.responses.create(input="The sea", instructions="Be brief.", **SETTINGS)
+    other = client.responses.create(input=messages, **SETTINGS)
+    assert one.output_text == other.output_text == chat.choices[0].message.content
+    assert one.usage is not None and chat.usage is not None
+    assert one.usage.total_tokens == chat.usage.total_tokens
+    assert one.model == DEMO.stem
+
+
+def test_events_of_a_stream(server: Server) -> None:
+    client = server.client()
+    whole = client.responses.create(input="The sea", **SETTINGS)
+    events: list[Any] = list(client.responses.create(input="The sea", stream=True, **SETTINGS))
+    kinds = [event.type for event in events]
+    assert list(dict.fromkeys(kinds)) == [
+        "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
+        "response.output_text.delta", "response.output_text.done", "response.content_part.done",
+        "response.output_item.done", f"response.{whole.status}",
+    ]  # fmt: skip
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == whole.output_text
+    assert events[-1].response.output_text == whole.output_text
+    assert events[-1].response.usage == whole.usage
+
+
+def test_a_schema(server: Server) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    form: Any = {"format": {"type": "json_schema", "name": "n", "schema": schema}}
+    answer = server.client().responses.create(
+        model=DEMO.stem, input="The sea", text=form, max_output_tokens=64, temperature=0.0
+    )
+    assert json.loads(answer.output_text)["n"] in (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("param", "body"),
+    [
+        ("previous_response_id", {"previous_response_id": "resp_1"}),
+        ("max_output_tokens", {"max_output_tokens": -5}),
+        ("input", {"input": [{"type": "item_reference", "id": "msg_1"}]}),
+        ("tools", {"tools": [{"type": "web_search"}]}),
+        ("temperature", {"temperature": -3}),
+    ],
+)
+def test_what_cannot_be(server: Server, param: str, body: dict[str, Any]) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        server.client().responses.create(**{"model": DEMO.stem, "input": "The sea", **body})
+    assert raised.value.param == param
