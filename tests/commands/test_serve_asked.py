@@ -126,7 +126,10 @@ def test_usage_of_a_stream(server: Server) -> None:
 
 
 def test_a_schema_in_openais_form(server: Server) -> None:
-    form: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "boolean"}}}
+    form: dict[str, Any] = {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": {"type": "boolean"}},
+    }
     messages = [{"role": "user", "content": "Yes?"}]
     assert said(ask(server, CHAT, messages=messages, response_format=form))[0].strip() in ("true", "false")
     error = refused(server, CHAT, messages=messages, response_format={"type": "json_schema"})

@@ -1,6 +1,6 @@
 """OpenAI's Responses API as chat completions: the request put into their terms, and their answer into its own.
 
-It is a layer around the application, so whatever holds for a chat holds here: the queue, the limits, a client who leaves.
+It is a layer around the application, so what holds for a chat holds here: the queue, the limits, a client who leaves.
 """
 
 from __future__ import annotations
@@ -206,9 +206,7 @@ class Answer:
         self.item["status"] = "completed"
         if self.item["type"] == "message":
             part = self.item["content"][0]
-            yield self._event(
-                "response.output_text.done", **self._where(), text=part["text"], logprobs=[]
-            )
+            yield self._event("response.output_text.done", **self._where(), text=part["text"], logprobs=[])
             yield self._event("response.content_part.done", **self._where(), part=part)
         else:
             yield self._event(
@@ -232,7 +230,9 @@ def translated(asked: dict[str, Any], send: Callable[..., Any]) -> Callable[...,
             start = message
             if _streams(start):
                 await send(start)
-                await send({"type": "http.response.body", "body": b"".join(answer.begin()), "more_body": True})
+                await send(
+                    {"type": "http.response.body", "body": b"".join(answer.begin()), "more_body": True}
+                )
         elif message["type"] != "http.response.body":
             await send(message)
         elif _streams(start):
