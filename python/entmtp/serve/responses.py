@@ -78,7 +78,7 @@ def _messages(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
         elif kind == "function_call":
             function = {"name": item.get("name"), "arguments": item.get("arguments")}
             call = {"id": item.get("call_id"), "type": "function", "function": function}
-            yield {"role": "assistant", "content": None, "tool_calls": [call]}
+            yield {"role": "assistant", "content": "", "tool_calls": [call]}
         elif kind == "function_call_output":
             yield {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
         else:
