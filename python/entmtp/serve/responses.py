@@ -86,7 +86,7 @@ def _messages(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _format(text: Any) -> dict[str, Any] | None:
-    form = text.get("format") if isinstance(text, dict) else None
+    form: Any = text.get("format") if isinstance(text, dict) else None
     kind = form.get("type") if isinstance(form, dict) else None
     if kind in (None, "text"):
         return None
