@@ -53,6 +53,24 @@ def test_the_model_has_a_name(server: Server) -> None:
     assert ask(server, TEXT, prompt="The sea")["model"] == DEMO.stem
 
 
+def test_what_the_server_says_of_itself(server: Server) -> None:
+    assert server.client().models.retrieve(DEMO.stem).id == DEMO.stem
+    with pytest.raises(openai.NotFoundError) as raised:
+        server.client().models.retrieve("another")
+    assert raised.value.param == "model"
+    with server.http() as http:
+        tokens = http.post("/tokenize", json={"input": "The sea"}).json()["tokens"]
+        assert tokens == http.post("/extras/tokenize", json={"input": "The sea"}).json()["tokens"]
+        assert "The sea" in http.post("/detokenize", json={"tokens": tokens}).json()["text"]
+        # a model that writes keeps nobody from asking
+        body = {**SETTINGS, "prompt": "The sea", "max_tokens": 400, "stream": True}
+        with http.stream("POST", TEXT, json=body) as stream:
+            next(stream.iter_lines())
+            assert server.until(lambda m: m["entmtp_requests_running"] == 1)
+            assert http.get("/health").json() == {"status": "ok"}
+            assert http.get("/v1/models").status_code == 200
+
+
 def test_roles_and_parts(server: Server) -> None:
     plain = [{"role": "system", "content": "Be brief.\nAlways."}, {"role": "user", "content": "The sea"}]
     parts = [
@@ -108,7 +126,10 @@ def test_usage_of_a_stream(server: Server) -> None:
 
 
 def test_a_schema_in_openais_form(server: Server) -> None:
-    form: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "boolean"}}}
+    form: dict[str, Any] = {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": {"type": "boolean"}},
+    }
     messages = [{"role": "user", "content": "Yes?"}]
     assert said(ask(server, CHAT, messages=messages, response_format=form))[0].strip() in ("true", "false")
     error = refused(server, CHAT, messages=messages, response_format={"type": "json_schema"})
@@ -118,7 +139,7 @@ def test_a_schema_in_openais_form(server: Server) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("temperature", -3), ("top_p", 7), ("min_p", -0.1), ("n", 0), ("n", 1000), ("n", "two"),
-     ("modalities", ["audio"]), ("prompt", [["x"]])],
+     ("max_tokens", -5), ("logit_bias", {"5": 101}), ("modalities", ["audio"]), ("prompt", [["x"]])],
 )  # fmt: skip
 def test_values_that_cannot_be(server: Server, name: str, value: Any) -> None:
     error = refused(server, TEXT, **{"prompt": "x", name: value})

@@ -28,6 +28,7 @@ from llama_cpp.server import app as stock
 from llama_cpp.server.errors import RouteErrorHandler
 
 from ..llama import Llama
+from . import info
 from .metrics import Metrics
 from .model import Models, SlotModels
 from .requests import Requests, ServedRequest, current
@@ -77,6 +78,8 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
         "/metrics", read_metrics, summary="Prometheus metrics", tags=["Extras"],
         dependencies=[Depends(stock.authenticate)],
     )  # fmt: skip
+    assert isinstance(stock._llama_proxy, Models)
+    info.add_routes(app, stock._llama_proxy, stock.authenticate)
     app.add_exception_handler(json.JSONDecodeError, _not_json)
 
     def finished(request: ServedRequest) -> None:
@@ -84,7 +87,6 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
 
     requests = Requests(app, finished, server.max_body, server.max_waiting)
     metrics.watch_queue(requests.waiting, requests.running)
-    assert isinstance(stock._llama_proxy, Models)
     return requests, stock._llama_proxy
 
 
@@ -207,12 +209,14 @@ async def publish(
 def worded(handler: Any, error: Exception, body: Any = None) -> tuple[int, dict[str, Any]]:
     """Status and OpenAI's error object; a client's mistake is a 400 and leaves no traceback in the log."""
     served = current.get()
+    param: str | None = None
     known = any(pattern.search(str(error)) for pattern in RouteErrorHandler.pattern_and_formatters)
     if served is not None and served.stopped:
         status, text = 499, served.stopped
     elif isinstance(error, RequestValidationError):
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
+        param = str(first["loc"][1]) if where else None
         status, text = 400, f"{where}: {first['msg']}" if where else first["msg"]
     elif isinstance(error, ValueError) and not known:
         status, text = 400, str(error)
@@ -223,11 +227,11 @@ def worded(handler: Any, error: Exception, body: Any = None) -> tuple[int, dict[
         )
     else:
         return _word_error(handler, error, body)  # type: ignore[return-value]
-    return status, _error(text)
+    return status, _error(text, param)
 
 
-def _error(text: str) -> dict[str, Any]:
-    return {"message": text, "type": "invalid_request_error", "param": None, "code": None}
+def _error(text: str, param: str | None = None) -> dict[str, Any]:
+    return {"message": text, "type": "invalid_request_error", "param": param, "code": None}
 
 
 def _event(data: Any) -> bytes:

@@ -24,11 +24,13 @@ class Refused(Exception):
         super().__init__(text)
         self.status, self.param = status, param
 
-    def body(self) -> bytes:
+    def content(self) -> dict[str, Any]:
         """OpenAI's form of an error."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": str(self), "type": kind, "param": self.param, "code": None}
-        return json.dumps({"error": error}).encode()
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": None}}
+
+    def body(self) -> bytes:
+        return json.dumps(self.content()).encode()
 
 
 @dataclass
@@ -93,6 +95,10 @@ def _check(request: dict[str, Any]) -> None:
         if isinstance(value, int | float) and not least <= value <= most:
             bounds = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
             raise Refused(f"{name} is {value:g}, it must be {bounds}", name)
+    biases = request.get("logit_bias")
+    for bias in biases.values() if isinstance(biases, dict) else ():
+        if isinstance(bias, int | float) and not -100 <= bias <= 100:
+            raise Refused(f"logit_bias has {bias:g}, it must be -100 to 100", "logit_bias")
     n = request.get("n")
     if n is not None and (not isinstance(n, int) or not 1 <= n <= MOST_CHOICES):
         raise Refused(f"n is {n!r}, it must be 1 to {MOST_CHOICES}", "n")

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from .asked import Asked, Refused, read
+from . import responses
+from .asked import CHAT, Asked, Refused, read
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -133,7 +134,11 @@ class Requests:
                 return  # left before it had asked
             if self.waiting() >= self.max_waiting:
                 raise Refused("too many requests wait for the model; ask again later", status=429)
-            body, request.asked = read(request.path, body)
+            if request.path == responses.PATH:
+                body, asked = responses.to_chat(body)
+                send = responses.translated(asked, send)
+                scope = {**scope, "path": scope.get("root_path", "") + CHAT, "raw_path": CHAT.encode()}
+            body, request.asked = read(scope["path"].removeprefix(scope.get("root_path", "")), body)
         except Refused as e:
             request.status, request.complete = e.status, True
             await _answer(send, e)
