@@ -363,10 +363,8 @@ struct entmtp_group;
 
 //   heads  shared by all, or NULL
 //   n_ctx  positions that each may take
-ENTMTP_API struct entmtp_group *   entmtp_group_init(struct llama_context * ctx,
-                                                     struct entmtp_heads *  heads,
-                                                     int32_t                n_seq,
-                                                     int32_t                n_ctx);
+ENTMTP_API struct entmtp_group *
+entmtp_group_init(struct llama_context * ctx, struct entmtp_heads * heads, int32_t n_seq, int32_t n_ctx);
 ENTMTP_API void                    entmtp_group_free(struct entmtp_group * group);
 ENTMTP_API struct entmtp_decoder * entmtp_group_decoder(struct entmtp_group * group, int32_t i);
 

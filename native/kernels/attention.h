@@ -369,8 +369,7 @@ static void attend(const attention & a) {
         for (int i = 0; i < n; ++i) {
             c[i] = scores + i * ld + j;
         }
-        const cache_rows k =
-            read_rows(a.k, a.k_stride, a.k_type == 0, a.n_dim_k, a.k_to_float, cells + j, n_j, rows);
+        const cache_rows k = read_rows(a.k, a.k_stride, a.k_type == 0, a.n_dim_k, a.k_to_float, cells + j, n_j, rows);
         matmul_ordered(k.at, k.stride, k.f32, 0, n_j, a.n_dim_k, a.q, n, c);
     }
 

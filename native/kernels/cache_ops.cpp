@@ -51,7 +51,7 @@ void compute_ordered(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     // rows with their k in the order of positions
     const int32_t * order    = cell_order(mask_of_values(op));
     float *         sorted_b = (float *) ((char *) task->wdata + task->ith * ordered_scratch(op)); // [PRODUCT_ROWS][k]
-    uint8_t *       sorted_a = (uint8_t *) (sorted_b + PRODUCT_ROWS * k);                           // the same
+    uint8_t *       sorted_a = (uint8_t *) (sorted_b + PRODUCT_ROWS * k);                          // the same
     int64_t         n_k      = k;
     if (order) {
         n_k = std::find(order, order + k, -1) - order;
@@ -74,7 +74,7 @@ void compute_ordered(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     for (int64_t u = n_units * task->ith / task->nth; u < n_units * (task->ith + 1) / task->nth; ++u) {
         const int64_t   im = u % n_m, i2 = u / n_m % a->ne[2], i3 = u / n_m / a->ne[2];
         const int64_t   m0 = im * PRODUCT_ROWS, n_rows = std::min(m - m0, PRODUCT_ROWS);
-        const uint8_t * at = (const uint8_t *) a->data + m0 * a->nb[1] + i2 * a->nb[2] + i3 * a->nb[3];
+        const uint8_t * at     = (const uint8_t *) a->data + m0 * a->nb[1] + i2 * a->nb[2] + i3 * a->nb[3];
         size_t          stride = a->nb[1];
         if (order) {
             for (int64_t i = 0; i < n_rows; ++i) {
@@ -97,7 +97,8 @@ void compute_ordered(const ggml_cpu_hook_task * task, ggml_tensor * op) {
                 rows[n] = sorted_b + n * k;
             }
             if (++n == PRODUCT_ROWS || i + 1 == n_tokens * r2 * r3) {
-                kernels().matmul_ordered(at, stride, a->type == GGML_TYPE_F32, 0, (int) n_rows, (int) n_k, rows, n, out);
+                kernels().matmul_ordered(at, stride, a->type == GGML_TYPE_F32, 0, (int) n_rows, (int) n_k, rows, n,
+                                         out);
                 n = 0;
             }
         }

@@ -11,8 +11,8 @@ bool is_attention(const ggml_tensor * op);
 bool is_softmax(const ggml_tensor * op);
 bool is_cache_product(const ggml_tensor * op);
 
-void compute_attention(const ggml_cpu_hook_task * task, ggml_tensor * op);
-void compute_softmax(const ggml_cpu_hook_task * task, ggml_tensor * op);
+void   compute_attention(const ggml_cpu_hook_task * task, ggml_tensor * op);
+void   compute_softmax(const ggml_cpu_hook_task * task, ggml_tensor * op);
 size_t ordered_scratch(const ggml_tensor * op); // bytes that a thread needs
 void   compute_ordered(const ggml_cpu_hook_task * task, ggml_tensor * op);
 

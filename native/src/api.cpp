@@ -132,7 +132,8 @@ uint64_t entmtp_vocab_fingerprint(const llama_model * model) {
 //
 
 // what a decoder says of itself
-template <typename R, typename F> static R held(const entmtp_decoder * dec, R without, F && f) {
+template <typename R, typename F>
+static R held(const entmtp_decoder * dec, R without, F && f) {
     if (!dec) {
         return without;
     }
@@ -368,7 +369,7 @@ void entmtp_decoder_get_older_steps(const entmtp_decoder * dec,
                                     int32_t                n_trees) {
     if (dec && sums && by_tree) {
         const auto hold = dec->impl.hold();
-        *sums = dec->impl.steps.older();
+        *sums           = dec->impl.steps.older();
         for (int32_t i = 0; i < n_trees; ++i) {
             by_tree[i] = dec->impl.steps.older_with((size_t) i);
         }

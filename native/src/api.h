@@ -28,7 +28,8 @@ inline int32_t fail(const char * what) {
 }
 
 // runs f() -> int32_t
-template <typename F> int32_t guarded(F && f) {
+template <typename F>
+int32_t guarded(F && f) {
     try {
         return f();
     } catch (const std::exception & e) {
@@ -39,7 +40,8 @@ template <typename F> int32_t guarded(F && f) {
 }
 
 // the same for a decoder, whose statuses carry their reason along
-template <typename F> int32_t guarded(entmtp_decoder * dec, F && f) {
+template <typename F>
+int32_t guarded(entmtp_decoder * dec, F && f) {
     if (!dec) {
         return fail("no decoder");
     }

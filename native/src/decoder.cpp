@@ -36,8 +36,9 @@ decoder::decoder(llama_context * ctx, heads * h, std::unique_ptr<pass> p, pass *
         }
         if (draft_heads->prefix()) {
             if (shared.n_seq > 1) {
-                throw std::runtime_error("decoder: these heads have a layer of their own (Hydra++), whose cache holds one "
-                                         "text; several sequences cannot draft with them");
+                throw std::runtime_error(
+                    "decoder: these heads have a layer of their own (Hydra++), whose cache holds one "
+                    "text; several sequences cannot draft with them");
             }
             draft_heads->reserve_prefix((int32_t) llama_n_ctx_seq(ctx));
         }
@@ -135,7 +136,7 @@ void decoder::set_threads(int32_t n, const entmtp_costs * costs) {
     if (draft_heads) {
         draft_heads->set_threads(shared.n_seq > 1 ? 1 : n); // threads that draft are many already
     }
-    in_step = false; // what is being walked was timed with other threads
+    in_step = false;                                        // what is being walked was timed with other threads
 }
 
 void decoder::set_stats(bool enabled) {
@@ -312,7 +313,9 @@ int32_t decoder::verify_tree(int32_t id) {
     work.p      = reach;
     work.timed  = stats || policy.needs_timing();
 
-    work.fee    = [this](int32_t n) { return policy.fee(n); };
+    work.fee = [this](int32_t n) {
+        return policy.fee(n);
+    };
 
     const int32_t status = shared.run(work);
     if (status == 0 && !work.kept.empty()) {
@@ -397,9 +400,9 @@ int32_t decoder::settle(int32_t next) {
         }
         const int32_t hit =
             id == scheduler::grow_tree && !policy.mixes() && next >= 0 ? (next == guess[0] ? 1 : 0) : -1;
-        policy.observe(id, topology(tree_id).n_nodes(),
-                       { path, hit, next_token, policy.mixes() ? t_heads : t_draft, t_verify, work.n_others,
-                         !work.with_prompt });
+        policy.observe(
+            id, topology(tree_id).n_nodes(),
+            { path, hit, next_token, policy.mixes() ? t_heads : t_draft, t_verify, work.n_others, !work.with_prompt });
     }
 
     shared.earn((int32_t) path.size());
@@ -450,7 +453,7 @@ void decoder::invalidate(int32_t past) {
     live    = false;
     is_seen = false;
     set_row(-1);
-    n_past  = std::max(past, 0);
+    n_past = std::max(past, 0);
     text.truncate(0); // it may be another one
     text.truncate(n_past);
     running.reset();

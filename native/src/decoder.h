@@ -174,11 +174,11 @@ class decoder {
     std::vector<float>   log_p; // the same
 
     bool   stats    = false;
-    bool   in_step  = false; // a step was verified and is being walked
-    bool   in_list  = false; // it is the last of steps
-    double t_draft  = 0;     // us
-    double t_heads  = 0;     // us of them, in the heads
-    double t_verify = 0;     // us
+    bool   in_step  = false;                  // a step was verified and is being walked
+    bool   in_list  = false;                  // it is the last of steps
+    double t_draft  = 0;                      // us
+    double t_heads  = 0;                      // us of them, in the heads
+    double t_verify = 0;                      // us
 
     std::vector<llama_token_data> candidates; // for the sampler, in company
 

@@ -117,7 +117,8 @@ int32_t decoder::sample_typical(llama_sampler * sampler, const typical_params & 
     begin_token();
 
     if (tree_id >= 0 && typical.empty()) {
-        typical = typical_path(topology(tree_id), tokens, n_vocab, p, [&](int32_t node) { return out.logits(work.at[node]); });
+        typical = typical_path(topology(tree_id), tokens, n_vocab, p,
+                               [&](int32_t node) { return out.logits(work.at[node]); });
     }
 
     // the caller may have gone another way than the typical one

@@ -52,8 +52,8 @@ class mixer {
         int32_t            n_max;   // nodes there is room for
         int32_t            n_heads;
         bool               sees_path;
-        uint32_t           allowed; // sources whose nodes may enter the tree: the others only learn
-        bool               forced;  // run the first head, whatever it is expected to bring
+        uint32_t           allowed;      // sources whose nodes may enter the tree: the others only learn
+        bool               forced;       // run the first head, whatever it is expected to bring
         int32_t            n_others = 0; // tokens of others in the pass
     };
 

@@ -177,9 +177,9 @@ int32_t outputs::keep(int32_t i) {
     if (const float * h = want_hidden ? hidden(i) : nullptr) {
         row.hidden.assign(h, h + n_embd);
     }
-    n_kept         = (n_kept + 1) % first_kept;
+    n_kept           = (n_kept + 1) % first_kept;
     const int32_t id = first_kept + n_kept;
-    kept[id]       = std::move(row);
+    kept[id]         = std::move(row);
     return id;
 }
 

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
+#include <exception>
 
 namespace entmtp {
 
@@ -15,6 +17,8 @@ static constexpr double forget = 1.0 - 1.0 / 64.0;
 // how long a pass waits for the last ones, us: they have a token to sample and to look at
 static constexpr double least_patience = 2e3;
 static constexpr double most_patience  = 20e3;
+
+static constexpr int32_t failed = -3;      // as llama_process() says it
 
 static constexpr int32_t first_chunk = 64; // tokens of a prompt, until their time is known
 static constexpr int32_t least_chunk = 16;
@@ -95,8 +99,8 @@ bool pass::ready() const {
     if (std::any_of(members.begin(), members.end(), [](const member & m) { return m.served; })) {
         return false;
     }
-    const bool all = std::all_of(members.begin(), members.end(),
-                                 [](const member & m) { return m.wants || !m.active || m.absent; });
+    const bool all =
+        std::all_of(members.begin(), members.end(), [](const member & m) { return m.wants || !m.active || m.absent; });
     return all || clock::now() >= deadline;
 }
 
@@ -111,7 +115,7 @@ int32_t pass::run(part & mine) {
         const double patience = std::clamp(t_last / 2, least_patience, most_patience);
         deadline              = clock::now() + std::chrono::duration_cast<clock::duration>(us(patience));
     }
-    mine.asked               = n_asked++;
+    mine.asked              = n_asked++;
     members[mine.seq].wants = &mine;
     if (n_seq == 1) {
         lead(lock);
@@ -233,12 +237,17 @@ void pass::lead(std::unique_lock<std::mutex> & lock) {
 
     const auto t0           = clock::now();
     int32_t    first_output = 0;
-    int32_t    status       = memory.decode(parts, &first_output);
-    if (status == 0) {
-        out.end(n_tokens, first_output);
-    }
-    if (timed) {
-        llama_synchronize(ctx);
+    int32_t    status       = failed;
+    try {
+        status = memory.decode(parts, &first_output);
+        if (status == 0) {
+            out.end(n_tokens, first_output);
+        }
+        if (timed) {
+            llama_synchronize(ctx);
+        }
+    } catch (const std::exception & e) { // those who wait must hear of it
+        fprintf(stderr, "entmtp: a pass failed: %s\n", e.what());
     }
     const double t = us(clock::now() - t0).count();
 
@@ -266,8 +275,8 @@ void pass::lead(std::unique_lock<std::mutex> & lock) {
         members[p->seq].wants  = nullptr;
         members[p->seq].served = true;
     }
-    deadline = clock::now() + std::chrono::duration_cast<clock::duration>(
-                                  us(std::clamp(t_last / 2, least_patience, most_patience)));
+    deadline = clock::now() +
+               std::chrono::duration_cast<clock::duration>(us(std::clamp(t_last / 2, least_patience, most_patience)));
     changed.notify_all();
 }
 

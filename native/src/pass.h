@@ -107,15 +107,15 @@ class pass {
     std::condition_variable changed;
     bool                    running = false;
     bool                    over    = false;
-    std::thread             worker; // of several sequences
+    std::thread             worker;  // of several sequences
     std::vector<member>     members; // [n_seq]
     clock::time_point       deadline;
     int64_t                 n_asked = 0;
 
-    double stall      = 200e3; // us
-    double t_last     = 0.0;   // us, of a pass without prompts
-    double t_prompt   = 0.0;   // us a token of a prompt takes; 0: not known
-    double tokens_seen = 0.0;  // both forget
+    double stall       = 200e3; // us
+    double t_last      = 0.0;   // us, of a pass without prompts
+    double t_prompt    = 0.0;   // us a token of a prompt takes; 0: not known
+    double tokens_seen = 0.0;   // both forget
     double time_seen   = 0.0;
 };
 

@@ -15,6 +15,9 @@ static constexpr double forget_all   = 1.0 - 1.0 / 48.0;
 static constexpr double forget_bin   = 1.0 - 1.0 / 96.0;
 static constexpr double forget_price = 1.0 - 1.0 / 256.0;
 
+// In company a node costs more than its place in the pass: all wait while one text walks its tree and moves its cells
+static constexpr double company_margin = 1.3;
+
 // plain decoding is what must never be lost to: it is timed again after so many steps, whatever it is thought to cost
 static constexpr int64_t n_retime = 512;
 
@@ -102,9 +105,9 @@ double scheduler::price() const {
     static constexpr double prior = 16.0; // plain steps
     if (with.n_others > 0) {
         const int32_t n = with.n_others + 1;
-        return std::max((double) n / now.cost.verify(n), with.price);
+        return company_margin * std::max((double) n / now.cost.verify(n), with.price);
     }
-    const double            plain = now.cost.plain();
+    const double plain = now.cost.plain();
     return std::max(1.0 / plain, (prior + tokens_seen) / (prior * plain + time_seen));
 }
 
@@ -229,9 +232,9 @@ const std::vector<mixer::node> & scheduler::mix(const text_index &       text,
                                                 bool                     sees_path,
                                                 const mixer::expand_fn & expand) {
     const bool forced = verdict == guard::verdict::must && (allowed & from_heads);
-    return all_drafters.grow({ text, rows, s, running, now.cost, price(), n_max, n_heads, sees_path, allowed, forced,
-                               with.n_others },
-                             expand);
+    return all_drafters.grow(
+        { text, rows, s, running, now.cost, price(), n_max, n_heads, sees_path, allowed, forced, with.n_others },
+        expand);
 }
 
 // what each drafter saved: its accepted tokens, less its share of the pass and what it took itself; in plain steps, of

@@ -48,8 +48,7 @@ int32_t verifier::decode(const std::vector<part *> & parts, int32_t * first_outp
                 const int32_t parent  = in_tree ? x->parent[i] : i - 1;
                 const int32_t pos     = x->pos0 + (in_tree ? x->depth[i] : i);
                 if (llama_batch_ext_add_token(batch, x->seq, x->tokens[i]) != n ||
-                    !llama_batch_ext_set_pos(batch, n, &pos) ||
-                    !llama_batch_ext_set_output_logits(batch, n, outputs) ||
+                    !llama_batch_ext_set_pos(batch, n, &pos) || !llama_batch_ext_set_output_logits(batch, n, outputs) ||
                     (is_tree && parent >= 0 && !llama_batch_ext_set_parent(batch, n, x->at[parent]))) {
                     return -1;
                 }

@@ -15,29 +15,32 @@ struct part {
     int32_t              seq  = 0;
     int32_t              pos0 = 0;
     std::vector<int32_t> tokens;
-    std::vector<int32_t> parent; // [n] of a tree, the root's is -1, parents come first; empty: one token after the other
-    std::vector<int32_t> depth;  // [n] of a tree
-    std::vector<float>   p;      // [n] chance that a node is reached, no child's above its parent's; empty: all are wanted
+    std::vector<int32_t>
+        parent;                 // [n] of a tree, the root's is -1, parents come first; empty: one token after the other
+    std::vector<int32_t> depth; // [n] of a tree
+    std::vector<float>   p;   // [n] chance that a node is reached, no child's above its parent's; empty: all are wanted
 
-    int32_t first_output = 0;    // tokens from this one on have outputs
+    int32_t first_output = 0; // tokens from this one on have outputs
     bool    is_prompt    = false;
     bool    to_host      = false;
     bool    timed        = false;
 
-    std::function<double(int32_t)> fee; // price of a pass over n tokens, in tokens; null: no node is worth less than it costs
+    std::function<double(int32_t)>
+        fee;           // price of a pass over n tokens, in tokens; null: no node is worth less than it costs
 
-    int64_t asked        = 0; // when, in turns
+    int64_t asked = 0; // when, in turns
 
     // what came of it
-    int32_t              status = 0;  // of llama_process()
-    std::vector<int32_t> at;          // [n] index in the pass
-    std::vector<int32_t> kept;        // [n] nodes by their former index, where some were dropped; else empty
+    int32_t              status = 0;          // of llama_process()
+    std::vector<int32_t> at;                  // [n] index in the pass
+    std::vector<int32_t> kept;                // [n] nodes by their former index, where some were dropped; else empty
     int32_t              n_others    = 0;
     bool                 with_prompt = false; // a prompt of another was in the pass
     double               t_us        = 0.0;
 
     // drop nodes that are not wanted, and those below them
-    template <typename F> void keep(F && wanted) {
+    template <typename F>
+    void keep(F && wanted) {
         std::vector<int32_t> place(tokens.size(), -1);
         size_t               n = 0;
         for (size_t i = 0; i < tokens.size(); ++i) {

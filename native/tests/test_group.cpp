@@ -20,7 +20,7 @@ static tiny::context_ptr shared_context() {
     params.n_threads = params.n_threads_batch = 1;
     params.n_seq_max                          = n_seq;
     params.kv_unified                         = true;
-    params.flash_attn_type                    = LLAMA_FLASH_ATTN_TYPE_DISABLED; // these heads are too narrow for our kernel
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED; // these heads are too narrow for our kernel
     return tiny::context_ptr(llama_init_from_model(base.get(), params));
 }
 
@@ -34,8 +34,9 @@ static sampler_ptr drawing(uint32_t seed) {
 // one tree of the bank for every step, or none
 static void draft_from(entmtp_decoder * dec, int32_t tree) {
     const bank b = make_bank();
-    CHECK_EQ(entmtp_decoder_set_trees(dec, (int32_t) b.n_nodes.size(), b.n_nodes.data(), b.parent.data(), b.rank.data()),
-             ENTMTP_OK);
+    CHECK_EQ(
+        entmtp_decoder_set_trees(dec, (int32_t) b.n_nodes.size(), b.n_nodes.data(), b.parent.data(), b.rank.data()),
+        ENTMTP_OK);
     entmtp_policy_params p = {};
     p.policy               = tree ? ENTMTP_POLICY_STATIC : ENTMTP_POLICY_OFF;
     p.static_tree          = tree;
@@ -69,7 +70,7 @@ static std::vector<request> requests() {
     std::mt19937         rng(3);
     std::vector<request> res;
     for (uint32_t i = 0; i < 48; ++i) {
-        request r = { {}, i % 5, (int32_t) (rng() % 40) + 1, i % 6 == 5, {} };
+        request      r      = { {}, i % 5, (int32_t) (rng() % 40) + 1, i % 6 == 5, {} };
         // some begin alike; some are long, and come in pieces while others wait
         const size_t n_text = i % 4 == 0 ? 60 + rng() % 60 : 2 + rng() % 10;
         for (size_t t = 0; t < n_text; ++t) {
@@ -106,8 +107,7 @@ static void test_texts(int32_t tree, bool lazy) {
                 entmtp_decoder_resume(dec);
                 for (int32_t other = 0; other < n_seq; ++other) {
                     entmtp_decoder * from = entmtp_group_decoder(group.get(), other);
-                    if (other != i &&
-                        entmtp_decoder_in_common(from, r.text.data(), (int32_t) r.text.size()) >= 8) {
+                    if (other != i && entmtp_decoder_in_common(from, r.text.data(), (int32_t) r.text.size()) >= 8) {
                         const int32_t n = entmtp_decoder_share(dec, from, r.text.data(), (int32_t) r.text.size());
                         CHECK(n >= 0 && n <= (int32_t) r.text.size());
                         break;

@@ -163,7 +163,6 @@ class Engine:
                 raise EntmtpError(CLOSED)
             slot = self._idle.pop(0)
         try:
-            slot.decoder.forget()  # the next text may be another user's
             yield slot
         finally:
             with self._free:

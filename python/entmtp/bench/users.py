@@ -53,6 +53,7 @@ def serve(engine: Engine, prompts: list[Prompt], n_users: int) -> tuple[list[Tol
                 return
             prompt, tokens, times, asked = prompts[i], [], [], time.perf_counter()
             with engine.slot() as llm:
+                llm.decoder.forget()  # the users are strangers, as to the server
                 llm.reset()
                 llm.set_seed(prompt.seed)
                 for token in llm.generate(prompt.tokens, temp=prompt.temp):
