@@ -1,6 +1,7 @@
 // The C boundary of several sequences that share the passes of a context.
 
 #include "api.h"
+#include "entmtp_group.h"
 
 #include <memory>
 #include <vector>

@@ -2,6 +2,8 @@
 
 #include "loop.h"
 
+#include "entmtp_group.h"
+
 #include <atomic>
 #include <thread>
 

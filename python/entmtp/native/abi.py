@@ -1,4 +1,4 @@
-"""ctypes bindings of native/include/entmtp.h: each declaration under the C prototype it mirrors, nothing else."""
+"""ctypes bindings of native/include/*.h: each declaration under the C prototype it mirrors, nothing else."""
 
 from __future__ import annotations
 

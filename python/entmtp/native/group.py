@@ -26,7 +26,7 @@ class Passes(NamedTuple):
 
 
 class Group:
-    """`n_seq` decoders of one context (native/include/entmtp.h): each is called from a thread of its own.
+    """`n_seq` decoders of one context (native/include/entmtp_group.h): each is called from a thread of its own.
 
     A pass begins when every active one has said what it wants evaluated; nobody is waited for much longer than a pass
     takes. What a decoder computes does not depend on the others.
