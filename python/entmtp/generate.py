@@ -15,6 +15,7 @@ import sys
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Generator:
         self.chat, self.system = args.chat, args.system
         self.settings = sampling(args) | {"max_tokens": args.tokens or None}
         self.grammar = grammar(args, llm)
-        self.plain = PlainPass.of(llm) if args.stats else PlainPass()
+        self.plain = PlainPass.of(llm) if args.stats and args.parallel == 1 else PlainPass()
 
     def answer(
         self, question: Question, stopped: threading.Event, write: Callable[[str], None] | None = None
@@ -170,6 +171,8 @@ def settings_of(args: Namespace, model: Path) -> dict[str, Any]:
         "model": f"{model.name} {digest}", "seed": args.seed, "tokens": args.tokens, "ctx": args.ctx,
         "chat": args.chat, "system": args.system, **sampling(args),
     }  # fmt: skip
+    if args.parallel > 1:  # sums in another order than without flash attention
+        facts["flash_attn"] = True if args.flash_attn is None else args.flash_attn
     for name in ("grammar", "json_schema"):
         if path := getattr(args, name):
             facts[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
@@ -249,8 +252,10 @@ def progress_bar(done: int, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(job)
 
 
-def batch(generator: Generator, questions: list[Question], args: Namespace, settings: dict[str, Any]) -> int:
-    """Answer all prompts that have no answer yet."""
+def batch(
+    generators: list[Generator], questions: list[Question], args: Namespace, settings: dict[str, Any]
+) -> int:
+    """Answer all prompts that have no answer yet, as many at a time as there are generators."""
     path: Path | None = args.outfile
     done: set[str] = set()
     if path and path.exists() and not args.overwrite:
@@ -259,7 +264,13 @@ def batch(generator: Generator, questions: list[Question], args: Namespace, sett
     done &= {q.id for q in questions}
     todo = [q for q in questions if q.id not in done]
     speeds: list[Speed] = []
-    failed = 0
+    failed: list[str] = []
+    lock = threading.Lock()  # of the file, and of what is told
+
+    def cancel() -> None:
+        for generator in generators:
+            generator.llm.cancel()
+
     with contextlib.ExitStack() as stack:
         file = (
             stack.enter_context(path.open("w" if args.overwrite else "a", encoding="utf-8"))
@@ -267,24 +278,40 @@ def batch(generator: Generator, questions: list[Question], args: Namespace, sett
             else sys.stdout
         )
         advance = stack.enter_context(progress_bar(len(done), len(questions)))
-        stopped = stack.enter_context(ctrl_c_stops(generator.llm.cancel))
-        for question in todo:
-            row: dict[str, Any] = {"id": question.id, "prompt": question.text}
-            try:
-                answer = generator.answer(question, stopped)
-            except Stopped:
-                break
-            except ValueError as e:  # this prompt is too long; others may not be
-                print(f"entmtp.generate: {question.id}: {e}", file=sys.stderr)
-                failed += 1
-                continue
-            row |= {"text": answer.text, "finish_reason": answer.finish_reason, "settings": settings}
-            if args.stats:
-                row["stats"] = figures(answer.speed)
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            speeds.append(answer.speed)
-            advance()
+        stopped = stack.enter_context(ctrl_c_stops(cancel))
+        following = iter(todo)
+
+        def answer_some(generator: Generator) -> None:
+            while not stopped.is_set():
+                with lock:
+                    question = next(following, None)
+                if question is None:
+                    return
+                row: dict[str, Any] = {"id": question.id, "prompt": question.text}
+                try:
+                    answer = generator.answer(question, stopped)
+                except Stopped:
+                    return
+                except ValueError as e:  # this prompt is too long; others may not be
+                    with lock:
+                        print(f"entmtp.generate: {question.id}: {e}", file=sys.stderr)
+                        failed.append(question.id)
+                    continue
+                row |= {"text": answer.text, "finish_reason": answer.finish_reason, "settings": settings}
+                if args.stats:
+                    row["stats"] = figures(answer.speed)
+                with lock:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.flush()
+                    speeds.append(answer.speed)
+                    advance()
+
+        if len(generators) == 1:
+            answer_some(generators[0])
+        else:
+            with ThreadPoolExecutor(len(generators)) as pool:
+                for one_of_them in [pool.submit(answer_some, g) for g in generators]:
+                    one_of_them.result()
     n = len(done) + len(speeds)
     if stopped.is_set():
         where = f"{n} of {len(questions)} answers are in {path}; the same command goes on from there" if path else (
@@ -341,6 +368,13 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts of --prompts")
     parser.add_argument(
+        "--parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="answers of --prompts at a time, in shared passes (default: 1)",
+    )
+    parser.add_argument(
         "-o", "--outfile", type=Path, metavar="FILE",
         help="where the answer goes, or with --prompts the answers, as JSON lines (default: stdout)",
     )  # fmt: skip
@@ -390,6 +424,8 @@ def check(args: Namespace) -> None:
         )
     if args.limit is not None and args.prompts is None:
         raise UsageError("--limit is for --prompts")
+    if not 1 <= args.parallel <= 64 or (args.parallel > 1 and args.prompts is None):
+        raise UsageError("--parallel is for --prompts, 1 to 64 at a time")
     if args.system and args.raw:
         raise UsageError("--system has no place with --raw")
     if args.tokens < 0:
@@ -413,14 +449,20 @@ def main(argv: list[str] | None = None) -> int:
         prompt = "" if args.prompts else read_prompt(args)
         if args.outfile and not args.outfile.absolute().parent.is_dir():
             raise UsageError(f"{args.outfile}: there is no folder {args.outfile.parent}")
-        with contextlib.closing(options.load(args)) as llm:
+        with contextlib.ExitStack() as stack:
+            llms: list[Any]
+            if args.parallel > 1:
+                llms = stack.enter_context(options.load_engine(args, args.parallel)).slots
+            else:
+                llms = [stack.enter_context(contextlib.closing(options.load(args)))]
+            llm = llms[0]
             args.chat = args.chat or (has_template(llm) and not args.raw)
             if args.system and not args.chat:
                 raise UsageError("--system needs a model with a chat template, or --chat")
-            generator = Generator(llm, args)
+            generators = [Generator(one_llm, args) for one_llm in llms]
             if args.prompts:
-                return batch(generator, questions, args, settings_of(args, Path(llm.model_path)))
-            return one(generator, prompt, args)
+                return batch(generators, questions, args, settings_of(args, Path(llm.model_path)))
+            return one(generators[0], prompt, args)
     except UsageError as e:
         print(f"entmtp.generate: {e}", file=sys.stderr)
         return 2

@@ -137,6 +137,28 @@ def test_a_batch_is_resumed(generate: Run, prompts: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_answers_in_parallel(generate: Run, prompts: Path, tmp_path: Path) -> None:
+    """Several at a time are the answers of one after the other, in a file that goes on as any."""
+    one, several = tmp_path / "one.jsonl", tmp_path / "several.jsonl"
+    options = ("--prompts", prompts, "-n", 30, "--flash-attn")
+    assert generate(*options, "-o", one)[0] == 0
+    assert generate(*options, "-o", several, "--parallel", 3, "--limit", 4)[0] == 0
+    status, _, err = generate(*options, "-o", several, "--parallel", 3, "--stats")
+    assert status == 0 and f"{N} of {N} answers" in err and "4 of them from before" in err
+
+    def texts(path: Path) -> dict[str, str]:
+        return {row["id"]: row["text"] for row in answers(path)}
+
+    assert texts(several) == texts(one) and len(answers(several)) == N
+    # without --flash-attn one at a time is computed without, so its answers may be others
+    assert "flash_attn" in generate(*options[:-1], "-o", several)[2]
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "word " * 5000}) + "\n" + prompts.read_text("utf-8"), "utf-8")
+    status, out, err = generate("--prompts", long, "-n", 5, "--parallel", 2)
+    assert status == 1 and len(out.splitlines()) == N and "exceed" in err
+    assert "--parallel" in generate(PROMPT, "--parallel", 2)[2]
+
+
 def test_a_lossy_batch_is_another(generate: Run, prompts: Path, tmp_path: Path) -> None:
     """Text that typical acceptance shaped depends on the threshold and the trees, and says so."""
     out = tmp_path / "answers.jsonl"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -139,6 +140,7 @@ def test_a_schema_in_openais_form(server: Server) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("temperature", -3), ("top_p", 7), ("min_p", -0.1), ("n", 0), ("n", 1000), ("n", "two"),
+     ("n", True), ("seed", "a"), ("seed", 1.5), ("prompt", [-1, 5]), ("prompt", [True]), ("prompt", ["x"] * 200),
      ("max_tokens", -5), ("logit_bias", {"5": 101}), ("modalities", ["audio"]), ("prompt", [["x"]])],
 )  # fmt: skip
 def test_values_that_cannot_be(server: Server, name: str, value: Any) -> None:
@@ -182,8 +184,18 @@ def test_a_queue_that_is_full(server: Server) -> None:
 
 
 def test_keys(server: Server) -> None:
+    client = server.client(key="wrong")
     with pytest.raises(openai.AuthenticationError):
-        server.client(key="wrong").models.list()
+        client.models.list()
+    with pytest.raises(openai.AuthenticationError, match="Invalid API key"):
+        client.completions.create(model="x", prompt="x")
+    # before the body is read, or looked at
+    with httpx.Client(base_url=server.url) as http:
+        assert http.post(TEXT, content=b"x" * 200_000).status_code == 401
+
+
+def test_the_largest_seed(server: Server) -> None:
+    assert len(said(ask(server, TEXT, prompt="The", n=2, seed=(1 << 32) - 1, temperature=1.0))) == 2
 
 
 def test_pages_of_others_may_not_ask(server: Server, models: dict[str, Path]) -> None:

@@ -16,11 +16,9 @@ from ..common.progress import stages
 from ..engine import Engine
 from ..measure.methods import ENTMTP, PLAIN_LOOP
 from ..measure.turns import Prompt
-from ..options.model import arguments, model_files
+from ..options import load_engine
 from ..report.tables import table
 from .inputs import changed, model_of, read_tasks, tokens_of
-
-CONTEXT = 2048
 
 
 class Told(NamedTuple):
@@ -31,12 +29,7 @@ class Told(NamedTuple):
 
 
 def engine_of(args: Namespace, drafts: bool) -> Engine:
-    own = args if drafts else changed(args, draft="off", heads=None)
-    model, heads = model_files(own)
-    settings = arguments(own, heads) | {"n_ctx": args.ctx or CONTEXT, "verbose": False}
-    if not drafts:
-        settings["draft"] = None
-    return Engine(model, slots=max(args.users), **settings)
+    return load_engine(args if drafts else changed(args, draft="off", heads=None), max(args.users))
 
 
 def serve(engine: Engine, prompts: list[Prompt], n_users: int) -> tuple[list[Told], float]:

@@ -1,7 +1,7 @@
 """The options that commands share, and the files that they name."""
 
 from .demo import AUTO, DEMO, demo_files, first_model
-from .model import add_model_options, arguments, explained, load, model_files, no_heads, words
+from .model import add_model_options, arguments, explained, load, load_engine, model_files, no_heads, words
 from .table import OPTIONS
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "explained",
     "first_model",
     "load",
+    "load_engine",
     "model_files",
     "no_heads",
     "words",

@@ -13,6 +13,7 @@ from .demo import AUTO, DEMO, demo_files, first_model
 from .table import CONTEXT, NEED_HEADS, OPTIONS
 
 if TYPE_CHECKING:
+    from ..engine import Engine
     from ..llama import Llama
 
 MOST = 64  # times the context that a model was trained for
@@ -115,6 +116,21 @@ def load(args: argparse.Namespace, **more: Any) -> Llama:
     Raises:
         EntmtpError, ValueError: with one sentence for the user. OSError: the disk is full or cannot be written to.
     """
+    from ..llama import Llama  # not before: entmtp doctor runs where the libraries do not load
+
+    return _made(Llama, args, more)
+
+
+def load_engine(args: argparse.Namespace, slots: int, **more: Any) -> Engine:
+    """The same for so many texts at a time, each with `--ctx` tokens."""
+    from ..engine import Engine
+
+    if getattr(args, "draft", None) == "off":
+        more["draft"] = None
+    return _made(Engine, args, {**more, "slots": slots})
+
+
+def _made(kind: Any, args: argparse.Namespace, more: dict[str, Any]) -> Any:
     from ..models.base import context_length
 
     model, heads = model_files(args)
@@ -126,11 +142,8 @@ def load(args: argparse.Namespace, **more: Any) -> Llama:
             "choose a smaller one"
         )
     settings = arguments(args, heads) | {"n_ctx": n_ctx, "verbose": False}
-
-    from ..llama import Llama  # not before: entmtp doctor runs where the libraries do not load
-
     try:
-        return Llama(model, **{**settings, **more})
+        return kind(model, **{**settings, **more})
     except ValueError as e:
         raise explained(e, model, n_ctx) from e
     except MemoryError as e:

@@ -26,6 +26,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from llama_cpp.server import app as stock
 from llama_cpp.server.errors import RouteErrorHandler
+from starlette.datastructures import Headers
 
 from ..llama import Llama
 from . import info
@@ -85,7 +86,7 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
     def finished(request: ServedRequest) -> None:
         metrics.request(request, time.perf_counter())
 
-    requests = Requests(app, finished, server.max_body, server.max_waiting)
+    requests = Requests(app, finished, may_ask, server.max_body, server.max_waiting)
     metrics.watch_queue(requests.waiting, requests.running)
     return requests, stock._llama_proxy
 
@@ -133,11 +134,15 @@ def _all_choices(create: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
     return answer
 
 
-async def authenticate(request: Request) -> None:
-    """The API key, compared in the same time whatever it is."""
+def may_ask(scope: Any) -> bool:
+    """Whether a request has the API key, compared in the same time whatever it is."""
     key = next(stock.get_server_settings()).api_key
-    given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
+    given = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
+    return key is None or hmac.compare_digest(given.encode(), key.encode())
+
+
+async def authenticate(request: Request) -> None:
+    if not may_ask(request.scope):
         raise HTTPException(401, "Invalid API key")
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = ("/v1/completions", "/v1/engines/copilot-codex/completions")
-MOST_CHOICES = 16
+MOST_CHOICES = 16  # of a prompt
+MOST_ANSWERS = 128  # of a request
 
 
 class Refused(Exception):
@@ -79,10 +80,12 @@ def read(path: str, body: bytes) -> tuple[bytes, Asked]:
     asked.include_usage = bool((request.get("stream_options") or {}).get("include_usage"))
     asked.n_same = request.pop("n", None) or 1
     prompts = _prompts(request) if path in COMPLETIONS else [None]
+    if len(prompts) * asked.n_same > MOST_ANSWERS:
+        raise Refused(f"prompt: at most {MOST_ANSWERS} answers at once; ask for them in parts", "prompt")
     seed = request.get("seed")
     asked.choices = [
         ({} if prompt is None else {"prompt": prompt})
-        | ({} if seed is None or asked.n_same == 1 else {"seed": seed + i})
+        | ({} if seed is None or asked.n_same == 1 else {"seed": (seed + i) % (1 << 32)})
         for prompt in prompts
         for i in range(asked.n_same)
     ]
@@ -99,8 +102,10 @@ def _check(request: dict[str, Any]) -> None:
     for bias in biases.values() if isinstance(biases, dict) else ():
         if isinstance(bias, int | float) and not -100 <= bias <= 100:
             raise Refused(f"logit_bias has {bias:g}, it must be -100 to 100", "logit_bias")
-    n = request.get("n")
-    if n is not None and (not isinstance(n, int) or not 1 <= n <= MOST_CHOICES):
+    n, seed = request.get("n"), request.get("seed")
+    if seed is not None and not is_whole(seed):
+        raise Refused(f"seed is {seed!r}, it must be a whole number", "seed")
+    if n is not None and not (is_whole(n) and 1 <= n <= MOST_CHOICES):
         raise Refused(f"n is {n!r}, it must be 1 to {MOST_CHOICES}", "n")
     if not isinstance(request.get("stream_options") or {}, dict):
         raise Refused("stream_options is not an object", "stream_options")
@@ -133,7 +138,7 @@ def _prompts(request: dict[str, Any]) -> list[Any]:
     prompt = request.get("prompt")
     if not isinstance(prompt, list) or not prompt:
         return [None]
-    prompts = [prompt] if all(isinstance(token, int) for token in prompt) else prompt
+    prompts = [prompt] if _are_tokens(prompt) else prompt
     if not all(isinstance(p, str) or _are_tokens(p) for p in prompts):
         raise Refused("prompt: a list of prompts holds texts, or lists of tokens", "prompt")
     request["prompt"] = ""
@@ -141,4 +146,9 @@ def _prompts(request: dict[str, Any]) -> list[Any]:
 
 
 def _are_tokens(prompt: Any) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and all(isinstance(token, int) for token in prompt)
+    return isinstance(prompt, list) and bool(prompt) and all(is_whole(t) and t >= 0 for t in prompt)
+
+
+def is_whole(value: Any) -> bool:
+    """A whole number; JSON's true is none."""
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -101,13 +101,18 @@ class Requests:
     Args:
         app: the application.
         finished: called with every request at its end.
+        may_ask: whether a request, by its ASGI scope, has the key.
         max_body: bytes of a request.
         max_waiting: requests that may wait.
     """
 
-    def __init__(self, app: App, finished: Callable[[ServedRequest], None], max_body: int, max_waiting: int):
+    def __init__(
+        self, app: App, finished: Callable[[ServedRequest], None], may_ask: Callable[[Message], bool],
+        max_body: int, max_waiting: int,
+    ):  # fmt: skip
         self.app = app
         self.finished = finished
+        self.may_ask = may_ask
         self.max_body, self.max_waiting = max_body, max_waiting
         self.busy: set[ServedRequest] = set()
         self.closing = False
@@ -130,6 +135,8 @@ class Requests:
             return
         request = ServedRequest(scope["path"].removeprefix(scope.get("root_path", "")))
         try:
+            if not self.may_ask(scope):  # before its body is read
+                raise Refused("Invalid API key", status=401)
             if (body := await read_body(receive, self.max_body)) is None:
                 return  # left before it had asked
             if self.waiting() >= self.max_waiting:

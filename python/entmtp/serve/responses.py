@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .asked import Refused
+from .asked import Refused, is_whole
 
 PATH = "/v1/responses"
 SAME = ("model", "stream", "temperature", "top_p", "seed", "tool_choice", "user")
@@ -41,7 +41,7 @@ def to_chat(body: bytes) -> tuple[bytes, dict[str, Any]]:
         if asked.get(name):
             raise Refused(f"{name}: {why}", name)
     limit = asked.get("max_output_tokens")
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
+    if limit is not None and not (is_whole(limit) and limit > 0):
         raise Refused(f"max_output_tokens is {limit!r}, it must be 1 or more", "max_output_tokens")
     chat = {name: asked[name] for name in SAME if asked.get(name) is not None}
     chat["messages"] = list(_messages(asked))
@@ -86,9 +86,11 @@ def _messages(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _format(text: Any) -> dict[str, Any] | None:
-    form: Any = text.get("format") if isinstance(text, dict) else None
+    form: Any = text.get("format") if isinstance(text, dict) else text
+    if form is None:
+        return None
     kind = form.get("type") if isinstance(form, dict) else None
-    if kind in (None, "text"):
+    if kind == "text":
         return None
     if kind == "json_object":
         return {"type": "json_object"}
