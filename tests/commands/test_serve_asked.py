@@ -64,7 +64,13 @@ def test_what_the_server_says_of_itself(server: Server) -> None:
         assert tokens == http.post("/extras/tokenize", json={"input": "The sea"}).json()["tokens"]
         assert "The sea" in http.post("/detokenize", json={"tokens": tokens}).json()["text"]
         # a model that writes keeps nobody from asking
-        body = {"prompt": "The sea", "n": 16, "temperature": 1.5, "max_tokens": 400, "stream": True}  # takes a while
+        body = {
+            "prompt": "The sea",
+            "n": 16,
+            "temperature": 1.5,
+            "max_tokens": 400,
+            "stream": True,
+        }  # takes a while
         with http.stream("POST", TEXT, json=body) as stream:
             next(stream.iter_lines())
             assert server.until(lambda m: m["entmtp_requests_running"] == 1)

@@ -7,13 +7,16 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from entmtp import Engine, EntmtpError, Llama, kernels
+from entmtp.convert import convert
 from entmtp.stream import Stream
+from helpers.checkpoints import hydra_config, hydra_state, tiny_base, write_checkpoint
 from helpers.typed import DEMO
 
 SETTINGS: dict[str, Any] = {"n_threads": 1, "verbose": False, "calibrate": False}
@@ -167,6 +170,22 @@ def test_what_a_slot_does_not_do(engine: Engine) -> None:
         assert slot.n_ctx() == N_CTX
         with pytest.raises(ValueError, match="exceed context window"):
             slot.create_completion("word " * N_CTX)
+
+
+def test_heads_that_hold_one_text_are_left_out(tmp_path: Path) -> None:
+    """Hydra++ has a layer with a cache of its own."""
+    base, heads = tiny_base(tmp_path / "base.gguf"), tmp_path / "heads.gguf"
+    state, config = hydra_state(3, 1, grounded=True, prefix=True, seed=0), hydra_config(3, 1, True, True)
+    convert(write_checkpoint(tmp_path / "hydra++", state, config), base, heads, progress=False)
+    settings: dict[str, Any] = {**SETTINGS, "flash_attn": False}
+    prompts = [[1, 5, 9], [2, 2, 2, 7], [3, 1, 4, 1, 5]]
+    with Engine(base, slots=3, n_ctx=128, heads=heads, adapt=False, **settings) as engine:
+        assert engine.host.heads_path
+        answers = [[*islice(s.generate(p, temp=0.0), 40)] for s, p in zip(engine.slots, prompts, strict=True)]
+        assert all(s.draft_stats.accepted_by.get("heads", 0) == 0 for s in engine.slots)
+    llm = Llama(base, n_ctx=128, **settings)
+    assert answers == [[*islice(llm.generate(p, temp=0.0), 40)] for p in prompts]
+    llm.close()
 
 
 def test_a_closed_engine_says_so() -> None:
