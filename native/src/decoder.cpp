@@ -134,9 +134,10 @@ void decoder::set_threads(int32_t n, const entmtp_costs * costs) {
     policy.set_threads(n, costs, (int32_t) bank.size());
     llama_set_n_threads(ctx, n, n);
     if (draft_heads) {
-        draft_heads->set_threads(shared.n_seq > 1 ? 1 : n); // threads that draft are many already
+        // of several sequences each drafts in a thread of its own
+        draft_heads->set_threads(shared.n_seq > 1 ? 1 : n);
     }
-    in_step = false;                                        // what is being walked was timed with other threads
+    in_step = false; // what is being walked was timed with other threads
 }
 
 void decoder::set_stats(bool enabled) {

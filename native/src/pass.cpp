@@ -104,6 +104,11 @@ bool pass::ready() const {
     return all || clock::now() >= deadline;
 }
 
+void pass::be_patient() {
+    const us patience(std::clamp(t_last / 2, least_patience, most_patience));
+    deadline = clock::now() + std::chrono::duration_cast<clock::duration>(patience);
+}
+
 bool pass::wanted() const {
     return std::any_of(members.begin(), members.end(), [](const member & m) { return m.wants; });
 }
@@ -112,8 +117,7 @@ int32_t pass::run(part & mine) {
     std::unique_lock<std::mutex> lock(mutex, std::adopt_lock);
 
     if (!wanted()) {
-        const double patience = std::clamp(t_last / 2, least_patience, most_patience);
-        deadline              = clock::now() + std::chrono::duration_cast<clock::duration>(us(patience));
+        be_patient();
     }
     mine.asked              = n_asked++;
     members[mine.seq].wants = &mine;
@@ -275,8 +279,7 @@ void pass::lead(std::unique_lock<std::mutex> & lock) {
         members[p->seq].wants  = nullptr;
         members[p->seq].served = true;
     }
-    deadline = clock::now() +
-               std::chrono::duration_cast<clock::duration>(us(std::clamp(t_last / 2, least_patience, most_patience)));
+    be_patient(); // with those whose turn it was not
     changed.notify_all();
 }
 

@@ -94,6 +94,7 @@ class pass {
     };
 
     int32_t             n_active() const;
+    void                be_patient(); // from now on, for half as long as a pass takes
     bool                wanted() const;
     bool                ready() const;
     std::vector<part *> choose() const;

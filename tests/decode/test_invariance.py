@@ -74,6 +74,18 @@ def decode(llm: Llama, tokens: list[int], n_past: int) -> np.ndarray:
     return result
 
 
+def assert_passes_leave_no_trace(llm: Llama, prompt: list[int], tokens: list[int], what: str = "") -> None:
+    """Logits after each of 64 tokens that follow a prompt of 90: alone, and in passes of any size."""
+    missed = kernels.missed()
+    decode(llm, prompt, 0)
+    alone = np.concatenate([decode(llm, [token], 90 + i) for i, token in enumerate(tokens)])
+    assert np.isfinite(alone).all() and alone.std() > 0.1
+    for n in (2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 31, 32, 33, 64):
+        together = decode(llm, tokens[:n], 90)
+        np.testing.assert_array_equal(together.view(np.int32), alone[:n].view(np.int32), f"{what} {n} tokens")
+    assert kernels.missed() == missed, "ggml computed some of the products in its own way"
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     ("dtype", "n_threads"), [*((dtype, 1) for dtype in TYPES), ("q4_k", 2), ("q8_0", 2), ("q4_0", 4)]

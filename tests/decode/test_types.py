@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from test_invariance import decode, needs_kernels
+from test_invariance import assert_passes_leave_no_trace, decode, needs_kernels
 
 from entmtp import Llama
 from entmtp.models.gguf_expand import expand
@@ -56,17 +56,7 @@ def test_a_pass_of_any_size_gives_the_same_bits(typed: tuple[str, Path]) -> None
     name, path = typed
     llm = Llama(path, **SETTINGS)
     text = llm.tokenize("".join(prompts()[:3]).encode(), special=True)
-    prompt, tokens = text[:90], text[90:154]
-    missed = kernels.missed()
-    decode(llm, prompt, 0)
-    alone = np.concatenate([decode(llm, [token], 90 + i) for i, token in enumerate(tokens)])
-    assert np.isfinite(alone).all() and alone.std() > 0.1
-    for n in (2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 31, 32, 33, 64):
-        together = decode(llm, tokens[:n], 90)
-        np.testing.assert_array_equal(
-            together.view(np.int32), alone[:n].view(np.int32), f"{name}, {n} tokens"
-        )
-    assert kernels.missed() == missed, "ggml computed some of the products in its own way"
+    assert_passes_leave_no_trace(llm, text[:90], text[90:154], name)
     llm.close()
 
 
