@@ -34,10 +34,12 @@ extern "C" {
 #endif
 
 struct llama_context;
+struct llama_context_params;
 struct llama_model;
 struct llama_sampler;
 
 struct entmtp_heads;
+struct entmtp_draft_model;
 struct entmtp_decoder;
 
 enum entmtp_status {
@@ -109,6 +111,26 @@ entmtp_heads_prefix(struct entmtp_heads * heads, const float * h, int32_t n, int
 ENTMTP_API uint64_t entmtp_vocab_fingerprint(const struct llama_model * model);
 
 //
+// a model that drafts
+//
+
+// A drafter with a context of its own, made here.
+//   ctx     of the model that is drafted for, which outlives this
+//   model   a smaller one with the same vocabulary, not owned; NULL: the layers for multi-token prediction (NextN) that the
+//           model itself was loaded with (llama_model_params.load_mtp)
+//   params  struct llama_context_params of ctx; sizes are chosen here
+// NULL on failure.
+ENTMTP_API struct entmtp_draft_model *
+entmtp_draft_model_init(struct llama_context * ctx, struct llama_model * model, const struct llama_context_params * params);
+ENTMTP_API void entmtp_draft_model_free(struct entmtp_draft_model * draft);
+
+// why it does not draft any more, one sentence; empty: it does
+ENTMTP_API const char * entmtp_draft_model_broken(const struct entmtp_draft_model * draft);
+
+// us of drafting one token
+ENTMTP_API double entmtp_draft_model_cost(const struct entmtp_draft_model * draft);
+
+//
 // decoder
 //
 
@@ -146,14 +168,16 @@ enum entmtp_source {
     ENTMTP_SOURCE_TEXT  = 1, // what followed when the last tokens of the text came before
     ENTMTP_SOURCE_ROWS  = 2, // the most probable tokens after a token when the model last saw it (token recycling)
     ENTMTP_SOURCE_HEADS = 4,
+    ENTMTP_SOURCE_MODEL = 8, // a smaller model, or the model's own layers for multi-token prediction
 };
-#define ENTMTP_N_SOURCES 3
+#define ENTMTP_N_SOURCES 4
 
 // the acceptance model of the auto policy: a logistic model for each set of drafters (its bits are the index)
 //   inputs: 1, log2(tokens that match) - 2, ln(share of the places that match), ln(1 + rank of the match), ln p and
-//           ln(1 - p) of the row, logit of the heads, running entropy, ln(depth), hits of text, of rows and of heads
-#define ENTMTP_N_SETS 8
-#define ENTMTP_N_INPUTS 12
+//           ln(1 - p) of the row, logit of the heads, running entropy, ln(depth), hits of text, of rows and of heads,
+//           ln p and ln(1 - p) of the drafting model, its hits
+#define ENTMTP_N_SETS 16
+#define ENTMTP_N_INPUTS 15
 
 // what a published policy looks at. For best depth, a is exp(-H), p, and the geometric mean of the p
 enum entmtp_score {
@@ -267,6 +291,10 @@ ENTMTP_API uint32_t entmtp_decoder_drafted_by(const struct entmtp_decoder * dec,
 // from it.
 ENTMTP_API void entmtp_decoder_set_text(struct entmtp_decoder * dec, const int32_t * tokens, int32_t n);
 
+// The model that drafts from now on, under the auto policy if it names ENTMTP_SOURCE_MODEL. It outlives the decoder, and
+// serves no other. NULL: none does.
+ENTMTP_API int32_t entmtp_decoder_set_draft_model(struct entmtp_decoder * dec, struct entmtp_draft_model * draft);
+
 // Forget all that drafters remember of other texts than the one in the memory, so that not even their speed tells of it.
 ENTMTP_API void entmtp_decoder_forget(struct entmtp_decoder * dec);
 
@@ -344,6 +372,10 @@ ENTMTP_API bool entmtp_decoder_can_continue(const struct entmtp_decoder * dec, i
 
 // The memory of the model can hold a token tree; recurrent and hybrid memories cannot.
 ENTMTP_API bool entmtp_decoder_can_tree(const struct entmtp_decoder * dec);
+
+// It can hold drafts one after the other, and be cut back by them: also memories with states to go back to
+// (llama_context_params.n_rs_seq). Then only the auto policy drafts, without branches.
+ENTMTP_API bool entmtp_decoder_can_chain(const struct entmtp_decoder * dec);
 
 // Stop the evaluation that is running, or the next one. May be called from any thread.
 ENTMTP_API void entmtp_decoder_cancel(struct entmtp_decoder * dec);

@@ -13,7 +13,8 @@ static constexpr float start       = 4.0f;    // squares that the shipped weight
 static constexpr float keep        = 0.9995f; // texts change
 static constexpr float weights_max = 12.0f;
 
-// inputs: 1, length, share, rank, ln p and ln(1 - p) of the row, head, entropy, depth, hits of text, rows, heads
+// inputs: 1, length, share, rank, ln p and ln(1 - p) of the row, head, entropy, depth, hits of text, rows, heads; ln p and
+// ln(1 - p) of the model, its hits
 // Learned from 260 answers of SmolLM2-135M-Instruct to made prompts (docs/make_prompts.py), half of them at temperature 0.8
 static constexpr float shipped[acceptance::n_sets][acceptance::n_inputs] = {
     {},
@@ -23,7 +24,16 @@ static constexpr float shipped[acceptance::n_sets][acceptance::n_inputs] = {
     { 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0 },                                                     // heads: as calibrated
     { 0.70f, 0.21f, 0.54f, -0.53f, 0, 0, 0.55f, 0.32f, -0.01f, 0.56f, 0, 0.07f },               // text, heads
     { 0.20f, 0, 0, 0, 0.21f, -0.17f, 0.61f, -0.09f, -0.17f, 0, 0.36f, -0.08f },                 // rows, heads
-    { 0.92f, 0.38f, 0.35f, -0.42f, -0.03f, -0.12f, 0.51f, 0.06f, -0.07f, 0.39f, 0.17f, 0.02f }, // all
+    { 0.92f, 0.38f, 0.35f, -0.42f, -0.03f, -0.12f, 0.51f, 0.06f, -0.07f, 0.39f, 0.17f, 0.02f }, // text, rows, heads
+    // with a model that drafts
+    { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, -1, 0 }, // as it says
+    { 0.20f, 0.30f, 0.50f, -0.50f, 0, 0, 0, 0, 0, 0.50f, 0, 0, 0.70f, -0.70f, 0 },
+    { 0, 0, 0, 0, 0.20f, -0.10f, 0, 0, 0, 0, 0, 0, 0.80f, -0.80f, 0 },
+    { 0.30f, 0.30f, 0.50f, -0.30f, 0.10f, -0.10f, 0, 0, 0, 0.50f, 0, 0, 0.60f, -0.60f, 0 },
+    { 0, 0, 0, 0, 0, 0, 0.30f, 0, 0, 0, 0, 0, 0.70f, -0.70f, 0 },
+    { 0.30f, 0.20f, 0.30f, -0.30f, 0, 0, 0.30f, 0, 0, 0.30f, 0, 0, 0.50f, -0.50f, 0 },
+    { 0, 0, 0, 0, 0.10f, -0.10f, 0.30f, 0, 0, 0, 0, 0, 0.60f, -0.60f, 0 },
+    { 0.40f, 0.20f, 0.20f, -0.20f, 0, -0.10f, 0.30f, 0, 0, 0.30f, 0, 0, 0.50f, -0.50f, 0 },
 };
 
 acceptance::acceptance(const float * weights, bool adapt) : adapt(adapt) {
@@ -33,7 +43,8 @@ acceptance::acceptance(const float * weights, bool adapt) : adapt(adapt) {
 }
 
 void acceptance::inputs(uint32_t sources, const proposal_signals & s, float * x) {
-    const bool text = sources & from_text, rows = sources & from_rows, heads = sources & from_heads;
+    const bool text = sources & from_text, rows = sources & from_rows;
+    const bool heads = sources & from_heads, model = sources & from_model;
 
     x[0]  = 1.0f;
     x[1]  = text ? std::log2(std::max(s.length, 1.0f)) - 2.0f : 0.0f;
@@ -47,6 +58,9 @@ void acceptance::inputs(uint32_t sources, const proposal_signals & s, float * x)
     x[9]  = text ? s.hits[0] - 0.5f : 0.0f;
     x[10] = rows ? s.hits[1] - 0.5f : 0.0f;
     x[11] = heads ? s.hits[2] - 0.5f : 0.0f;
+    x[12] = model ? std::max(s.model, -9.0f) : 0.0f;
+    x[13] = model ? std::log1p(-std::min(std::exp(s.model), 0.999f)) : 0.0f;
+    x[14] = model ? s.hits[3] - 0.5f : 0.0f;
 }
 
 float acceptance::probability(uint32_t sources, const proposal_signals & s) const {

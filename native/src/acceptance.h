@@ -14,12 +14,13 @@ using source = entmtp_source;
 static constexpr source from_text  = ENTMTP_SOURCE_TEXT;
 static constexpr source from_rows  = ENTMTP_SOURCE_ROWS;
 static constexpr source from_heads = ENTMTP_SOURCE_HEADS;
+static constexpr source from_model = ENTMTP_SOURCE_MODEL;
 
 static constexpr int32_t n_sources = ENTMTP_N_SOURCES;
 
 // the first of some drafters, by its index
 inline int32_t first_of(uint32_t sources) {
-    return sources & from_text ? 0 : sources & from_rows ? 1 : 2;
+    return sources & from_text ? 0 : sources & from_rows ? 1 : sources & from_heads ? 2 : 3;
 }
 
 // what is known of a proposal; what a drafter that did not propose it would say stays 0
@@ -29,6 +30,7 @@ struct proposal_signals {
     float rank   = 0.0f;          // text: 0: the longest match goes on like this
     float row    = 0.0f;          // rows: ln p when the token before was last seen
     float head   = 0.0f;          // heads: calibrated logit
+    float model  = 0.0f;          // model: ln p
 
     float entropy         = 0.0f; // running, nats
     float depth           = 0.0f; // 1 ..

@@ -319,6 +319,10 @@ bool entmtp_decoder_can_continue(const entmtp_decoder * dec, int32_t n_past) {
     return held(dec, false, [&](const entmtp::decoder & d) { return d.can_continue(n_past); });
 }
 
+bool entmtp_decoder_can_chain(const entmtp_decoder * dec) {
+    return held(dec, false, [](const entmtp::decoder & d) { return d.can_chain(); });
+}
+
 bool entmtp_decoder_can_tree(const entmtp_decoder * dec) {
     return dec && dec->impl.can_tree();
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "decoder.h"
+#include "draft_model.h"
 #include "heads.h"
 
 #include "entmtp.h"
@@ -12,6 +13,10 @@
 
 struct entmtp_heads {
     entmtp::heads impl;
+};
+
+struct entmtp_draft_model {
+    entmtp::draft_model impl;
 };
 
 struct entmtp_decoder {

@@ -116,7 +116,13 @@ void decoder::set_policy(const entmtp_policy_params & p) {
         log_p.assign(n, 0.0f);
     }
     if (next.mixes() && !memory.can_tree()) {
-        throw std::runtime_error(memory.why_no_tree());
+        if (!memory.can_chain()) {
+            throw std::runtime_error(memory.why_no_tree());
+        }
+        next.draft_chains();
+    }
+    if (next.mixes() && (p.drafters & ENTMTP_SOURCE_MODEL) && !drafting) {
+        throw std::runtime_error("policy: a model is to draft, but there is none");
     }
     if (next.mixes() && (p.drafters & ENTMTP_SOURCE_HEADS) &&
         (!draft_heads || draft_heads->n_vocab_draft() < mixer::n_guess)) {
@@ -130,9 +136,23 @@ void decoder::set_policy(const entmtp_policy_params & p) {
     in_step = false; // what is being walked was neither chosen nor timed for this policy
 }
 
+void decoder::set_draft_model(draft_model * d) {
+    if (d && shared.n_seq > 1) {
+        throw std::runtime_error("decoder: a drafting model follows one text; several sequences cannot draft with it");
+    }
+    settle();
+    drafting = d;
+    if (own) {
+        llama_set_graph_slots(ctx, n_graph_slots);
+    }
+}
+
 void decoder::set_threads(int32_t n, const entmtp_costs * costs) {
     policy.set_threads(n, costs, (int32_t) bank.size());
     llama_set_n_threads(ctx, n, n);
+    if (drafting) {
+        drafting->set_threads(n);
+    }
     if (draft_heads) {
         // of several sequences each drafts in a thread of its own
         draft_heads->set_threads(shared.n_seq > 1 ? 1 : n);
@@ -227,6 +247,9 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
     }
     n_past = past;
     text.truncate(past);
+    if (drafting) {
+        drafting->truncate(past);
+    }
 
     live    = false;
     is_seen = false;
@@ -260,7 +283,13 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
             if (prefix) {
                 prefix->truncate(past);
             }
+            if (drafting) {
+                drafting->truncate(past);
+            }
             return status;
+        }
+        if (drafting) {
+            drafting->follow(work.tokens, work.pos0, work.at);
         }
 
         if (prefix) {
@@ -299,7 +328,8 @@ int32_t decoder::advance(int32_t token) {
 
 int32_t decoder::room() const {
     // each of several may take its share of a pass
-    return std::min(n_ctx - n_past, (int32_t) std::min(llama_n_ubatch(ctx), llama_n_batch(ctx)) / shared.n_seq);
+    const int32_t n = (int32_t) std::min(llama_n_ubatch(ctx), llama_n_batch(ctx)) / shared.n_seq;
+    return std::min({ n_ctx - n_past, n, memory.most_nodes() });
 }
 
 int32_t decoder::verify_tree(int32_t id) {
@@ -414,7 +444,7 @@ int32_t decoder::settle(int32_t next) {
     }
 
     const bool is_tree = topology(tree_id).n_nodes() > 1;
-    if (is_tree && !memory.commit(seq, in_pass)) {
+    if (is_tree && !memory.commit(seq, in_pass, n_past)) {
         // cannot happen unless the memory was changed behind our back
         memory.truncate(seq, n_past);
         leave_tree();
@@ -429,8 +459,13 @@ int32_t decoder::settle(int32_t next) {
     }
 
     text.truncate(n_past);
+    std::vector<int32_t> settled;
     for (const int32_t node : path) {
         text.append(tokens[node]);
+        settled.push_back(tokens[node]);
+    }
+    if (drafting) {
+        drafting->follow(settled, n_past, in_pass);
     }
     n_past += (int32_t) path.size();
     leave_tree();
@@ -460,6 +495,9 @@ void decoder::invalidate(int32_t past) {
     running.reset();
     if (draft_heads && draft_heads->prefix()) {
         draft_heads->prefix()->truncate(0);
+    }
+    if (drafting) {
+        drafting->truncate(0);
     }
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "accept.h"
+#include "draft_model.h"
 #include "entropy.h"
 #include "heads.h"
 #include "pass.h"
@@ -43,6 +44,7 @@ class decoder {
 
     void set_trees(std::vector<tree> bank);
     void set_policy(const entmtp_policy_params & p);
+    void set_draft_model(draft_model * d); // null: none
     void set_threads(int32_t n, const entmtp_costs * costs); // costs: see scheduler
     void set_stats(bool enabled);
     void reset_stats();
@@ -64,7 +66,7 @@ class decoder {
     void set_text(const int32_t * tokens, int32_t n); // what is in the memory, for drafting from it
     void forget() { rows.forget(); }                  // what drafters remember of other texts
 
-    const std::vector<float> & acceptance_weights() const { return policy.model().get(); }
+    const std::vector<float> & acceptance_weights() const { return policy.learned().get(); }
 
     // no pass runs, and none begins, while a caller has this
     pass::hold hold() const { return { shared, seq }; }
@@ -83,6 +85,7 @@ class decoder {
     entmtp_traffic      traffic() const;
 
     bool can_tree() const { return memory.can_tree(); }
+    bool can_chain() const { return memory.can_chain(); }
 
     // tokens evaluated, the last of which can be sampled after; -1: none
     int32_t n_evaluated() const { return live ? n_past + (int32_t) path.size() : -1; }
@@ -138,6 +141,7 @@ class decoder {
 
     llama_context *       ctx;
     heads *               draft_heads;
+    draft_model *         drafting = nullptr;
     std::unique_ptr<pass> own; // of a decoder that shares none
     pass &                shared;
     verifier &            memory;

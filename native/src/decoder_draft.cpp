@@ -60,9 +60,19 @@ void decoder::mix(const entmtp_signals & s) {
         draft_heads->expand(l, draft_input(), paths.data(), n, mixer::n_guess, best, best_log_p);
         t_heads += (double) (ggml_time_us() - t0);
     };
-    const int32_t n_heads = draft_heads ? draft_heads->n_heads() : 0;
-    const auto &  nodes =
-        policy.mix(text, rows, s, running.get(), room(), n_heads, draft_heads && draft_heads->sees_path(), expand);
+    mixer::asked_model model;
+    if (drafting && drafting->broken().empty()) {
+        model.depth = drafting->depth();
+        model.cost  = [this](int32_t l) {
+            return drafting->cost(text, l);
+        };
+        model.guess = [this](const std::vector<int32_t> & below, int32_t * best, float * best_log_p) {
+            return drafting->expand(text, below, mixer::n_guess, best, best_log_p);
+        };
+    }
+    const int32_t n_heads   = draft_heads ? draft_heads->n_heads() : 0;
+    const bool    sees_path = draft_heads && draft_heads->sees_path();
+    const auto &  nodes = policy.mix(text, rows, s, running.get(), room(), n_heads, sees_path, expand, model);
 
     grown.parent.assign(1, -1);
     grown.rank.assign(1, 0);

@@ -5,6 +5,7 @@
 #include "acceptance.h"
 #include "calibration.h"
 #include "cost.h"
+#include "foresight.h"
 #include "successors.h"
 #include "text.h"
 
@@ -20,7 +21,8 @@ namespace entmtp {
 // What costs nothing goes in first: places in the text and rows seen before, best first, until no further node could pay.
 // So the tree has a price when the question comes whether the next head is worth its time. After each head its guesses
 // are merged with what is there by parent and token, and all is judged anew. Of the merged nodes the most probable ones
-// are the paths that the next head is run after.
+// are the paths that the next head is run after. A model that drafts comes last, token by token down the most probable
+// path, for as long as its next pass is worth its time.
 class mixer {
   public:
     static constexpr int32_t n_guess   = 8; // guesses of a head after a path
@@ -41,6 +43,13 @@ class mixer {
     using expand_fn =
         std::function<void(int32_t l, const std::vector<int32_t> & paths, int32_t n, int32_t * tokens, float * log_p)>;
 
+    // a model that drafts: its guesses after a path below the root [n_guess], and what they cost after one of l tokens, us
+    struct asked_model {
+        int32_t                                                                                        depth = 0; // 0: none
+        std::function<double(int32_t l)>                                                               cost;
+        std::function<bool(const std::vector<int32_t> & path, int32_t * tokens, float * log_p)> guess;
+    };
+
     // what a step brings along
     struct situation {
         const text_index & text; // the root is its last token
@@ -53,8 +62,9 @@ class mixer {
         int32_t            n_heads;
         bool               sees_path;
         uint32_t           allowed;      // sources whose nodes may enter the tree: the others only learn
-        bool               forced;       // run the first head, whatever it is expected to bring
-        int32_t            n_others = 0; // tokens of others in the pass
+        uint32_t           forced;       // of these the first guess is wanted, whatever it is expected to bring
+        int32_t            n_others = 0;     // tokens of others in the pass
+        bool               chain    = false; // one token after the other: the memory can hold no more
     };
 
     mixer() = default;
@@ -65,7 +75,7 @@ class mixer {
     mixer(const entmtp_calibration * heads, const float * weights, bool adapt);
 
     // the nodes below the root, parents first and breadth first; none: plain decoding
-    const std::vector<node> & grow(const situation & now, const expand_fn & expand);
+    const std::vector<node> & grow(const situation & now, const expand_fn & expand, const asked_model & model);
 
     // The walk took these of the nodes, from the root on; `next` left the tree, -1: not known.
     void observe(const std::vector<int32_t> & path, int32_t next);
@@ -76,7 +86,9 @@ class mixer {
     void begin_text();
 
     double draft_cost() const { return t_heads; } // of the heads that ran, as believed
+    double model_cost() const { return t_model; } // of the model that drafts
     bool   heads_ran() const { return n_levels_run > 0; }
+    bool   model_ran() const { return n_model_run > 0; }
 
     // of the last tree: nodes of each source, those of several counted for the first of them
     const int32_t * n_nodes_by() const { return by_source; }
@@ -84,7 +96,7 @@ class mixer {
     // who proposed a node of the last tree
     uint32_t sources_of(int32_t i) const { return nodes[i - 1].sources; }
 
-    const acceptance & model() const { return accept; }
+    const acceptance & learned() const { return accept; }
 
   private:
     struct candidate {
@@ -111,16 +123,24 @@ class mixer {
     void    judge_children(int32_t first, float above, const situation & now);
     void    path_to(int32_t at, std::vector<int32_t> & tokens) const;
     float   covered(int32_t at) const;
-    bool    pays(int32_t l, int32_t at, int32_t n_heads, const situation & now, double worth);
-    int32_t width(int32_t l, const std::vector<int32_t> & front, const situation & now, int32_t n_best) const;
+    bool    pays(int32_t l, int32_t at, int32_t n_heads, const situation & now);
+    int32_t width(int32_t l, const std::vector<int32_t> & front, const situation & now) const;
     void    merge_guesses(int32_t l, const std::vector<int32_t> & front, int32_t n, const situation & now);
     void    sort_probs();
+    void    weigh();
+    void    ask_heads(const situation & now, const expand_fn & expand);
+    void    ask_model(const situation & now, const asked_model & model);
+    bool    model_pays(int32_t at, int32_t l, const situation & now, const asked_model & model) const;
+    int32_t best_child(int32_t at) const;
+    void    use(const situation & now);
 
     calibration heads;
     bool        has_heads = false;
     acceptance  accept;
 
     float hits[n_sources]; // how often the best guess of each drafter at the root was right lately
+
+    foresight ahead;       // of the model that drafts
 
     // of the tree that is being grown
     std::vector<candidate>                 found;
@@ -130,7 +150,7 @@ class mixer {
     std::vector<text_index::place>         places;
     std::vector<std::pair<float, int32_t>> queue; // candidates to open, a heap
     std::vector<float>                     probs;
-    std::vector<float>                     trial;
+    mutable std::vector<float>             trial;
     std::vector<double>                    fee;
     std::vector<int32_t>                   tail;
     std::vector<int32_t>                   guess;
@@ -139,8 +159,12 @@ class mixer {
     std::vector<node>                      nodes;
     std::vector<int32_t>                   candidate_of;                // [n_nodes + 1] -1 for the root
     float                                  least                = 0.0f; // no node below this can pay
+    int32_t                                n_best               = 1;    // nodes of the best pass over what was found
+    double                                 worth                = 0.0;  // and what it brings, in tokens
     double                                 t_heads              = 0.0;
+    double                                 t_model              = 0.0;
     int32_t                                n_levels_run         = 0;
+    int32_t                                n_model_run          = 0;
     int32_t                                by_source[n_sources] = {};
     int32_t                                best_of[n_sources]   = {}; // at the root
 };

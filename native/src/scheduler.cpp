@@ -84,7 +84,7 @@ scheduler::scheduler(const entmtp_policy_params & p, int32_t n_trees) :
         trees = grower(*p.calibration, adapt);
     }
     if (policy == ENTMTP_POLICY_AUTO) {
-        drafters = p.drafters & (from_text | from_rows | from_heads);
+        drafters = p.drafters & (from_text | from_rows | from_heads | from_model);
         require(!(drafters & from_heads) || p.calibration, "policy: heads need a calibration to be mixed with others");
         all_drafters = mixer(drafters & from_heads ? p.calibration : nullptr, p.acceptance, adapt);
     }
@@ -195,16 +195,19 @@ int32_t scheduler::choose(const entmtp_signals &       s,
         if (with.n_others == 0 && (now.cost.wants_plain() || now.cost.plain_age() > n_retime || n_steps <= 2)) {
             return 0;
         }
-        verdict = mixes() ? now.keep_each[first_of(from_heads)].next() : now.keep.next();
+        verdict = mixes() ? guard::verdict::free : now.keep.next();
     }
 
     if (mixes()) {
         allowed = drafters;
-        for (int32_t i = 0; i < first_of(from_heads) && adapt; ++i) {
-            // what they propose is judged whether it is verified or not: they need no trial
-            allowed &= now.keep_each[i].next() == guard::verdict::must_not ? ~(1u << i) : ~0u;
+        forced  = 0;
+        for (int32_t i = 0; i < n_sources && adapt; ++i) {
+            const guard::verdict v = now.keep_each[i].next();
+            allowed &= v == guard::verdict::must_not ? ~(1u << i) : ~0u;
+            // what costs nothing is judged whether it is verified or not: it needs no trial
+            const bool costs = (1u << i) & (from_heads | from_model);
+            forced |= v == guard::verdict::must && costs ? drafters & (1u << i) : 0u;
         }
-        allowed &= verdict == guard::verdict::must_not ? ~(uint32_t) from_heads : ~0u;
         return n_max < 2 ? 0 : grow_tree;
     }
     if (policy == ENTMTP_POLICY_CONFIDENCE) {
@@ -230,11 +233,11 @@ const std::vector<mixer::node> & scheduler::mix(const text_index &       text,
                                                 int32_t                  n_max,
                                                 int32_t                  n_heads,
                                                 bool                     sees_path,
-                                                const mixer::expand_fn & expand) {
-    const bool forced = verdict == guard::verdict::must && (allowed & from_heads);
+                                                const mixer::expand_fn &   expand,
+                                                const mixer::asked_model & model) {
     return all_drafters.grow(
-        { text, rows, s, running, now.cost, price(), n_max, n_heads, sees_path, allowed, forced, with.n_others },
-        expand);
+        { text, rows, s, running, now.cost, price(), n_max, n_heads, sees_path, allowed, forced, with.n_others, chain },
+        expand, model);
 }
 
 // what each drafter saved: its accepted tokens, less its share of the pass and what it took itself; in plain steps, of
@@ -248,9 +251,11 @@ void scheduler::observe_each(int32_t n_nodes, const std::vector<int32_t> & path,
         n_accepted[first_of(all_drafters.sources_of(path[i]))]++;
     }
     for (int32_t i = 0; i < n_sources; ++i) {
-        const bool   is_heads = i == first_of(from_heads);
-        const bool   drafted  = n_by[i] > 0 || (is_heads && all_drafters.heads_ran());
-        const double t        = t_more * n_by[i] / std::max(n_nodes - 1, 1) + (is_heads ? t_heads : 0.0);
+        const bool   is_heads = i == first_of(from_heads), is_model = i == first_of(from_model);
+        const double own      = is_heads ? t_heads : is_model ? all_drafters.model_cost() : 0.0;
+        const bool   drafted  = n_by[i] > 0 || (is_heads && all_drafters.heads_ran()) ||
+                             (is_model && all_drafters.model_ran());
+        const double t        = t_more * n_by[i] / std::max(n_nodes - 1, 1) + own;
         now.keep_each[i].observe(drafted, n_accepted[i] - t / t_plain);
     }
 }
@@ -269,7 +274,8 @@ void scheduler::observe(int32_t tree, int32_t n_nodes, const outcome & o) {
         }
         if (n_others == 0) {
             tokens_seen = forget_price * tokens_seen + (double) path.size();
-            time_seen   = forget_price * time_seen + now.cost.verify(n_nodes) + t_heads;
+            time_seen   = forget_price * time_seen + now.cost.verify(n_nodes) + t_heads +
+                        (mixed ? all_drafters.model_cost() : 0.0);
         }
 
         if (!mixed) {

@@ -65,7 +65,8 @@ class scheduler {
                                          int32_t                  n_max,
                                          int32_t                  n_heads,
                                          bool                     sees_path,
-                                         const mixer::expand_fn & expand);
+                                         const mixer::expand_fn &   expand,
+                                         const mixer::asked_model & model);
 
     // of the tree that was mixed these nodes are left
     void drop_nodes(const std::vector<int32_t> & kept) { all_drafters.drop_nodes(kept); }
@@ -100,9 +101,11 @@ class scheduler {
     bool is_static() const { return policy == ENTMTP_POLICY_STATIC; }
     bool mixes() const { return policy == ENTMTP_POLICY_AUTO; }
 
-    const acceptance & model() const { return all_drafters.model(); }
+    const acceptance & learned() const { return all_drafters.learned(); }
 
     float window() const { return ema_window; }
+
+    void draft_chains() { chain = true; } // the memory holds no trees
 
   private:
     bool is_published() const { return policy >= ENTMTP_POLICY_LADDER && policy <= ENTMTP_POLICY_BEST_DEPTH; }
@@ -143,6 +146,7 @@ class scheduler {
 
     grower   trees;
     mixer    all_drafters;
+    bool     chain    = false;
     uint32_t drafters = 0; // that there are
     uint32_t allowed  = 0; // of them, in this step
 
@@ -160,6 +164,7 @@ class scheduler {
 
     company        with;
     guard::verdict verdict = guard::verdict::free;
+    uint32_t       forced  = 0; // drafters that must guess in this step
     int32_t        bin     = 0; // of the last choice
     int32_t        rung    = 0; // hysteresis: index in ladder
     int64_t        n_steps = 0;

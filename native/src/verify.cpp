@@ -6,7 +6,7 @@ namespace entmtp {
 
 verifier::verifier(llama_context * ctx) :
     ctx(ctx), mem(llama_get_memory(ctx)), batch(llama_batch_ext_init(ctx)),
-    n_swa(llama_model_n_swa(llama_get_model(ctx))) {
+    n_swa(llama_model_n_swa(llama_get_model(ctx))), n_back((int32_t) llama_n_rs_seq(ctx)) {
     // ask with a tree of two tokens that is never decoded
     tree_ok = llama_n_ubatch(ctx) >= 2 && llama_batch_ext_add_token(batch, 0, 0) == 0 &&
               llama_batch_ext_add_token(batch, 0, 0) == 1 && llama_batch_ext_set_parent(batch, 1, 0);
@@ -30,7 +30,7 @@ int32_t verifier::decode(const std::vector<part *> & parts, int32_t * first_outp
 
     bool is_tree = false;
     for (part * x : parts) {
-        is_tree = is_tree || (!x->parent.empty() && x->tokens.size() > 1);
+        is_tree = is_tree || (tree_ok && !x->parent.empty() && x->tokens.size() > 1);
         x->at.resize(x->tokens.size());
     }
 
@@ -59,7 +59,10 @@ int32_t verifier::decode(const std::vector<part *> & parts, int32_t * first_outp
     return llama_process(ctx, LLAMA_PROCESS_TYPE_DECODE, batch);
 }
 
-bool verifier::commit(int32_t seq, const std::vector<int32_t> & path) {
+bool verifier::commit(int32_t seq, const std::vector<int32_t> & path, int32_t pos0) {
+    if (!tree_ok) {
+        return truncate(seq, pos0 + (int32_t) path.size());
+    }
     return llama_memory_tree_commit(mem, seq, path.data(), (int32_t) path.size());
 }
 

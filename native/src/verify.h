@@ -73,6 +73,12 @@ class verifier {
     // the memory of the context can hold a tree (recurrent and hybrid memories cannot)
     bool can_tree() const { return tree_ok; }
 
+    // it holds one token after the other, and can be cut back by a few (recurrent and hybrid memories that keep states)
+    bool can_chain() const { return tree_ok || n_back > 0; }
+
+    // tokens that a tree may have, the root among them
+    int32_t most_nodes() const { return tree_ok ? 1 << 30 : 1 + n_back; }
+
     // what to tell the user where it cannot
     const char * why_no_tree() const;
 
@@ -81,7 +87,8 @@ class verifier {
     int32_t decode(const std::vector<part *> & parts, int32_t * first_output);
 
     // keep a path of a sequence's tree in the last batch (indices in the batch, the root first), drop the rest of it
-    bool commit(int32_t seq, const std::vector<int32_t> & path);
+    //   pos0  of the root
+    bool commit(int32_t seq, const std::vector<int32_t> & path, int32_t pos0);
 
     // forget the positions of a sequence from pos on
     bool truncate(int32_t seq, int32_t pos);
@@ -100,6 +107,7 @@ class verifier {
     llama_memory_t    mem;
     llama_batch_ext * batch;
     const int32_t     n_swa;
+    const int32_t     n_back; // tokens that a recurrent memory can be cut back by
     bool              tree_ok;
 };
 

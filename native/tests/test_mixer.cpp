@@ -15,6 +15,7 @@
 using entmtp::acceptance;
 using entmtp::cost_model;
 using entmtp::from_heads;
+using entmtp::from_model;
 using entmtp::from_rows;
 using entmtp::from_text;
 using entmtp::mixer;
@@ -22,7 +23,7 @@ using entmtp::proposal_signals;
 using entmtp::successors;
 using entmtp::text_index;
 
-static constexpr uint32_t everyone = from_text | from_rows | from_heads;
+static constexpr uint32_t everyone = from_text | from_rows | from_heads | from_model;
 static constexpr int32_t  n_vocab  = 50;
 
 // a text, rows, and what heads would guess: all random
@@ -66,7 +67,20 @@ struct world {
         };
     }
 
-    mixer::situation now(uint32_t allowed, bool forced = false, int32_t n_max = 64) {
+    // a model that goes on from every path, at the price of a token and a half
+    mixer::asked_model model() {
+        return { 6, [](int32_t) { return 60.0; },
+                 [this](const std::vector<int32_t> & path, int32_t * tokens, float * log_p) {
+                     const int32_t last = path.empty() ? text.back() : path.back();
+                     for (int32_t r = 0; r < mixer::n_guess; ++r) {
+                         tokens[r] = (last * 3 + r * 7 + (int32_t) path.size()) % n_vocab;
+                         log_p[r]  = -0.1f - 1.1f * (float) r;
+                     }
+                     return true;
+                 } };
+    }
+
+    mixer::situation now(uint32_t allowed, uint32_t forced = 0, int32_t n_max = 64) {
         return { text, rows, { 1.0f, 0.5f, -0.5f }, 1.0f, cost, 1e-3, n_max, 3, true, allowed, forced };
     }
 };
@@ -93,8 +107,13 @@ static void test_rules() {
         for (int32_t step = 0; step < 20; ++step) {
             const uint32_t allowed = w.rng() % (everyone + 1);
             const int32_t  n_max   = 2 + (int32_t) (w.rng() % 40);
-            const auto     nodes   = m.grow(w.now(allowed, w.rng() % 5 == 0, n_max), w.heads());
+            auto           now     = w.now(allowed, w.rng() % 5 == 0 ? everyone & allowed : 0u, n_max);
+            now.chain              = seed % 4 == 0;
+            const auto nodes       = m.grow(now, w.heads(), w.model());
             check_tree(nodes, allowed, n_max);
+            for (size_t i = 0; i < nodes.size() && now.chain; ++i) {
+                CHECK_EQ(nodes[i].parent, (int32_t) i);
+            }
             n_drafted += nodes.size();
 
             // a walk that a verify pass could have taken
@@ -124,7 +143,7 @@ static void test_a_repeated_text_is_drafted_and_a_dear_pass_is_not() {
         w.text.append(10);
         w.text.append(11);
         mixer      m(nullptr, nullptr, true);
-        const auto nodes = m.grow(w.now(from_text), w.heads());
+        const auto nodes = m.grow(w.now(from_text), w.heads(), {});
         if (slope > 1000.0f) {
             CHECK(nodes.empty());
             continue;
@@ -148,7 +167,7 @@ static void test_a_text_made_to_mislead() {
         for (int32_t i = 0; i < 6; ++i) {
             w.text.append(20 + i);
         }
-        const auto nodes = m.grow(w.now(from_text), w.heads());
+        const auto nodes = m.grow(w.now(from_text), w.heads(), {});
         if (step < 40) {
             early += (int32_t) nodes.size();
         } else if (step >= 1900) {
@@ -181,12 +200,48 @@ static void test_heads_are_not_run_where_the_text_is_sure() {
         w.heads()(l, paths, n, tokens, log_p);
     };
     mixer m(&w.cal_params, &sure[0][0], false);
-    CHECK(!m.grow(w.now(everyone), count).empty());
+    CHECK(!m.grow(w.now(everyone), count, w.model()).empty());
     CHECK_EQ(n_runs, 0);
-    CHECK(!m.heads_ran());
-    m.grow(w.now(from_heads), count); // nobody else: they are asked
+    CHECK(!m.heads_ran() && !m.model_ran());
+    m.grow(w.now(from_heads), count, w.model()); // nobody else: they are asked
     CHECK(n_runs > 0 && m.heads_ran());
     CHECK(m.draft_cost() > 0.0);
+}
+
+// a model is asked token by token down one path, for as long as it is sure enough and its pass is cheap enough
+static void test_a_model_is_asked_while_it_pays() {
+    float as_it_says[acceptance::n_sets][acceptance::n_inputs] = {};
+    for (uint32_t set = 1; set <= everyone; ++set) {
+        as_it_says[set][0]  = set & from_model ? 0.0f : -9.0f;
+        as_it_says[set][12] = 1.0f; // logit of its p
+        as_it_says[set][13] = -1.0f;
+    }
+
+    const auto n_asked = [&](float log_p, double us) {
+        world              w(4, 20.0f);
+        mixer              m(nullptr, &as_it_says[0][0], false);
+        int32_t            n = 0;
+        mixer::asked_model model{ 8, [us](int32_t) { return us; },
+                                  [&](const std::vector<int32_t> & path, int32_t * tokens, float * best) {
+                                      CHECK_EQ((int32_t) path.size(), n++);
+                                      for (int32_t r = 0; r < mixer::n_guess; ++r) {
+                                          tokens[r] = r == 0 ? n : 30 + r;
+                                          best[r]   = r == 0 ? log_p : -9.0f;
+                                      }
+                                      return true;
+                                  } };
+        for (int32_t i = 0; i < 20; ++i) { // it is known by then what it says
+            n                 = 0;
+            const auto nodes = m.grow(w.now(from_model), w.heads(), model);
+            CHECK(nodes.empty() || nodes[0].sources == from_model);
+            CHECK(!m.model_ran() || m.model_cost() >= us);
+        }
+        return n;
+    };
+    CHECK_EQ(n_asked(-0.01f, 10.0), 8);       // sure, and cheap: as deep as it goes
+    CHECK(n_asked(-0.5f, 100.0) < 8);         // p = 0.6: not for long
+    CHECK_EQ(n_asked(-0.01f, 5000.0), 0);     // a pass of its own is dearer than the model's
+    CHECK_EQ(n_asked(-3.0f, 200.0), 0);       // never right
 }
 
 //
@@ -202,6 +257,7 @@ static proposal_signals random_signals(std::mt19937 & rng) {
     s.share   = 0.05f + 0.95f * u();
     s.rank    = (float) (rng() % 4);
     s.row     = -5.0f * u() - 0.01f;
+    s.model   = -4.0f * u() - 0.01f;
     s.head    = 6.0f * u() - 3.0f;
     s.entropy = 4.0f * u();
     s.depth   = 1.0f + (float) (rng() % 6);
@@ -236,7 +292,7 @@ static void test_it_learns() {
 static void test_odd_signals() {
     acceptance       model;
     proposal_signals s;
-    s.row  = 0.0f; // p = 1
+    s.row = s.model = 0.0f; // p = 1
     s.head = INFINITY;
     for (uint32_t set = 1; set <= everyone; ++set) {
         for (int32_t i = 0; i < 5000; ++i) {
@@ -255,6 +311,7 @@ int main() {
     test_a_repeated_text_is_drafted_and_a_dear_pass_is_not();
     test_a_text_made_to_mislead();
     test_heads_are_not_run_where_the_text_is_sure();
+    test_a_model_is_asked_while_it_pays();
     test_it_learns();
     test_odd_signals();
     return check_result("test_mixer");

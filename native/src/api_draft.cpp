@@ -1,0 +1,38 @@
+// The C boundary of models that draft.
+
+#include "api.h"
+
+using entmtp::fail;
+using entmtp::guarded;
+
+entmtp_draft_model *
+entmtp_draft_model_init(llama_context * ctx, llama_model * model, const llama_context_params * params) {
+    entmtp_draft_model * res = nullptr;
+    guarded([&] {
+        if (!ctx || !params) {
+            return fail("no context, or no parameters");
+        }
+        res = new entmtp_draft_model{ { ctx, model, *params } };
+        return (int32_t) ENTMTP_OK;
+    });
+    return res;
+}
+
+void entmtp_draft_model_free(entmtp_draft_model * draft) {
+    delete draft;
+}
+
+const char * entmtp_draft_model_broken(const entmtp_draft_model * draft) {
+    return draft ? draft->impl.broken().c_str() : "";
+}
+
+double entmtp_draft_model_cost(const entmtp_draft_model * draft) {
+    return draft ? draft->impl.token_cost() : 0.0;
+}
+
+int32_t entmtp_decoder_set_draft_model(entmtp_decoder * dec, entmtp_draft_model * draft) {
+    return guarded(dec, [&](entmtp::decoder & d) {
+        d.set_draft_model(draft ? &draft->impl : nullptr);
+        return (int32_t) ENTMTP_OK;
+    });
+}

@@ -1,0 +1,99 @@
+// A drafter with a memory of its own: a smaller model, or the layers for multi-token prediction that a model brings along.
+
+#pragma once
+
+#include "text.h"
+
+#include "llama.h"
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace entmtp {
+
+// It follows the text only when it is asked: what came since it last was goes through it in one pass, together with the
+// token to draft after. What it drafted itself, and was right, a smaller model need not run again.
+//
+// Prediction layers (NextN; DeepSeek-V3, arXiv 2412.19437, section 2.2) take a token and the hidden state before it: of the
+// target for settled tokens, their own for drafted ones. So what they keep of drafts is void once these are settled.
+class draft_model {
+  public:
+    static constexpr int32_t max_depth = 16;
+
+    // throws std::runtime_error with one sentence
+    //   target  context of the text that is drafted for, which outlives this
+    //   model   of the same vocabulary, not owned; null: the prediction layers of the target's own
+    //   params  of the target's context
+    draft_model(llama_context * target, llama_model * model, llama_context_params params);
+
+    bool predicts() const { return own_layers; } // it is the prediction layers of the model itself
+
+    // drafted tokens that it can go on after. Of several layers that are trained for one depth each, the first is used
+    int32_t depth() const { return own_layers && n_layers > 1 ? 1 : max_depth; }
+
+    // why it does not draft any more, one sentence; empty: it does
+    const std::string & broken() const { return why; }
+
+    // the k best tokens after a text and a path below it, best first; false: it cannot tell
+    //   path    empty, or that of the call before and one token more
+    //   tokens [k], log_p [k]  results
+    bool expand(const text_index & text, const std::vector<int32_t> & path, int32_t k, int32_t * tokens, float * log_p);
+
+    // These tokens, from position pos0 on, are settled.
+    //   rows [n]  of the target's last pass
+    void follow(const std::vector<int32_t> & tokens, int32_t pos0, const std::vector<int32_t> & rows);
+
+    void truncate(int32_t pos); // what follows in the text is other than it was
+    void set_threads(int32_t n) { llama_set_n_threads(ctx.get(), n, n); }
+
+    double cost(const text_index & text, int32_t l) const; // us of drafting after a path of l tokens, as believed
+    double token_cost() const { return t_pass; }           // us of a pass over one token
+
+  private:
+    void          check_vocabulary() const;
+    void          measure();
+    void          cut(int32_t pos);
+    int32_t       n_states() const { return (int32_t) states.size() / n_embd; }
+    const float * run(int32_t pos0, const std::vector<int32_t> & tokens, const float * rows);
+    const float * go_on(const text_index & text, const std::vector<int32_t> & path);
+    const float * predict(const text_index & text, const std::vector<int32_t> & path);
+    const float * catch_up(int32_t root);
+
+    struct free_context {
+        void operator()(llama_context * c) const { llama_free(c); }
+    };
+
+    struct free_batch {
+        void operator()(llama_batch_ext * b) const { llama_batch_ext_free(b); }
+    };
+
+    llama_context * target;
+    bool            own_layers;
+    int32_t         n_layers = 0; // prediction layers
+    int32_t         n_embd   = 0;
+    int32_t         n_vocab  = 0; // its own
+    int32_t         n_known  = 0; // tokens that the target knows, too
+    int32_t         n_batch  = 0;
+
+    std::unique_ptr<llama_context, free_context> ctx;
+    std::unique_ptr<llama_batch_ext, free_batch> batch;
+
+    std::vector<int32_t> held;        // tokens in its memory, by position; -1: before its memory begins
+    int32_t              n_final = 0; // of these, that are the text's and stay
+
+    // prediction layers: settled tokens that they have not seen yet, from position n_final on, and the target's hidden
+    // states, from the token before these on
+    std::vector<int32_t> waiting;
+    std::vector<float>   states;     // [n][n_embd]
+    int32_t              state0 = 0; // position of the first
+    std::vector<float>   own;        // [n_embd] their own state after the last token that they were run over
+
+    std::string why;
+
+    double t_pass  = 0.0;             // us of a pass over one token
+    double t_token = 0.0;             // us of every further one
+};
+
+} // namespace entmtp
