@@ -41,7 +41,7 @@ QUESTIONS = {
         "A farmer has 3 fields with 24 cows each. He sells 12 cows. How many cows has he now?",
     ),
 }
-COLOURS = {"text": "cyan", "recycling": "blue", "heads": "green"}  # as in the chat
+COLOURS = {"text": "cyan", "recycling": "blue", "heads": "green", "model": "magenta"}  # as in the chat
 GUESSES = 2  # of llama-cpp-python's prompt lookup; its default of 10 is slower here
 
 

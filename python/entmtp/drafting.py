@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from .bank import Bank, Costs
@@ -24,23 +25,32 @@ def one_of(name: str, value: object, known: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}, must be one of {', '.join(known)}")
 
 
-def who_drafts(drafters: str | Sequence[str], has_heads: bool) -> tuple[str, ...]:
+NOT_THERE = {
+    "heads": "drafters: heads are to draft, but there are none; give heads=PATH",
+    "model": "drafters: a model is to draft, but this one's file has no layers for multi-token prediction that "
+    "llama.cpp can use; give draft_model=PATH, a smaller model of the same vocabulary",
+}
+
+
+def who_drafts(drafters: str | Sequence[str], has_heads: bool, has_model: bool = False) -> tuple[str, ...]:
     """Names of the drafters, of `abi.SOURCES`.
 
     Args:
         drafters: `"auto"` (all there are), or names, as a list or with commas between them.
+        has_model: a smaller model, or the model's own prediction layers.
 
     Raises:
-        ValueError: there is no such drafter, or there are no heads.
+        ValueError: there is no such drafter, or it is not there.
     """
-    there = tuple(name for name in SOURCES if has_heads or name != "heads")
+    missing = {name for name, here in (("heads", has_heads), ("model", has_model)) if not here}
+    there = tuple(name for name in SOURCES if name not in missing)
     names = [d.strip() for d in drafters.split(",")] if isinstance(drafters, str) else list(drafters)
     if names == ["auto"]:
         return there
     for name in names:
         one_of("drafters", name, ("auto", *SOURCES))
-        if name not in there:
-            raise ValueError("drafters: heads are to draft, but there are none; give heads=PATH")
+        if name in missing:
+            raise ValueError(NOT_THERE[name])
     if not names or "auto" in names:
         raise ValueError('drafters: give "auto" alone, or at least one of ' + ", ".join(SOURCES))
     return tuple(name for name in SOURCES if name in names)
@@ -109,7 +119,7 @@ def costs_for(n: int, costs: dict[int, Costs]) -> Costs | None:
     return costs[n] if near == n else costs[near].scaled(near / n)
 
 
-def check(draft: Any, heads: Any, policy: str, accept: str, kwargs: dict[str, Any]) -> None:
+def check(draft: Any, heads: Any, draft_model: Any, policy: str, accept: str, kwargs: dict[str, Any]) -> None:
     """Refuse arguments of `Llama` that cannot work together.
 
     Raises:
@@ -122,9 +132,14 @@ def check(draft: Any, heads: Any, policy: str, accept: str, kwargs: dict[str, An
     if draft is None:
         if heads is not None:
             raise ValueError('heads are given but draft is None: pass draft="entmtp" to use them')
+        if isinstance(draft_model, (str, Path)):
+            raise ValueError('draft_model names a file but draft is None: pass draft="entmtp" to use it')
         return
+    if draft_model is not None and not isinstance(draft_model, (str, Path)):
+        raise ValueError('draft_model cannot be an object with draft="entmtp": give a file, a smaller model\'s GGUF')
+    if draft_model is not None and policy != "auto":
+        raise ValueError(f'draft_model drafts under the policy "auto", not "{policy}"')
     for name, why in {
-        "draft_model": "drafts too: use one of the two",
         "embedding": "makes a context for embeddings, which has nothing to draft",
         "vocab_only": "loads no weights, so there is nothing to draft",
     }.items():

@@ -26,7 +26,11 @@ class Host(Llama):
         n_slots: so many.
     """
 
+    one_text = False
+
     def __init__(self, model_path: str | Path, *, n_slots: int, **kwargs: Any):
+        if kwargs.get("draft_model") is not None:
+            raise ValueError("draft_model follows one text: an engine, which writes several, cannot draft with it")
         self._n_slots = n_slots
         super().__init__(model_path, **kwargs)
 

@@ -20,10 +20,12 @@ from .models.beside import find_heads, heads_of
 from .models.hub import PREFIX as HUB
 from .models.known import is_known
 from .models.names import resolve
+from .models.nextn import prediction_layers
 from .models.tokenizer import Tokenizer
 from .native import kernels as cpu_kernels
 from .native.arrays import POLICIES, PRICED, SCORES
 from .native.decoder import Decoder
+from .native.draft_model import DraftModel
 from .native.heads import Heads
 from .native.rpc import Servers
 from .native.stats import DraftStats
@@ -57,7 +59,10 @@ class Llama(Paced):
             None: `"auto"`, but `"entropy"` where `trees` are given to choose from.
         drafters: who drafts under policy `"auto"`: `"auto"` (all there are), or some of `"text"` (what followed when
             the last tokens came before), `"recycling"` (what the model held probable after a token last time) and
-            `"heads"`.
+            `"heads"` and `"model"`.
+        draft_model: a smaller model with the same vocabulary that drafts: a GGUF file, or its `hf:` name. None: the
+            model's own layers for multi-token prediction (NextN, MTP), if its file has any that llama.cpp can use.
+            With draft=None a `LlamaDraftModel`, as in llama-cpp-python.
         score: what a published policy follows: `"entropy"`, `"top1"` or `"path"`.
         calibrate: measure what passes cost on this machine (under two seconds, once per model and machine; kept in the
             user's cache) unless the bank was tuned here. False: believe the bank's costs until the process knows
@@ -88,6 +93,8 @@ class Llama(Paced):
             process can go on with others.
     """
 
+    one_text = True  # at a time
+
     def __init__(
         self,
         model_path: str | Path,
@@ -97,6 +104,7 @@ class Llama(Paced):
         trees: str | Path | Bank | None = None,
         policy: str | None = None,
         drafters: str | Sequence[str] = "auto",
+        draft_model: Any = None,
         score: str = "entropy",
         calibrate: bool = True,
         adapt: bool = True,
@@ -111,9 +119,12 @@ class Llama(Paced):
     ):
         # first: close() needs these, even after an argument that cannot work
         self.heads_path: str | None = None
+        self.draft_model_path: str | None = None
         self._stack = contextlib.ExitStack()
         self._decoder: Decoder | None = None
         self._heads: Heads | None = None
+        self._draft_model: DraftModel | None = None
+        self._predicts = False  # the model's own prediction layers draft
         self.bank: Bank | None = None  # what is drafted from, None without drafting
         self.policy = "off"
         self.tree: str | None = None  # the one of policy "static"
@@ -122,7 +133,7 @@ class Llama(Paced):
         # called with each sampled token, and which drafters had guessed it (bits of native.abi.SOURCES; 0: none)
         self.on_token: Callable[[int, int], None] | None = None
         policy = policy or ("auto" if trees is None else "entropy")
-        drafting.check(draft, heads, policy, accept, kwargs)
+        drafting.check(draft, heads, draft_model, policy, accept, kwargs)
         drafting.one_of("score", score, SCORES)
         outputs = outputs or os.environ.get("ENTMTP_OUTPUTS") or "auto"
         drafting.one_of("outputs", outputs, drafting.OUTPUTS)
@@ -132,7 +143,11 @@ class Llama(Paced):
             heads = heads_of(model_path, heads) if heads is not None else find_heads(Path(model_path))
             self.heads_path = None if heads is None else str(heads)
             drafting.check_heads(policy, heads is not None)
-            who = drafting.who_drafts(drafters, heads is not None)
+            self._find_draft_model(Path(model_path), draft_model, policy, drafters)
+            has_model = self._predicts or self.draft_model_path is not None
+            who = drafting.who_drafts(drafters, heads is not None, has_model)
+        elif draft_model is not None:
+            kwargs["draft_model"] = draft_model
 
         # read before the model, which may take long to load
         bank, tree = (None, None) if draft is None or trees is None else load_bank(trees)
@@ -177,13 +192,17 @@ class Llama(Paced):
                 self._heads = self._stack.enter_context(
                     contextlib.closing(Heads(heads, self.model, self.n_threads_batch))
                 )
+            if draft is not None and "model" in who:
+                who = self._load_draft_model(who)
             self._decoder = self._stack.enter_context(contextlib.closing(Decoder(self.ctx, self._heads)))
             self._decoder.set_stats(stats)
             self._decoder.set_outputs("host" if self.logits_all else outputs)
 
-            if draft is not None and self._heads is None and not self._decoder.can_tree():
+            if draft is not None and self._heads is None and not self._decoder.can_chain():
                 self.warn_once("the memory of this model cannot hold a token tree: decoding plainly")
             elif draft is not None:
+                if self._draft_model is not None:
+                    self._decoder.set_draft_model(self._draft_model)
                 self._settings: dict[str, Any] = {"score": score, "adapt": adapt, "drafters": who}
                 self._calibrate = calibrate
                 self._set_bank(bank or drafting.default_bank(self), tree, policy)
@@ -192,6 +211,35 @@ class Llama(Paced):
     def prepare_model(self, params: Any) -> None:
         if self._servers is not None:
             params.devices = ctypes.cast(self._servers.devices, ctypes.c_void_p)
+
+        params.load_mtp = self._predicts
+
+    def _find_draft_model(
+        self, model: Path, named: str | Path | None, policy: str, drafters: str | Sequence[str]
+    ) -> None:
+        """Which model drafts: the one that is named, or the model's own prediction layers."""
+        if named is not None:
+            self.draft_model_path = str(resolve(named))
+        elif policy == "auto" and self.one_text and (drafters == "auto" or "model" in drafters):
+            layers = prediction_layers(model)
+            if layers is not None and layers.problem:
+                self.warn_once(f"{model.name}: its layers for multi-token prediction do not draft: {layers.problem}")
+            self._predicts = layers is not None and not layers.problem
+
+    def _load_draft_model(self, who: tuple[str, ...]) -> tuple[str, ...]:
+        """Load the model that drafts; who drafts, without it where prediction layers cannot be used."""
+        try:
+            self._draft_model = DraftModel(
+                self.ctx, self.context_params, self.draft_model_path, self.model_params
+            )
+        except EntmtpError as e:
+            if self.draft_model_path is not None:
+                raise
+            self.warn_once(f"the model's layers for multi-token prediction do not draft: {e}")
+            self._predicts = False
+            return tuple(name for name in who if name != "model")
+        self._stack.callback(self._draft_model.close)
+        return who
 
     def must_evaluate(self) -> bool:
         if self._decoder is None:
@@ -222,7 +270,7 @@ class Llama(Paced):
 
     @property
     def drafters(self) -> tuple[str, ...]:
-        """Who drafts under policy "auto": some of "text", "recycling" and "heads"."""
+        """Who drafts under policy "auto": some of "text", "recycling", "heads" and "model"."""
         return tuple(self._settings["drafters"]) if self.bank is not None else ()
 
     @property
@@ -289,7 +337,9 @@ class Llama(Paced):
             try:
                 self._settings = settings | {"score": score}
                 if drafters is not None:
-                    self._settings["drafters"] = drafting.who_drafts(drafters, self._heads is not None)
+                    self._settings["drafters"] = drafting.who_drafts(
+                        drafters, self._heads is not None, self._draft_model is not None
+                    )
                 self._set_bank(bank, tree or named, policy)
             except (EntmtpError, ValueError):
                 self._settings = settings

@@ -42,7 +42,7 @@ POLICIES = {
 }
 
 # enum entmtp_source
-SOURCES = {"text": 1, "recycling": 2, "heads": 4}
+SOURCES = {"text": 1, "recycling": 2, "heads": 4, "model": 8}
 
 # enum entmtp_score
 SCORES = {"entropy": 0, "top1": 1, "path": 2}
@@ -52,7 +52,7 @@ CRITERIA = {"ratio": 0, "price": 1}
 
 N_ACCEPT = 9  # ENTMTP_N_ACCEPT
 N_AHEAD = 7  # ENTMTP_N_AHEAD
-N_SETS, N_INPUTS = 8, 12  # ENTMTP_N_SETS, ENTMTP_N_INPUTS
+N_SETS, N_INPUTS = 16, 15  # ENTMTP_N_SETS, ENTMTP_N_INPUTS
 
 
 class HeadsInfo(ctypes.Structure):
@@ -255,6 +255,19 @@ heads_prefix = _bind("entmtp_heads_prefix", c_int32, c_void_p, c_void_p, c_int32
 # uint64_t entmtp_vocab_fingerprint(const struct llama_model * model);
 vocab_fingerprint = _bind("entmtp_vocab_fingerprint", c_uint64, c_void_p)
 
+# struct entmtp_draft_model * entmtp_draft_model_init(
+#         struct llama_context * ctx, struct llama_model * model, const struct llama_context_params * params);
+draft_model_init = _bind("entmtp_draft_model_init", c_void_p, c_void_p, c_void_p, c_void_p)
+
+# void entmtp_draft_model_free(struct entmtp_draft_model * draft);
+draft_model_free = _bind("entmtp_draft_model_free", None, c_void_p)
+
+# const char * entmtp_draft_model_broken(const struct entmtp_draft_model * draft);
+draft_model_broken = _bind("entmtp_draft_model_broken", c_char_p, c_void_p)
+
+# double entmtp_draft_model_cost(const struct entmtp_draft_model * draft);
+draft_model_cost = _bind("entmtp_draft_model_cost", c_double, c_void_p)
+
 # struct entmtp_decoder * entmtp_decoder_init(struct llama_context * ctx, struct entmtp_heads * heads);
 decoder_init = _bind("entmtp_decoder_init", c_void_p, c_void_p, c_void_p)
 
@@ -330,6 +343,12 @@ decoder_n_evaluated = _bind("entmtp_decoder_n_evaluated", c_int32, c_void_p)
 
 # bool entmtp_decoder_can_continue(const struct entmtp_decoder * dec, int32_t n_past);
 decoder_can_continue = _bind("entmtp_decoder_can_continue", c_bool, c_void_p, c_int32)
+
+# bool entmtp_decoder_can_chain(const struct entmtp_decoder * dec);
+decoder_can_chain = _bind("entmtp_decoder_can_chain", c_bool, c_void_p)
+
+# int32_t entmtp_decoder_set_draft_model(struct entmtp_decoder * dec, struct entmtp_draft_model * draft);
+decoder_set_draft_model = _bind("entmtp_decoder_set_draft_model", c_int32, c_void_p, c_void_p)
 
 # bool entmtp_decoder_can_tree(const struct entmtp_decoder * dec);
 decoder_can_tree = _bind("entmtp_decoder_can_tree", c_bool, c_void_p)

@@ -14,6 +14,7 @@ from ..bank.costs import Costs
 from ..common.errors import EntmtpError
 from . import abi as n
 from .arrays import Arrays
+from .draft_model import DraftModel
 from .heads import Heads
 from .stats import STEP_DTYPE, DraftStats, OlderSteps, Outputs, Traffic
 
@@ -44,6 +45,7 @@ class Decoder:
         self._is_own = True
         self._token = ctypes.c_int32()
         self._heads = heads
+        self._drafting: DraftModel | None = None  # kept alive
         self.bank: Bank | None = None
         self.stats_enabled = False
         self._before = Traffic()  # of before the last reset_stats
@@ -178,6 +180,16 @@ class Decoder:
     def can_continue(self, n_past: int) -> bool:
         """The memory still holds what a token after the first `n_past` attends to (sliding windows forget)."""
         return bool(n.decoder_can_continue(self._ptr, n_past))
+
+    def set_draft_model(self, draft: DraftModel | None) -> None:
+        """The model that drafts from now on, under the policy `auto`; it must outlive the decoder."""
+        n.check(n.decoder_set_draft_model(self._ptr, draft._ptr if draft else None))
+        self._drafting = draft
+
+    def can_chain(self) -> bool:
+        """It can hold drafts one after the other and be cut back by them: trees, or a recurrent memory with states to
+        go back to."""
+        return bool(n.decoder_can_chain(self._ptr))
 
     def can_tree(self) -> bool:
         """The memory of the model can hold a token tree (recurrent and hybrid ones cannot)."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import numpy.typing as npt
 
-DRAFTERS = ("text", "recycling", "heads")  # enum entmtp_source, in its order
+DRAFTERS = ("text", "recycling", "heads", "model")  # enum entmtp_source, in its order
 
 # struct entmtp_step
 STEP_DTYPE = np.dtype(

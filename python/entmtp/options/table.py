@@ -19,7 +19,7 @@ CONTEXT = 4096  # tokens
 # compares them.
 POLICIES = ("off", "static", "entropy", "confidence", "ladder", "hysteresis", "best-depth", "auto")
 NEED_HEADS = ("entropy", "confidence", "ladder", "hysteresis", "best-depth")
-DRAFTERS = ("text", "recycling", "heads")
+DRAFTERS = ("text", "recycling", "heads", "model")
 SCORES = ("entropy", "top1", "path")
 ACCEPT = ("lossless", "typical")
 OUTPUTS = ("auto", "host", "rows", "device")
@@ -165,8 +165,14 @@ OPTIONS = (
     Option(
         "drafters", ("drafters",), "drafting",
         "who drafts under auto: text (what followed when the last tokens came before), recycling (what the model held "
-        "probable after a token when it last saw it), heads, or auto: all there are",
+        "probable after a token when it last saw it), heads, model (--draft-model, or the model's own layers for "
+        "multi-token prediction), or auto: all there are",
         "auto", type=_drafters, metavar="NAME[,…]",
+    ),
+    Option(
+        "draft_model", ("draft_model",), "drafting",
+        "a smaller model of the same family that drafts: a GGUF file, or hf:owner/repo[/file]",
+        "the model's own prediction layers (MTP), if its file has any", metavar="FILE",
     ),
     Option(
         "trees", ("trees",), "drafting", "a bank of trees: a path or a name, bank:tree for --draft static",
