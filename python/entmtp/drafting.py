@@ -17,6 +17,9 @@ from .native.arrays import NEED_HEADS, POLICIES
 ACCEPT = ("lossless", "typical")
 OUTPUTS = ("auto", "host", "rows", "device")
 PASSES = 6  # that measuring costs takes at least
+# states that recurrent and hybrid memories keep to go back to: so many tokens in a row are drafted at most. Each takes as
+# much memory as the model's own state
+CHAIN = 4
 
 
 def one_of(name: str, value: object, known: Sequence[str]) -> None:
@@ -80,7 +83,7 @@ def own_costs(llm: Subject, bank: Bank, free: int | None) -> dict[int, Costs]:
         free: threads that the machine has to spare: they, and fewer, are measured, each half as many as the one before,
             while that takes no long. None: the number is fixed.
     """
-    if llm.n_ctx() < 128 or not llm.decoder.can_tree():
+    if llm.n_ctx() < 128 or not llm.decoder.can_chain():
         return {}
     numbers = [llm.n_threads] if free is None else halved(free)
     seconds = SECONDS if len(numbers) == 1 else 0.7 * SECONDS

@@ -124,6 +124,7 @@ class Llama(Paced):
         self._decoder: Decoder | None = None
         self._heads: Heads | None = None
         self._draft_model: DraftModel | None = None
+        self._drafts = draft is not None and policy in (None, "auto")
         self._predicts = False  # the model's own prediction layers draft
         self.bank: Bank | None = None  # what is drafted from, None without drafting
         self.policy = "off"
@@ -213,6 +214,9 @@ class Llama(Paced):
             params.devices = ctypes.cast(self._servers.devices, ctypes.c_void_p)
 
         params.load_mtp = self._predicts
+
+    def prepare_context(self, params: Any) -> None:
+        params.n_rs_seq = drafting.CHAIN if self._drafts else 0  # none where llama.cpp cannot go back
 
     def _find_draft_model(
         self, model: Path, named: str | Path | None, policy: str, drafters: str | Sequence[str]

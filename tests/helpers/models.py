@@ -91,7 +91,7 @@ def byte_tokens() -> list[str]:
     return [chr(b) if b in printable else chr(0x100 + others.index(b)) for b in range(256)]
 
 
-class _Weights:
+class Weights:
     """Draws tensors and adds them to the file; the same name and seed give the same weights."""
 
     def __init__(self, writer: gguf.GGUFWriter, seed: int, types: tuple[tuple[str, str], ...] = ()) -> None:
@@ -122,7 +122,7 @@ class _Weights:
         self.writer.add_tensor(name, rng.normal(0.0, 0.3, shape).astype(np.float32))
 
 
-def _add_vocab(w: gguf.GGUFWriter) -> None:
+def add_vocab(w: gguf.GGUFWriter) -> None:
     tokens = [*byte_tokens(), "th", "<|end|>"]
     kinds = [gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL]
     while len(tokens) < N_VOCAB:
@@ -138,7 +138,7 @@ def _add_vocab(w: gguf.GGUFWriter) -> None:
     w.add_add_bos_token(False)
 
 
-def _add_attention(t: _Weights, s: Spec, prefix: str) -> None:
+def _add_attention(t: Weights, s: Spec, prefix: str) -> None:
     # sharp attention (gain on queries and keys): one token wrongly seen, or missed, moves the logits a lot
     t.normal(f"{prefix}.attn_q.weight", s.n_head * s.head_dim, s.n_embd, gain=1.5)
     t.normal(f"{prefix}.attn_k.weight", s.n_head_kv * s.head_dim, s.n_embd, gain=1.5)
@@ -157,7 +157,7 @@ def _add_attention(t: _Weights, s: Spec, prefix: str) -> None:
         t.norm(f"{prefix}.post_attention_norm.weight", s.n_embd)
 
 
-def _add_latent_attention(t: _Weights, s: Spec, prefix: str) -> None:
+def _add_latent_attention(t: Weights, s: Spec, prefix: str) -> None:
     t.norm(f"{prefix}.attn_q_a_norm.weight", s.latent)
     t.norm(f"{prefix}.attn_kv_a_norm.weight", s.latent)
     t.normal(f"{prefix}.attn_q_a.weight", s.latent, s.n_embd)
@@ -168,7 +168,7 @@ def _add_latent_attention(t: _Weights, s: Spec, prefix: str) -> None:
     t.normal(f"{prefix}.attn_output.weight", s.n_embd, s.n_head * s.head_dim)
 
 
-def _add_ffn(t: _Weights, s: Spec, prefix: str) -> None:
+def _add_ffn(t: Weights, s: Spec, prefix: str) -> None:
     if s.arch not in ("olmo2", "gpt-oss"):
         t.norm(f"{prefix}.ffn_norm.weight", s.n_embd)
     if s.n_expert and not (s.latent and prefix == "blk.0"):
@@ -193,7 +193,7 @@ def _add_ffn(t: _Weights, s: Spec, prefix: str) -> None:
         t.norm(f"{prefix}.post_ffw_norm.weight", s.n_embd)
 
 
-def _add_mamba(w: gguf.GGUFWriter, t: _Weights, s: Spec, prefix: str) -> None:
+def _add_mamba(w: gguf.GGUFWriter, t: Weights, s: Spec, prefix: str) -> None:
     d_conv, d_inner, d_state, dt_rank = 4, 2 * s.n_embd, 16, 4
     t.normal(f"{prefix}.ssm_in.weight", 2 * d_inner, s.n_embd)
     t.normal(f"{prefix}.ssm_conv1d.weight", d_inner, d_conv)
@@ -211,7 +211,7 @@ def write_model(path: Path, spec: Spec, seed: int = 1) -> Path:
     """Write a model of shape `spec` to `path`."""
     s = spec
     w = gguf.GGUFWriter(path, s.arch)
-    t = _Weights(w, seed, s.types)
+    t = Weights(w, seed, s.types)
 
     w.add_name(f"random {s.arch}")
     w.add_context_length(2048)
@@ -220,7 +220,7 @@ def write_model(path: Path, spec: Spec, seed: int = 1) -> Path:
     w.add_feed_forward_length(s.n_ff)
     w.add_layer_norm_rms_eps(1e-6)
     w.add_vocab_size(N_VOCAB)
-    _add_vocab(w)
+    add_vocab(w)
     if s.arch == "mamba":
         w.add_head_count(0)
         w.add_ssm_conv_kernel(4)
@@ -295,9 +295,9 @@ def experts_path(name: str) -> Path:
 def write_encoder(path: Path) -> Path:
     """A BERT of one layer: it reads, and writes nothing."""
     w = gguf.GGUFWriter(path, "bert")
-    t = _Weights(w, 1)
+    t = Weights(w, 1)
     d, n_ff, n_ctx = 64, 96, 128
-    _add_vocab(w)
+    add_vocab(w)
     w.add_token_type_count(2)
     w.add_context_length(n_ctx)
     w.add_embedding_length(d)

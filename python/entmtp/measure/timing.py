@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import llama_cpp
 import numpy as np
 
 from ..bank import PLAIN, Bank, Costs, Tree
@@ -59,6 +60,8 @@ def measure(
         budget: seconds after which nothing new is started (at most `n_rounds` rounds); sizes that were not reached are
             interpolated, and chains are taken for the sum of their heads.
     """
+    if not llm.decoder.can_tree():
+        return measure_chains(llm, n_rounds, budget, seed)
     dec, heads = llm.decoder, llm.draft_heads if llm.heads_path else None
     n_heads = heads.n_heads if heads else 0
     room = min(llm.n_ctx(), llm.n_batch) - 1
@@ -148,6 +151,40 @@ def measure(
         context=contexts[0],
         key=machine_key(llm),
     )
+
+
+def measure_chains(llm: Subject, n_rounds: int, budget: float | None, seed: int = 0) -> Costs:
+    """The same where the memory holds no trees: passes over a few tokens in a row, as many as it can be cut back by."""
+    dec, start = llm.decoder, time.perf_counter()
+    sizes = range(1, 2 + llama_cpp.llama_n_rs_seq(llm.ctx))
+    rng = np.random.default_rng(seed)
+    depth, verify = 16, _Timings()
+
+    def run(n: int, at: int) -> float:
+        tokens = rng.integers(0, llm.n_vocab(), n).tolist()
+        begin = time.perf_counter()
+        dec.eval(tokens, at, all_outputs=n > 1)
+        return (time.perf_counter() - begin) * 1e6
+
+    for i in range(n_rounds + 1):
+        llm.reset()
+        run(depth, 0)
+        at = depth
+        for n in sizes:
+            if at + n > llm.n_ctx():
+                break
+            us = run(n, at)
+            at += n
+            if i > 0:  # graphs are new in the first round
+                verify.add(n, us)
+        if i > 1 and budget is not None and time.perf_counter() - start > budget:
+            break
+    llm.reset()
+    llm.reset_draft_stats()
+    return Costs(
+        verify={depth: {n: round(verify.median(n), 1) for n in sizes if n in verify.us}},
+        chain=(0.0,), level=(), spread=round(verify.spread(), 3), context=depth, key=machine_key(llm),
+    )  # fmt: skip
 
 
 def measure_rest(llm: Subject, costs: Costs, n_tokens: int = 96, **sampling: Any) -> Costs:
