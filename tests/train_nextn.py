@@ -1,9 +1,9 @@
 """Train a prediction layer (NextN) for a Llama-like model, so that drafting with one can be tested and measured.
 
-The model comes out under the name of an architecture that has such layers (helpers/nextn.py). Text and states are those of
-`python -m entmtp.train --keep-work`.
+The model comes out under the name of an architecture that has such layers (helpers/nextn.py). Text and states are those
+of `python -m entmtp.train --keep-work`.
 
-    python -m entmtp.train -m base.gguf -o heads.gguf --data prompts.jsonl --tokens 400k --heads 1 --epochs 1 --keep-work
+    python -m entmtp.train -m base.gguf -o heads.gguf --data prompts.jsonl --tokens 400k --heads 1 --keep-work
     python tests/train_nextn.py base.gguf heads.gguf.train nextn.gguf
 """
 
@@ -24,10 +24,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from helpers.nextn import layer_shapes, with_nextn
-
 from entmtp.train.base import read_matrices
 from entmtp.train.states import Layout, Store
+from helpers.nextn import layer_shapes, with_nextn
 
 CHAIN = 3  # guesses in a row that are trained: the later ones from the layer's own states
 DECAY = 0.7  # what each weighs against the one before
@@ -101,13 +100,19 @@ class Layer(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("base", type=Path)
     parser.add_argument("work", type=Path, help="folder of text and states")
     parser.add_argument("outfile", type=Path)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--vocab", type=int, default=6144, help="most frequent tokens that are told apart (default: 6144)")
-    parser.add_argument("--others", type=int, default=1024, help="further tokens, drawn for each step (default: 1024)")
+    parser.add_argument(
+        "--vocab", type=int, default=6144, help="frequent tokens that are told apart (default: 6144)"
+    )
+    parser.add_argument(
+        "--others", type=int, default=1024, help="further tokens, drawn for each step (default: 1024)"
+    )
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--type", default="Q8_0", help="of the layer's matrices (default: Q8_0)")
@@ -118,7 +123,6 @@ def main() -> None:
 
     layer = Layer(args.base)
     embedding, output = (torch.tensor(m) for m in read_matrices(args.base))
-    k = (args.work / "states.p").stat().st_size // 4 // ((args.work / "states.ids").stat().st_size // 4)
     n_rows = (args.work / "states.hidden").stat().st_size // 2 // layer.n_embd
     k = (args.work / "states.ids").stat().st_size // 4 // n_rows
     texts, states = Store(args.work, Layout(n_rows, layer.n_embd, k)).opened()
@@ -192,7 +196,10 @@ def main() -> None:
             step += 1
             if step % 10 == 0 or step == n_steps:
                 shares = " ".join(f"{x:.3f}" for x in right)
-                print(f"step {step}/{n_steps} {time.monotonic() - began:.0f} s loss {float(loss):.3f} right {shares}", flush=True)
+                print(
+                    f"step {step}/{n_steps} {time.monotonic() - began:.0f} s loss {float(loss):.3f} right {shares}",
+                    flush=True,
+                )
     with torch.no_grad():
         rights = [losses([int(i)], 0)[1] for i in held]
     print("held out, right:", " ".join(f"{x:.3f}" for x in np.mean(rights, 0)))

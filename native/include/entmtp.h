@@ -120,9 +120,10 @@ ENTMTP_API uint64_t entmtp_vocab_fingerprint(const struct llama_model * model);
 //           model itself was loaded with (llama_model_params.load_mtp)
 //   params  struct llama_context_params of ctx; sizes are chosen here
 // NULL on failure.
-ENTMTP_API struct entmtp_draft_model *
-entmtp_draft_model_init(struct llama_context * ctx, struct llama_model * model, const struct llama_context_params * params);
-ENTMTP_API void entmtp_draft_model_free(struct entmtp_draft_model * draft);
+ENTMTP_API struct entmtp_draft_model * entmtp_draft_model_init(struct llama_context *              ctx,
+                                                               struct llama_model *                model,
+                                                               const struct llama_context_params * params);
+ENTMTP_API void                        entmtp_draft_model_free(struct entmtp_draft_model * draft);
 
 // why it does not draft any more, one sentence; empty: it does
 ENTMTP_API const char * entmtp_draft_model_broken(const struct entmtp_draft_model * draft);

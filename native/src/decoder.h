@@ -44,7 +44,7 @@ class decoder {
 
     void set_trees(std::vector<tree> bank);
     void set_policy(const entmtp_policy_params & p);
-    void set_draft_model(draft_model * d); // null: none
+    void set_draft_model(draft_model * d);                   // null: none
     void set_threads(int32_t n, const entmtp_costs * costs); // costs: see scheduler
     void set_stats(bool enabled);
     void reset_stats();

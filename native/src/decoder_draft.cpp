@@ -72,7 +72,7 @@ void decoder::mix(const entmtp_signals & s) {
     }
     const int32_t n_heads   = draft_heads ? draft_heads->n_heads() : 0;
     const bool    sees_path = draft_heads && draft_heads->sees_path();
-    const auto &  nodes = policy.mix(text, rows, s, running.get(), room(), n_heads, sees_path, expand, model);
+    const auto &  nodes     = policy.mix(text, rows, s, running.get(), room(), n_heads, sees_path, expand, model);
 
     grown.parent.assign(1, -1);
     grown.rank.assign(1, 0);

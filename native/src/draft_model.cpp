@@ -13,8 +13,9 @@
 
 namespace entmtp {
 
-static constexpr int32_t most_waiting = 256;  // states that are kept before the layers are run over them
-static constexpr double  rate         = 0.1;  // of what a pass took, in what is believed of the next
+static constexpr int32_t most_waiting = 256; // states that wait before the layers are run over them
+static constexpr int32_t most_kept    = 256; // and that are kept afterwards; now and then twice as many
+static constexpr double  rate         = 0.1; // of what a pass took, in what is believed of the next
 
 draft_model::draft_model(llama_context * target, llama_model * model, llama_context_params params) :
     target(target), own_layers(model == nullptr) {
@@ -31,15 +32,15 @@ draft_model::draft_model(llama_context * target, llama_model * model, llama_cont
     n_embd  = llama_model_n_embd_out(base);
     n_batch = (int32_t) std::min(llama_n_ctx_seq(target), 512u);
 
-    params.n_ctx           = llama_n_ctx_seq(target);
-    params.n_batch         = (uint32_t) n_batch;
-    params.n_ubatch        = (uint32_t) n_batch;
-    params.n_seq_max       = 1;
-    params.n_rs_seq        = 0;
-    params.embeddings      = false;
-    params.ctx_type        = own_layers ? LLAMA_CONTEXT_TYPE_MTP : LLAMA_CONTEXT_TYPE_DEFAULT;
-    params.ctx_other       = own_layers ? target : nullptr;
-    params.abort_callback  = nullptr;
+    params.n_ctx          = llama_n_ctx_seq(target);
+    params.n_batch        = (uint32_t) n_batch;
+    params.n_ubatch       = (uint32_t) n_batch;
+    params.n_seq_max      = 1;
+    params.n_rs_seq       = 0;
+    params.embeddings     = false;
+    params.ctx_type       = own_layers ? LLAMA_CONTEXT_TYPE_MTP : LLAMA_CONTEXT_TYPE_DEFAULT;
+    params.ctx_other      = own_layers ? target : nullptr;
+    params.abort_callback = nullptr;
     ctx.reset(llama_init_from_model(model, params));
     if (!ctx) {
         throw std::runtime_error("draft model: llama.cpp cannot make a context of it");
@@ -62,8 +63,8 @@ void draft_model::check_vocabulary() const {
     const llama_vocab * b = llama_model_get_vocab(llama_get_model(ctx.get()));
     const int32_t       n = llama_vocab_n_tokens(a);
     if (std::abs(n - n_vocab) > 128) { // files are padded differently
-        throw std::runtime_error("draft model: its vocabulary has " + std::to_string(n_vocab) + " tokens, the model's " +
-                                 std::to_string(n) + "; a drafter needs the same one");
+        throw std::runtime_error("draft model: its vocabulary has " + std::to_string(n_vocab) +
+                                 " tokens, the model's " + std::to_string(n) + "; a drafter needs the same one");
     }
     for (int32_t i = 0; i < n_known; ++i) {
         if (std::strcmp(llama_vocab_get_text(a, i), llama_vocab_get_text(b, i)) != 0) {
@@ -230,8 +231,9 @@ const float * draft_model::catch_up(int32_t root) {
     if (logits) {
         n_final += (int32_t) waiting.size();
         waiting.clear();
-        const int32_t n_old = n_states() - 1; // the last is before the token that comes next
-        if (n_old > 0) {
+        // the last is before the token that comes next; more are kept, for the text may be cut back
+        const int32_t n_old = n_states() - most_kept;
+        if (n_old > most_kept) {
             states.erase(states.begin(), states.begin() + (ptrdiff_t) n_old * n_embd);
             state0 += n_old;
         }

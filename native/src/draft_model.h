@@ -84,7 +84,7 @@ class draft_model {
     int32_t              n_final = 0; // of these, that are the text's and stay
 
     // prediction layers: settled tokens that they have not seen yet, from position n_final on, and the target's hidden
-    // states, from the token before these on
+    // states, of these and of some before
     std::vector<int32_t> waiting;
     std::vector<float>   states;     // [n][n_embd]
     int32_t              state0 = 0; // position of the first
@@ -92,8 +92,8 @@ class draft_model {
 
     std::string why;
 
-    double t_pass  = 0.0;             // us of a pass over one token
-    double t_token = 0.0;             // us of every further one
+    double t_pass  = 0.0; // us of a pass over one token
+    double t_token = 0.0; // us of every further one
 };
 
 } // namespace entmtp

@@ -23,7 +23,7 @@ int32_t foresight::bin(bool is_root, float running, float q) {
 }
 
 void foresight::see(bool is_root, int32_t bin, const scenario & s) {
-    int32_t & at = next[(is_root ? 0 : n_bins) + bin];
+    int32_t & at                      = next[(is_root ? 0 : n_bins) + bin];
     (is_root ? root : below)[bin][at] = s;
     at                                = (at + 1) % n_scenarios;
 }

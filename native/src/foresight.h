@@ -26,8 +26,8 @@ class foresight {
     void see(bool is_root, int32_t bin, const scenario & s); // in place of the oldest
 
   private:
-    std::array<scenarios, n_bins> root;
-    std::array<scenarios, n_bins> below;
+    std::array<scenarios, n_bins>   root;
+    std::array<scenarios, n_bins>   below;
     std::array<int32_t, 2 * n_bins> next = {};
 };
 

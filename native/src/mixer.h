@@ -45,8 +45,8 @@ class mixer {
 
     // a model that drafts: its guesses after a path below the root [n_guess], and what they cost after one of l tokens, us
     struct asked_model {
-        int32_t                                                                                        depth = 0; // 0: none
-        std::function<double(int32_t l)>                                                               cost;
+        int32_t                                                                                 depth = 0; // 0: none
+        std::function<double(int32_t l)>                                                        cost;
         std::function<bool(const std::vector<int32_t> & path, int32_t * tokens, float * log_p)> guess;
     };
 
@@ -61,8 +61,8 @@ class mixer {
         int32_t            n_max;   // nodes there is room for
         int32_t            n_heads;
         bool               sees_path;
-        uint32_t           allowed;      // sources whose nodes may enter the tree: the others only learn
-        uint32_t           forced;       // of these the first guess is wanted, whatever it is expected to bring
+        uint32_t           allowed;          // sources whose nodes may enter the tree: the others only learn
+        uint32_t           forced;           // of these the first guess is wanted, whatever it is expected to bring
         int32_t            n_others = 0;     // tokens of others in the pass
         bool               chain    = false; // one token after the other: the memory can hold no more
     };

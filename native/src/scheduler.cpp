@@ -226,13 +226,13 @@ const std::vector<grower::node> & scheduler::grow(const entmtp_signals &    s,
                       expand);
 }
 
-const std::vector<mixer::node> & scheduler::mix(const text_index &       text,
-                                                const successors &       rows,
-                                                const entmtp_signals &   s,
-                                                float                    running,
-                                                int32_t                  n_max,
-                                                int32_t                  n_heads,
-                                                bool                     sees_path,
+const std::vector<mixer::node> & scheduler::mix(const text_index &         text,
+                                                const successors &         rows,
+                                                const entmtp_signals &     s,
+                                                float                      running,
+                                                int32_t                    n_max,
+                                                int32_t                    n_heads,
+                                                bool                       sees_path,
                                                 const mixer::expand_fn &   expand,
                                                 const mixer::asked_model & model) {
     return all_drafters.grow(
@@ -252,10 +252,10 @@ void scheduler::observe_each(int32_t n_nodes, const std::vector<int32_t> & path,
     }
     for (int32_t i = 0; i < n_sources; ++i) {
         const bool   is_heads = i == first_of(from_heads), is_model = i == first_of(from_model);
-        const double own      = is_heads ? t_heads : is_model ? all_drafters.model_cost() : 0.0;
-        const bool   drafted  = n_by[i] > 0 || (is_heads && all_drafters.heads_ran()) ||
-                             (is_model && all_drafters.model_ran());
-        const double t        = t_more * n_by[i] / std::max(n_nodes - 1, 1) + own;
+        const double own = is_heads ? t_heads : is_model ? all_drafters.model_cost() : 0.0;
+        const bool   drafted =
+            n_by[i] > 0 || (is_heads && all_drafters.heads_ran()) || (is_model && all_drafters.model_ran());
+        const double t = t_more * n_by[i] / std::max(n_nodes - 1, 1) + own;
         now.keep_each[i].observe(drafted, n_accepted[i] - t / t_plain);
     }
 }
@@ -275,7 +275,7 @@ void scheduler::observe(int32_t tree, int32_t n_nodes, const outcome & o) {
         if (n_others == 0) {
             tokens_seen = forget_price * tokens_seen + (double) path.size();
             time_seen   = forget_price * time_seen + now.cost.verify(n_nodes) + t_heads +
-                        (mixed ? all_drafters.model_cost() : 0.0);
+                          (mixed ? all_drafters.model_cost() : 0.0);
         }
 
         if (!mixed) {

@@ -58,13 +58,13 @@ class scheduler {
                                            const grower::expand_fn & expand);
 
     // the same where the policy mixes drafters
-    const std::vector<mixer::node> & mix(const text_index &       text,
-                                         const successors &       rows,
-                                         const entmtp_signals &   s,
-                                         float                    running,
-                                         int32_t                  n_max,
-                                         int32_t                  n_heads,
-                                         bool                     sees_path,
+    const std::vector<mixer::node> & mix(const text_index &         text,
+                                         const successors &         rows,
+                                         const entmtp_signals &     s,
+                                         float                      running,
+                                         int32_t                    n_max,
+                                         int32_t                    n_heads,
+                                         bool                       sees_path,
                                          const mixer::expand_fn &   expand,
                                          const mixer::asked_model & model);
 

@@ -231,17 +231,17 @@ static void test_a_model_is_asked_while_it_pays() {
                                       return true;
                                   } };
         for (int32_t i = 0; i < 20; ++i) { // it is known by then what it says
-            n                 = 0;
+            n                = 0;
             const auto nodes = m.grow(w.now(from_model), w.heads(), model);
             CHECK(nodes.empty() || nodes[0].sources == from_model);
             CHECK(!m.model_ran() || m.model_cost() >= us);
         }
         return n;
     };
-    CHECK_EQ(n_asked(-0.01f, 10.0), 8);       // sure, and cheap: as deep as it goes
-    CHECK(n_asked(-0.5f, 100.0) < 8);         // p = 0.6: not for long
-    CHECK_EQ(n_asked(-0.01f, 5000.0), 0);     // a pass of its own is dearer than the model's
-    CHECK_EQ(n_asked(-3.0f, 200.0), 0);       // never right
+    CHECK_EQ(n_asked(-0.01f, 10.0), 8);   // sure, and cheap: as deep as it goes
+    CHECK(n_asked(-0.5f, 100.0) < 8);     // p = 0.6: not for long
+    CHECK_EQ(n_asked(-0.01f, 5000.0), 0); // a pass of its own is dearer than the model's
+    CHECK_EQ(n_asked(-3.0f, 200.0), 0);   // never right
 }
 
 //
@@ -293,7 +293,7 @@ static void test_odd_signals() {
     acceptance       model;
     proposal_signals s;
     s.row = s.model = 0.0f; // p = 1
-    s.head = INFINITY;
+    s.head          = INFINITY;
     for (uint32_t set = 1; set <= everyone; ++set) {
         for (int32_t i = 0; i < 5000; ++i) {
             model.observe(set, s, i % 2 == 0);

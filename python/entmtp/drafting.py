@@ -17,8 +17,8 @@ from .native.arrays import NEED_HEADS, POLICIES
 ACCEPT = ("lossless", "typical")
 OUTPUTS = ("auto", "host", "rows", "device")
 PASSES = 6  # that measuring costs takes at least
-# states that recurrent and hybrid memories keep to go back to: so many tokens in a row are drafted at most. Each takes as
-# much memory as the model's own state
+# states that recurrent and hybrid memories keep to go back to: so many tokens in a row are drafted at most. Each takes
+# as much memory as the model's own state
 CHAIN = 4
 
 
@@ -139,7 +139,9 @@ def check(draft: Any, heads: Any, draft_model: Any, policy: str, accept: str, kw
             raise ValueError('draft_model names a file but draft is None: pass draft="entmtp" to use it')
         return
     if draft_model is not None and not isinstance(draft_model, (str, Path)):
-        raise ValueError('draft_model cannot be an object with draft="entmtp": give a file, a smaller model\'s GGUF')
+        raise ValueError(
+            'draft_model cannot be an object with draft="entmtp": give a file, a smaller model\'s GGUF'
+        )
     if draft_model is not None and policy != "auto":
         raise ValueError(f'draft_model drafts under the policy "auto", not "{policy}"')
     for name, why in {

@@ -30,7 +30,9 @@ class Host(Llama):
 
     def __init__(self, model_path: str | Path, *, n_slots: int, **kwargs: Any):
         if kwargs.get("draft_model") is not None:
-            raise ValueError("draft_model follows one text: an engine, which writes several, cannot draft with it")
+            raise ValueError(
+                "draft_model follows one text: an engine, which writes several, cannot draft with it"
+            )
         self._n_slots = n_slots
         super().__init__(model_path, **kwargs)
 

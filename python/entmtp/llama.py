@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,21 @@ from . import drafting
 from .bank import Bank, load_bank
 from .common.errors import BusyError, Cancelled, EntmtpError
 from .common.use import Use
+from .drafted import Drafted
 from .models.beside import find_heads, heads_of
 from .models.hub import PREFIX as HUB
 from .models.known import is_known
 from .models.names import resolve
-from .models.nextn import prediction_layers
 from .models.tokenizer import Tokenizer
 from .native import kernels as cpu_kernels
-from .native.arrays import POLICIES, PRICED, SCORES
+from .native.arrays import SCORES
 from .native.decoder import Decoder
-from .native.draft_model import DraftModel
 from .native.heads import Heads
 from .native.rpc import Servers
-from .native.stats import DraftStats
-from .pace import Paced
 from .upstream import is_readable_grammar
 
 
-class Llama(Paced):
+class Llama(Drafted):
     """A `llama_cpp.Llama` in every argument and method, with tree speculation.
 
     With `draft="entmtp"` the same calls give the same tokens, in fewer passes of the model: each step drafts a tree of
@@ -93,8 +89,6 @@ class Llama(Paced):
             process can go on with others.
     """
 
-    one_text = True  # at a time
-
     def __init__(
         self,
         model_path: str | Path,
@@ -118,17 +112,8 @@ class Llama(Paced):
         **kwargs: Any,
     ):
         # first: close() needs these, even after an argument that cannot work
-        self.heads_path: str | None = None
-        self.draft_model_path: str | None = None
         self._stack = contextlib.ExitStack()
-        self._decoder: Decoder | None = None
-        self._heads: Heads | None = None
-        self._draft_model: DraftModel | None = None
-        self._drafts = draft is not None and policy in (None, "auto")
-        self._predicts = False  # the model's own prediction layers draft
-        self.bank: Bank | None = None  # what is drafted from, None without drafting
-        self.policy = "off"
-        self.tree: str | None = None  # the one of policy "static"
+        self.begin_drafting(drafts=draft is not None and policy in (None, "auto"))
         self._servers: Servers | None = None
         self._use = Use()
         # called with each sampled token, and which drafters had guessed it (bits of native.abi.SOURCES; 0: none)
@@ -161,8 +146,12 @@ class Llama(Paced):
         kwargs |= self.begin_pace(follows and cpu_kernels.current() != cpu_kernels.OFF)
         try:
             super().__init__(str(model_path), **kwargs)
-        except ValueError:
+        except ValueError as e:
             self._check_servers()
+            if (
+                self._no_prediction
+            ):  # llama.cpp loads no file that lacks part of a layer, whether it is used or not
+                raise ValueError(f"{e}: {self._no_prediction}") from e
             raise
         self._check_servers()  # a model that was loaded to a lost server looks like one
         if kwargs.get("tokenizer") is None:
@@ -212,70 +201,15 @@ class Llama(Paced):
     def prepare_model(self, params: Any) -> None:
         if self._servers is not None:
             params.devices = ctypes.cast(self._servers.devices, ctypes.c_void_p)
-
         params.load_mtp = self._predicts
 
     def prepare_context(self, params: Any) -> None:
         params.n_rs_seq = drafting.CHAIN if self._drafts else 0  # none where llama.cpp cannot go back
 
-    def _find_draft_model(
-        self, model: Path, named: str | Path | None, policy: str, drafters: str | Sequence[str]
-    ) -> None:
-        """Which model drafts: the one that is named, or the model's own prediction layers."""
-        if named is not None:
-            self.draft_model_path = str(resolve(named))
-        elif policy == "auto" and self.one_text and (drafters == "auto" or "model" in drafters):
-            layers = prediction_layers(model)
-            if layers is not None and layers.problem:
-                self.warn_once(f"{model.name}: its layers for multi-token prediction do not draft: {layers.problem}")
-            self._predicts = layers is not None and not layers.problem
-
-    def _load_draft_model(self, who: tuple[str, ...]) -> tuple[str, ...]:
-        """Load the model that drafts; who drafts, without it where prediction layers cannot be used."""
-        try:
-            self._draft_model = DraftModel(
-                self.ctx, self.context_params, self.draft_model_path, self.model_params
-            )
-        except EntmtpError as e:
-            if self.draft_model_path is not None:
-                raise
-            self.warn_once(f"the model's layers for multi-token prediction do not draft: {e}")
-            self._predicts = False
-            return tuple(name for name in who if name != "model")
-        self._stack.callback(self._draft_model.close)
-        return who
-
     def must_evaluate(self) -> bool:
         if self._decoder is None:
             return super().must_evaluate()
         return self._decoder.n_evaluated != self.n_tokens
-
-    @property
-    def decoder(self) -> Decoder:
-        """The decode loop behind `eval` and `sample`.
-
-        Raises:
-            ValueError: an encoder, or a model for embeddings or without weights, has none.
-        """
-        if self._decoder is None:
-            raise ValueError("this model has no decode loop")
-        return self._decoder
-
-    @property
-    def draft_heads(self) -> Heads:
-        """The heads that draft.
-
-        Raises:
-            ValueError: there are none.
-        """
-        if self._heads is None:
-            raise ValueError('there are no draft heads: create the model with draft="entmtp" and heads')
-        return self._heads
-
-    @property
-    def drafters(self) -> tuple[str, ...]:
-        """Who drafts under policy "auto": some of "text", "recycling", "heads" and "model"."""
-        return tuple(self._settings["drafters"]) if self.bank is not None else ()
 
     @property
     def rpc_servers(self) -> list[str]:
@@ -285,83 +219,6 @@ class Llama(Paced):
     def _check_servers(self) -> None:
         if self._servers is not None:
             self._servers.check()
-
-    def _set_bank(self, bank: Bank, tree: str | None, policy: str) -> None:
-        assert self._decoder is not None
-        if policy in PRICED and self._calibrate:
-            bank = self.with_own_costs(bank)
-        if policy == "auto":
-            bank = drafting.with_calibration(self, bank)
-        static_tree = 0
-        if policy == "static":
-            if tree is None and len(bank.trees) != 2:
-                names = ", ".join(t.name for t in bank.trees)
-                raise ValueError(
-                    f'policy="static" needs one tree: trees="{bank.name}:NAME" with one of {names}'
-                )
-            static_tree = bank.index(tree) if tree is not None else 1
-        elif tree is not None:
-            raise ValueError(f'trees names the tree {tree}, which only policy="static" uses')
-        self.bank, self.policy = bank, policy
-        self.tree = bank.trees[static_tree].name if policy == "static" else None
-        self.install(self._decoder)
-        self.name_threads()
-
-    def install(self, decoder: Decoder) -> None:
-        """Have a decoder draft as this model does."""
-        assert self.bank is not None
-        static_tree = self.bank.index(self.tree) if self.tree is not None else 0
-        decoder.set_bank(self.bank, self.policy, static_tree, **self._settings)
-
-    def set_trees(
-        self,
-        trees: str | Path | Bank | None = None,
-        policy: str = "auto",
-        score: str = "entropy",
-        tree: str | None = None,
-        drafters: str | Sequence[str] | None = None,
-    ) -> None:
-        """Draft in another way from now on, without loading anything anew. What was learned so far is forgotten.
-
-        Args:
-            trees, policy, score, drafters: as in the constructor; None keeps the bank, or who drafts.
-            tree: the tree of the bank that policy "static" uses.
-
-        Raises:
-            ValueError: arguments that cannot work; all stays as it was.
-        """
-        if self.bank is None:
-            raise ValueError('this model does not draft: create it with draft="entmtp"')
-        drafting.one_of("policy", policy, POLICIES)
-        drafting.one_of("score", score, SCORES)
-        drafting.check_heads(policy, self._heads is not None)
-        bank, named = (self.bank, None) if trees is None else load_bank(trees)
-        with self._use:
-            before, settings = (self.bank, self.tree, self.policy), self._settings
-            try:
-                self._settings = settings | {"score": score}
-                if drafters is not None:
-                    self._settings["drafters"] = drafting.who_drafts(
-                        drafters, self._heads is not None, self._draft_model is not None
-                    )
-                self._set_bank(bank, tree or named, policy)
-            except (EntmtpError, ValueError):
-                self._settings = settings
-                self._set_bank(*before)
-                raise
-
-    @property
-    def draft_stats(self) -> DraftStats:
-        """What the steps since the last `reset_draft_stats` did."""
-        with self._use:
-            stats = self._decoder.stats() if self._decoder else DraftStats()
-            return replace(stats, lossless=self.lossless)
-
-    def reset_draft_stats(self) -> None:
-        """Start counting anew."""
-        with self._use:
-            if self._decoder:
-                self._decoder.reset_stats()
 
     def cancel(self) -> None:
         """Stop the running generation within one pass of the model, from any thread. What was generated stays."""
@@ -494,6 +351,7 @@ class Llama(Paced):
             with contextlib.suppress(BusyError), self._use.of(turn):
                 self.end_chain()
                 self._settle()
+                self.warn_of_draft_model()
 
     def _look_at_prompt(self, prompt: list[int], reset: bool) -> None:
         """Refuse a prompt without tokens, and forget what the memory cannot go on from."""

@@ -1,4 +1,4 @@
-"""Small models with random weights whose memory is part cells, part states: they can be cut back by a few tokens only."""
+"""Small models with random weights whose memory is part cells, part states: it can be cut back by a few tokens only."""
 
 from __future__ import annotations
 

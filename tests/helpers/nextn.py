@@ -1,7 +1,8 @@
 """A Llama-like model under the name of an architecture that has prediction layers (NextN), with one such layer.
 
-GLM-4-MoE with dense layers computes what Llama computes: its norm after attention is Llama's before the feed-forward part, and
-its rotary embedding pairs dimensions half a head apart where Llama's files pair neighbours, which is an order of rows.
+GLM-4-MoE with dense layers computes what Llama computes: its norm after attention is Llama's before the feed-forward
+part, and its rotary embedding pairs dimensions half a head apart where Llama's files pair neighbours, which is an order
+of rows.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import numpy.typing as npt
 
 ARCH = "glm4moe"
 EXPERT = 4  # of so many parts of the layer's feed-forward part one is the expert, the others are shared
-LEFT_OUT = ("attn_q_norm", "attn_k_norm")
 
 
 def halves(rows: npt.NDArray[Any], n_head: int) -> npt.NDArray[Any]:
@@ -24,7 +24,9 @@ def halves(rows: npt.NDArray[Any], n_head: int) -> npt.NDArray[Any]:
     return np.ascontiguousarray(np.swapaxes(head, 1, 2).reshape(rows.shape))
 
 
-def layer_shapes(n_embd: int, n_head: int, n_head_kv: int, head_dim: int, n_ff: int) -> dict[str, tuple[int, ...]]:
+def layer_shapes(
+    n_embd: int, n_head: int, n_head_kv: int, head_dim: int, n_ff: int
+) -> dict[str, tuple[int, ...]]:
     """Tensors of the layer, rows first. `ffn_*` are split into the expert and what is shared when they are written."""
     return {
         "nextn.enorm": (n_embd,),
@@ -53,6 +55,91 @@ def random_layer(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str,
     }
 
 
+def shapes_of(base: Path) -> dict[str, tuple[int, ...]]:
+    """Of the layer that fits a model of the architecture llama."""
+    n = _numbers(gguf.GGUFReader(base))
+    return layer_shapes(n["n_embd"], n["n_head"], n["n_head_kv"], n["head_dim"], n["n_ff"])
+
+
+def _numbers(reader: gguf.GGUFReader) -> dict[str, Any]:
+    def number(key: str, default: Any = None) -> Any:
+        field = reader.fields.get(f"llama.{key}")
+        return default if field is None else field.contents()
+
+    n_embd, n_head = number("embedding_length"), number("attention.head_count")
+    return {
+        "n_layer": number("block_count"),
+        "n_embd": n_embd,
+        "n_head": n_head,
+        "n_head_kv": number("attention.head_count_kv", n_head),
+        "head_dim": number("attention.key_length", n_embd // n_head),
+        "n_ff": number("feed_forward_length") // EXPERT * EXPERT,
+        "eps": number("attention.layer_norm_rms_epsilon"),
+        "rope_base": number("rope.freq_base", 10000.0),
+    }
+
+
+def predict(base: Path, layer: dict[str, npt.NDArray[np.float32]], text: list[int]) -> npt.NDArray[np.int64]:
+    """What the layer foresees after text[: i + 1] for every i, best tokens first, [n, n_vocab]: from text[i], and the
+    model's hidden state after text[:i].
+
+    In float64, from the hidden states that llama.cpp gives.
+    """
+    reader = gguf.GGUFReader(base)
+    n = _numbers(reader)
+    tensors = {
+        t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float64) for t in reader.tensors
+    }
+    w = {name: values.astype(np.float64) for name, values in layer.items()}
+    embedding = tensors["token_embd.weight"]
+    h = np.concatenate([np.zeros((1, n["n_embd"])), hidden_states(base, text)[:-1]])
+
+    def norm(x: npt.NDArray[np.float64], name: str) -> npt.NDArray[np.float64]:
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + n["eps"]) * w[name]
+
+    def rope(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        half = n["head_dim"] // 2
+        angle = np.arange(len(text))[:, None, None] * n["rope_base"] ** (-np.arange(half) / half)
+        even, odd = x[..., 0::2], x[..., 1::2]
+        turned = even * np.cos(angle) - odd * np.sin(angle), even * np.sin(angle) + odd * np.cos(angle)
+        return np.stack(turned, -1).reshape(x.shape)
+
+    x = (
+        np.concatenate([norm(embedding[text], "nextn.enorm"), norm(h, "nextn.hnorm")], -1)
+        @ w["nextn.eh_proj"].T
+    )
+    a = norm(x, "attn_norm")
+    q, k, v = ((a @ w[f"attn_{part}"].T).reshape(len(text), -1, n["head_dim"]) for part in ("q", "k", "v"))
+    q, k = rope(q), rope(k)
+    k, v = (np.repeat(m, n["n_head"] // n["n_head_kv"], 1) for m in (k, v))
+    scores = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(n["head_dim"])
+    scores[:, ~np.tri(len(text), dtype=bool)] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    x = x + np.einsum("hij,jhd->ihd", weights, v).reshape(len(text), -1) @ w["attn_output"].T
+    f = norm(x, "post_attention_norm")
+    gate = f @ w["ffn_gate"].T
+    x = x + (gate / (1 + np.exp(-gate)) * (f @ w["ffn_up"].T)) @ w["ffn_down"].T
+    logits = norm(x, "nextn.shared_head_norm") @ tensors.get("output.weight", embedding).T
+    return np.argsort(-logits, -1, kind="stable")
+
+
+def hidden_states(base: Path, text: list[int]) -> npt.NDArray[np.float64]:
+    """The input of the output projection at every token, by llama.cpp."""
+    import llama_cpp
+
+    llm = llama_cpp.Llama(str(base), n_ctx=1024, embedding=True, pooling_type=0, verbose=False)
+    llm.n_tokens = 0
+    rows = []
+    for i in range(0, len(text), 256):
+        llm.eval(text[i : i + 256])
+        n = len(text[i : i + 256])
+        pointer = llama_cpp.llama_get_embeddings(llm.ctx)
+        rows.append(np.ctypeslib.as_array(pointer, (n, llm.n_embd())).astype(np.float64))
+    llm.close()
+    return np.concatenate(rows)
+
+
 def with_nextn(
     base: Path, path: Path, layer: dict[str, npt.NDArray[np.float32]] | None = None, kind: str = "F32"
 ) -> Path:
@@ -66,14 +153,9 @@ def with_nextn(
     keys = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     tensors = {t.name: t for t in reader.tensors}
 
-    def number(key: str, default: Any = None) -> Any:
-        return keys[f"llama.{key}"].contents() if f"llama.{key}" in keys else default
-
-    n_layer, n_embd, n_head = (number(k) for k in ("block_count", "embedding_length", "attention.head_count"))
-    n_head_kv = number("attention.head_count_kv", n_head)
-    head_dim = number("attention.key_length", n_embd // n_head)
-    n_ff = number("feed_forward_length") // EXPERT * EXPERT
-    shapes = layer_shapes(n_embd, n_head, n_head_kv, head_dim, n_ff)
+    numbers = _numbers(reader)
+    n_layer, n_embd, n_head, n_head_kv = (numbers[k] for k in ("n_layer", "n_embd", "n_head", "n_head_kv"))
+    shapes = shapes_of(base)
     layer = random_layer(shapes) if layer is None else layer
     n_ff = layer["ffn_gate"].shape[0]
 
@@ -96,8 +178,8 @@ def with_nextn(
     w.add_expert_feed_forward_length(n_ff // EXPERT)
     w.add_expert_gating_func(gguf.ExpertGatingFuncType.SOFTMAX)
     if "llama.attention.key_length" not in keys:
-        w.add_key_length(head_dim)
-        w.add_value_length(head_dim)
+        w.add_key_length(numbers["head_dim"])
+        w.add_value_length(numbers["head_dim"])
 
     for name, tensor in tensors.items():
         data = tensor.data
@@ -126,8 +208,10 @@ def with_nextn(
         elif name == "ffn_down":
             add("ffn_down_exps.weight", values[None, :, :cut])
             add("ffn_down_shexp.weight", values[:, cut:])
+        elif name in ("attn_q", "attn_k"):
+            add(f"{name}.weight", halves(values, n_head if name == "attn_q" else n_head_kv))
         else:
-            add(f"{name}.weight", halves(values, n_head) if name == "attn_q" else halves(values, n_head_kv) if name == "attn_k" else values)
+            add(f"{name}.weight", values)
     w.add_tensor(f"blk.{n_layer}.ffn_gate_inp.weight", np.zeros((1, n_embd), np.float32))
     w.add_tensor(f"blk.{n_layer}.exp_probs_b.bias", np.zeros(1, np.float32))
 

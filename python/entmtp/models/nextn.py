@@ -1,4 +1,4 @@
-"""The layers for multi-token prediction (NextN, MTP) that a model file brings along: whether llama.cpp can draft with them."""
+"""The layers for multi-token prediction (NextN, MTP) of a model file: whether llama.cpp can draft with them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from ..common.errors import ConvertError
 from .formats.gguf_header import GGUFHeader, read_gguf_header, read_gguf_keys
 
-# Architectures whose prediction layers the pinned llama.cpp has a graph for, and tensors of such a layer that it ends the
-# process without (src/models/*.cpp: GGML_ASSERT), beside those that all need.
+# Architectures whose prediction layers the pinned llama.cpp has a graph for, and tensors of such a layer that it ends
+# the process without (src/models/*.cpp: GGML_ASSERT), beside those that all need.
 ALL = ("attn_norm.weight", "nextn.eh_proj.weight", "nextn.enorm.weight", "nextn.hnorm.weight")
 EXPERTS = ("ffn_gate_inp.weight",)
 GRAPHS: dict[str, tuple[str, ...]] = {
@@ -57,7 +57,7 @@ def prediction_layers(model: Path) -> Prediction | None:
         header = read_gguf_header(model)
     except (ConvertError, OSError):
         return None
-    architecture = header.keys.get("general.architecture")
+    architecture = str(header.keys.get("general.architecture"))
     n, n_all = (header.keys.get(f"{architecture}.{key}") for key in ("nextn_predict_layers", "block_count"))
     if type(n) is not int or type(n_all) is not int or not 0 < n < n_all:
         return None

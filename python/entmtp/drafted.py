@@ -1,0 +1,195 @@
+"""With what a model drafts, and how: heads, another model, a bank of trees, a policy."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from . import drafting
+from .bank import Bank, load_bank
+from .common.errors import EntmtpError
+from .models.names import resolve
+from .models.nextn import prediction_layers
+from .native.arrays import POLICIES, PRICED, SCORES
+from .native.decoder import Decoder
+from .native.draft_model import DraftModel
+from .native.heads import Heads
+from .native.stats import DraftStats
+from .pace import Paced
+
+if TYPE_CHECKING:
+    from .measure.subject import Subject
+
+
+class Drafted(Paced):
+    """A model that may draft; `Llama` is one."""
+
+    one_text = True  # at a time
+    lossless: str
+    _settings: dict[str, Any]
+    _calibrate: bool
+
+    def begin_drafting(self, drafts: bool) -> None:
+        """Before the model is loaded: what is there even if that fails.
+
+        Args:
+            drafts: tokens in a row may be drafted.
+        """
+        self.heads_path: str | None = None
+        self.draft_model_path: str | None = None
+        self.bank: Bank | None = None  # what is drafted from, None without drafting
+        self.policy = "off"
+        self.tree: str | None = None  # the one of policy "static"
+        self._decoder: Decoder | None = None
+        self._heads: Heads | None = None
+        self._draft_model: DraftModel | None = None
+        self._drafts = drafts
+        self._predicts = False  # the model's own prediction layers draft
+        self._no_prediction = ""  # why they cannot
+
+    def _find_draft_model(
+        self, model: Path, named: str | Path | None, policy: str, drafters: str | Sequence[str]
+    ) -> None:
+        """Which model drafts: the one that is named, or the model's own prediction layers."""
+        if named is not None:
+            self.draft_model_path = str(resolve(named))
+        elif policy == "auto" and self.one_text and (drafters == "auto" or "model" in drafters):
+            layers = prediction_layers(model)
+            if layers is not None and layers.problem:
+                self._no_prediction = layers.problem
+                text = f"{model.name}: its layers for multi-token prediction do not draft: {layers.problem}"
+                warnings.warn(text, RuntimeWarning, stacklevel=3)
+            self._predicts = layers is not None and not layers.problem
+
+    def _load_draft_model(self, who: tuple[str, ...]) -> tuple[str, ...]:
+        """Load the model that drafts; who drafts, without it where prediction layers cannot be used."""
+        try:
+            self._draft_model = DraftModel(
+                self.ctx, self.context_params, self.draft_model_path, self.model_params
+            )
+        except EntmtpError as e:
+            if self.draft_model_path is not None:
+                raise
+            self.warn_once(f"the model's layers for multi-token prediction do not draft: {e}")
+            self._predicts = False
+            return tuple(name for name in who if name != "model")
+        self._stack.callback(self._draft_model.close)
+        return who
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decode loop behind `eval` and `sample`.
+
+        Raises:
+            ValueError: an encoder, or a model for embeddings or without weights, has none.
+        """
+        if self._decoder is None:
+            raise ValueError("this model has no decode loop")
+        return self._decoder
+
+    @property
+    def draft_heads(self) -> Heads:
+        """The heads that draft.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self._heads is None:
+            raise ValueError('there are no draft heads: create the model with draft="entmtp" and heads')
+        return self._heads
+
+    @property
+    def draft_model_broken(self) -> str:
+        """Why the model that drafts does not any more, one sentence; empty: it does, or there is none."""
+        return self._draft_model.broken if self._draft_model is not None else ""
+
+    def warn_of_draft_model(self) -> None:
+        """Say it once if the model that drafts has stopped."""
+        if broken := self.draft_model_broken:
+            name = self.draft_model_path or "the model's layers for multi-token prediction"
+            self.warn_once(f"{name} does not draft any more: {broken}")
+
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        """Who drafts under policy "auto": some of "text", "recycling", "heads" and "model"."""
+        return tuple(self._settings["drafters"]) if self.bank is not None else ()
+
+    def _set_bank(self, bank: Bank, tree: str | None, policy: str) -> None:
+        assert self._decoder is not None
+        if policy in PRICED and self._calibrate:
+            bank = self.with_own_costs(bank)
+        if policy == "auto":
+            bank = drafting.with_calibration(cast("Subject", self), bank)
+        static_tree = 0
+        if policy == "static":
+            if tree is None and len(bank.trees) != 2:
+                names = ", ".join(t.name for t in bank.trees)
+                raise ValueError(
+                    f'policy="static" needs one tree: trees="{bank.name}:NAME" with one of {names}'
+                )
+            static_tree = bank.index(tree) if tree is not None else 1
+        elif tree is not None:
+            raise ValueError(f'trees names the tree {tree}, which only policy="static" uses')
+        self.bank, self.policy = bank, policy
+        self.tree = bank.trees[static_tree].name if policy == "static" else None
+        self.install(self._decoder)
+        self.name_threads()
+
+    def install(self, decoder: Decoder) -> None:
+        """Have a decoder draft as this model does."""
+        assert self.bank is not None
+        static_tree = self.bank.index(self.tree) if self.tree is not None else 0
+        decoder.set_bank(self.bank, self.policy, static_tree, **self._settings)
+
+    def set_trees(
+        self,
+        trees: str | Path | Bank | None = None,
+        policy: str = "auto",
+        score: str = "entropy",
+        tree: str | None = None,
+        drafters: str | Sequence[str] | None = None,
+    ) -> None:
+        """Draft in another way from now on, without loading anything anew. What was learned so far is forgotten.
+
+        Args:
+            trees, policy, score, drafters: as in the constructor; None keeps the bank, or who drafts.
+            tree: the tree of the bank that policy "static" uses.
+
+        Raises:
+            ValueError: arguments that cannot work; all stays as it was.
+        """
+        if self.bank is None:
+            raise ValueError('this model does not draft: create it with draft="entmtp"')
+        drafting.one_of("policy", policy, POLICIES)
+        drafting.one_of("score", score, SCORES)
+        drafting.check_heads(policy, self._heads is not None)
+        bank, named = (self.bank, None) if trees is None else load_bank(trees)
+        with self._use:
+            before, settings = (self.bank, self.tree, self.policy), self._settings
+            try:
+                self._settings = settings | {"score": score}
+                if drafters is not None:
+                    self._settings["drafters"] = drafting.who_drafts(
+                        drafters, self._heads is not None, self._draft_model is not None
+                    )
+                self._set_bank(bank, tree or named, policy)
+            except (EntmtpError, ValueError):
+                self._settings = settings
+                self._set_bank(*before)
+                raise
+
+    @property
+    def draft_stats(self) -> DraftStats:
+        """What the steps since the last `reset_draft_stats` did."""
+        with self._use:
+            stats = self._decoder.stats() if self._decoder else DraftStats()
+            return replace(stats, lossless=self.lossless)
+
+    def reset_draft_stats(self) -> None:
+        """Start counting anew."""
+        with self._use:
+            if self._decoder:
+                self._decoder.reset_stats()

@@ -1,0 +1,262 @@
+"""Models that draft, smaller ones and a model's own prediction layers: the same text, whatever they say."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from entmtp import EntmtpError, Llama
+from entmtp.models.nextn import prediction_layers
+from entmtp.options.demo import demo_files
+from helpers.forced import draft_a_lot
+from helpers.hybrids import hybrid_path
+from helpers.models import SPECS, model_path, write_model
+from helpers.nextn import predict, random_layer, shapes_of, with_nextn
+
+SETTINGS: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+PROMPTS = [list(range(20, 60)), [*range(20, 50), 7, 8, 9], [5, 6, 7] * 9]
+GREEDY = {"temp": 0.0}
+DRAWN = {"temp": 0.9, "top_k": 40}
+
+
+@contextmanager
+def loaded(path: Path, **more: Any) -> Iterator[Llama]:
+    llm = Llama(path, **{**SETTINGS, **more})
+    try:
+        yield llm
+    finally:
+        llm.close()
+
+
+@pytest.fixture(scope="module")
+def nextn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random Llama under an architecture with prediction layers, and one such layer."""
+    return with_nextn(model_path("llama"), tmp_path_factory.mktemp("nextn") / "nextn.gguf")
+
+
+def answer(llm: Any, prompt: list[int], n: int = 80, seed: int = 3, **sampling: Any) -> list[int]:
+    llm.set_seed(seed)
+    walk = llm.generate(prompt, **sampling)
+    tokens = [next(walk) for _ in range(n)]
+    walk.close()
+    return tokens
+
+
+def check_equal(plain: Any, llm: Llama, n: int = 80) -> None:
+    """Answers one after the other, which share beginnings, and go on from states."""
+    for sampling in (GREEDY, DRAWN):
+        for prompt in PROMPTS:
+            assert answer(llm, prompt, n, **sampling) == answer(plain, prompt, n, **sampling)
+    states = [m.save_state() for m in (plain, llm)]
+    text = llm.input_ids[: llm.n_tokens].tolist()
+    for m in (plain, llm):
+        answer(m, PROMPTS[2], 5, **GREEDY)
+    for m, state in zip((plain, llm), states, strict=True):
+        m.load_state(state)
+    assert answer(llm, text, 30, **GREEDY) == answer(plain, text, 30, **GREEDY)
+
+
+def test_the_other_name_changes_no_logit(nextn: Path) -> None:
+    """The relabelled model is the one that it was made from: what is tested here is a real model's prediction layer."""
+    with loaded(model_path("llama")) as base, loaded(nextn) as other:
+        rows = []
+        for m in (base, other):
+            m.eval(PROMPTS[0])
+            rows.append(m.decoder.logits(m.n_vocab()).copy())
+        assert np.abs(rows[0] - rows[1]).max() < 1e-3 * np.abs(rows[0]).max()
+
+
+@pytest.mark.parametrize("drafters", [["model"], ["text", "model"], ["text", "recycling", "model"]])
+def test_prediction_layers_change_no_token(nextn: Path, drafters: list[str]) -> None:
+    with (
+        loaded(nextn) as plain,
+        loaded(nextn, draft="entmtp", drafters=drafters) as llm,
+    ):
+        assert llm.drafters == tuple(drafters)
+        check_equal(plain, draft_a_lot(llm))
+        assert llm.draft_stats.n_drafted > 200
+        assert llm.draft_model_broken == ""
+
+
+@pytest.mark.parametrize("n_batch", [512, 16])
+def test_prediction_layers_are_asked_what_they_were_trained_for(nextn: Path, n_batch: int) -> None:
+    """The guesses of every step are those of a reference in numpy, from the model's own hidden states: also after a
+    prompt in several passes, after accepted drafts, and after the text was cut back."""
+    base = model_path("llama")
+    layer = random_layer(shapes_of(base))
+    rng = np.random.default_rng(1)
+    text: list[int] = []
+    n_steps = n_accepted = 0
+    with loaded(nextn, n_batch=n_batch, draft="entmtp", drafters=["model"]) as llm:
+        draft_a_lot(llm)
+        for kept, prompt in ((0, list(range(20, 90)) * 5), (300, [5, 6, 7])):
+            text = text[:kept] + prompt
+            llm.n_tokens = kept  # the rest is forgotten
+            llm.eval(prompt)
+            asked = {}
+            for _ in range(60):
+                tokens = range(llm.n_vocab())
+                guesses = [t for t in tokens if llm.decoder.is_drafted(t)]
+                token = int(rng.choice(guesses if guesses and rng.random() < 0.5 else tokens))
+                n_accepted += token in guesses
+                llm.eval([token])
+                text.append(token)
+                if token not in guesses:
+                    asked[len(text) - 1] = {t for t in tokens if llm.decoder.is_drafted(t)}
+            foreseen = predict(base, layer, text)
+            for i, guessed in asked.items():
+                assert guessed == set(foreseen[i, :8].tolist()), i
+            n_steps += len(asked)
+    assert n_steps > 40
+    assert n_accepted > 40
+
+
+def test_a_small_model_that_is_the_model_itself_is_always_right() -> None:
+    """Greedily its best guess is always accepted: it is in step with the text after every kind of step."""
+    path = demo_files()[0]
+    with (
+        loaded(path) as plain,
+        loaded(path, draft="entmtp", draft_model=path, drafters=["model"]) as llm,
+    ):
+        draft_a_lot(llm, bias=None)
+        for prompt in PROMPTS:
+            assert answer(llm, prompt, **GREEDY) == answer(plain, prompt, **GREEDY)
+        stats = llm.draft_stats
+        assert stats.accepted_by["model"] == stats.n_accepted
+        assert stats.tokens_per_step > 4
+
+
+def test_another_model_changes_no_token(tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other.gguf", SPECS["qwen3"], seed=5)
+    path = model_path("llama")
+    with loaded(path) as plain, loaded(path, draft="entmtp", draft_model=other) as llm:
+        assert "model" in llm.drafters
+        check_equal(plain, draft_a_lot(llm))
+        assert llm.draft_stats.n_drafted > 200
+
+
+@pytest.mark.parametrize("name", ["qwen35", "lfm2"])
+def test_hybrid_memories_go_back(name: str) -> None:
+    """Chains of drafts, with states to go back to; Qwen3.5's shape with its prediction layer."""
+    path = hybrid_path(name)
+    with loaded(path) as plain, loaded(path, draft="entmtp") as llm:
+        assert not llm.decoder.can_tree()
+        assert llm.decoder.can_chain()
+        assert ("model" in llm.drafters) == (name == "qwen35")
+        draft_a_lot(llm)
+        for sampling in (GREEDY, DRAWN):
+            for prompt in PROMPTS:
+                assert answer(llm, prompt, **sampling) == answer(plain, prompt, **sampling)
+        assert llm.draft_stats.n_drafted > 100
+
+
+def test_a_memory_that_cannot_go_back_decodes_plainly() -> None:
+    with pytest.warns(RuntimeWarning, match="cannot hold a token tree"):
+        llm = Llama(model_path("mamba"), draft="entmtp", **SETTINGS)
+    with closing(llm), loaded(model_path("mamba")) as plain:
+        assert answer(llm, PROMPTS[0], **GREEDY) == answer(plain, PROMPTS[0], **GREEDY)
+
+
+#
+# files that are not what they should be
+#
+
+
+def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    reader = gguf.GGUFReader(model_path("llama"))
+    at = bytes(reader.fields["tokenizer.ggml.tokens"].parts[-1]).decode()
+    other = tmp_path / "other.gguf"
+    data = Path(model_path("llama")).read_bytes()
+    assert data.count(at.encode()) >= 1
+    other.write_bytes(data.replace(at.encode(), at[::-1].encode(), 1))
+    with pytest.raises(EntmtpError, match=r"token 319 is .* a drafter needs the same vocabulary"):
+        Llama(model_path("llama"), draft="entmtp", draft_model=other, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"draft": "entmtp", "draft_model": "/nowhere/small.gguf"}, "small.gguf"),
+        ({"draft_model": "small.gguf"}, "pass draft="),
+        ({"draft": "entmtp", "drafters": ["model"]}, "no layers for multi-token prediction"),
+        ({"draft": "entmtp", "draft_model": "small.gguf", "policy": "off"}, "under the policy"),
+    ],
+)
+def test_arguments_that_cannot_work(argument: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, EntmtpError), match=message):
+        Llama(model_path("llama"), **argument, **SETTINGS)
+
+
+def edited(source: Path, path: Path, leave_out: str = "", nan: str = "") -> Path:
+    """A copy of a model without a tensor, or with a tensor of what are no numbers."""
+    reader = gguf.GGUFReader(source)
+    w = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        array = field.types[0] == gguf.GGUFValueType.ARRAY
+        w.add_key_value(name, field.contents(), field.types[0], field.types[-1] if array else None)
+    for tensor in reader.tensors:
+        if leave_out and leave_out in tensor.name:
+            continue
+        data = np.full_like(tensor.data, np.nan) if nan and nan in tensor.name else tensor.data
+        w.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path
+
+
+@pytest.mark.parametrize("tensor", ["nextn.enorm", "blk.2.ffn_gate_inp", "blk.2.attn_norm"])
+def test_a_layer_that_lacks_a_tensor_is_named(nextn: Path, tmp_path: Path, tensor: str) -> None:
+    """llama.cpp loads no such file, whether the layer is used or not; and it would end the process if it did."""
+    path = edited(nextn, tmp_path / "damaged.gguf", leave_out=tensor)
+    with (
+        pytest.warns(RuntimeWarning, match="do not draft: the file lacks the tensor"),
+        pytest.raises(
+            ValueError, match=f"damaged.gguf: the file lacks the tensor blk.2.*{tensor.split('.')[-1]}"
+        ),
+    ):
+        Llama(path, draft="entmtp", **SETTINGS)
+
+
+def test_a_file_without_its_layers_says_nothing(nextn: Path, tmp_path: Path) -> None:
+    """Many files name prediction layers and were made without them."""
+    path = edited(nextn, tmp_path / "without.gguf", leave_out="blk.2.")
+    assert prediction_layers(path) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with loaded(path, draft="entmtp") as llm:
+            assert llm.drafters == ("text", "recycling")
+
+
+def test_a_layer_of_what_are_no_numbers_stops_drafting(nextn: Path, tmp_path: Path) -> None:
+    path = edited(nextn, tmp_path / "nan.gguf", nan="nextn.eh_proj")
+    with loaded(path, draft="entmtp") as llm, loaded(nextn) as plain:
+        draft_a_lot(llm)
+        with pytest.warns(RuntimeWarning, match="does not draft any more: its predictions are not numbers"):
+            tokens = answer(llm, PROMPTS[0], **GREEDY)
+        assert tokens == answer(plain, PROMPTS[0], **GREEDY)
+        assert "not numbers" in llm.draft_model_broken
+        assert llm.draft_stats.accepted_by["model"] == 0
+
+
+def test_what_a_file_says_of_its_layers(nextn: Path, tmp_path: Path) -> None:
+    found = prediction_layers(nextn)
+    assert found is not None
+    assert (found.n_layers, found.problem) == (1, "")
+    assert prediction_layers(model_path("llama")) is None
+    short = tmp_path / "short.gguf"
+    shutil.copy(nextn, short)
+    with open(short, "r+b") as file:
+        file.truncate(1000)
+    assert prediction_layers(short) is None
