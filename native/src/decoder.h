@@ -134,6 +134,7 @@ class decoder {
     void          look();
     bool          uses_rows() const { return policy.mixes() || (!draft_heads && policy.is_static()); }
     void          draft_from_rows(const tree & topology);
+    void          draft_from_model(const tree & topology);
     void          mix(const entmtp_signals & s);
     const float * expand(int32_t l, int32_t n);
     float         greedy_path();

@@ -53,6 +53,31 @@ void decoder::draft_from_rows(const tree & topology) {
     }
 }
 
+// a fixed tree from a model that drafts: it goes on down the path of its best guesses, whose siblings are its next best ones
+void decoder::draft_from_model(const tree & topology) {
+    constexpr int32_t    k = mixer::n_guess;
+    std::vector<int32_t> best(k), below;
+    std::vector<float>   best_log_p(k);
+    int32_t              asked = -1; // node whose children `best` are
+    int32_t              at    = 0;  // the end of the path
+    bool                 knows = true;
+
+    sources.assign(topology.n_nodes(), ENTMTP_SOURCE_MODEL);
+    for (int32_t i = 1; i < topology.n_nodes(); ++i) {
+        const int32_t parent = topology.parent[i];
+        if (parent == at && asked != at) {
+            knows = drafting->expand(text, below, k, best.data(), best_log_p.data());
+            asked = at;
+        }
+        // where it was not asked: a guess that is as good as none, but takes its place in the pass
+        tokens[i] = knows && parent == asked && topology.rank[i] < k ? best[topology.rank[i]] : tokens[parent];
+        if (knows && parent == asked && topology.rank[i] == 0) {
+            at = i;
+            below.push_back(tokens[i]);
+        }
+    }
+}
+
 void decoder::mix(const entmtp_signals & s) {
     const auto expand = [&](int32_t l, const std::vector<int32_t> & paths, int32_t n, int32_t * best,
                             float * best_log_p) {
@@ -107,7 +132,11 @@ int32_t decoder::draft(int32_t token) {
 
     if (id != scheduler::grow_tree) {
         tokens.resize(bank[id].n_nodes());
-        if (bank[id].n_nodes() > 1 && draft_heads) {
+        // a model that was named comes before heads, the model's own layers after them
+        const bool asks_model = drafting && drafting->broken().empty() && (!draft_heads || !drafting->predicts());
+        if (bank[id].n_nodes() > 1 && asks_model) {
+            draft_from_model(bank[id]);
+        } else if (bank[id].n_nodes() > 1 && draft_heads) {
             draft_heads->draft(bank[id], draft_input(), tokens);
         } else if (bank[id].n_nodes() > 1) {
             draft_from_rows(bank[id]);

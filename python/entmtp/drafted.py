@@ -56,7 +56,9 @@ class Drafted(Paced):
         """Which model drafts: the one that is named, or the model's own prediction layers."""
         if named is not None:
             self.draft_model_path = str(resolve(named))
-        elif policy == "auto" and self.one_text and (drafters == "auto" or "model" in drafters):
+        elif (
+            policy in drafting.MODEL_DRAFTS and self.one_text and (drafters == "auto" or "model" in drafters)
+        ):
             layers = prediction_layers(model)
             if layers is not None and layers.problem:
                 self._no_prediction = layers.problem

@@ -16,6 +16,7 @@ from .native.arrays import NEED_HEADS, POLICIES
 
 ACCEPT = ("lossless", "typical")
 OUTPUTS = ("auto", "host", "rows", "device")
+MODEL_DRAFTS = ("auto", "static")  # policies under which a model can draft
 PASSES = 6  # that measuring costs takes at least
 # states that recurrent and hybrid memories keep to go back to: so many tokens in a row are drafted at most. Each takes
 # as much memory as the model's own state
@@ -142,8 +143,8 @@ def check(draft: Any, heads: Any, draft_model: Any, policy: str, accept: str, kw
         raise ValueError(
             'draft_model cannot be an object with draft="entmtp": give a file, a smaller model\'s GGUF'
         )
-    if draft_model is not None and policy != "auto":
-        raise ValueError(f'draft_model drafts under the policy "auto", not "{policy}"')
+    if draft_model is not None and policy not in MODEL_DRAFTS:
+        raise ValueError(f'draft_model drafts under the policies "auto" and "static", not "{policy}"')
     for name, why in {
         "embedding": "makes a context for embeddings, which has nothing to draft",
         "vocab_only": "loads no weights, so there is nothing to draft",

@@ -29,7 +29,7 @@ LOADING = ("chat.cli", "doctor.cli", "generate", "tune.cli")
 OTHER = {
     "model": "A", "heads": "B", "ctx": "512", "threads": "2", "n_gpu_layers": "0", "rpc": "127.0.0.1:1",
     "tensor_split": "2,1", "flash_attn": "yes", "kernels": "off", "outputs": "rows", "draft": "best-depth",
-    "drafters": "text,heads",
+    "drafters": "text,heads", "draft_model": "C",
     "trees": "generic-hydra", "score": "top1", "calibrate": "no", "adapt": "no", "accept": "typical",
     "typical_epsilon": "0.5", "typical_alpha": "0.7",
 }  # fmt: skip
@@ -119,7 +119,8 @@ def test_a_command_line_of_options(option: Option) -> None:
 
 
 def test_all_options_reach_llama(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Llama` is made with every value, but for RPC servers (tests/decode/test_rpc.py)."""
+    """`Llama` is made with every value, but for RPC servers (tests/decode/test_rpc.py), and a model that drafts, which
+    goes with another policy."""
     seen: dict[str, Any] = {}
 
     class Seen(entmtp.Llama):
@@ -130,7 +131,7 @@ def test_all_options_reach_llama(models: dict[str, Path], monkeypatch: pytest.Mo
     monkeypatch.setattr("entmtp.llama.Llama", Seen)
     files = {"A": str(models["q8_0"]), "B": str(models["hydra"])}
     words = [
-        word for option in OPTIONS if option.name != "rpc"
+        word for option in OPTIONS if option.name not in ("rpc", "draft_model")
         for word in written(option, option.flag, files.get(OTHER[option.name], OTHER[option.name]))
     ]  # fmt: skip
     with contextlib.closing(load(parse(*words))) as llm:
@@ -142,6 +143,15 @@ def test_all_options_reach_llama(models: dict[str, Path], monkeypatch: pytest.Mo
             "adapt": False, "accept": "typical", "typical_epsilon": 0.5, "typical_alpha": 0.7, "verbose": False,
         }  # fmt: skip
         assert llm.policy == "best-depth" and llm.decoder.outputs.mode == "rows"
+
+
+def test_a_model_that_drafts(models: dict[str, Path]) -> None:
+    """`--draft-model` reaches `Llama`, and drafts."""
+    with contextlib.closing(
+        load(parse("-m", str(models["q8_0"]), "--draft-model", str(models["q8_0"])))
+    ) as llm:
+        assert llm.drafters[-1] == "model"
+        assert llm.draft_model_path == str(models["q8_0"])
 
 
 def rejected(models: dict[str, Path], *options: str) -> int:

@@ -13,7 +13,8 @@ import gguf
 import numpy as np
 import pytest
 
-from entmtp import EntmtpError, Llama
+from entmtp import Bank, EntmtpError, Llama
+from entmtp.bank import PLAIN, Tree
 from entmtp.models.nextn import prediction_layers
 from entmtp.options.demo import demo_files
 from helpers.forced import draft_a_lot
@@ -134,6 +135,25 @@ def test_a_small_model_that_is_the_model_itself_is_always_right() -> None:
         assert stats.tokens_per_step > 4
 
 
+@pytest.mark.parametrize("length", [1, 3])
+def test_chains_of_a_fixed_length(nextn: Path, length: int) -> None:
+    """What llama.cpp does with such a model: always so many tokens, whatever they cost."""
+    chain = Tree.from_paths("chain", [[0] * (d + 1) for d in range(length)])
+    bank = Bank("chain", (PLAIN, chain))
+    path = demo_files()[0]
+    for base, more in ((nextn, {}), (path, {"draft_model": path})):
+        with loaded(base) as plain, loaded(base, draft="entmtp", trees=bank, policy="static", **more) as llm:
+            for sampling in (GREEDY, DRAWN):
+                assert answer(llm, PROMPTS[0], **sampling) == answer(plain, PROMPTS[0], **sampling)
+            stats = llm.draft_stats
+            assert stats.trees_used["chain"] >= stats.n_steps - 2
+            assert stats.accepted_by["model"] == stats.n_accepted
+            if more:  # greedily always right
+                llm.reset_draft_stats()
+                answer(llm, PROMPTS[1], 60, **GREEDY)
+                assert llm.draft_stats.tokens_per_step > 0.9 * (1 + length)
+
+
 def test_another_model_changes_no_token(tmp_path: Path) -> None:
     other = write_model(tmp_path / "other.gguf", SPECS["qwen3"], seed=5)
     path = model_path("llama")
@@ -187,7 +207,7 @@ def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
         ({"draft": "entmtp", "draft_model": "/nowhere/small.gguf"}, "small.gguf"),
         ({"draft_model": "small.gguf"}, "pass draft="),
         ({"draft": "entmtp", "drafters": ["model"]}, "no layers for multi-token prediction"),
-        ({"draft": "entmtp", "draft_model": "small.gguf", "policy": "off"}, "under the policy"),
+        ({"draft": "entmtp", "draft_model": "small.gguf", "policy": "off"}, "under the policies"),
     ],
 )
 def test_arguments_that_cannot_work(argument: dict[str, Any], message: str) -> None:

@@ -116,7 +116,7 @@ def changed(args: Namespace, **other: Any) -> Namespace:
 
 def load_plain(args: Namespace, **more: Any) -> Llama:
     """The model that the options name, without heads."""
-    return load(changed(args, draft="off", heads=None), **more)
+    return load(changed(args, draft="off", heads=None, draft_model=None), **more)
 
 
 def shape_of(name: str) -> tuple[str, str] | None:
@@ -146,7 +146,11 @@ def model_of(
                 write_heads(heads, model, SHAPES[shape[0]], arch)
             yield changed(args, model=str(model), heads=str(heads) if drafts else None)
         return
-    own = changed(args, model=name) if drafts else changed(args, model=name, heads=None, draft="off")
+    own = (
+        changed(args, model=name)
+        if drafts
+        else changed(args, model=name, heads=None, draft_model=None, draft="off")
+    )
     model, found = model_files(own)
     if drafts and needs_heads and not found:
         raise no_heads("this", model)

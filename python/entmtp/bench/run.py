@@ -17,9 +17,11 @@ from ..measure.methods import (
     ENTMTP,
     ENTROPY,
     HEADS_ALONE,
+    MODEL_ALONE,
     PLAIN_LOOP,
     TEXT_ALONE,
     Method,
+    chains,
     comparison,
     generic,
     published,
@@ -42,10 +44,13 @@ def contestants(args: Namespace, stack: ExitStack) -> tuple[Llama, dict[str, Ans
 
     plain = stack.enter_context(closing(load_plain(args, stats=False)))
     own = kernels.current()
-    draft = loaded(policy="off")
+    draft = loaded()
     has_heads = draft.heads_path is not None
-    learning = [TEXT_ALONE, HEADS_ALONE, ENTROPY, CONFIDENCE, ENTMTP] if has_heads else [ENTMTP]
+    has_model = "model" in draft.drafters
+    learning = [TEXT_ALONE] * (has_heads or has_model) + [MODEL_ALONE] * has_model
+    learning += [HEADS_ALONE, ENTROPY, CONFIDENCE, ENTMTP] if has_heads else [ENTMTP]
     fixed = [*published(), *(generic(draft.draft_heads.arch) if has_heads else ()), *comparison()]
+    fixed = [*chains(), *comparison()] if has_model and not has_heads else fixed
     loops = [] if args.rpc else [STOCK, *LOOKUP, GGML.label]  # llama-cpp-python would need servers of its own
     usual = [m for m in fixed if m not in (*published()[args.published :], *comparison())]
     by_label = {m.label: m for m in (*fixed, *learning, PLAIN_LOOP)}

@@ -29,7 +29,9 @@ class Told(NamedTuple):
 
 
 def engine_of(args: Namespace, drafts: bool) -> Engine:
-    return load_engine(args if drafts else changed(args, draft="off", heads=None), max(args.users))
+    return load_engine(
+        args if drafts else changed(args, draft="off", heads=None, draft_model=None), max(args.users)
+    )
 
 
 def serve(engine: Engine, prompts: list[Prompt], n_users: int) -> tuple[list[Told], float]:

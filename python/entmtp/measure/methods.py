@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..bank import PLAIN, Bank, names
+from ..bank import PLAIN, Bank, Tree, names
 from ..native.arrays import PUBLISHED, SCORES
 from .subject import Subject
 
@@ -19,13 +19,17 @@ class Method:
     tree: str | None = None  # one tree of the bank, for the static policy
     score: str = "entropy"  # what a published policy follows
     drafters: str = "auto"  # who drafts, under the policy auto
+    chain: int = 0  # in place of a bank: always so many tokens in a row
 
     def apply(self, llm: Subject) -> None:
         """Decode with this method from now on."""
         if self.policy == "off":
             llm.set_trees(Bank("plain", (PLAIN,)), policy="off")
             return
-        if llm.heads_path:
+        if self.chain:
+            paths = [[0] * (d + 1) for d in range(self.chain)]
+            bank = Bank("chain", (PLAIN, Tree.from_paths(f"chain-{self.chain}", paths)))
+        elif llm.heads_path:
             bank = Bank.load(self.bank or f"generic-{llm.draft_heads.arch}").pruned(llm.draft_heads.n_heads)
         else:
             bank = Bank.load(self.bank) if self.bank else Bank.without_heads()
@@ -38,6 +42,7 @@ PLAIN_LOOP = Method("plain", None, "off")
 ENTMTP = Method("EntMTP", None, "auto")
 TEXT_ALONE = Method("EntMTP, text", None, "auto", drafters="text,recycling")
 HEADS_ALONE = Method("EntMTP, heads", None, "auto", drafters="heads")
+MODEL_ALONE = Method("EntMTP, model", None, "auto", drafters="model")
 ENTROPY = Method("EntMTP, entropy", None, "entropy")
 CONFIDENCE = Method("EntMTP, confidence", None, "confidence")
 
@@ -50,6 +55,11 @@ def comparison() -> list[Method]:
 def published() -> list[Method]:
     """The trees that Medusa and Hydra were published with, each as a static method."""
     return [Method(name, name, "static") for name in names() if Bank.load(name).acceptance is None]
+
+
+def chains(longest: int = 4) -> list[Method]:
+    """A model that drafts always so many tokens, as llama.cpp's does."""
+    return [Method(f"chain of {n}", None, "static", chain=n) for n in range(1, longest + 1)]
 
 
 def generic(arch: str) -> list[Method]:

@@ -55,7 +55,8 @@ def arguments(args: argparse.Namespace, heads: Path | None) -> dict[str, Any]:
     found: dict[str, Any] = {"draft": "entmtp", "heads": heads} if drafts else {}
     for option in OPTIONS:
         value = getattr(args, option.name, None)
-        if value is not None and (option.group == "machine" or (option.group == "drafting" and drafts)):
+        drafting = option.group == "drafting" or option.name == "draft_model"
+        if value is not None and (option.group == "machine" or (drafting and drafts)):
             found |= dict.fromkeys(option.arguments, value)
     return found
 
@@ -72,8 +73,12 @@ def model_files(args: argparse.Namespace) -> tuple[Path, Path | None]:
         ModelError: there is no such file, or heads are asked for and there are none.
         OSError: the disk is full or cannot be written to.
     """
-    if args.draft == "off" and args.heads:
-        raise ModelError("--heads are given, but --draft is off; leave one of them out")
+    for what, given in {
+        "--heads are": args.heads,
+        "--draft-model is": getattr(args, "draft_model", None),
+    }.items():
+        if args.draft == "off" and given:
+            raise ModelError(f"{what} given, but --draft is off; leave one of them out")
     from ..models.beside import find_heads
 
     heads: Path | None

@@ -127,6 +127,11 @@ OPTIONS = (
         "heads", ("heads",), "files", "its draft heads, named alike", "those beside the model, if any",
     ),
     Option(
+        "draft_model", ("draft_model",), "files",
+        "a smaller model of the same family that drafts: a GGUF file, or hf:owner/repo[/file]",
+        "the model's own prediction layers (MTP), if its file has any", metavar="FILE",
+    ),
+    Option(
         "ctx", ("n_ctx",), "machine", "context length in tokens, 0 for the model's own",
         f"{CONTEXT}, or the model's if that is less", type=int, least=0, metavar="N",
     ),
@@ -168,11 +173,6 @@ OPTIONS = (
         "probable after a token when it last saw it), heads, model (--draft-model, or the model's own layers for "
         "multi-token prediction), or auto: all there are",
         "auto", type=_drafters, metavar="NAME[,…]",
-    ),
-    Option(
-        "draft_model", ("draft_model",), "drafting",
-        "a smaller model of the same family that drafts: a GGUF file, or hf:owner/repo[/file]",
-        "the model's own prediction layers (MTP), if its file has any", metavar="FILE",
     ),
     Option(
         "trees", ("trees",), "drafting", "a bank of trees: a path or a name, bank:tree for --draft static",
