@@ -104,6 +104,21 @@ class Drafted(Paced):
         return self._heads
 
     @property
+    def model_drafts(self) -> bool:
+        """A smaller model drafts, or the model's own prediction layers do."""
+        return self._draft_model is not None
+
+    @property
+    def no_prediction(self) -> str:
+        """Why the prediction layers of the file do not draft, one sentence; empty: they do, or there are none."""
+        return self._no_prediction
+
+    @property
+    def draft_token_us(self) -> float:
+        """Microseconds of drafting one token with the model that drafts."""
+        return self._draft_model.token_us if self._draft_model is not None else 0.0
+
+    @property
     def draft_model_broken(self) -> str:
         """Why the model that drafts does not any more, one sentence; empty: it does, or there is none."""
         return self._draft_model.broken if self._draft_model is not None else ""

@@ -278,6 +278,10 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
             "give the heads of this model, or convert them again with python -m entmtp.convert --base and this model",
         )  # fmt: skip
         return
+    if "model_error" in found:
+        yield ok("model", f"{model.name} loads")
+        yield Check("draft model", "broken", found["model_error"], "give another --draft-model, or none")
+        return
     yield ok(
         "model", f"{found['name']}, {found['architecture']}, loads with a context of {found['n_ctx']} tokens"
     )
@@ -297,11 +301,26 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
         yield ok("held", f"{held['Rss'] / 1e6:.0f} MB more in memory with the model loaded{large}")
     if "outputs" in found:
         yield Check("logits", "note" if found["outputs_note"] else "ok", found["outputs"])
-    if heads is None:
+    if drafter := found.get("drafter"):
+        name = drafter["path"] or "its own layers for multi-token prediction"
+        share = drafter["us"] / max(drafter["pass_us"], 1.0)
+        text = f"{name}: {drafter['us'] / 1e3:.2f} ms a token, {share:.0%} of a pass of the model"
+        if share > DEAR:
+            yield Check(
+                "draft model", "note", text, "a token that it drafts costs too much to pay: leave it out"
+            )
+        else:
+            yield ok("draft model", text)
+    elif found.get("no_prediction"):
+        yield Check(
+            "draft model", "note", f"the file's prediction layers do not draft: {found['no_prediction']}"
+        )
+    if heads is None and drafter is None:
         yield Check(
             "heads", "note", "none named, and none that fit beside the model: drafts come from the text alone",
             "give --heads, or make them with python -m entmtp.train or entmtp.convert",
         )  # fmt: skip
+    if heads is None:
         return
     yield ok("heads", f"{heads.name}: {found['heads']}, made for this model")
     if found["tuned"]:
@@ -313,6 +332,7 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
         )  # fmt: skip
 
 
+DEAR = 0.6  # share of a pass that drafting a token may cost and still pay where most guesses are right
 BY = {"panels": "in panels", "rows": "row by row", "ggml": "by ggml"}
 
 

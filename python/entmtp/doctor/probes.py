@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,8 @@ def model(arguments: list[str]) -> dict[str, Any]:
         llm = load(parser.parse_args(arguments), calibrate=False)
     except ModelError:
         raise
-    except EntmtpError as e:  # heads are loaded after the model
-        return {"heads_error": str(e)}
+    except EntmtpError as e:  # what drafts is loaded after the model
+        return {"model_error" if str(e).startswith("draft model") else "heads_error": str(e)}
     result: dict[str, Any] = {
         "name": llm.metadata.get("general.name") or Path(llm.model_path).name,
         "architecture": llm.metadata.get("general.architecture", "?"),
@@ -136,8 +137,24 @@ def model(arguments: list[str]) -> dict[str, Any]:
             "heads": f"{info.n_heads} {llm._heads.arch} heads on {info.device.decode()}",
             "tuned": str(tuned) if tuned.is_file() else None,
         }
+    if llm.model_drafts:
+        result["drafter"] = {"path": llm.draft_model_path, "us": llm.draft_token_us, "pass_us": one_pass(llm)}
+    result["no_prediction"] = llm.no_prediction
     llm.close()
     return result
+
+
+def one_pass(llm: Any) -> float:
+    """Median microseconds of a pass over one token."""
+    llm.set_trees(policy="off")
+    llm.eval(llm.tokenize(b"The"))
+    times = []
+    for _ in range(8):
+        begin = time.perf_counter()
+        llm.eval([llm.token_eos()])
+        times.append((time.perf_counter() - begin) * 1e6)
+    llm.reset()
+    return sorted(times[1:])[3]
 
 
 def main(argv: list[str]) -> int:
