@@ -28,7 +28,7 @@ from entmtp.train.base import read_matrices
 from entmtp.train.states import Layout, Store
 from helpers.nextn import layer_shapes, with_nextn
 
-CHAIN = 3  # guesses in a row that are trained: the later ones from the layer's own states
+CHAIN = 2  # guesses in a row that are trained: the later ones from the layer's own states
 DECAY = 0.7  # what each weighs against the one before
 
 
@@ -53,7 +53,7 @@ class Layer(nn.Module):
         shapes = layer_shapes(
             self.n_embd, self.n_head, self.n_head_kv, self.head_dim, number("feed_forward_length") // 4 * 4
         )
-        # begins as the model's last layer, fed with the hidden state and a little of the token
+        # begins as the identity of the hidden state, with the insides of the model's last layer
         self.w = nn.ParameterDict()
         names = {"post_attention_norm": "ffn_norm", "nextn.shared_head_norm": "output_norm"}
         for name, shape in shapes.items():
@@ -61,11 +61,15 @@ class Layer(nn.Module):
             source = f"{source}.weight" if source == "output_norm" else f"blk.{n_layer - 1}.{source}.weight"
             if name == "nextn.eh_proj":
                 value = np.concatenate([0.3 * np.eye(self.n_embd), np.eye(self.n_embd)], 1)
-            elif name.startswith("nextn.") and source not in tensors:
+            elif name == "nextn.enorm":
                 value = np.ones(shape)
             else:
-                t = tensors[source]
+                t = tensors["output_norm.weight" if name == "nextn.hnorm" else source]
                 value = gguf.quants.dequantize(t.data, t.tensor_type)[tuple(slice(n) for n in shape)]
+                if name == "nextn.hnorm":
+                    value = 1 / np.maximum(value, 0.1)
+                elif name in ("attn_output", "ffn_down"):
+                    value = 0.05 * value
             self.w[name.replace(".", "_")] = nn.Parameter(torch.tensor(np.array(value, dtype=np.float32)))
 
     def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -113,8 +117,8 @@ def main() -> None:
     parser.add_argument(
         "--others", type=int, default=1024, help="further tokens, drawn for each step (default: 1024)"
     )
-    parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--type", default="Q8_0", help="of the layer's matrices (default: Q8_0)")
     parser.add_argument("--minutes", type=float, default=60.0, help="that it may take at most")
     args = parser.parse_args()
@@ -197,7 +201,7 @@ def main() -> None:
             if step % 10 == 0 or step == n_steps:
                 shares = " ".join(f"{x:.3f}" for x in right)
                 print(
-                    f"step {step}/{n_steps} {time.monotonic() - began:.0f} s loss {float(loss):.3f} right {shares}",
+                    f"step {step}/{n_steps} {time.monotonic() - began:.0f} s loss {loss.item():.3f} right {shares}",
                     flush=True,
                 )
     with torch.no_grad():

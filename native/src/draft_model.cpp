@@ -84,7 +84,9 @@ void draft_model::measure() {
         run((int32_t) held.size(), { tokens.begin(), tokens.begin() + (ptrdiff_t) n }, rows.data());
         return (double) (ggml_time_us() - t0);
     };
-    if (n_batch < 64) {
+    if (n_batch < 64) { // no room: as a guess
+        t_pass  = 1000.0;
+        t_token = 200.0;
         return;
     }
     time(1); // graphs and caches are cold
@@ -158,6 +160,15 @@ const float * draft_model::run(int32_t pos0, const std::vector<int32_t> & tokens
     return llama_get_logits_ith(ctx.get(), -1);
 }
 
+// tokens of the text that are in its memory: what it drafted and was right is among them
+int32_t draft_model::in_common(const text_index & text) const {
+    int32_t same = std::min(n_final, (int32_t) held.size());
+    while (same < std::min(text.size(), (int32_t) held.size()) && held[same] == text[same]) {
+        ++same;
+    }
+    return same;
+}
+
 // a model of its own: what it holds may be the text already, and the path
 const float * draft_model::go_on(const text_index & text, const std::vector<int32_t> & path) {
     const int32_t n_text = text.size();
@@ -166,12 +177,12 @@ const float * draft_model::go_on(const text_index & text, const std::vector<int3
         return i < n_text ? text[i] : path[i - n_text];
     };
 
-    int32_t same = std::min(n_final, (int32_t) held.size());
-    while (same < std::min(n, (int32_t) held.size()) && held[same] == token(same)) {
+    n_final      = in_common(text);
+    int32_t same = n_final;
+    while (same >= n_text && same < std::min(n, (int32_t) held.size()) && held[same] == token(same)) {
         ++same;
     }
-    n_final = std::min(same, n_text);
-    same    = std::min(same, n - 1); // the last one's logits are wanted
+    same = std::min(same, n - 1); // the last one's logits are wanted
     cut(same);
 
     std::vector<int32_t> tokens;
@@ -257,7 +268,8 @@ const float * draft_model::predict(const text_index & text, const std::vector<in
 //
 
 double draft_model::cost(const text_index & text, int32_t l) const {
-    const int32_t n_new = std::max(1, l > 0 ? 1 : text.size() - n_final);
+    const int32_t n_old = own_layers ? n_final : in_common(text);
+    const int32_t n_new = l > 0 ? 1 : std::max(1, text.size() - n_old);
     return t_pass + t_token * (n_new - 1);
 }
 

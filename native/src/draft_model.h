@@ -57,6 +57,7 @@ class draft_model {
     void          cut(int32_t pos);
     int32_t       n_states() const { return (int32_t) states.size() / n_embd; }
     const float * run(int32_t pos0, const std::vector<int32_t> & tokens, const float * rows);
+    int32_t       in_common(const text_index & text) const;
     const float * go_on(const text_index & text, const std::vector<int32_t> & path);
     const float * predict(const text_index & text, const std::vector<int32_t> & path);
     const float * catch_up(int32_t root);

@@ -132,7 +132,7 @@ def test_interrupting_is_still_there(models: dict[str, Path]) -> None:
     ("options", "sentence"),
     [
         (["--model", "no-such.gguf"], "no-such.gguf: there is no such model file"),
-        (["--draft-model", "prompt-lookup-decoding"], "draft_model: this server drafts with heads"),
+        (["--draft-model", "prompt-lookup-decoding"], "draft_model: this server drafts from the text anyway"),
         (["--clip-model-path", "x.gguf"], "clip_model_path: this server reads no images yet"),
         (
             ["--draft", "sometimes"],

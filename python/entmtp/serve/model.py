@@ -130,7 +130,7 @@ class Models(LlamaProxy):
             if (settings.embedding or settings.vocab_only) and not (names.heads or names.draft):
                 names.draft = "off"  # there is nothing to draft
             model, heads = model_files(names)
-            known: dict[str, Any] = {"model": str(model)}
+            known: dict[str, Any] = {"model": str(model), "draft_model": None}  # it is among ours
             if "n_ctx" not in settings.model_fields_set and (trained := context_length(model)):
                 known["n_ctx"] = min(settings.n_ctx, trained)
             if settings.rpc_servers and "n_gpu_layers" not in settings.model_fields_set:
@@ -196,7 +196,7 @@ def _built_with(kind: type[Served], ours: dict[str, Any]) -> Iterator[None]:
 
     class Configured(kind):  # type: ignore[misc, valid-type]
         def __init__(self, **kwargs: Any):
-            super().__init__(**kwargs, **ours)
+            super().__init__(**{**kwargs, **ours})
 
     stock = llama_cpp.Llama
     llama_cpp.Llama = Configured  # type: ignore[misc, assignment]

@@ -16,8 +16,12 @@ from pydantic import Field, ValidationError, create_model, field_validator
 from ..common.errors import EntmtpError
 from ..options.table import OPTIONS, Option
 
-# what llama-cpp-python's server has no setting for
-OURS = tuple(option for option in OPTIONS if option.arguments[0] not in stock.ModelSettings.model_fields)
+# what llama-cpp-python's server has no setting for, or means another thing by: there draft_model names prompt lookup
+OURS = tuple(
+    option
+    for option in OPTIONS
+    if option.name == "draft_model" or option.arguments[0] not in stock.ModelSettings.model_fields
+)
 
 
 def setting(option: Option) -> str:
@@ -62,10 +66,9 @@ class ModelSettings(_Ours):
     @field_validator("draft_model")
     @classmethod
     def _one_way_to_draft(cls, value: str | None) -> str | None:
-        if value is not None:
+        if value == "prompt-lookup-decoding":
             raise ValueError(
-                "this server drafts with heads, which prompt lookup cannot be combined with; leave draft_model out, "
-                "or use python -m llama_cpp.server"
+                "this server drafts from the text anyway; leave draft_model out, or name a smaller model's file"
             )
         return value
 
