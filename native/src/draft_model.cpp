@@ -15,10 +15,19 @@ namespace entmtp {
 
 static constexpr int32_t most_waiting = 256; // states that wait before the layers are run over them
 static constexpr int32_t most_kept    = 256; // and that are kept afterwards; now and then twice as many
+static constexpr int32_t few          = 16;  // tokens that may all have rows of logits
 static constexpr double  rate         = 0.1; // of what a pass took, in what is believed of the next
 
+static bool is_eagle3(const llama_model * model) {
+    char name[32] = {};
+    llama_model_meta_val_str(model, "general.architecture", name, sizeof(name));
+    return std::strcmp(name, "eagle3") == 0;
+}
+
 draft_model::draft_model(llama_context * target, llama_model * model, llama_context_params params) :
-    target(target), own_layers(model == nullptr) {
+    target(target), kind(!model             ? what::layers
+                         : is_eagle3(model) ? what::eagle3
+                                            : what::model) {
     const llama_model * base = llama_get_model(target);
     if (!model) {
         model    = const_cast<llama_model *>(base);
@@ -29,7 +38,8 @@ draft_model::draft_model(llama_context * target, llama_model * model, llama_cont
     }
     n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
     n_known = std::min(n_vocab, llama_vocab_n_tokens(llama_model_get_vocab(base)));
-    n_embd  = llama_model_n_embd_out(base);
+    n_embd  = kind == what::eagle3 ? llama_model_n_embd(model) : llama_model_n_embd_out(base);
+    n_state = n_embd;
     n_batch = (int32_t) std::min(llama_n_ctx_seq(target), 512u);
 
     params.n_ctx          = llama_n_ctx_seq(target);
@@ -38,8 +48,8 @@ draft_model::draft_model(llama_context * target, llama_model * model, llama_cont
     params.n_seq_max      = 1;
     params.n_rs_seq       = 0;
     params.embeddings     = false;
-    params.ctx_type       = own_layers ? LLAMA_CONTEXT_TYPE_MTP : LLAMA_CONTEXT_TYPE_DEFAULT;
-    params.ctx_other      = own_layers ? target : nullptr;
+    params.ctx_type       = kind == what::layers ? LLAMA_CONTEXT_TYPE_MTP : LLAMA_CONTEXT_TYPE_DEFAULT;
+    params.ctx_other      = from_states() ? target : nullptr;
     params.abort_callback = nullptr;
     ctx.reset(llama_init_from_model(model, params));
     if (!ctx) {
@@ -48,14 +58,37 @@ draft_model::draft_model(llama_context * target, llama_model * model, llama_cont
     if (!llama_get_memory(ctx.get())) {
         throw std::runtime_error("draft model: it has no memory to decode with (an encoder?)");
     }
-    if (own_layers) {
+    if (kind == what::layers) {
         llama_set_embeddings_nextn(target, true, /*masked*/ false);
-        llama_set_embeddings_nextn(ctx.get(), true, /*masked*/ true);
     } else {
         check_vocabulary();
     }
+    if (kind == what::eagle3) {
+        follow_layers();
+    }
+    if (from_states()) {
+        llama_set_embeddings_nextn(ctx.get(), true, /*masked*/ true);
+    }
     batch.reset(llama_batch_ext_init(ctx.get()));
     measure();
+}
+
+// EAGLE-3: have the target give the inputs of some of its layers
+void draft_model::follow_layers() {
+    const llama_model * base  = llama_get_model(target);
+    const llama_model * model = llama_get_model(ctx.get());
+    const int32_t       width = llama_model_n_embd(base);
+
+    inputs_of = llama_model_target_layer_ids(model);
+    n_inputs  = (int32_t) llama_model_target_layer_ids_n(model);
+    n_state   = n_inputs * width;
+    for (int32_t i = 0; i < n_inputs; ++i) {
+        if (inputs_of[i] < 0 || inputs_of[i] >= llama_model_n_layer(base)) {
+            throw std::runtime_error("draft model: it wants the input of layer " + std::to_string(inputs_of[i]) +
+                                     ", but the model has " + std::to_string(llama_model_n_layer(base)));
+        }
+        llama_set_embeddings_layer_inp(target, (uint32_t) inputs_of[i], true);
+    }
 }
 
 void draft_model::check_vocabulary() const {
@@ -78,7 +111,7 @@ void draft_model::check_vocabulary() const {
 // what passes cost: of one token, and of each that comes along
 void draft_model::measure() {
     const std::vector<int32_t> tokens(16, 0);
-    const std::vector<float>   rows(own_layers ? tokens.size() * n_embd : 0, 0.0f);
+    const std::vector<float>   rows(from_states() ? tokens.size() * n_embd : 0, 0.0f);
     const auto                 time = [&](size_t n) {
         const int64_t t0 = ggml_time_us();
         run((int32_t) held.size(), { tokens.begin(), tokens.begin() + (ptrdiff_t) n }, rows.data());
@@ -101,7 +134,7 @@ void draft_model::cut(int32_t pos) {
     if (pos >= (int32_t) held.size()) {
         return;
     }
-    if (!llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, pos, -1)) {
+    if (!llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, std::max(pos - shift(), 0), -1)) {
         why = "its memory cannot be cut back (recurrent or hybrid)";
     }
     held.resize(std::max(pos, 0));
@@ -110,12 +143,12 @@ void draft_model::cut(int32_t pos) {
 void draft_model::truncate(int32_t pos) {
     const int32_t n_seen = n_final;
     n_final              = std::min(n_final, pos);
-    if (!own_layers) {
+    if (!from_states()) {
         return;
     }
     cut(n_final);
     waiting.resize(std::clamp(pos - n_seen, 0, (int32_t) waiting.size()));
-    states.resize((size_t) std::clamp(pos - state0, 0, n_states()) * n_embd);
+    states.resize((size_t) std::clamp(pos - state0, 0, n_states()) * n_state);
 }
 
 // Evaluate tokens from a position on; logits after the last of them, null: it failed
@@ -125,22 +158,33 @@ const float * draft_model::run(int32_t pos0, const std::vector<int32_t> & tokens
     if (std::any_of(tokens.begin(), tokens.end(), [&](int32_t t) { return t < 0 || t >= n_vocab; })) {
         return nullptr; // not known, or not to it
     }
-    for (int32_t i = 0, m = 0; i < n; i += m) {
+    // the first token of a text has no state before it, and no place in the memory of an EAGLE-3 layer
+    const int32_t n_skip = std::max(0, shift() - pos0);
+    if (n_skip > 0) {
+        held.assign(tokens.begin(), tokens.begin() + n_skip);
+    }
+    for (int32_t i = n_skip, m = 0; i < n; i += m) {
         m = std::min(n - i, n_batch);
+        if (kind == what::eagle3 && i + m == n && m > few) {
+            m -= few;
+        }
+        // llama.cpp's graph of EAGLE-3 gives rows for all tokens or for none
+        const bool is_last = i + m == n;
         llama_batch_ext_clear(batch.get());
         for (int32_t j = 0; j < m; ++j) {
-            const int32_t pos = pos0 + i + j;
+            const bool    output = is_last && (j == m - 1 || kind == what::eagle3);
+            const int32_t pos    = pos0 + i + j - shift();
             if (llama_batch_ext_add_token(batch.get(), 0, tokens[i + j]) != j ||
                 !llama_batch_ext_set_pos(batch.get(), j, &pos) ||
-                !llama_batch_ext_set_output_logits(batch.get(), j, j == m - 1) ||
-                (own_layers && !llama_batch_ext_set_embd_token(
-                                   batch.get(), j, { rows + (size_t) (i + j) * n_embd, 1, (size_t) n_embd }))) {
+                !llama_batch_ext_set_output_logits(batch.get(), j, output) ||
+                (from_states() && !llama_batch_ext_set_embd_token(
+                                      batch.get(), j, { rows + (size_t) (i + j) * n_embd, 1, (size_t) n_embd }))) {
                 return nullptr;
             }
         }
         const int32_t status = llama_process(ctx.get(), LLAMA_PROCESS_TYPE_DECODE, batch.get());
         if (status != 0) {
-            llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, (int32_t) held.size(), -1);
+            llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, std::max((int32_t) held.size() - shift(), 0), -1);
             if (status < 0) {
                 why = "llama.cpp could not evaluate it (status " + std::to_string(status) + ")";
             }
@@ -148,7 +192,7 @@ const float * draft_model::run(int32_t pos0, const std::vector<int32_t> & tokens
         }
         held.resize(pos0 + i, -1);
         held.insert(held.end(), tokens.begin() + i, tokens.begin() + i + m);
-        if (own_layers) {
+        if (from_states() && is_last) {
             const float * h = llama_get_embeddings_nextn_ith(ctx.get(), m - 1);
             if (!h) {
                 why = "llama.cpp gives no states of its prediction layers";
@@ -157,7 +201,7 @@ const float * draft_model::run(int32_t pos0, const std::vector<int32_t> & tokens
             own.assign(h, h + n_embd);
         }
     }
-    return llama_get_logits_ith(ctx.get(), -1);
+    return n > n_skip ? llama_get_logits_ith(ctx.get(), -1) : nullptr;
 }
 
 // tokens of the text that are in its memory: what it drafted and was right is among them
@@ -193,11 +237,11 @@ const float * draft_model::go_on(const text_index & text, const std::vector<int3
 }
 
 //
-// prediction layers
+// prediction layers and EAGLE-3
 //
 
 void draft_model::follow(const std::vector<int32_t> & tokens, int32_t pos0, const std::vector<int32_t> & rows) {
-    if (!own_layers || !why.empty()) {
+    if (!from_states() || !why.empty()) {
         return;
     }
     truncate(pos0);
@@ -211,17 +255,61 @@ void draft_model::follow(const std::vector<int32_t> & tokens, int32_t pos0, cons
         state0 = pos0;
     }
     for (size_t i = 0; i < rows.size(); ++i) {
-        const float * h = llama_get_embeddings_nextn_ith(target, rows[i]);
-        if (!h) {
-            why = "llama.cpp gives no hidden states for its prediction layers";
+        if (!read_state(rows[i])) {
+            why = "llama.cpp gives no hidden states for it";
             return;
         }
-        states.insert(states.end(), h, h + n_embd);
         waiting.push_back(tokens[i]);
     }
     if ((int32_t) waiting.size() >= most_waiting) {
         catch_up(-1);
     }
+}
+
+// the target's state after a token of its last pass goes to `states`
+bool draft_model::read_state(int32_t row) {
+    if (kind == what::layers) {
+        const float * h = llama_get_embeddings_nextn_ith(target, row);
+        states.insert(states.end(), h, h ? h + n_state : h);
+        return h != nullptr;
+    }
+    const int32_t width = n_state / n_inputs;
+    for (int32_t i = 0; i < n_inputs; ++i) {
+        const float * h = llama_get_embeddings_layer_inp(target, (uint32_t) inputs_of[i]);
+        if (!h) {
+            return false;
+        }
+        states.insert(states.end(), h + (size_t) row * width, h + (size_t) (row + 1) * width);
+    }
+    return true;
+}
+
+// EAGLE-3: states of the target as the layer wants them
+//   rows  [n][n_state] -> [n][n_embd]
+bool draft_model::encode(std::vector<float> & rows) {
+    const int32_t      n = (int32_t) rows.size() / n_state;
+    std::vector<float> res;
+    for (int32_t i = 0, m = 0; i < n; i += m) {
+        m = std::min(n - i, n_batch);
+        llama_batch_ext_clear(batch.get());
+        for (int32_t j = 0; j < m; ++j) {
+            const float * row = rows.data() + (size_t) (i + j) * n_state;
+            const int32_t pos = std::max((int32_t) held.size() - shift(), 0) + j; // not looked at
+            if (llama_batch_ext_add_embd(batch.get(), 0, { row, 1, (size_t) n_state }) != j ||
+                !llama_batch_ext_set_pos(batch.get(), j, &pos) ||
+                !llama_batch_ext_set_output_logits(batch.get(), j, true)) {
+                return false;
+            }
+        }
+        if (llama_process(ctx.get(), LLAMA_PROCESS_TYPE_ENCODE, batch.get()) != 0) {
+            why = "llama.cpp could not evaluate it";
+            return false;
+        }
+        const float * g = llama_get_embeddings_nextn(ctx.get());
+        res.insert(res.end(), g, g + (size_t) m * n_embd);
+    }
+    rows = std::move(res);
+    return true;
 }
 
 // run them over the settled tokens that wait, and the root, if there is one; logits after the last
@@ -231,12 +319,15 @@ const float * draft_model::catch_up(int32_t root) {
         tokens.push_back(root);
     }
     cut(n_final);
-    std::vector<float> rows(tokens.size() * n_embd, 0.0f); // zeros where the state before is not known
+    std::vector<float> rows(tokens.size() * n_state, 0.0f); // zeros where the state before is not known
     for (int32_t i = 0; i < (int32_t) tokens.size(); ++i) {
         const int32_t at = n_final + i - 1 - state0;
         if (at >= 0 && at < n_states()) {
-            std::copy_n(states.begin() + (ptrdiff_t) at * n_embd, n_embd, rows.begin() + (ptrdiff_t) i * n_embd);
+            std::copy_n(states.begin() + (ptrdiff_t) at * n_state, n_state, rows.begin() + (ptrdiff_t) i * n_state);
         }
+    }
+    if (kind == what::eagle3 && !encode(rows)) {
+        return nullptr;
     }
     const float * logits = run(n_final, tokens, rows.data());
     if (logits) {
@@ -245,7 +336,7 @@ const float * draft_model::catch_up(int32_t root) {
         // the last is before the token that comes next; more are kept, for the text may be cut back
         const int32_t n_old = n_states() - most_kept;
         if (n_old > most_kept) {
-            states.erase(states.begin(), states.begin() + (ptrdiff_t) n_old * n_embd);
+            states.erase(states.begin(), states.begin() + (ptrdiff_t) n_old * n_state);
             state0 += n_old;
         }
     }
@@ -268,7 +359,7 @@ const float * draft_model::predict(const text_index & text, const std::vector<in
 //
 
 double draft_model::cost(const text_index & text, int32_t l) const {
-    const int32_t n_old = own_layers ? n_final : in_common(text);
+    const int32_t n_old = from_states() ? n_final : in_common(text);
     const int32_t n_new = l > 0 ? 1 : std::max(1, text.size() - n_old);
     return t_pass + t_token * (n_new - 1);
 }
@@ -282,7 +373,7 @@ bool draft_model::expand(
     const int64_t t0       = ggml_time_us();
     const double  expected = cost(text, (int32_t) path.size());
 
-    const float * logits = own_layers ? predict(text, path) : go_on(text, path);
+    const float * logits = from_states() ? predict(text, path) : go_on(text, path);
     if (!logits) {
         return false;
     }

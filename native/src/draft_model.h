@@ -1,4 +1,5 @@
-// A drafter with a memory of its own: a smaller model, or the layers for multi-token prediction that a model brings along.
+// A drafter with a memory of its own: a smaller model, an EAGLE-3 layer, or the layers for multi-token prediction that a model
+// brings along.
 
 #pragma once
 
@@ -17,21 +18,23 @@ namespace entmtp {
 // token to draft after. What it drafted itself, and was right, a smaller model need not run again.
 //
 // Prediction layers (NextN; DeepSeek-V3, arXiv 2412.19437, section 2.2) take a token and the hidden state before it: of the
-// target for settled tokens, their own for drafted ones. So what they keep of drafts is void once these are settled.
+// target for settled tokens, their own for drafted ones. So what they keep of drafts is void once these are settled. An
+// EAGLE-3 layer (arXiv 2503.01840) does the same with the inputs of three of the target's layers, put together by a matrix
+// of its own; it counts positions by the state, one less than by the token.
 class draft_model {
   public:
     static constexpr int32_t max_depth = 16;
 
     // throws std::runtime_error with one sentence
     //   target  context of the text that is drafted for, which outlives this
-    //   model   of the same vocabulary, not owned; null: the prediction layers of the target's own
+    //   model   of the same vocabulary, or an EAGLE-3 layer, not owned; null: the prediction layers of the target's own
     //   params  of the target's context
     draft_model(llama_context * target, llama_model * model, llama_context_params params);
 
-    bool predicts() const { return own_layers; } // it is the prediction layers of the model itself
+    bool predicts() const { return kind == what::layers; } // it is the prediction layers of the model itself
 
     // drafted tokens that it can go on after. Of several layers that are trained for one depth each, the first is used
-    int32_t depth() const { return own_layers && n_layers > 1 ? 1 : max_depth; }
+    int32_t depth() const { return n_layers > 1 ? 1 : max_depth; }
 
     // why it does not draft any more, one sentence; empty: it does
     const std::string & broken() const { return why; }
@@ -52,10 +55,18 @@ class draft_model {
     double token_cost() const { return t_pass; }           // us of a pass over one token
 
   private:
+    enum class what { model, layers, eagle3 };
+
+    bool    from_states() const { return kind != what::model; }
+    int32_t shift() const { return kind == what::eagle3 ? 1 : 0; } // a token's position, less that in its memory
+
+    void          follow_layers();
     void          check_vocabulary() const;
     void          measure();
     void          cut(int32_t pos);
-    int32_t       n_states() const { return (int32_t) states.size() / n_embd; }
+    int32_t       n_states() const { return (int32_t) states.size() / n_state; }
+    bool          read_state(int32_t row);
+    bool          encode(std::vector<float> & rows);
     const float * run(int32_t pos0, const std::vector<int32_t> & tokens, const float * rows);
     int32_t       in_common(const text_index & text) const;
     const float * go_on(const text_index & text, const std::vector<int32_t> & path);
@@ -71,12 +82,15 @@ class draft_model {
     };
 
     llama_context * target;
-    bool            own_layers;
-    int32_t         n_layers = 0; // prediction layers
-    int32_t         n_embd   = 0;
-    int32_t         n_vocab  = 0; // its own
-    int32_t         n_known  = 0; // tokens that the target knows, too
-    int32_t         n_batch  = 0;
+    what            kind;
+    int32_t         n_layers  = 0;       // prediction layers
+    int32_t         n_embd    = 0;       // of the states that go into its passes
+    int32_t         n_state   = 1;       // of those of the target that are kept for it
+    const int32_t * inputs_of = nullptr; // EAGLE-3: the layers of the target that it sees the inputs of
+    int32_t         n_inputs  = 0;
+    int32_t         n_vocab   = 0;       // its own
+    int32_t         n_known   = 0;       // tokens that the target knows, too
+    int32_t         n_batch   = 0;
 
     std::unique_ptr<llama_context, free_context> ctx;
     std::unique_ptr<llama_batch_ext, free_batch> batch;
@@ -87,7 +101,7 @@ class draft_model {
     // prediction layers: settled tokens that they have not seen yet, from position n_final on, and the target's hidden
     // states, of these and of some before
     std::vector<int32_t> waiting;
-    std::vector<float>   states;     // [n][n_embd]
+    std::vector<float>   states;     // [n][n_state]
     int32_t              state0 = 0; // position of the first
     std::vector<float>   own;        // [n_embd] their own state after the last token that they were run over
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from . import drafting
 from .bank import Bank, load_bank
 from .common.errors import EntmtpError
+from .models.drafter_file import check_drafter
 from .models.names import resolve
 from .models.nextn import prediction_layers
 from .native.arrays import POLICIES, PRICED, SCORES
@@ -56,6 +57,7 @@ class Drafted(Paced):
         """Which model drafts: the one that is named, or the model's own prediction layers."""
         if named is not None:
             self.draft_model_path = str(resolve(named))
+            check_drafter(Path(self.draft_model_path), model)
         elif (
             policy in drafting.MODEL_DRAFTS and self.one_text and (drafters == "auto" or "model" in drafters)
         ):

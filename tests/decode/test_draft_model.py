@@ -17,6 +17,7 @@ from entmtp import Bank, EntmtpError, Llama
 from entmtp.bank import PLAIN, Tree
 from entmtp.models.nextn import prediction_layers
 from entmtp.options.demo import demo_files
+from helpers.eagle3 import Weights, foresee, write_eagle3
 from helpers.forced import draft_a_lot
 from helpers.hybrids import hybrid_path
 from helpers.models import SPECS, model_path, write_model
@@ -87,16 +88,26 @@ def test_prediction_layers_change_no_token(nextn: Path, drafters: list[str]) -> 
         assert llm.draft_model_broken == ""
 
 
+@pytest.fixture(scope="module")
+def eagle3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Weights]:
+    """An EAGLE-3 layer with random weights for the random Llama."""
+    return write_eagle3(model_path("llama"), tmp_path_factory.mktemp("eagle3") / "eagle3.gguf")
+
+
 @pytest.mark.parametrize("n_batch", [512, 16])
-def test_prediction_layers_are_asked_what_they_were_trained_for(nextn: Path, n_batch: int) -> None:
+@pytest.mark.parametrize("kind", ["nextn", "eagle3"])
+def test_layers_are_asked_what_they_are_trained_for(
+    nextn: Path, eagle3: tuple[Path, Weights], kind: str, n_batch: int
+) -> None:
     """The guesses of every step are those of a reference in numpy, from the model's own hidden states: also after a
     prompt in several passes, after accepted drafts, and after the text was cut back."""
     base = model_path("llama")
     layer = random_layer(shapes_of(base))
+    path, more = (nextn, {}) if kind == "nextn" else (base, {"draft_model": eagle3[0]})
     rng = np.random.default_rng(1)
     text: list[int] = []
     n_steps = n_accepted = 0
-    with loaded(nextn, n_batch=n_batch, draft="entmtp", drafters=["model"]) as llm:
+    with loaded(path, n_batch=n_batch, draft="entmtp", drafters=["model"], **more) as llm:
         draft_a_lot(llm)
         for kept, prompt in ((0, list(range(20, 90)) * 5), (300, [5, 6, 7])):
             text = text[:kept] + prompt
@@ -112,12 +123,12 @@ def test_prediction_layers_are_asked_what_they_were_trained_for(nextn: Path, n_b
                 text.append(token)
                 if token not in guesses:
                     asked[len(text) - 1] = {t for t in tokens if llm.decoder.is_drafted(t)}
-            foreseen = predict(base, layer, text)
+            foreseen = predict(base, layer, text) if kind == "nextn" else foresee(base, eagle3[1], text)
             for i, guessed in asked.items():
                 assert guessed == set(foreseen[i, :8].tolist()), i
             n_steps += len(asked)
     assert n_steps > 40
-    assert n_accepted > 40
+    assert n_accepted > 20
 
 
 def test_a_small_model_that_is_the_model_itself_is_always_right() -> None:
@@ -152,6 +163,23 @@ def test_chains_of_a_fixed_length(nextn: Path, length: int) -> None:
                 llm.reset_draft_stats()
                 answer(llm, PROMPTS[1], 60, **GREEDY)
                 assert llm.draft_stats.tokens_per_step > 0.9 * (1 + length)
+
+
+@pytest.mark.parametrize("drafters", [["model"], ["text", "recycling", "model"]])
+def test_an_eagle3_layer_changes_no_token(eagle3: tuple[Path, Weights], drafters: list[str]) -> None:
+    path = model_path("llama")
+    with (
+        loaded(path) as plain,
+        loaded(path, draft="entmtp", draft_model=eagle3[0], drafters=drafters) as llm,
+    ):
+        check_equal(plain, draft_a_lot(llm))
+        assert llm.draft_stats.n_drafted > 200
+        assert llm.draft_model_broken == ""
+
+
+def test_an_eagle3_layer_of_a_model_that_gives_no_inputs(eagle3: tuple[Path, Weights]) -> None:
+    with pytest.raises(EntmtpError, match=r"EAGLE-3 .* llama.cpp's graph of olmo2 does not let it"):
+        Llama(model_path("olmo2"), draft="entmtp", draft_model=eagle3[0], **SETTINGS)
 
 
 def test_another_model_changes_no_token(tmp_path: Path) -> None:

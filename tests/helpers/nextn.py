@@ -14,6 +14,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from .layers_reference import attend, ffn, rms
+
 ARCH = "glm4moe"
 EXPERT = 4  # of so many parts of the layer's feed-forward part one is the expert, the others are shared
 
@@ -57,11 +59,11 @@ def random_layer(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str,
 
 def shapes_of(base: Path) -> dict[str, tuple[int, ...]]:
     """Of the layer that fits a model of the architecture llama."""
-    n = _numbers(gguf.GGUFReader(base))
+    n = numbers_of(gguf.GGUFReader(base))
     return layer_shapes(n["n_embd"], n["n_head"], n["n_head_kv"], n["head_dim"], n["n_ff"])
 
 
-def _numbers(reader: gguf.GGUFReader) -> dict[str, Any]:
+def numbers_of(reader: gguf.GGUFReader) -> dict[str, Any]:
     def number(key: str, default: Any = None) -> Any:
         field = reader.fields.get(f"llama.{key}")
         return default if field is None else field.contents()
@@ -86,7 +88,7 @@ def predict(base: Path, layer: dict[str, npt.NDArray[np.float32]], text: list[in
     In float64, from the hidden states that llama.cpp gives.
     """
     reader = gguf.GGUFReader(base)
-    n = _numbers(reader)
+    n = numbers_of(reader)
     tensors = {
         t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float64) for t in reader.tensors
     }
@@ -94,32 +96,16 @@ def predict(base: Path, layer: dict[str, npt.NDArray[np.float32]], text: list[in
     embedding = tensors["token_embd.weight"]
     h = np.concatenate([np.zeros((1, n["n_embd"])), hidden_states(base, text)[:-1]])
 
-    def norm(x: npt.NDArray[np.float64], name: str) -> npt.NDArray[np.float64]:
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + n["eps"]) * w[name]
-
-    def rope(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        half = n["head_dim"] // 2
-        angle = np.arange(len(text))[:, None, None] * n["rope_base"] ** (-np.arange(half) / half)
-        even, odd = x[..., 0::2], x[..., 1::2]
-        turned = even * np.cos(angle) - odd * np.sin(angle), even * np.sin(angle) + odd * np.cos(angle)
-        return np.stack(turned, -1).reshape(x.shape)
+    def norm(x: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
+        return rms(x, w[name], n["eps"])
 
     x = (
         np.concatenate([norm(embedding[text], "nextn.enorm"), norm(h, "nextn.hnorm")], -1)
         @ w["nextn.eh_proj"].T
     )
-    a = norm(x, "attn_norm")
-    q, k, v = ((a @ w[f"attn_{part}"].T).reshape(len(text), -1, n["head_dim"]) for part in ("q", "k", "v"))
-    q, k = rope(q), rope(k)
-    k, v = (np.repeat(m, n["n_head"] // n["n_head_kv"], 1) for m in (k, v))
-    scores = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(n["head_dim"])
-    scores[:, ~np.tri(len(text), dtype=bool)] = -np.inf
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    x = x + np.einsum("hij,jhd->ihd", weights, v).reshape(len(text), -1) @ w["attn_output"].T
-    f = norm(x, "post_attention_norm")
-    gate = f @ w["ffn_gate"].T
-    x = x + (gate / (1 + np.exp(-gate)) * (f @ w["ffn_up"].T)) @ w["ffn_down"].T
+    q, k, v = (norm(x, "attn_norm") @ w[f"attn_{part}"].T for part in ("q", "k", "v"))
+    x = x + attend(q, k, v, n) @ w["attn_output"].T
+    x = x + ffn(norm(x, "post_attention_norm"), w["ffn_gate"], w["ffn_up"], w["ffn_down"])
     logits = norm(x, "nextn.shared_head_norm") @ tensors.get("output.weight", embedding).T
     return np.argsort(-logits, -1, kind="stable")
 
@@ -153,7 +139,7 @@ def with_nextn(
     keys = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     tensors = {t.name: t for t in reader.tensors}
 
-    numbers = _numbers(reader)
+    numbers = numbers_of(reader)
     n_layer, n_embd, n_head, n_head_kv = (numbers[k] for k in ("n_layer", "n_embd", "n_head", "n_head_kv"))
     shapes = shapes_of(base)
     layer = random_layer(shapes) if layer is None else layer

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.errors import ConvertError
-from .formats.gguf_header import GGUFHeader, read_gguf_header, read_gguf_keys
+from .formats.gguf_header import GGUFHeader, TensorInfo, read_gguf_header, read_gguf_keys
+from .hub import parts
 
 # Architectures whose prediction layers the pinned llama.cpp has a graph for, and tensors of such a layer that it ends
 # the process without (src/models/*.cpp: GGML_ASSERT), beside those that all need.
@@ -49,12 +50,15 @@ class Prediction:
 
 
 def prediction_layers(model: Path) -> Prediction | None:
-    """The prediction layers of a model file; None where it has none, or cannot be read."""
+    """The prediction layers of a model file, a split one too; None where it has none, or cannot be read."""
     try:
         said = read_gguf_keys(model, lambda key: key.endswith(".nextn_predict_layers"), 1)
         if not said:
             return None
         header = read_gguf_header(model)
+        tensors = dict(header.tensors)
+        for name in parts(model.name)[1:]:
+            tensors |= read_gguf_header(model.with_name(name)).tensors
     except (ConvertError, OSError):
         return None
     architecture = str(header.keys.get("general.architecture"))
@@ -62,22 +66,22 @@ def prediction_layers(model: Path) -> Prediction | None:
     if type(n) is not int or type(n_all) is not int or not 0 < n < n_all:
         return None
     blocks = range(n_all - n, n_all)
-    if not any(name.startswith(tuple(f"blk.{i}." for i in blocks)) for name in header.tensors):
+    if not any(name.startswith(tuple(f"blk.{i}." for i in blocks)) for name in tensors):
         return None  # the file was made without them, as many are
-    return Prediction(n, _problem(header, architecture, blocks))
+    return Prediction(n, _problem(header, tensors, architecture, blocks))
 
 
-def _problem(header: GGUFHeader, architecture: str, blocks: range) -> str:
+def _problem(header: GGUFHeader, tensors: dict[str, TensorInfo], architecture: str, blocks: range) -> str:
     if architecture not in GRAPHS:
         return f"llama.cpp has no graph for those of {architecture}"
     if len(blocks) > 1 and architecture not in SEVERAL:
         return f"there are {len(blocks)}, and llama.cpp's graph of {architecture} is for one"
     for i in blocks:
         for name in (*ALL, *GRAPHS[architecture]):
-            if f"blk.{i}.{name}" not in header.tensors:
+            if f"blk.{i}.{name}" not in tensors:
                 return f"the file lacks the tensor blk.{i}.{name}"
     n_embd = header.keys.get(f"{architecture}.embedding_length")
-    shape = header.tensors[f"blk.{blocks[0]}.nextn.eh_proj.weight"].shape
+    shape = tensors[f"blk.{blocks[0]}.nextn.eh_proj.weight"].shape
     if architecture != "deepseek4" and type(n_embd) is int and shape != (2 * n_embd, n_embd):
         return f"blk.{blocks[0]}.nextn.eh_proj.weight has the shape {list(shape)}, not {[2 * n_embd, n_embd]}"
     return ""
