@@ -1,31 +1,23 @@
 #include "foresight.h"
 
+#include <algorithm>
+
 namespace entmtp {
 
-// to begin with: surer texts and surer nodes are followed by surer ones
-static constexpr float start[foresight::n_bins] = { 0.85f, 0.7f, 0.5f, 0.35f };
+// acceptance of the best child: surer texts and surer nodes are followed by surer ones
+static constexpr float guess[2 * foresight::n_bins] = { 0.65f, 0.5f, 0.4f, 0.3f, 0.65f, 0.5f, 0.4f, 0.3f };
 
 foresight::foresight() {
-    for (int32_t b = 0; b < n_bins; ++b) {
-        for (int32_t i = 0; i < n_scenarios; ++i) {
-            const float q = start[b] * (0.5f + (float) i / (float) n_scenarios);
-            const float p = q < 0.95f ? q : 0.95f;
-            root[b][i] = below[b][i] = { p, 0.4f * (1.0f - p), 0.2f * (1.0f - p) };
-        }
+    for (size_t i = 0; i < bins.size(); ++i) {
+        bins[i].seen[0] = { guess[i], 0.3f * (1.0f - guess[i]), 0.15f * (1.0f - guess[i]) };
     }
 }
 
-int32_t foresight::bin(bool is_root, float running, float q) {
-    if (is_root) {
-        return running < 0.5f ? 0 : running < 1.2f ? 1 : running < 2.2f ? 2 : 3; // nats
-    }
-    return q > 0.9f ? 0 : q > 0.7f ? 1 : q > 0.4f ? 2 : 3;
-}
-
-void foresight::see(bool is_root, int32_t bin, const scenario & s) {
-    int32_t & at                      = next[(is_root ? 0 : n_bins) + bin];
-    (is_root ? root : below)[bin][at] = s;
-    at                                = (at + 1) % n_scenarios;
+void foresight::see(int32_t i, const scenario & s) {
+    bin & b               = bins[i];
+    b.seen[b.next % most] = s; // in place of the guess, then of the oldest
+    b.next++;
+    b.n = (int32_t) std::min<int64_t>(b.next, most);
 }
 
 } // namespace entmtp

@@ -8,27 +8,36 @@
 namespace entmtp {
 
 // Scenarios: the acceptance of the three best children that it had, by how sure things were. After the root that is told by
-// the running entropy, further down by the acceptance of the node itself.
+// the running entropy, further down by the acceptance of the node itself. Until it was asked there, a sober guess.
 class foresight {
   public:
-    static constexpr int32_t n_bins      = 4;
-    static constexpr int32_t n_scenarios = 8;
+    static constexpr int32_t n_bins = 4;
+    static constexpr int32_t most   = 8;   // scenarios that are remembered
 
-    using scenario  = std::array<float, 3>; // decreasing
-    using scenarios = std::array<scenario, n_scenarios>;
+    using scenario = std::array<float, 3>; // decreasing
+
+    struct bin {
+        std::array<scenario, most> seen; // the guess is the first
+        int32_t                    n    = 1;
+        int64_t                    next = 0;
+
+        const scenario * begin() const { return seen.data(); }
+        const scenario * end() const { return seen.data() + n; }
+    };
 
     foresight();
 
-    static int32_t bin(bool is_root, float running, float q);
+    static int32_t after_root(float running) {
+        return running < 0.5f ? 0 : running < 1.2f ? 1 : running < 2.2f ? 2 : 3;
+    }
+    static int32_t after_node(float q) { return n_bins + (q > 0.9f ? 0 : q > 0.7f ? 1 : q > 0.4f ? 2 : 3); }
 
-    const scenarios & of(bool is_root, int32_t bin) const { return (is_root ? root : below)[bin]; }
+    const bin & of(int32_t i) const { return bins[i]; }
 
-    void see(bool is_root, int32_t bin, const scenario & s); // in place of the oldest
+    void see(int32_t i, const scenario & s);
 
   private:
-    std::array<scenarios, n_bins>   root;
-    std::array<scenarios, n_bins>   below;
-    std::array<int32_t, 2 * n_bins> next = {};
+    std::array<bin, 2 * n_bins> bins;
 };
 
 } // namespace entmtp

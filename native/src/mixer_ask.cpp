@@ -158,20 +158,23 @@ int32_t mixer::best_child(int32_t at) const {
     return best;
 }
 
+int32_t mixer::bin_of(int32_t at, const situation & now) const {
+    return at < 0 ? foresight::after_root(now.running) : foresight::after_node(found[at].q);
+}
+
 // Does its next guess, after a path of l tokens, pay, alone or with those that come after it?
 bool mixer::model_pays(int32_t at, int32_t l, const situation & now, const asked_model & model) const {
     static constexpr int32_t most = 4; // guesses ahead
 
-    const bool  is_root = at < 0;
-    const float q       = is_root ? 0.0f : found[at].q;
+    const foresight::bin & scenarios = ahead.of(bin_of(at, now));
     // what others propose there, it need not
-    const float p       = (is_root ? 1.0f : found[at].p) * (1.0f - covered(at));
+    const float            p         = (at < 0 ? 1.0f : found[at].p) * (1.0f - covered(at));
 
     double t = 0.0;
     for (int32_t n = 1; n <= std::min(most, model.depth - l); ++n) {
         t += now.price * model.cost(l + n - 1);
         double sum = 0.0;
-        for (const foresight::scenario & s : ahead.of(is_root, foresight::bin(is_root, now.running, q))) {
+        for (const foresight::scenario & s : scenarios) {
             trial      = probs;
             float path = p;
             for (int32_t i = 0; i < n; ++i, path *= s[0]) { // as sure further down
@@ -182,7 +185,7 @@ bool mixer::model_pays(int32_t at, int32_t l, const situation & now, const asked
             }
             sum += best_pass(trial, fee);
         }
-        if (sum / foresight::n_scenarios - t > worth) {
+        if (sum / scenarios.n - t > worth) {
             return true;
         }
     }
@@ -208,8 +211,7 @@ void mixer::ask_model(const situation & now, const asked_model & model) {
         }
         n_model_run = l + 1;
 
-        const bool    is_root = at < 0;
-        const int32_t bin     = foresight::bin(is_root, now.running, is_root ? 0.0f : found[at].q);
+        const int32_t bin = bin_of(at, now);
         for (int32_t r = 0; r < n_guess; ++r) {
             if (const int32_t i = propose(at, guess[r], from_model); i >= 0) {
                 found[i].signals.model = log_p[r];
@@ -218,7 +220,7 @@ void mixer::ask_model(const situation & now, const asked_model & model) {
         use(now);
 
         foresight::scenario best = {};
-        for (int32_t i = is_root ? root_first : found[at].first; i >= 0; i = found[i].next) {
+        for (int32_t i = at < 0 ? root_first : found[at].first; i >= 0; i = found[i].next) {
             if (found[i].sources & from_model) {
                 float q = found[i].q;
                 for (float & b : best) {
@@ -228,7 +230,7 @@ void mixer::ask_model(const situation & now, const asked_model & model) {
                 }
             }
         }
-        ahead.see(is_root, bin, best);
+        ahead.see(bin, best);
 
         at = best_child(at);
         if (at < 0) {
