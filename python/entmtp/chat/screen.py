@@ -15,7 +15,7 @@ from prompt_toolkit.utils import get_cwidth
 
 TAB = 8
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-HEADS, TEXT, ROWS = "\x1b[32m", "\x1b[36m", "\x1b[34m"  # green, cyan, blue
+TEXT, ROWS, HEADS, MODEL = "\x1b[36m", "\x1b[34m", "\x1b[32m", "\x1b[35m"  # cyan, blue, green, magenta
 ERASE_BELOW, UP = "\x1b[J", "\x1b[A"
 
 
@@ -33,7 +33,7 @@ def printable(text: str) -> str:
 
 def colour_of(drafters: int) -> str:
     """The colour of a token that these drafters guessed (bits of native.abi.SOURCES): of the first of them."""
-    return TEXT if drafters & 1 else ROWS if drafters & 2 else HEADS
+    return TEXT if drafters & 1 else ROWS if drafters & 2 else HEADS if drafters & 4 else MODEL
 
 
 class Screen:
