@@ -34,12 +34,10 @@ extern "C" {
 #endif
 
 struct llama_context;
-struct llama_context_params;
 struct llama_model;
 struct llama_sampler;
 
 struct entmtp_heads;
-struct entmtp_draft_model;
 struct entmtp_decoder;
 
 enum entmtp_status {
@@ -109,27 +107,6 @@ entmtp_heads_prefix(struct entmtp_heads * heads, const float * h, int32_t n, int
 
 // FNV-1a 64 of the model's vocabulary, see docs/heads-gguf.md
 ENTMTP_API uint64_t entmtp_vocab_fingerprint(const struct llama_model * model);
-
-//
-// a model that drafts
-//
-
-// A drafter with a context of its own, made here.
-//   ctx     of the model that is drafted for, which outlives this
-//   model   a smaller one with the same vocabulary, not owned; NULL: the layers for multi-token prediction (NextN) that the
-//           model itself was loaded with (llama_model_params.load_mtp)
-//   params  struct llama_context_params of ctx; sizes are chosen here
-// NULL on failure.
-ENTMTP_API struct entmtp_draft_model * entmtp_draft_model_init(struct llama_context *              ctx,
-                                                               struct llama_model *                model,
-                                                               const struct llama_context_params * params);
-ENTMTP_API void                        entmtp_draft_model_free(struct entmtp_draft_model * draft);
-
-// why it does not draft any more, one sentence; empty: it does
-ENTMTP_API const char * entmtp_draft_model_broken(const struct entmtp_draft_model * draft);
-
-// us of drafting one token
-ENTMTP_API double entmtp_draft_model_cost(const struct entmtp_draft_model * draft);
 
 //
 // decoder
@@ -291,10 +268,6 @@ ENTMTP_API uint32_t entmtp_decoder_drafted_by(const struct entmtp_decoder * dec,
 // The text that is in the memory, where it did not come through entmtp_decoder_eval() (a state was loaded): for drafting
 // from it.
 ENTMTP_API void entmtp_decoder_set_text(struct entmtp_decoder * dec, const int32_t * tokens, int32_t n);
-
-// The model that drafts from now on, under the auto policy if it names ENTMTP_SOURCE_MODEL. It outlives the decoder, and
-// serves no other. NULL: none does.
-ENTMTP_API int32_t entmtp_decoder_set_draft_model(struct entmtp_decoder * dec, struct entmtp_draft_model * draft);
 
 // Forget all that drafters remember of other texts than the one in the memory, so that not even their speed tells of it.
 ENTMTP_API void entmtp_decoder_forget(struct entmtp_decoder * dec);

@@ -2,6 +2,8 @@
 
 #include "api.h"
 
+#include "entmtp_draft.h"
+
 using entmtp::fail;
 using entmtp::guarded;
 

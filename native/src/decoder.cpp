@@ -136,17 +136,6 @@ void decoder::set_policy(const entmtp_policy_params & p) {
     in_step = false; // what is being walked was neither chosen nor timed for this policy
 }
 
-void decoder::set_draft_model(draft_model * d) {
-    if (d && shared.n_seq > 1) {
-        throw std::runtime_error("decoder: a drafting model follows one text; several sequences cannot draft with it");
-    }
-    settle();
-    drafting = d;
-    if (own) {
-        llama_set_graph_slots(ctx, n_graph_slots);
-    }
-}
-
 void decoder::set_threads(int32_t n, const entmtp_costs * costs) {
     policy.set_threads(n, costs, (int32_t) bank.size());
     llama_set_n_threads(ctx, n, n);

@@ -1,4 +1,4 @@
-// The first half of a step: choose a topology, and let the heads fill in its tokens.
+// The first half of a step: choose a topology, and let who drafts fill in its tokens.
 
 #include "decoder.h"
 
@@ -7,6 +7,14 @@
 #include <cmath>
 
 namespace entmtp {
+
+void decoder::set_draft_model(draft_model * d) {
+    if (d && shared.n_seq > 1) {
+        throw std::runtime_error("decoder: a drafting model follows one text; several sequences cannot draft with it");
+    }
+    settle();
+    drafting = d;
+}
 
 // ln p [n][n_guess] of head l after its first n expanded paths; their tokens go to `guess`
 const float * decoder::expand(int32_t l, int32_t n) {

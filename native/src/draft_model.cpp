@@ -71,6 +71,9 @@ draft_model::draft_model(llama_context * target, llama_model * model, llama_cont
     }
     batch.reset(llama_batch_ext_init(ctx.get()));
     measure();
+    if (!why.empty()) {
+        throw std::runtime_error("draft model: " + why);
+    }
 }
 
 // EAGLE-3: have the target give the inputs of some of its layers

@@ -94,10 +94,10 @@ def eagle3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Weights]:
     return write_eagle3(model_path("llama"), tmp_path_factory.mktemp("eagle3") / "eagle3.gguf")
 
 
-@pytest.mark.parametrize("n_batch", [512, 16])
+@pytest.mark.parametrize(("n_batch", "n_ubatch"), [(512, 512), (16, 16), (128, 32)])
 @pytest.mark.parametrize("kind", ["nextn", "eagle3"])
 def test_layers_are_asked_what_they_are_trained_for(
-    nextn: Path, eagle3: tuple[Path, Weights], kind: str, n_batch: int
+    nextn: Path, eagle3: tuple[Path, Weights], kind: str, n_batch: int, n_ubatch: int
 ) -> None:
     """The guesses of every step are those of a reference in numpy, from the model's own hidden states: also after a
     prompt in several passes, after accepted drafts, and after the text was cut back."""
@@ -107,7 +107,7 @@ def test_layers_are_asked_what_they_are_trained_for(
     rng = np.random.default_rng(1)
     text: list[int] = []
     n_steps = n_accepted = 0
-    with loaded(path, n_batch=n_batch, draft="entmtp", drafters=["model"], **more) as llm:
+    with loaded(path, n_batch=n_batch, n_ubatch=n_ubatch, draft="entmtp", drafters=["model"], **more) as llm:
         draft_a_lot(llm)
         for kept, prompt in ((0, list(range(20, 90)) * 5), (300, [5, 6, 7])):
             text = text[:kept] + prompt

@@ -67,8 +67,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--show-drafts",
         action="store_true",
-        help="colours for tokens that came from an accepted draft: cyan from the text, blue recycled, green from heads, "
-        "magenta from a model",
+        help="colours for tokens that came from an accepted draft: cyan from the text, blue recycled, green from "
+        "heads, magenta from a model",
     )
     parser.add_argument("--load", type=Path, metavar="FILE", help="go on with a saved conversation")
     parser.add_argument(

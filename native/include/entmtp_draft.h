@@ -1,0 +1,38 @@
+// A model that drafts for a decoder: a smaller one, an EAGLE-3 layer, or the model's own layers for multi-token prediction.
+
+#pragma once
+
+#include "entmtp.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct llama_context_params;
+
+struct entmtp_draft_model;
+
+// A drafter with a context of its own, made here.
+//   ctx     of the model that is drafted for, which outlives this
+//   model   a smaller one with the same vocabulary, not owned; NULL: the layers for multi-token prediction (NextN) that the
+//           model itself was loaded with (llama_model_params.load_mtp)
+//   params  struct llama_context_params of ctx; sizes are chosen here
+// NULL on failure.
+ENTMTP_API struct entmtp_draft_model * entmtp_draft_model_init(struct llama_context *              ctx,
+                                                               struct llama_model *                model,
+                                                               const struct llama_context_params * params);
+ENTMTP_API void                        entmtp_draft_model_free(struct entmtp_draft_model * draft);
+
+// why it does not draft any more, one sentence; empty: it does
+ENTMTP_API const char * entmtp_draft_model_broken(const struct entmtp_draft_model * draft);
+
+// us of drafting one token
+ENTMTP_API double entmtp_draft_model_cost(const struct entmtp_draft_model * draft);
+
+// The model that drafts from now on, under the auto policy if it names ENTMTP_SOURCE_MODEL. It outlives the decoder, and
+// serves no other. NULL: none does.
+ENTMTP_API int32_t entmtp_decoder_set_draft_model(struct entmtp_decoder * dec, struct entmtp_draft_model * draft);
+
+#ifdef __cplusplus
+}
+#endif
