@@ -191,6 +191,8 @@ class Llama(Drafted):
             if draft is not None and self._heads is None and not self._decoder.can_chain():
                 self.warn_once("the memory of this model cannot hold a token tree: decoding plainly")
             elif draft is not None:
+                if not self._decoder.can_tree() and self.architecture not in drafting.EXACT_CHAINS:
+                    self.lossless = "rounding" if self.lossless == "exact" else self.lossless
                 if self._draft_model is not None:
                     self._decoder.set_draft_model(self._draft_model)
                 self._settings: dict[str, Any] = {"score": score, "adapt": adapt, "drafters": who}
@@ -205,6 +207,11 @@ class Llama(Drafted):
 
     def prepare_context(self, params: Any) -> None:
         params.n_rs_seq = drafting.CHAIN if self._drafts else 0  # none where llama.cpp cannot go back
+
+    @property
+    def architecture(self) -> str:
+        """What its file calls it, such as `llama`."""
+        return str(self.metadata.get("general.architecture", ""))
 
     def must_evaluate(self) -> bool:
         if self._decoder is None:

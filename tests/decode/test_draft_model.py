@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 
-from entmtp import Bank, EntmtpError, Llama
+from entmtp import Bank, Engine, EntmtpError, Llama
 from entmtp.bank import PLAIN, Tree
 from entmtp.models.nextn import prediction_layers
 from entmtp.options.demo import demo_files
@@ -199,6 +199,7 @@ def test_hybrid_memories_go_back(name: str) -> None:
         assert not llm.decoder.can_tree()
         assert llm.decoder.can_chain()
         assert ("model" in llm.drafters) == (name == "qwen35")
+        assert llm.lossless == "exact"
         draft_a_lot(llm)
         for sampling in (GREEDY, DRAWN):
             for prompt in PROMPTS:
@@ -206,11 +207,42 @@ def test_hybrid_memories_go_back(name: str) -> None:
         assert llm.draft_stats.n_drafted > 100
 
 
+@pytest.mark.parametrize("name", ["qwen35", "lfm2"])
+@pytest.mark.parametrize("n", [2, 5])
+def test_passes_of_hybrid_models_give_the_bits_of_passes_over_one_token(name: str, n: int) -> None:
+    rng = np.random.default_rng(n)
+    prompt, tokens = (rng.integers(0, 250, size).tolist() for size in (37, n))
+    rows = []
+    with loaded(hybrid_path(name), draft="entmtp") as llm:
+        llm.set_trees(policy="off")
+        for _ in range(2):
+            llm.reset()
+            llm.eval(prompt)
+            for token in tokens:
+                llm.eval([token])
+                rows.append(llm.decoder.logits(llm.n_vocab()).copy())
+        llm.reset()
+        llm.eval(prompt)
+        llm.decoder.eval(tokens, len(prompt), all_outputs=True)
+        together = llm.rows(n).copy()
+    for i in range(n):
+        assert np.array_equal(rows[i], rows[n + i])
+        assert np.array_equal(rows[i], together[i])
+
+
 def test_a_memory_that_cannot_go_back_decodes_plainly() -> None:
     with pytest.warns(RuntimeWarning, match="cannot hold a token tree"):
         llm = Llama(model_path("mamba"), draft="entmtp", **SETTINGS)
     with closing(llm), loaded(model_path("mamba")) as plain:
         assert answer(llm, PROMPTS[0], **GREEDY) == answer(plain, PROMPTS[0], **GREEDY)
+
+
+def test_an_engine_drafts_without_it(nextn: Path) -> None:
+    """It follows one text; several are drafted for by the others."""
+    with Engine(nextn, slots=2, n_ctx=256, n_threads=1, verbose=False) as engine:
+        assert "model" not in engine.host.drafters
+    with pytest.raises(ValueError, match="draft_model follows one text"):
+        Engine(nextn, slots=2, draft_model=nextn, verbose=False)
 
 
 #

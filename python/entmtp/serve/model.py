@@ -156,6 +156,10 @@ class Models(LlamaProxy):
             raise EntmtpError(
                 "parallel answers cannot be combined with embedding or logits_all; leave parallel out"
             )
+        if "draft_model" in ours:
+            raise EntmtpError(
+                "parallel answers cannot be combined with draft_model, which follows one text; leave one out"
+            )
         known: dict[str, Any] = {"logits_all": False}  # no logprobs
         if "flash_attn" not in settings.model_fields_set:
             known["flash_attn"] = True
