@@ -29,10 +29,6 @@ class Host(Llama):
     one_text = False
 
     def __init__(self, model_path: str | Path, *, n_slots: int, **kwargs: Any):
-        if kwargs.get("draft_model") is not None:
-            raise ValueError(
-                "draft_model follows one text: an engine, which writes several, cannot draft with it"
-            )
         self._n_slots = n_slots
         super().__init__(model_path, **kwargs)
 
@@ -80,7 +76,11 @@ class Engine:
         draft: str | None = "entmtp",
         **kwargs: Any,
     ):
-        for name, why in {"logits_all": "keeps the logits of one text", "embedding": "gives no text"}.items():
+        for name, why in {
+            "logits_all": "keeps the logits of one text",
+            "embedding": "gives no text",
+            "draft_model": "follows one text",
+        }.items():
             if kwargs.get(name):
                 raise ValueError(f"{name} is not for an engine: it {why}")
         settings = {"flash_attn": True, "draft": draft, **kwargs}

@@ -241,7 +241,7 @@ def test_an_engine_drafts_without_it(nextn: Path) -> None:
     """It follows one text; several are drafted for by the others."""
     with Engine(nextn, slots=2, n_ctx=256, n_threads=1, verbose=False) as engine:
         assert "model" not in engine.host.drafters
-    with pytest.raises(ValueError, match="draft_model follows one text"):
+    with pytest.raises(ValueError, match="draft_model is not for an engine: it follows one text"):
         Engine(nextn, slots=2, draft_model=nextn, verbose=False)
 
 
