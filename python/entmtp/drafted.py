@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from . import drafting
 from .bank import Bank, load_bank
 from .common.errors import EntmtpError
-from .models.drafter_file import check_drafter
+from .models.drafter_file import check_drafter, find_eagle3
 from .models.names import resolve
 from .models.nextn import prediction_layers
 from .native.arrays import POLICIES, PRICED, SCORES
@@ -50,11 +50,13 @@ class Drafted(Paced):
         self._drafts = drafts
         self._predicts = False  # the model's own prediction layers draft
         self._no_prediction = ""  # why they cannot
+        self._named = False  # the model that drafts was, and is not just found
 
     def _find_draft_model(
         self, model: Path, named: str | Path | None, policy: str, drafters: str | Sequence[str]
     ) -> None:
-        """Which model drafts: the one that is named, or the model's own prediction layers."""
+        """Which model drafts: one that is named, the model's own prediction layers, or an EAGLE-3 layer beside it."""
+        self._named = named is not None
         if named is not None:
             self.draft_model_path = str(resolve(named))
             check_drafter(Path(self.draft_model_path), model)
@@ -67,18 +69,21 @@ class Drafted(Paced):
                 text = f"{model.name}: its layers for multi-token prediction do not draft: {layers.problem}"
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
             self._predicts = layers is not None and not layers.problem
+            if not self._predicts and (beside := find_eagle3(model)):
+                self.draft_model_path = str(beside)
 
     def _load_draft_model(self, who: tuple[str, ...]) -> tuple[str, ...]:
-        """Load the model that drafts; who drafts, without it where prediction layers cannot be used."""
+        """Load the model that drafts; who drafts, without it where what was found by itself cannot be used."""
         try:
             self._draft_model = DraftModel(
                 self.ctx, self.context_params, self.draft_model_path, self.model_params
             )
         except EntmtpError as e:
-            if self.draft_model_path is not None:
+            if self._named:
                 raise
-            self.warn_once(f"the model's layers for multi-token prediction do not draft: {e}")
-            self._predicts = False
+            what = self.draft_model_path or "the model's layers for multi-token prediction"
+            self.warn_once(f"{what} cannot draft: {e}")
+            self._predicts, self.draft_model_path = False, None
             return tuple(name for name in who if name != "model")
         self._stack.callback(self._draft_model.close)
         return who

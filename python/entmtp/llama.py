@@ -58,7 +58,8 @@ class Llama(Drafted):
             `"heads"` and `"model"`.
         draft_model: a smaller model with the same vocabulary that drafts, or an EAGLE-3 layer that was trained for the
             model: a GGUF file, or its `hf:` name. None: the model's own layers for multi-token prediction (NextN, MTP),
-            if its file has any that llama.cpp can use. With draft=None a `LlamaDraftModel`, as in llama-cpp-python.
+            if its file has any that llama.cpp can use, else an EAGLE-3 layer beside it. With draft=None a
+            `LlamaDraftModel`, as in llama-cpp-python.
         score: what a published policy follows: `"entropy"`, `"top1"` or `"path"`.
         calibrate: measure what passes cost on this machine (under two seconds, once per model and machine; kept in the
             user's cache) unless the bank was tuned here. False: believe the bank's costs until the process knows

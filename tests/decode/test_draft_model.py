@@ -177,6 +177,20 @@ def test_an_eagle3_layer_changes_no_token(eagle3: tuple[Path, Weights], drafters
         assert llm.draft_model_broken == ""
 
 
+def test_an_eagle3_layer_beside_a_model_is_found(eagle3: tuple[Path, Weights], tmp_path: Path) -> None:
+    path = shutil.copy(model_path("llama"), tmp_path / "model.gguf")
+    beside = shutil.copy(eagle3[0], tmp_path / "layer.gguf")
+    write_eagle3(model_path("llama"), tmp_path / "other.gguf", width=128)  # of wider states
+    with loaded(path, draft="entmtp") as llm:
+        assert llm.drafters == ("text", "recycling", "model")
+        assert llm.draft_model_path == str(beside)
+    with loaded(path, draft="entmtp", drafters=["text"]) as llm:
+        assert llm.draft_model_path is None
+    beside.write_bytes(beside.read_bytes()[:-4096])  # cut off
+    with pytest.warns(RuntimeWarning, match="layer.gguf cannot draft"), loaded(path, draft="entmtp") as llm:
+        assert llm.drafters == ("text", "recycling")
+
+
 def test_an_eagle3_layer_of_a_model_that_gives_no_inputs(eagle3: tuple[Path, Weights]) -> None:
     with pytest.raises(EntmtpError, match=r"EAGLE-3 .* llama.cpp's graph of olmo2 does not let it"):
         Llama(model_path("olmo2"), draft="entmtp", draft_model=eagle3[0], **SETTINGS)

@@ -40,8 +40,12 @@ def draft_tokens(n_vocab: int) -> npt.NDArray[np.int64]:
     return np.arange(n_vocab - DRAFT_VOCAB, n_vocab)
 
 
-def write_eagle3(base: Path, path: Path, seed: int = 7) -> tuple[Path, Weights]:
-    """Write such a layer for the model `base`, of the architecture llama; its weights, too."""
+def write_eagle3(base: Path, path: Path, seed: int = 7, width: int | None = None) -> tuple[Path, Weights]:
+    """Write such a layer for the model `base`, of the architecture llama; its weights, too.
+
+    Args:
+        width: of the model's states, as the file says; None: the truth.
+    """
     reader = gguf.GGUFReader(base)
     n = numbers_of(reader)
     weights = random_layer(shapes(base), seed)
@@ -64,7 +68,7 @@ def write_eagle3(base: Path, path: Path, seed: int = 7) -> tuple[Path, Weights]:
     w.add_layer_norm_rms_eps(n["eps"])
     w.add_vocab_size(n_vocab)
     w.add_array("eagle3.target_layers", list(INPUTS))
-    w.add_uint32("eagle3.target_hidden_size", n["n_embd"])
+    w.add_uint32("eagle3.target_hidden_size", width or n["n_embd"])
     w.add_tensor("d2t", draft_tokens(n_vocab))
     for name, values in weights.items():
         whole = name in ("fc", "output_norm", "output")
