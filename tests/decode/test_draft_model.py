@@ -186,7 +186,7 @@ def test_an_eagle3_layer_beside_a_model_is_found(eagle3: tuple[Path, Weights], t
         assert llm.draft_model_path == str(beside)
     with loaded(path, draft="entmtp", drafters=["text"]) as llm:
         assert llm.draft_model_path is None
-    beside.write_bytes(beside.read_bytes()[:-4096])  # cut off
+    edited(eagle3[0], beside, leave_out="fc.weight")
     with pytest.warns(RuntimeWarning, match="layer.gguf cannot draft"), loaded(path, draft="entmtp") as llm:
         assert llm.drafters == ("text", "recycling")
 
