@@ -361,10 +361,26 @@ const float * draft_model::predict(const text_index & text, const std::vector<in
 // drafts
 //
 
-double draft_model::cost(const text_index & text, int32_t l) const {
+// tokens that it would have to be run over to draft after a path of l tokens
+int32_t draft_model::n_new(const text_index & text, int32_t l) const {
     const int32_t n_old = from_states() ? n_final : in_common(text);
-    const int32_t n_new = l > 0 ? 1 : std::max(1, text.size() - n_old);
-    return t_pass + t_token * (n_new - 1);
+    return l > 0 ? 1 : std::max(1, text.size() - n_old);
+}
+
+double draft_model::cost(const text_index & text, int32_t l) const {
+    return t_pass + t_token * (n_new(text, l) - 1);
+}
+
+// what it took to be run over n tokens
+void draft_model::observe(int32_t n, double us) {
+    const auto follow = [](double & believed, double seen) {
+        believed += rate * (std::clamp(seen, 0.25 * believed, 4.0 * believed + 1.0) - believed); // hiccups aside
+    };
+    if (n == 1 || us < t_pass) {
+        follow(t_pass, us);
+    } else {
+        follow(t_token, (us - t_pass) / (n - 1));
+    }
 }
 
 bool draft_model::expand(
@@ -373,8 +389,8 @@ bool draft_model::expand(
     if (!why.empty() || text.size() < 1 || n > (int32_t) llama_n_ctx_seq(ctx.get()) || n_known < k) {
         return false;
     }
-    const int64_t t0       = ggml_time_us();
-    const double  expected = cost(text, (int32_t) path.size());
+    const int64_t t0    = ggml_time_us();
+    const int32_t n_run = n_new(text, (int32_t) path.size());
 
     const float * logits = from_states() ? predict(text, path) : go_on(text, path);
     if (!logits) {
@@ -390,10 +406,7 @@ bool draft_model::expand(
         }
     }
 
-    const double took  = (double) (ggml_time_us() - t0);
-    const double drift = std::pow(std::clamp(took / std::max(expected, 1.0), 0.25, 4.0), rate);
-    t_pass *= drift;
-    t_token *= drift;
+    observe(n_run, (double) (ggml_time_us() - t0));
     return true;
 }
 

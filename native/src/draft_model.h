@@ -63,6 +63,8 @@ class draft_model {
     void          follow_layers();
     void          check_vocabulary() const;
     void          measure();
+    int32_t       n_new(const text_index & text, int32_t l) const;
+    void          observe(int32_t n, double us);
     void          cut(int32_t pos);
     int32_t       n_states() const { return (int32_t) states.size() / n_state; }
     bool          read_state(int32_t row);

@@ -90,8 +90,9 @@ def own_costs(llm: Subject, bank: Bank, free: int | None) -> dict[int, Costs]:
         return {}
     numbers = [llm.n_threads] if free is None else halved(free)
     seconds = SECONDS if len(numbers) == 1 else 0.7 * SECONDS
-    state = llm.decoder.stats_enabled
+    state, draft_model = llm.decoder.stats_enabled, llm.decoder.draft_model
     llm.decoder.set_stats(True)
+    llm.decoder.set_draft_model(None)  # it times itself
     costs: dict[int, Costs] = {}
     for n in numbers:
         guess = costs_for(n, costs)
@@ -103,6 +104,7 @@ def own_costs(llm: Subject, bank: Bank, free: int | None) -> dict[int, Costs]:
         costs[n] = quick(llm, seconds, tuned)
         seconds = 0.4 * SECONDS / max(len(numbers) - 1, 1)
     llm.decoder.set_stats(state)
+    llm.decoder.set_draft_model(draft_model)
     return costs
 
 

@@ -45,7 +45,7 @@ class Decoder:
         self._is_own = True
         self._token = ctypes.c_int32()
         self._heads = heads
-        self._drafting: DraftModel | None = None  # kept alive
+        self.draft_model: DraftModel | None = None  # that drafts
         self.bank: Bank | None = None
         self.stats_enabled = False
         self._before = Traffic()  # of before the last reset_stats
@@ -184,7 +184,7 @@ class Decoder:
     def set_draft_model(self, draft: DraftModel | None) -> None:
         """The model that drafts from now on, under the policy `auto`; it must outlive the decoder."""
         n.check(n.decoder_set_draft_model(self._ptr, draft._ptr if draft else None))
-        self._drafting = draft
+        self.draft_model = draft
 
     def can_chain(self) -> bool:
         """It can hold drafts one after the other and be cut back by them: trees, or a recurrent memory with states to
