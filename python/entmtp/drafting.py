@@ -21,8 +21,9 @@ PASSES = 6  # that measuring costs takes at least
 # states that recurrent and hybrid memories keep to go back to: so many tokens in a row are drafted at most. Each takes
 # as much memory as the model's own state
 CHAIN = 4
-# hybrids whose passes over several tokens give the bits of passes over one (tests/decode/test_draft_model.py)
-EXACT_CHAINS = ("lfm2", "lfm2moe", "qwen35", "qwen35moe")
+# hybrids, and their mixtures of experts, whose passes over several tokens give the bits of passes over one: shown by
+# tests/decode/test_draft_model.py
+EXACT_CHAINS = ("lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe", "qwen35", "qwen35moe")
 
 
 def one_of(name: str, value: object, known: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from entmtp.options.demo import demo_files
 from helpers.eagle3 import Weights, foresee, write_eagle3
 from helpers.forced import draft_a_lot
 from helpers.hybrids import hybrid_path
-from helpers.models import SPECS, model_path, write_model
+from helpers.models import LATENT_NEXTN, SPECS, model_path, write_model
 from helpers.nextn import predict, random_layer, shapes_of, with_nextn
 
 SETTINGS: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
@@ -205,7 +205,16 @@ def test_another_model_changes_no_token(tmp_path: Path) -> None:
         assert llm.draft_stats.n_drafted > 200
 
 
-@pytest.mark.parametrize("name", ["qwen35", "lfm2"])
+def test_prediction_layers_over_latent_attention(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "latent.gguf", LATENT_NEXTN)
+    with loaded(path) as plain, loaded(path, draft="entmtp") as llm:
+        assert "model" in llm.drafters
+        check_equal(plain, draft_a_lot(llm))
+        assert llm.draft_stats.n_drafted > 200
+        assert llm.draft_model_broken == ""
+
+
+@pytest.mark.parametrize("name", ["qwen35", "lfm2", "nemotron_h"])
 def test_hybrid_memories_go_back(name: str) -> None:
     """Chains of drafts, with states to go back to; Qwen3.5's shape with its prediction layer."""
     path = hybrid_path(name)
@@ -221,7 +230,7 @@ def test_hybrid_memories_go_back(name: str) -> None:
         assert llm.draft_stats.n_drafted > 100
 
 
-@pytest.mark.parametrize("name", ["qwen35", "lfm2"])
+@pytest.mark.parametrize("name", ["qwen35", "lfm2", "nemotron_h"])
 @pytest.mark.parametrize("n", [2, 5])
 def test_passes_of_hybrid_models_give_the_bits_of_passes_over_one_token(name: str, n: int) -> None:
     rng = np.random.default_rng(n)

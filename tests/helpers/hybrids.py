@@ -14,13 +14,15 @@ from .models import N_VOCAB, Weights, add_vocab
 N_EMBD, N_FF, HEAD, N_HEAD, N_HEAD_KV = 64, 96, 32, 4, 2
 
 
-def _begin(path: Path, arch: str, n_layer: int) -> tuple[gguf.GGUFWriter, Weights]:
+def _begin(
+    path: Path, arch: str, n_layer: int, n_ff: int | list[int] = N_FF
+) -> tuple[gguf.GGUFWriter, Weights]:
     w = gguf.GGUFWriter(path, arch)
     w.add_name(f"random {arch}")
     w.add_context_length(2048)
     w.add_embedding_length(N_EMBD)
     w.add_block_count(n_layer)
-    w.add_feed_forward_length(N_FF)
+    w.add_feed_forward_length(n_ff)
     w.add_layer_norm_rms_eps(1e-6)
     w.add_vocab_size(N_VOCAB)
     w.add_head_count(N_HEAD)
@@ -122,7 +124,47 @@ def write_lfm2(path: Path) -> Path:
     return _end(w, path)
 
 
-WRITERS = {"qwen35": write_qwen35, "lfm2": write_lfm2}
+def write_nemotron_h(path: Path) -> Path:
+    """Nemotron-H's shape: a block is either a Mamba 2 mixer, attention, or a feed-forward part."""
+    kv, ff = [0, N_HEAD_KV, 0, 0, 0, 0], [0, 0, N_FF, 0, N_FF, 0]
+    state, groups, heads, inner, conv = 16, 1, 4, 64, 4
+    w, t = _begin(path, "nemotron_h", len(kv), n_ff=ff)
+    w.add_head_count_kv(kv)
+    w.add_key_length(HEAD)
+    w.add_value_length(HEAD)
+    w.add_rope_dimension_count(HEAD)
+    w.add_ssm_conv_kernel(conv)
+    w.add_ssm_inner_size(inner)
+    w.add_ssm_state_size(state)
+    w.add_ssm_time_step_rank(heads)
+    w.add_ssm_group_count(groups)
+    w.add_layer_norm_eps(1e-6)
+    t.norm("output_norm.weight", N_EMBD)
+    for i, (n_head_kv, n_ff) in enumerate(zip(kv, ff, strict=True)):
+        prefix = f"blk.{i}"
+        t.norm(f"{prefix}.attn_norm.weight", N_EMBD)
+        if n_ff:
+            t.normal(f"{prefix}.ffn_up.weight", n_ff, N_EMBD)
+            t.normal(f"{prefix}.ffn_down.weight", N_EMBD, n_ff)
+        elif n_head_kv:
+            t.normal(f"{prefix}.attn_q.weight", N_HEAD * HEAD, N_EMBD, gain=1.5)
+            t.normal(f"{prefix}.attn_k.weight", n_head_kv * HEAD, N_EMBD, gain=1.5)
+            t.normal(f"{prefix}.attn_v.weight", n_head_kv * HEAD, N_EMBD)
+            t.normal(f"{prefix}.attn_output.weight", N_EMBD, N_HEAD * HEAD)
+        else:
+            width = inner + 2 * groups * state
+            t.normal(f"{prefix}.ssm_in.weight", inner + width + heads, N_EMBD)
+            t.normal(f"{prefix}.ssm_conv1d.weight", width, conv)
+            t.norm(f"{prefix}.ssm_conv1d.bias", width)
+            t.norm(f"{prefix}.ssm_dt.bias", heads)
+            w.add_tensor(f"{prefix}.ssm_a", -np.linspace(0.2, 2.0, heads, dtype=np.float32)[:, None])
+            w.add_tensor(f"{prefix}.ssm_d", np.linspace(0.5, 1.5, heads, dtype=np.float32)[:, None])
+            w.add_tensor(f"{prefix}.ssm_norm.weight", np.ones((groups, inner // groups), np.float32))
+            t.normal(f"{prefix}.ssm_out.weight", N_EMBD, inner)
+    return _end(w, path)
+
+
+WRITERS = {"qwen35": write_qwen35, "lfm2": write_lfm2, "nemotron_h": write_nemotron_h}
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import functools
 import os
 import tempfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -42,6 +42,7 @@ class Spec:
     latent: int = (
         0  # dimensions that keys and values are made from, by a matrix for each head; rotated: 32 more
     )
+    nextn: int = 0  # prediction layers
     tied: bool = False  # the embeddings are the output projection, too
     types: tuple[
         tuple[str, str], ...
@@ -82,6 +83,10 @@ EXPERTS = {
         types=(("_exps", "Q4_K"), ("attn_v_b", "Q5_K"), ("attn_output", "Q6_K"), ("attn_", "Q8_0")),
     ),
 }  # fmt: skip
+
+
+# GLM-4.7-Flash's shape: latent attention, and a prediction layer
+LATENT_NEXTN = replace(EXPERTS["deepseek2"], types=(), nextn=1)
 
 
 def byte_tokens() -> list[str]:
@@ -216,7 +221,7 @@ def write_model(path: Path, spec: Spec, seed: int = 1) -> Path:
     w.add_name(f"random {s.arch}")
     w.add_context_length(2048)
     w.add_embedding_length(s.n_embd)
-    w.add_block_count(s.n_layer)
+    w.add_block_count(s.n_layer + s.nextn)
     w.add_feed_forward_length(s.n_ff)
     w.add_layer_norm_rms_eps(1e-6)
     w.add_vocab_size(N_VOCAB)
@@ -242,6 +247,8 @@ def write_model(path: Path, spec: Spec, seed: int = 1) -> Path:
         w.add_expert_used_count(s.n_expert_used)
         w.add_expert_feed_forward_length(s.n_ff)
 
+    if s.nextn:
+        w.add_uint32(f"{s.arch}.nextn_predict_layers", s.nextn)
     if s.latent:
         w.add_q_lora_rank(s.latent)
         w.add_kv_lora_rank(s.latent)
@@ -258,8 +265,12 @@ def write_model(path: Path, spec: Spec, seed: int = 1) -> Path:
     t.norm("output_norm.weight", s.n_embd)
     if not s.tied:
         t.normal("output.weight", N_VOCAB, s.n_embd, gain=2.0)
-    for i in range(s.n_layer):
+    for i in range(s.n_layer + s.nextn):
         prefix = f"blk.{i}"
+        if i >= s.n_layer:
+            t.normal(f"{prefix}.nextn.eh_proj.weight", s.n_embd, 2 * s.n_embd)
+            for name in ("enorm", "hnorm", "shared_head_norm"):
+                t.norm(f"{prefix}.nextn.{name}.weight", s.n_embd)
         if s.arch != "olmo2":
             t.norm(f"{prefix}.attn_norm.weight", s.n_embd)
         if s.arch == "mamba":
