@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -214,14 +215,18 @@ def test_a_call_in_ollamas_form(server: Server) -> None:
     tool = {"type": "function", "function": {"name": "count", "parameters": parameters}}
     choice = {"type": "function", "function": {"name": "count"}}
     asked = {"messages": QUESTION, "tools": [tool], "tool_choice": choice, "max_tokens": 64, "temperature": 0}
-    form = ollama.Chat({"model": "m"}, ServedRequest("/api/chat"))
+
+    async def new() -> ollama.Chat:  # a request is of an event loop
+        return ollama.Chat({"model": "m"}, ServedRequest("/api/chat"))
+
+    form = asyncio.run(new())
     streamed: list[bytes] = []
     for event in post(server, "/v1/chat/completions", stream=True, **asked).text.strip().split("\n\n")[:-1]:
         streamed += form.add(json.loads(event.removeprefix("data: ")))
     called, last = [json.loads(line) for line in (*streamed, *form.end())]
     [call] = called["message"]["tool_calls"]
-    assert call["function"]["name"] == "count" and call["function"]["arguments"]["n"] in (1, 2) and last["done"]
-    whole = ollama.Chat({"model": "m"}, ServedRequest("/api/chat")).whole(
-        post(server, "/v1/chat/completions", **asked).json()
+    assert (
+        call["function"]["name"] == "count" and call["function"]["arguments"]["n"] in (1, 2) and last["done"]
     )
+    whole = asyncio.run(new()).whole(post(server, "/v1/chat/completions", **asked).json())
     assert whole["message"]["tool_calls"] == [call]

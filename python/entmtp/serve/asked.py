@@ -158,7 +158,8 @@ def _read(request: dict[str, Any], kind: type[Text] | type[Chat], prompts: list[
         for i in range(n_same)
     ]
     usage = bool((request.get("stream_options") or {}).get("include_usage"))
-    return Asked(kind.model_validate(request), choices, n_same, usage)
+    given = {k: v for k, v in request.items() if v is not None or k == "max_tokens"}  # null: as if left out
+    return Asked(kind.model_validate(given), choices, n_same, usage)
 
 
 def _check(request: dict[str, Any]) -> None:

@@ -59,7 +59,7 @@ def _common(request: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise Refused("options is not an object", "options")
     said = {ours: options[name] for name, ours in OPTIONS.items() if options.get(name) is not None}
-    said["stream"] = request.get("stream", True)
+    said["stream"] = True if request.get("stream") is None else request["stream"]
     if isinstance(model := request.get("model"), str):
         said["model"] = model.removesuffix(":latest")
     limit = options.get("num_predict")
