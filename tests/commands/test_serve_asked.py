@@ -72,7 +72,8 @@ def test_what_the_server_says_of_itself(server: Server) -> None:
             "stream": True,
         }  # takes a while
         with http.stream("POST", TEXT, json=body) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()  # held: dropped, it would close the stream
+            next(lines)
             assert server.until(lambda m: m["entmtp_requests_running"] == 1)
             assert http.get("/health").json() == {"status": "ok"}
             assert http.get("/v1/models").status_code == 200
@@ -152,6 +153,11 @@ def test_a_schema_in_openais_form(server: Server) -> None:
 def test_values_that_cannot_be(server: Server, name: str, value: Any) -> None:
     error = refused(server, TEXT, **{"prompt": "x", name: value})
     assert error["param"] == name and name in error["message"]
+
+
+def test_null_is_as_if_left_out(server: Server) -> None:
+    settings = {"stop": None, "top_p": None, "stream": None, "repeat_penalty": None, "seed": None}
+    assert said(ask(server, TEXT, prompt="The sea", **settings)) == said(ask(server, TEXT, prompt="The sea"))
 
 
 def test_embeddings_of_a_model_for_text(server: Server) -> None:

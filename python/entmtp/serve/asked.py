@@ -1,95 +1,165 @@
-"""What clients ask for today, in the terms of llama-cpp-python's application; and what it would get wrong, refused."""
+"""What clients ask for, as OpenAI writes it: read, checked, and put into the arguments of `Llama`'s calls."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, TypeGuard
 
-CHAT = "/v1/chat/completions"
-COMPLETIONS = ("/v1/completions", "/v1/engines/copilot-codex/completions")
+import llama_cpp
+from pydantic import BaseModel, Field
+
+from ..llama import Llama
+from .errors import Refused
+
 MOST_CHOICES = 16  # of a prompt
 MOST_ANSWERS = 128  # of a request
+DEEPEST = 100  # levels of JSON; deeper, and what walks over it runs out of stack
 
 
-class Refused(Exception):
-    """A request that cannot be answered.
+class Body(BaseModel):
+    """What texts and chats have in common. Defaults are llama-cpp-python's server's."""
 
-    Attributes:
-        status: of the response.
-        param: field of the request that is to blame.
-    """
+    model: str | None = None
+    stream: bool = False
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    temperature: float = 0.8
+    top_k: int = Field(40, ge=0)
+    top_p: float = Field(0.95, ge=0.0, le=1.0)
+    min_p: float = Field(0.05, ge=0.0, le=1.0)
+    repeat_penalty: float = Field(1.1, ge=0.0)
+    presence_penalty: float | None = Field(0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float | None = Field(0.0, ge=-2.0, le=2.0)
+    mirostat_mode: int = Field(0, ge=0, le=2)
+    mirostat_tau: float = Field(5.0, ge=0.0, le=10.0)
+    mirostat_eta: float = Field(0.1, ge=0.001, le=1.0)
+    logit_bias: dict[str, float] | None = None
+    logit_bias_type: Literal["input_ids", "tokens"] | None = None
+    min_tokens: int = Field(0, ge=0)
+    grammar: str | None = None
 
-    def __init__(self, text: str, param: str | None = None, status: int = 400):
-        super().__init__(text)
-        self.status, self.param = status, param
 
-    def content(self) -> dict[str, Any]:
-        """OpenAI's form of an error."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": None}}
+class Text(Body):
+    """Of `create_completion`."""
 
-    def body(self) -> bytes:
-        return json.dumps(self.content()).encode()
+    prompt: str | list[str] = ""
+    suffix: str | None = None
+    max_tokens: int | None = Field(16, ge=0)
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0)
+
+
+class Chat(Body):
+    """Of `create_chat_completion`."""
+
+    messages: list[llama_cpp.ChatCompletionRequestMessage] = []
+    functions: list[llama_cpp.ChatCompletionFunction] | None = None
+    function_call: llama_cpp.ChatCompletionRequestFunctionCall | None = None
+    tools: list[llama_cpp.ChatCompletionTool] | None = None
+    tool_choice: llama_cpp.ChatCompletionToolChoiceOption | None = None
+    max_tokens: int | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0)
+    response_format: llama_cpp.ChatCompletionRequestResponseFormat | None = None
 
 
 @dataclass
 class Asked:
-    """What the application does not know of.
+    """A request for one or more answers.
 
     Attributes:
-        choices: arguments of each answer that differ from the request's; one answer each.
+        body: of all answers.
+        choices: arguments of each answer that differ from the body's; one answer each.
         n_same: answers to the same prompt that follow each other.
         include_usage: a stream ends with the number of its tokens.
     """
 
-    choices: list[dict[str, Any]] = field(default_factory=lambda: [{}])
-    n_same: int = 1
-    include_usage: bool = False
+    body: Text | Chat
+    choices: list[dict[str, Any]]
+    n_same: int
+    include_usage: bool
+
+    def arguments(self, llama: Llama) -> dict[str, Any]:
+        """Of the call that writes an answer."""
+        body = self.body
+        named = body.model_dump(exclude={"logit_bias_type", "min_tokens"})
+        if body.logit_bias is not None and body.logit_bias_type == "tokens":
+            named["logit_bias"] = {
+                str(token): bias
+                for text, bias in body.logit_bias.items()
+                for token in llama.tokenize(text.encode(), add_bos=False, special=True)
+            }
+        if body.grammar is not None:
+            named["grammar"] = llama_cpp.LlamaGrammar.from_string(body.grammar)
+        if body.min_tokens > 0:
+            least = llama_cpp.MinTokensLogitsProcessor(body.min_tokens, llama.token_eos())
+            named["logits_processor"] = llama_cpp.LogitsProcessorList([least])
+        if isinstance(body, Text) and isinstance(body.prompt, list):
+            named["prompt"] = ""  # each choice has its own
+        return named
 
 
-def read(path: str, body: bytes) -> tuple[bytes, Asked]:
-    """The body as the application knows it, and the rest.
+def parse(body: bytes) -> dict[str, Any]:
+    """The object that a body holds.
 
     Raises:
-        Refused: with one sentence for the client.
+        Refused: it holds none, or one that is nested too deeply.
     """
-    asked = Asked()
-    if path != CHAT and path not in COMPLETIONS:
-        return body, asked
     try:
         request = json.loads(body)
     except RecursionError:
         raise Refused("the body of the request is nested too deeply") from None
-    except ValueError:
-        return body, asked  # the application says what is wrong with it
+    except ValueError as e:
+        raise Refused(f"the body of the request is not JSON: {e}") from None
     if not isinstance(request, dict):
-        return body, asked
-    _check(request)
-    if request.get("max_completion_tokens") is not None:
-        request.setdefault("max_tokens", request["max_completion_tokens"])
+        raise Refused("the body of the request is not an object")
+    level: list[Any] = [request]
+    for _ in range(DEEPEST):
+        level = [
+            v for x in level for v in (x.values() if isinstance(x, dict) else x) if isinstance(v, dict | list)
+        ]
+    if level:
+        raise Refused(f"the body of the request is nested too deeply: more than {DEEPEST} levels")
+    return request
+
+
+def text(request: dict[str, Any]) -> Asked:
+    """Of `/v1/completions`."""
+    return _read(request, Text, _prompts(request))
+
+
+def chat(request: dict[str, Any]) -> Asked:
+    """Of `/v1/chat/completions`."""
     form = request.get("response_format")
     if isinstance(form, dict) and form.get("type") == "json_schema":
         schema = form.get("json_schema")
         if not isinstance(schema, dict) or not isinstance(schema.get("schema"), dict):
             raise Refused("response_format: json_schema has no schema", "response_format")
         request["response_format"] = {"type": "json_object", "schema": schema["schema"]}
-    if path == CHAT and isinstance(request.get("messages"), list):
+    if isinstance(request.get("messages"), list):
         request["messages"] = [_message(m) for m in request["messages"]]
-    asked.include_usage = bool((request.get("stream_options") or {}).get("include_usage"))
-    asked.n_same = request.pop("n", None) or 1
-    prompts = _prompts(request) if path in COMPLETIONS else [None]
-    if len(prompts) * asked.n_same > MOST_ANSWERS:
+    return _read(request, Chat, [None])
+
+
+def _read(request: dict[str, Any], kind: type[Text] | type[Chat], prompts: list[Any]) -> Asked:
+    _check(request)
+    if request.get("max_completion_tokens") is not None:
+        request.setdefault("max_tokens", request["max_completion_tokens"])
+    n_same = request.get("n") or 1
+    if len(prompts) * n_same > MOST_ANSWERS:
         raise Refused(f"prompt: at most {MOST_ANSWERS} answers at once; ask for them in parts", "prompt")
     seed = request.get("seed")
-    asked.choices = [
+    choices = [
         ({} if prompt is None else {"prompt": prompt})
-        | ({} if seed is None or asked.n_same == 1 else {"seed": (seed + i) % (1 << 32)})
+        | ({} if seed is None or n_same == 1 else {"seed": (seed + i) % (1 << 32)})
         for prompt in prompts
-        for i in range(asked.n_same)
+        for i in range(n_same)
     ]
-    return json.dumps(request).encode(), asked
+    usage = bool((request.get("stream_options") or {}).get("include_usage"))
+    given = {k: v for k, v in request.items() if v is not None or k == "max_tokens"}  # null: as if left out
+    return Asked(kind.model_validate(given), choices, n_same, usage)
 
 
 def _check(request: dict[str, Any]) -> None:
@@ -149,6 +219,6 @@ def _are_tokens(prompt: Any) -> bool:
     return isinstance(prompt, list) and bool(prompt) and all(is_whole(t) and t >= 0 for t in prompt)
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> TypeGuard[int]:
     """A whole number; JSON's true is none."""
     return isinstance(value, int) and not isinstance(value, bool)

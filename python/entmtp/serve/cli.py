@@ -1,4 +1,4 @@
-"""`python -m entmtp.serve`: an OpenAI-compatible server, llama-cpp-python's own with our `Llama` behind it."""
+"""`python -m entmtp.serve`: a server with OpenAI's, Ollama's and Anthropic's API."""
 
 from __future__ import annotations
 
@@ -11,14 +11,7 @@ from typing import Any
 
 from ..common.errors import EntmtpError
 
-NEEDED = (
-    "fastapi",
-    "uvicorn",
-    "sse_starlette",
-    "starlette_context",
-    "pydantic_settings",
-    "prometheus_client",
-)
+NEEDED = ("fastapi", "uvicorn", "pydantic_settings", "prometheus_client")
 STOP_WITHIN = 10.0  # seconds; only a pass of the model that takes longer is not waited for
 
 EXAMPLE = """\
@@ -40,8 +33,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         prog="python -m entmtp.serve",
         usage="python -m entmtp.serve [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Serve a model with OpenAI's API, drafting with its heads. Without options: SmolLM2-135M-Instruct, "
-        "fetched once.",
+        description="Serve a model with OpenAI's, Ollama's and Anthropic's API, drafting with its heads. "
+        "Without options: SmolLM2-135M-Instruct, fetched once.",
         epilog=EXAMPLE,
     )
     parser.add_argument(

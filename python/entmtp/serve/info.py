@@ -1,40 +1,36 @@
-"""What the server says of itself; none of it waits for the model, as llama-cpp-python's list of models does."""
+"""What the server says of itself; none of it waits for the model."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastapi import Depends, FastAPI
-from fastapi.responses import JSONResponse
-from llama_cpp.server import app as stock
+from fastapi import APIRouter, Request, Response
 
-from .asked import Refused
+from .errors import Refused
+from .metrics import Metrics
 from .model import Models
 
 
-def add_routes(app: FastAPI, models: Models, authenticate: Any) -> None:
-    """Add them, in front of the routes with the same path."""
-    keyed = [Depends(authenticate)]
+def routes(models: Models, metrics: Metrics) -> APIRouter:
+    """Those that need the key."""
+    router = APIRouter()
 
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
+    @router.get("/v1/models", summary="Models")
     async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(name) for name in models]}
 
-    async def get_model(name: str) -> Any:
-        if name in list(models):
-            return _model(name)
-        refused = Refused(f"there is no model {name!r}; there is {', '.join(models)}", "model", 404)
-        return JSONResponse(refused.content(), refused.status)
+    @router.get("/v1/models/{name:path}", summary="Model")
+    async def get_model(name: str) -> dict[str, Any]:
+        if name not in list(models):
+            raise Refused(f"there is no model {name!r}; there is {', '.join(models)}", "model", 404)
+        return _model(name)
 
-    before = list(app.router.routes)
-    app.add_api_route("/health", health, summary="Whether it runs")
-    app.add_api_route("/v1/models", list_models, summary="Models", dependencies=keyed)
-    app.add_api_route("/v1/models/{name:path}", get_model, summary="Model", dependencies=keyed)
-    app.add_api_route("/tokenize", stock.tokenize, methods=["POST"], dependencies=keyed)
-    app.add_api_route("/detokenize", stock.detokenize, methods=["POST"], dependencies=keyed)
-    app.router.routes[:] = app.router.routes[len(before) :] + before
+    @router.get("/metrics", summary="Prometheus metrics")
+    async def read_metrics(request: Request) -> Response:
+        text, content_type = metrics.text(request.headers.get("accept"))
+        return Response(text, headers={"content-type": content_type})
+
+    return router
 
 
 def _model(name: str) -> dict[str, Any]:

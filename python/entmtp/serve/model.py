@@ -1,10 +1,10 @@
-"""Our `Llama` in llama-cpp-python's server: the model it loads, and its answers as they are counted and stopped."""
+"""The models that are served, whose turn they are, and their answers as they are counted and stopped."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,16 +42,18 @@ class Served(Llama):
             self._decoder.forget()  # or the speed of an answer would tell of another client's text
         with request.generating(self):
             try:
-                if request.stopped:
-                    return
-                for token in super().generate(tokens, *args, **kwargs):
+                for token in () if request.over else super().generate(tokens, *args, **kwargs):
                     if n_tokens == 0:
                         request.mark_first_token()
                     n_tokens += 1
-                    request.n_tokens += not llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
+                    request.at_end = llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
+                    request.n_tokens += not request.at_end
                     yield token
-                    if request.stopped:
-                        return
+                    if request.over:
+                        break
+                if request.expired:
+                    request.cut = True
+                    yield self.token_eos()  # llama-cpp-python keeps the text of answers that end by themselves
             finally:
                 if self.metrics is not None:
                     self.metrics.generation(self.alias, len(tokens), n_tokens, self.draft_stats)
@@ -76,13 +78,18 @@ class Models(LlamaProxy):
     Args:
         parallel: answers at a time; with several there is an engine, and one model.
         kv_tokens: of all of them.
+        interrupts: a streamed answer ends when another request comes.
     """
 
     def __init__(
-        self, models: list[ModelSettings], metrics: Metrics, parallel: int = 1, kv_tokens: int | None = None
-    ):
+        self, models: list[ModelSettings], metrics: Metrics, parallel: int = 1, kv_tokens: int | None = None,
+        interrupts: bool = False,
+    ):  # fmt: skip
+        self.interrupts = interrupts
         self.metrics, self.parallel, self.kv_tokens = metrics, parallel, kv_tokens
         self.engine: Engine | None = None
+        self._turns = asyncio.Semaphore(parallel)  # in the order in which requests came
+        self._n_waiting = 0
         if parallel > 1 and len(models) > 1:
             raise EntmtpError("parallel answers are for one model: name one, or leave parallel out")
         names = [Path(m.model).stem for m in models]
@@ -94,28 +101,46 @@ class Models(LlamaProxy):
         super().__init__(list[Any](models))
 
     @asynccontextmanager
-    async def of_request(self) -> AsyncIterator[SlotModels]:
-        """The models as a request may use them, with an engine: one of its slots, when there is one."""
-        assert self.engine is not None
-        if self._turns is None:
-            self._turns = asyncio.Semaphore(self.parallel)
-        async with self._turns:
-            with self.engine.slot() as slot:
-                yield SlotModels(self, slot)
+    async def turn(self, name: str | None, run: Callable[..., Awaitable[Any]]) -> AsyncIterator[Any]:
+        """A model for the request that asks for it, when it is its turn.
 
-    _turns: asyncio.Semaphore | None = None
+        Args:
+            name: alias; another than those there are: the default one.
+            run: runs what uses a model, in a thread of its own.
+        """
+        self._n_waiting += 1
+        try:
+            await self._turns.acquire()
+        finally:
+            self._n_waiting -= 1
+        try:
+            if request := current.get():
+                request.start()
+            if self.engine is not None:
+                with self.engine.slot() as slot:
+                    yield slot
+            else:
+                yield await run(self, name)
+        finally:
+            self._turns.release()
+
+    def interrupted(self) -> bool:
+        """Whether a stream should end because others wait."""
+        return self.interrupts and self.engine is None and self._n_waiting > 0
+
+    def metadata(self, name: str) -> dict[str, str]:
+        """What the file of a model says of itself, where it is loaded."""
+        llama = self._current_model if name == self._current_model_alias else None
+        return dict(llama.metadata) if llama is not None else {}
+
+    def file(self, name: str) -> Path:
+        return Path(self._model_settings_dict[name].model)
 
     def free(self) -> None:
         if self.engine is not None:
             self.engine.close()
         else:
             super().free()
-
-    def __call__(self, model: str | None = None) -> llama_cpp.Llama:
-        # called once by every request that needs a model, at its turn
-        if request := current.get():
-            request.start()
-        return super().__call__(model)
 
     def load_llama_from_model_settings(self, settings: ModelSettings) -> llama_cpp.Llama:  # type: ignore[override]
         """The model that the settings name, with its heads.
@@ -170,24 +195,6 @@ class Models(LlamaProxy):
 
         self.engine = Engine.around(load, self.parallel, settings.n_ctx, self.kv_tokens, slot_type=ServedSlot)
         return self.engine.host
-
-
-class SlotModels:
-    """What llama-cpp-python's application sees in place of `Models`: the slot of its request."""
-
-    def __init__(self, models: Models, slot: ServedSlot):
-        self._models, self._slot = models, slot
-
-    def __call__(self, model: str | None = None) -> ServedSlot:
-        if request := current.get():
-            request.start()
-        return self._slot
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._models)
-
-    def __getitem__(self, model: str) -> Any:
-        return self._models[model]
 
 
 @contextmanager

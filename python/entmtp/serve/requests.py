@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from . import responses
-from .asked import CHAT, Asked, Refused, read
+from .errors import Refused
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -39,34 +38,56 @@ class ServedRequest:
         first_token: the first token of the answer was drawn.
         n_prompt, n_tokens: of the prompts, and of the answers.
         stopped: why nobody wants the answer any more.
+        expired, cut: the answer has had its seconds, and was ended for that.
+        at_end: the last token that was drawn is one that ends a text.
     """
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, max_seconds: float | None = None):
+        self.path, self.max_seconds = path, max_seconds
         self.arrived = time.perf_counter()
         self.started: float | None = None
         self.first_token: float | None = None
         self.stopped: str | None = None
+        self.expired = self.cut = self.at_end = False
         self.status: int | None = None  # of the response, once that has begun
-        self.failed: int | None = None  # the status that the answer deserves
-        self.streams = False  # the response is one of server-sent events
+        self.streams = False  # the response comes piece by piece
+        self.error_event: Callable[[Refused], bytes] = lambda refused: refused.event(path)
         self.complete = False
-        self.asked = Asked()
+        self.n_same = 1  # answers to each prompt
         self.n_prompt = self.n_tokens = 0  # so far
         self.scope = anyio.CancelScope()
+        self._timer: asyncio.TimerHandle | None = None
         self._llama: Llama | None = None
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """The request has the model."""
-        self.started = self.started or time.perf_counter()
+        """The request has the model; in the event loop."""
+        if self.started is None:
+            self.started = time.perf_counter()
+            if self.max_seconds is not None:
+                self._timer = asyncio.get_running_loop().call_later(self.max_seconds, self._expire)
+
+    def _expire(self) -> None:
+        with self._lock:
+            self.expired = True
+            if self._llama is not None:
+                self._llama.cancel()
+
+    def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
     def usage(self) -> dict[str, int]:
         """Tokens, as OpenAI counts them: a prompt once, however many answers it gets."""
-        n_prompt = self.n_prompt // self.asked.n_same
+        n_prompt = self.n_prompt // self.n_same
         return {
             "prompt_tokens": n_prompt, "completion_tokens": self.n_tokens, "total_tokens": n_prompt + self.n_tokens
         }  # fmt: skip
+
+    @property
+    def over(self) -> bool:
+        """Nothing more is to be written."""
+        return self.expired or self.stopped is not None
 
     def mark_first_token(self) -> None:
         self.first_token = self.first_token or time.perf_counter()
@@ -104,16 +125,17 @@ class Requests:
         may_ask: whether a request, by its ASGI scope, has the key.
         max_body: bytes of a request.
         max_waiting: requests that may wait.
+        max_seconds: of an answer, once the model writes it; None: no limit.
     """
 
     def __init__(
         self, app: App, finished: Callable[[ServedRequest], None], may_ask: Callable[[Message], bool],
-        max_body: int, max_waiting: int,
+        max_body: int, max_waiting: int, max_seconds: float | None,
     ):  # fmt: skip
         self.app = app
         self.finished = finished
         self.may_ask = may_ask
-        self.max_body, self.max_waiting = max_body, max_waiting
+        self.max_body, self.max_waiting, self.max_seconds = max_body, max_waiting, max_seconds
         self.busy: set[ServedRequest] = set()
         self.closing = False
 
@@ -133,7 +155,8 @@ class Requests:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        request = ServedRequest(scope["path"].removeprefix(scope.get("root_path", "")))
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        request = ServedRequest(path, self.max_seconds)
         try:
             if not self.may_ask(scope):  # before its body is read
                 raise Refused("Invalid API key", status=401)
@@ -141,14 +164,9 @@ class Requests:
                 return  # left before it had asked
             if self.waiting() >= self.max_waiting:
                 raise Refused("too many requests wait for the model; ask again later", status=429)
-            if request.path == responses.PATH:
-                body, asked = responses.to_chat(body)
-                send = responses.translated(asked, send)
-                scope = {**scope, "path": scope.get("root_path", "") + CHAT, "raw_path": CHAT.encode()}
-            body, request.asked = read(scope["path"].removeprefix(scope.get("root_path", "")), body)
         except Refused as e:
             request.status, request.complete = e.status, True
-            await _answer(send, e)
+            await _answer(send, e, path)
             self.finished(request)
             return
         if self.closing:
@@ -158,11 +176,12 @@ class Requests:
         watch = asyncio.create_task(self._watch(request, receive))
         try:
             with request.scope:
-                await self.app(_with_length(scope, body), _replay(body), _observed(request, send))
+                await self.app(scope, _replay(body), _observed(request, send))
             if request.stopped == SHUTTING_DOWN and not request.complete:
                 await _refuse(request, send)
         finally:
             watch.cancel()
+            request.end()
             current.reset(token)
             self.busy.discard(request)
             self.finished(request)
@@ -191,18 +210,13 @@ async def read_body(receive: App, most: int) -> bytes | None:
             return bytes(body)
 
 
-async def _answer(send: App, refused: Refused) -> None:
-    body = refused.body()
+async def _answer(send: App, refused: Refused, path: str) -> None:
+    body = json.dumps(refused.content(path)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if refused.status == 429:
         headers.append((b"retry-after", b"1"))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-def _with_length(scope: Message, body: bytes) -> Message:
-    headers = [(k, v) for k, v in scope["headers"] if k not in (b"content-length", b"transfer-encoding")]
-    return {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
 
 
 def _replay(body: bytes) -> App:
@@ -218,59 +232,29 @@ def _replay(body: bytes) -> App:
 
 
 def _observed(request: ServedRequest, send: App) -> App:
-    held: Message | None = None  # the start of a stream, until its first event tells how it went
-
     async def observed(message: Message) -> None:
-        nonlocal held
         cut = request.stopped == SHUTTING_DOWN
         if message["type"] == "http.response.start":
             if cut:
                 return  # half an answer must not pass for a whole one
-            if any(value.startswith(b"text/event-stream") for _, value in message["headers"]):
-                held = message
-                return
             request.status = message["status"]
         elif message["type"] == "http.response.body":
-            if held is not None and request.failed is not None:
-                held = None
-                await _fail(request, send, message.get("body", b""))
-                return
-            if request.failed is not None and request.complete:
-                return  # the rest of a stream that was never begun
             if cut and (request.status is None or request.streams):
                 return
-            if held is not None:
-                started, held = held, None
-                request.status, request.streams = started["status"], True
-                await send(started)
             request.complete = not message.get("more_body", False)
         await send(message)
 
     return observed
 
 
-async def _fail(request: ServedRequest, send: App, event: bytes) -> None:
-    """The error that would be the first event of a stream, as a response of its own."""
-    assert request.failed is not None
-    body = event.partition(b"\n")[0].removeprefix(b"data: ")
-    request.status, request.complete = request.failed, True
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": request.failed, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
 async def _refuse(request: ServedRequest, send: App) -> None:
     """Tell a client that the answer was stopped: by the status, or where that is sent, by an event of the stream."""
-    text = f"{SHUTTING_DOWN}; ask again when it is back"
-    error = {"error": {"message": text, "type": "server_error", "param": None, "code": None}}
-    body = json.dumps(error).encode()
-    if request.streams:
-        body = b"data: " + body + b"\n\n"
-    elif request.status is not None:
-        return  # cut within the body, whose length tells
-    else:
+    refused = Refused(f"{SHUTTING_DOWN}; ask again when it is back", status=503)
+    if request.status is None:
         request.status = 503
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 503, "headers": headers})
+        await _answer(send, refused, request.path)
+    elif request.streams:
+        await send({"type": "http.response.body", "body": request.error_event(refused)})
+    else:
+        return  # cut within the body, whose length tells
     request.complete = True
-    await send({"type": "http.response.body", "body": body})

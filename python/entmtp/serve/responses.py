@@ -1,19 +1,17 @@
-"""OpenAI's Responses API as chat completions: the request put into their terms, and their answer into its own.
-
-It is a layer around the application, so what holds for a chat holds here: the queue, the limits, a client who leaves.
-"""
+"""OpenAI's Responses API: a request put into the terms of a chat, and the chat's answer into its own."""
 
 from __future__ import annotations
 
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from .asked import Refused, is_whole
+from .asked import Asked, chat, is_whole
+from .errors import Refused
+from .requests import ServedRequest
 
-PATH = "/v1/responses"
 SAME = ("model", "stream", "temperature", "top_p", "seed", "tool_choice", "user")
 UNKNOWN = {
     "previous_response_id": "answers are not kept; send the whole conversation as input",
@@ -23,40 +21,32 @@ UNKNOWN = {
 }
 
 
-def to_chat(body: bytes) -> tuple[bytes, dict[str, Any]]:
-    """The body of a chat completion, and the request as it came.
+def read(asked: dict[str, Any]) -> Asked:
+    """The chat that is asked for.
 
     Raises:
         Refused: with one sentence for the client.
     """
-    try:
-        asked = json.loads(body)
-    except RecursionError:
-        raise Refused("the body of the request is nested too deeply") from None
-    except ValueError as e:
-        raise Refused(f"the body of the request is not JSON: {e}") from None
-    if not isinstance(asked, dict):
-        raise Refused("the body of the request is not an object")
     for name, why in UNKNOWN.items():
         if asked.get(name):
             raise Refused(f"{name}: {why}", name)
     limit = asked.get("max_output_tokens")
     if limit is not None and not (is_whole(limit) and limit > 0):
         raise Refused(f"max_output_tokens is {limit!r}, it must be 1 or more", "max_output_tokens")
-    chat = {name: asked[name] for name in SAME if asked.get(name) is not None}
-    chat["messages"] = list(_messages(asked))
+    said = {name: asked[name] for name in SAME if asked.get(name) is not None}
+    said["messages"] = list(_messages(asked))
     if limit is not None:
-        chat["max_tokens"] = limit
+        said["max_tokens"] = limit
     if (form := _format(asked.get("text"))) is not None:
-        chat["response_format"] = form
+        said["response_format"] = form
     if tools := asked.get("tools"):
-        chat["tools"] = [_tool(tool) for tool in _list(tools, "tools")]
-    choice = chat.get("tool_choice")
+        said["tools"] = [_tool(tool) for tool in _list(tools, "tools")]
+    choice = said.get("tool_choice")
     if isinstance(choice, dict):
-        chat["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
-    if chat.get("stream"):
-        chat["stream_options"] = {"include_usage": True}
-    return json.dumps(chat).encode(), asked
+        said["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
+    if said.get("stream"):
+        said["stream_options"] = {"include_usage": True}
+    return chat(said)
 
 
 def _list(value: Any, name: str) -> list[Any]:
@@ -118,7 +108,9 @@ def _text_part(text: str) -> dict[str, Any]:
 class Answer:
     """One response, as far as it is written."""
 
-    def __init__(self, asked: dict[str, Any]):
+    media_type = "text/event-stream"
+
+    def __init__(self, asked: dict[str, Any], served: ServedRequest):
         self.n_events = 0
         self.item: dict[str, Any] | None = None  # the one that is being written
         self.reason: str | None = None
@@ -143,10 +135,6 @@ class Answer:
 
     def add(self, chunk: dict[str, Any]) -> Iterator[bytes]:
         """A chunk of a chat completion, or the whole of one."""
-        if "error" in chunk:
-            error = {k: chunk["error"].get(k) for k in ("code", "message", "param")}
-            yield self._event("error", **error)
-            return
         self.response["model"] = chunk.get("model")
         for choice in chunk["choices"]:
             said = choice.get("delta") or choice.get("message") or {}
@@ -170,6 +158,14 @@ class Answer:
         self.response["status"] = "incomplete" if cut else "completed"
         self.response["incomplete_details"] = {"reason": "max_output_tokens"} if cut else None
         yield self._event(f"response.{self.response['status']}", response=self.response)
+
+    def error(self, refused: Refused) -> bytes:
+        return refused.event("/v1/responses", self.n_events)
+
+    def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
+        for _ in (*self.add(answer), *self.end()):
+            pass
+        return self.response
 
     def _open(self, item: dict[str, Any]) -> Iterator[bytes]:
         yield from self._close()
@@ -218,54 +214,3 @@ class Answer:
         yield self._event("response.output_item.done", output_index=index, item=self.item)
         self.response["output"].append(self.item)
         self.item = None
-
-
-def translated(asked: dict[str, Any], send: Callable[..., Any]) -> Callable[..., Any]:
-    """`send`, for an application that answers with a chat completion."""
-    answer = Answer(asked)
-    start: dict[str, Any] = {}
-    rest = b""
-
-    async def translate(message: dict[str, Any]) -> None:
-        nonlocal start, rest
-        if message["type"] == "http.response.start":
-            start = message
-            if _streams(start):
-                await send(start)
-                await send(
-                    {"type": "http.response.body", "body": b"".join(answer.begin()), "more_body": True}
-                )
-        elif message["type"] != "http.response.body":
-            await send(message)
-        elif _streams(start):
-            *events, rest = (rest + message.get("body", b"")).split(b"\n\n")
-            body = b"".join(part for event in events for part in _translate(answer, event))
-            await send({**message, "body": body})
-        else:
-            rest += message.get("body", b"")
-            if not message.get("more_body", False):
-                await _send_whole(answer, start, rest, send)
-
-    return translate
-
-
-def _streams(start: dict[str, Any]) -> bool:
-    return any(value.startswith(b"text/event-stream") for _, value in start["headers"])
-
-
-def _translate(answer: Answer, event: bytes) -> Iterator[bytes]:
-    data = event.strip().removeprefix(b"data: ")
-    if data == b"[DONE]":
-        yield from answer.end()
-    elif data.startswith(b"{"):  # else a comment that keeps the connection open
-        yield from answer.add(json.loads(data))
-
-
-async def _send_whole(answer: Answer, start: dict[str, Any], body: bytes, send: Callable[..., Any]) -> None:
-    if start["status"] == 200:
-        for _ in (*answer.add(json.loads(body)), *answer.end()):
-            pass
-        body = json.dumps(answer.response).encode()
-    headers = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
-    await send({**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
-    await send({"type": "http.response.body", "body": body})

@@ -76,7 +76,7 @@ class ModelSettings(_Ours):
     @classmethod
     def _text_only(cls, value: str | None) -> str | None:
         if value is not None:
-            raise ValueError("this server reads no images yet; use python -m llama_cpp.server for them")
+            raise ValueError("this server reads no images yet")
         return value
 
 
@@ -96,6 +96,11 @@ class ServerSettings(stock.ServerSettings):
     max_body: int = Field(default=16 << 20, ge=1, description="bytes that a request may have")
     max_waiting: int = Field(
         default=256, ge=0, description="requests that may wait; further ones get status 429"
+    )
+    max_seconds: Optional[float] = Field(  # noqa: UP045
+        default=None,
+        gt=0.0,
+        description="seconds that an answer may take once it has begun; then it ends as by max_tokens",
     )
     cors: Optional[str] = Field(  # noqa: UP045
         default=None, description="origins of pages whose scripts may ask, with commas between them; *: any"

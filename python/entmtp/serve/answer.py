@@ -1,0 +1,225 @@
+"""An answer, written by a thread of the model and read by a client: at once, or piece by piece."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
+from typing import Any, Protocol
+
+import anyio
+from fastapi import Response
+from fastapi.responses import JSONResponse
+
+from .asked import Asked, Chat
+from .errors import Refused, worded
+from .model import Models
+from .requests import ServedRequest
+
+MOST_UNREAD = 4096  # events; a client who reads slower than that makes the model wait
+PING_AFTER = 15.0  # seconds without an event, after which a comment keeps the connection open
+
+
+def dump(value: Any) -> bytes:
+    """JSON; llama-cpp-python's logprobs are numpy's numbers."""
+    return json.dumps(value, default=float).encode()
+
+
+class Form(Protocol):
+    """How an API words an answer; made for each request."""
+
+    media_type: str
+
+    def begin(self) -> Iterator[bytes]: ...
+    def add(self, chunk: dict[str, Any]) -> Iterator[bytes]: ...
+    def end(self) -> Iterator[bytes]: ...
+    def error(self, refused: Refused) -> bytes: ...
+    def whole(self, answer: dict[str, Any]) -> dict[str, Any]: ...
+
+
+class OpenAI:
+    """Chats and texts in OpenAI's form, which is llama-cpp-python's own."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, asked: dict[str, Any], served: ServedRequest):
+        self.path = served.path
+
+    def begin(self) -> Iterator[bytes]:
+        yield from ()
+
+    def add(self, chunk: dict[str, Any]) -> Iterator[bytes]:
+        yield b"data: " + dump(chunk) + b"\n\n"
+
+    def end(self) -> Iterator[bytes]:
+        yield b"data: [DONE]\n\n"
+
+    def error(self, refused: Refused) -> bytes:
+        return refused.event(self.path)
+
+    def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
+        return answer
+
+
+class Threads:
+    """As many threads as there are answers at a time.
+
+    In a larger pool every thread would get an OpenMP team and a heap of its own: 16 clients cost 50 MB in 100,000
+    tokens.
+    """
+
+    def __init__(self, n: int):
+        self._pool = ThreadPoolExecutor(n, thread_name_prefix="model")
+
+    async def run(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Run what uses a model; a cancellation waits for it."""
+        work = partial(copy_context().run, call, *args)
+        with anyio.CancelScope(shield=True):
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+
+def _calls(llama: Any, asked: Asked, stream: bool) -> Iterator[Any]:
+    """What writes each of the answers, when it is called."""
+    create = llama.create_chat_completion if isinstance(asked.body, Chat) else llama.create_completion
+    named = asked.arguments(llama)
+    for choice in asked.choices:
+        yield partial(create, **{**named, **choice, "model": llama.alias, "stream": stream})
+
+
+def _finish(choice: dict[str, Any], index: int, served: ServedRequest) -> None:
+    choice["index"] = index
+    if served.cut and choice.get("finish_reason") == "stop":
+        choice["finish_reason"] = "length"
+
+
+def write_whole(llama: Any, asked: Asked, served: ServedRequest) -> dict[str, Any]:
+    """One answer with all choices that the request wants; in a thread of the model."""
+    answer: dict[str, Any] = {}
+    for index, create in enumerate(_calls(llama, asked, False)):
+        one = create()
+        _finish(one["choices"][0], index, served)
+        if answer:
+            answer["choices"] += one["choices"]
+            answer["usage"] = served.usage()
+        else:
+            answer = one
+        if served.stopped:
+            break
+    return answer
+
+
+class Pipe:
+    """Events from a thread to the event loop; the thread waits where `most` of them are unread."""
+
+    def __init__(self, most: int = MOST_UNREAD):
+        self._loop = asyncio.get_running_loop()
+        self._room = threading.Semaphore(most)
+        self._ready: asyncio.Queue[Any] = asyncio.Queue()
+
+    def put(self, event: Any, served: ServedRequest) -> None:
+        """In the thread; the rest of an answer that is over does not wait."""
+        while not self._room.acquire(timeout=0.1) and not served.over:
+            pass
+        self._loop.call_soon_threadsafe(self._ready.put_nowait, event)
+
+    def end(self, event: Any) -> None:
+        """In the event loop: the last event, for which there is always room."""
+        self._loop.call_soon(self._ready.put_nowait, event)
+
+    async def get(self) -> list[Any]:
+        """All events that are there, once there is one: fewer, larger writes."""
+        events = [await self._ready.get()]
+        while not self._ready.empty():
+            events.append(self._ready.get_nowait())
+        self._room.release(len(events))
+        return events
+
+
+class Streamed(Response):
+    """An answer piece by piece; an error before the first piece is a response of its own.
+
+    The whole answer is written in one thread, and what is ready is sent together: a change of threads per token would
+    cost more than the token's own Python code. The model is free as soon as the answer is written; the answer's
+    generator is closed before that, for its clean-up touches the model.
+    """
+
+    def __init__(
+        self, models: Models, threads: Threads, asked: Asked, form: Form, served: ServedRequest, ping: bool
+    ):
+        super().__init__(media_type=form.media_type)
+        self.models, self.threads, self.asked, self.form, self.served = models, threads, asked, form, served
+        self.ping = ping and form.media_type == "text/event-stream"
+        served.error_event, served.streams = form.error, True
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.pipe = Pipe()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._answer)
+            begun, more = False, True
+            while more:
+                events = await self._next()
+                more = events[-1] is not None and not isinstance(events[-1], Refused)
+                if not begun and isinstance(events[0], Refused):
+                    refused = events[0]
+                    self.served.streams = False
+                    await JSONResponse(refused.content(self.served.path), refused.status)(
+                        scope, receive, send
+                    )
+                    return
+                data = b"".join(self._worded(events))
+                if not begun:
+                    data, begun = b"".join(self.form.begin()) + data, True
+                    headers = [
+                        (b"content-type", self.form.media_type.encode()),
+                        (b"cache-control", b"no-store"),
+                    ]
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
+                if not self.served.stopped:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _worded(self, events: list[Any]) -> Iterator[bytes]:
+        for event in events:
+            if isinstance(event, Refused):
+                yield self.form.error(event)
+            elif event is None:
+                yield from self.form.end()
+            elif isinstance(event, bytes):
+                yield event
+            else:
+                yield from self.form.add(event)
+
+    async def _next(self) -> list[Any]:
+        if not self.ping:
+            return await self.pipe.get()
+        with anyio.move_on_after(PING_AFTER):
+            return await self.pipe.get()
+        return [b": ping\n\n"]
+
+    async def _answer(self) -> None:
+        try:
+            async with self.models.turn(self.asked.body.model, self.threads.run) as llama:
+                await self.threads.run(self._write, llama)
+            self.pipe.end(None)
+        except Exception as e:
+            self.pipe.end(worded(e))
+
+    def _write(self, llama: Any) -> None:
+        served, chunk = self.served, dict[str, Any]()
+
+        for index, create in enumerate(_calls(llama, self.asked, True)):
+            with contextlib.closing(create()) as chunks:
+                for chunk in chunks:
+                    _finish(chunk["choices"][0], index, served)
+                    self.pipe.put(chunk, served)
+                    if self.models.interrupted():
+                        return
+            if served.stopped:
+                return
+        if self.asked.include_usage:
+            self.pipe.put({**chunk, "choices": [], "usage": served.usage()}, served)

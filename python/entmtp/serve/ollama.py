@@ -1,0 +1,241 @@
+"""Ollama's API: a request put into the terms of a chat, and the chat's answer into lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from .. import __version__
+from . import asked
+from .asked import Asked, parse
+from .errors import Refused
+from .model import Models
+from .requests import ServedRequest
+
+# of `options`, and what OpenAI's or llama-cpp-python's API calls it; others are of Ollama's own way to load a model
+OPTIONS = {
+    "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "seed": "seed", "stop": "stop",
+    "repeat_penalty": "repeat_penalty", "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty", "mirostat": "mirostat_mode", "mirostat_tau": "mirostat_tau",
+    "mirostat_eta": "mirostat_eta",
+}  # fmt: skip
+
+
+def read_chat(request: dict[str, Any]) -> Asked:
+    """Of `/api/chat`."""
+    messages = request.get("messages")
+    if not isinstance(messages, list):
+        raise Refused("messages is not a list", "messages")
+    said = {**_common(request), "messages": [_message(m) for m in messages]}
+    if request.get("tools"):
+        said["tools"] = request["tools"]
+    return asked.chat(said)
+
+
+def read_text(request: dict[str, Any]) -> Asked:
+    """Of `/api/generate`: a chat of one question; with `raw`, a text that goes on."""
+    for name in ("images", "suffix"):
+        if request.get(name):
+            raise Refused(f"{name}: this server cannot do that: it continues texts", name)
+    prompt = request.get("prompt", "")
+    if not isinstance(prompt, str):
+        raise Refused("prompt is not a text", "prompt")
+    said = _common(request)
+    if request.get("raw"):
+        if "response_format" in said:
+            raise Refused("format goes with a chat; leave raw out", "format")
+        return asked.text({"max_tokens": None, **said, "prompt": prompt})
+    messages = [{"role": "system", "content": request["system"]}] if request.get("system") else []
+    return asked.chat({**said, "messages": [*messages, {"role": "user", "content": prompt}]})
+
+
+def _common(request: dict[str, Any]) -> dict[str, Any]:
+    options = request.get("options") or {}
+    if not isinstance(options, dict):
+        raise Refused("options is not an object", "options")
+    said = {ours: options[name] for name, ours in OPTIONS.items() if options.get(name) is not None}
+    said["stream"] = True if request.get("stream") is None else request["stream"]
+    if isinstance(model := request.get("model"), str):
+        said["model"] = model.removesuffix(":latest")
+    limit = options.get("num_predict")
+    if limit is not None and not asked.is_whole(limit):
+        raise Refused(f"num_predict is {limit!r}, it must be a whole number", "options")
+    if limit is not None and limit >= 0:  # below, there is no limit
+        said["max_tokens"] = limit
+    form = request.get("format")
+    if isinstance(form, dict):
+        said["response_format"] = {"type": "json_object", "schema": form}
+    elif form == "json":
+        said["response_format"] = {"type": "json_object"}
+    elif form:
+        raise Refused(f'format is {form!r}, it must be "json" or a schema', "format")
+    return said
+
+
+def _message(message: Any) -> Any:
+    """A message as OpenAI has it: arguments of calls are a text, and an answer names its call."""
+    if not isinstance(message, dict):
+        raise Refused("messages: a message is not an object", "messages")
+    if message.get("images"):
+        raise Refused("messages: this server reads text, and a message has images", "messages")
+    said = {"role": message.get("role"), "content": message.get("content", "")}
+    if message.get("role") == "tool":
+        said["tool_call_id"] = message.get("tool_call_id") or message.get("tool_name") or ""
+    if calls := message.get("tool_calls"):
+        said["tool_calls"] = [
+            {"id": f"call_{i}", "type": "function",
+             "function": {"name": c["function"]["name"], "arguments": json.dumps(c["function"].get("arguments"))}}
+            for i, c in enumerate(calls)
+            if isinstance(c, dict) and isinstance(c.get("function"), dict) and "name" in c["function"]
+        ]  # fmt: skip
+    return said
+
+
+class Generated:
+    """An answer of `/api/generate`."""
+
+    media_type = "application/x-ndjson"
+
+    def __init__(self, request: dict[str, Any], served: ServedRequest):
+        self.served = served
+        self.model = request.get("model")
+        self.reason = "stop"
+        self.calls: list[dict[str, str]] = []
+
+    def said(self, text: str) -> dict[str, Any]:
+        return {"response": text}
+
+    def begin(self) -> Iterator[bytes]:
+        yield from ()
+
+    def add(self, chunk: dict[str, Any]) -> Iterator[bytes]:
+        if text := self._text(chunk):
+            yield self._line(**self.said(text), done=False)
+
+    def end(self) -> Iterator[bytes]:
+        yield self._line(**self.said(""), **self._summary())
+
+    def error(self, refused: Refused) -> bytes:
+        return refused.event(self.served.path)
+
+    def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
+        text = self._text(answer)
+        return {**self._head(), **self.said(text), **self._summary()}
+
+    def _text(self, chunk: dict[str, Any]) -> str:
+        """The text of a chunk, or of a whole answer; calls of tools are kept for the end."""
+        choice = chunk["choices"][0]
+        said = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
+        self.reason = "length" if choice.get("finish_reason") == "length" else "stop"
+        for call in said.get("tool_calls") or []:
+            function = call["function"]
+            if function.get("name") and (not self.calls or call.get("id") != self.calls[-1]["id"]):
+                self.calls.append({"id": call.get("id"), "name": function["name"], "arguments": ""})
+            self.calls[-1]["arguments"] += function.get("arguments") or ""
+        return said.get("content") or ""
+
+    def _head(self) -> dict[str, Any]:
+        return {"model": self.model, "created_at": _date(time.time())}
+
+    def _line(self, **fields: Any) -> bytes:
+        return json.dumps({**self._head(), **fields}).encode() + b"\n"
+
+    def _summary(self) -> dict[str, Any]:
+        """How it ended, with times in nanoseconds."""
+        served, now = self.served, time.perf_counter()
+        started = served.started or now
+        first = served.first_token or now
+        usage = served.usage()
+        return {
+            "done": True, "done_reason": self.reason, "load_duration": 0,
+            "total_duration": _ns(now - served.arrived),
+            "prompt_eval_count": usage["prompt_tokens"], "prompt_eval_duration": _ns(first - started),
+            "eval_count": usage["completion_tokens"], "eval_duration": _ns(now - first),
+        }  # fmt: skip
+
+
+class Chat(Generated):
+    """An answer of `/api/chat`."""
+
+    def said(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}}
+
+    def end(self) -> Iterator[bytes]:
+        if self.calls:
+            yield self._line(
+                message={"role": "assistant", "content": "", "tool_calls": self._called()}, done=False
+            )
+        yield from super().end()
+
+    def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
+        whole = super().whole(answer)
+        if self.calls:
+            whole["message"]["tool_calls"] = self._called()
+        return whole
+
+    def _called(self) -> list[dict[str, Any]]:
+        return [{"function": {"name": c["name"], "arguments": _object(c["arguments"])}} for c in self.calls]
+
+
+def _object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:  # cut by the limit of tokens
+        return {}
+
+
+def routes(models: Models) -> APIRouter:
+    """What Ollama's clients ask before they ask a model."""
+    router = APIRouter()
+
+    def details(name: str) -> dict[str, Any]:
+        known = models.metadata(name)
+        family = known.get("general.architecture", "")
+        return {
+            "format": "gguf", "family": family, "families": [family] if family else [], "parent_model": "",
+            "parameter_size": known.get("general.size_label", ""), "quantization_level": "",
+        }  # fmt: skip
+
+    @router.get("/api/version", summary="Version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @router.get("/api/tags", summary="Models")
+    async def tags() -> dict[str, Any]:
+        found = []
+        for name in models:
+            file = models.file(name)
+            stat = file.stat() if file.is_file() else None
+            found.append({
+                "name": name, "model": name, "digest": "", "details": details(name),
+                "size": stat.st_size if stat else 0, "modified_at": _date(stat.st_mtime if stat else 0.0),
+            })  # fmt: skip
+        return {"models": found}
+
+    @router.post("/api/show", summary="Model")
+    async def show(request: Request) -> dict[str, Any]:
+        body = parse(await request.body())
+        name = str(body.get("model") or body.get("name")).removesuffix(":latest")
+        if name not in list(models):
+            raise Refused(f"model '{name}' not found", "model", 404)
+        known = models.metadata(name)
+        template = known.pop("tokenizer.chat_template", "")
+        return {
+            "modelfile": "", "parameters": "", "template": template, "details": details(name), "model_info": known,
+            "capabilities": ["completion"],
+        }  # fmt: skip
+
+    return router
+
+
+def _ns(seconds: float) -> int:
+    return int(seconds * 1e9)
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat()

@@ -1,0 +1,93 @@
+"""What a request may not have: all the time it wants, any depth, and a memory for what its client does not read."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from entmtp.serve.answer import Pipe
+from entmtp.serve.requests import ServedRequest
+from helpers.serving import Server
+from helpers.typed import DEMO
+
+LONG: dict[str, Any] = {"max_tokens": 4000, "min_tokens": 4000, "temperature": 1.5}
+SECONDS = 0.5
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one", "parallel"])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    with Server(
+        "--model", DEMO, "--ctx", 4096, "--threads", 1, "--parallel", request.param, "--max-seconds", SECONDS
+    ) as running:
+        yield running
+
+
+def test_an_answer_that_takes_too_long_ends(server: Server) -> None:
+    with server.http() as http:
+        body = {"prompt": "The sea", **LONG}
+        begun = time.monotonic()
+        whole = http.post("/v1/completions", json=body).json()["choices"][0]
+        assert SECONDS <= time.monotonic() - begun < SECONDS + 10
+        assert whole["finish_reason"] == "length" and whole["text"]
+        streamed = http.post("/v1/completions", json={**body, "stream": True}).text
+        *_, last, done = streamed.strip().split("\n\n")
+        assert done == "data: [DONE]"
+        assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        several = http.post("/v1/completions", json={**body, "n": 3}).json()["choices"]
+        assert [c["finish_reason"] for c in several] == ["length"] * 3
+        # who waits does not lose of its own time
+        short = http.post("/v1/completions", json={"prompt": "The sea", "max_tokens": 4, "temperature": 0})
+        assert short.json()["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses", "/v1/messages", "/api/chat"])
+@pytest.mark.parametrize("depth", [150, 900, 50_000])
+def test_json_that_is_deep(server: Server, path: str, depth: int) -> None:
+    deep = "[" * depth + "]" * depth
+    with server.http() as http:
+        answer = http.post(path, content=f'{{"prompt": "x", "messages": [], "tools": {deep}}}')
+    assert answer.status_code == 400, answer.text
+    assert "nested too deeply" in answer.text
+
+
+def test_a_schema_that_is_deep_but_not_too_deep(server: Server) -> None:
+    schema: dict[str, Any] = {"type": "boolean"}
+    for _ in range(30):
+        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "deep", "schema": schema}}
+    messages = [{"role": "user", "content": "Yes?"}]
+    body = {"messages": messages, "max_tokens": 4, "response_format": form}
+    with server.http() as http:
+        assert http.post("/v1/chat/completions", json=body).status_code == 200
+
+
+def test_a_slow_reader_makes_the_writer_wait() -> None:
+    async def read() -> None:
+        pipe, written, served = Pipe(most=3), list[int](), ServedRequest("/")
+
+        def write() -> None:
+            for i in range(10):
+                pipe.put(i, served)
+                written.append(i)
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        await asyncio.sleep(0.3)
+        assert written == [0, 1, 2]
+        assert await pipe.get() == [0, 1, 2]
+        await asyncio.sleep(0.3)
+        assert written == [0, 1, 2, 3, 4, 5]
+        served.stop("left")  # a reader who left keeps nobody
+        await asyncio.to_thread(thread.join)
+        found = []
+        while len(found) < 7:
+            found += await pipe.get()
+        assert found == [3, 4, 5, 6, 7, 8, 9]
+
+    asyncio.run(read())
