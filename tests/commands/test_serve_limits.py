@@ -91,3 +91,20 @@ def test_a_slow_reader_makes_the_writer_wait() -> None:
         assert found == [3, 4, 5, 6, 7, 8, 9]
 
     asyncio.run(read())
+
+
+def test_a_reader_who_stops_reading_does_not_keep_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("entmtp.serve.answer.STALLED", 0.3)
+
+    async def stall() -> ServedRequest:
+        pipe, served = Pipe(most=1), ServedRequest("/")
+        served.start()  # it has the model
+
+        def write() -> None:
+            pipe.put("read", served)
+            pipe.put("never read", served)
+
+        await asyncio.wait_for(asyncio.to_thread(write), 10)
+        return served
+
+    assert asyncio.run(stall()).stopped == "the client stopped reading"

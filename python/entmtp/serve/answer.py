@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -22,6 +23,9 @@ from .model import Models
 from .requests import ServedRequest
 
 MOST_UNREAD = 4096  # events; a client who reads slower than that makes the model wait
+STALLED = (
+    60.0  # seconds that it may wait; then the client is taken for gone, and the model is free for others
+)
 PING_AFTER = 15.0  # seconds without an event, after which a comment keeps the connection open
 
 
@@ -123,8 +127,10 @@ class Pipe:
 
     def put(self, event: Any, served: ServedRequest) -> None:
         """In the thread; the rest of an answer that is over does not wait."""
+        begun = time.monotonic()
         while not self._room.acquire(timeout=0.1) and not served.over:
-            pass
+            if time.monotonic() - begun > STALLED:
+                served.stop("the client stopped reading")
         self._loop.call_soon_threadsafe(self._ready.put_nowait, event)
 
     def end(self, event: Any) -> None:
