@@ -141,3 +141,10 @@ def test_every_broken_field_is_named(case: str) -> None:
     change(data)
     with pytest.raises(BankError, match=match):
         from_json(data, "x")
+
+
+def test_a_level_that_was_timed_cheaper_with_more_paths() -> None:
+    """A busy machine times such things; a bank of them must load, so no draft may cost less than nothing."""
+    costs = Costs(verify={64: {1: 100.0}}, chain=(0.0, 20.0), level=((90.0, 40.0, 10.0),))
+    for width in (1, 2, 3, 4, 9):
+        assert costs.draft_of_widths((width,)) == 20.0
