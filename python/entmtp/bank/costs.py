@@ -84,7 +84,7 @@ class Costs:
         return self.draft_of_widths(tuple(sum(len(p) == d for p in parents) for d in range(tree.max_depth)))
 
     def draft_of_widths(self, widths: tuple[int, ...]) -> float:
-        """The same from the number of expanded paths on each level. Wider is not cheaper, whatever a busy machine timed."""
+        """The same from the number of expanded paths on each level. Wider is not cheaper, whatever was timed."""
         total = self.chain[len(widths)]
         for width, us in zip(widths, self.level, strict=False):
             if width > 4:
