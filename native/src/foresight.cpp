@@ -4,8 +4,9 @@
 
 namespace entmtp {
 
-// acceptance of the best child: surer texts and surer nodes are followed by surer ones
-static constexpr float guess[2 * foresight::n_bins] = { 0.65f, 0.5f, 0.4f, 0.3f, 0.65f, 0.5f, 0.4f, 0.3f };
+// acceptance of the best child: surer texts and surer nodes are followed by surer ones. Hopeful, so that it is asked a few
+// times before it is left alone
+static constexpr float guess[2 * foresight::n_bins] = { 0.85f, 0.75f, 0.65f, 0.55f, 0.85f, 0.75f, 0.6f, 0.5f };
 
 foresight::foresight() {
     for (size_t i = 0; i < bins.size(); ++i) {
@@ -15,9 +16,9 @@ foresight::foresight() {
 
 void foresight::see(int32_t i, const scenario & s) {
     bin & b               = bins[i];
-    b.seen[b.next % most] = s; // in place of the guess, then of the oldest
+    b.seen[b.next % most] = s; // the guess is the eighth to go, and then the oldest
     b.next++;
-    b.n = (int32_t) std::min<int64_t>(b.next, most);
+    b.n = std::min(b.n + 1, most);
 }
 
 } // namespace entmtp

@@ -8,7 +8,7 @@
 namespace entmtp {
 
 // Scenarios: the acceptance of the three best children that it had, by how sure things were. After the root that is told by
-// the running entropy, further down by the acceptance of the node itself. Until it was asked there, a sober guess.
+// the running entropy, further down by the acceptance of the node itself. A guess is among them until it was asked often.
 class foresight {
   public:
     static constexpr int32_t n_bins = 4;
@@ -19,7 +19,7 @@ class foresight {
     struct bin {
         std::array<scenario, most> seen; // the guess is the first
         int32_t                    n    = 1;
-        int64_t                    next = 0;
+        int64_t                    next = 1;
 
         const scenario * begin() const { return seen.data(); }
         const scenario * end() const { return seen.data() + n; }
