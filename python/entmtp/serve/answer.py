@@ -177,9 +177,12 @@ class Streamed(Response):
                         scope, receive, send
                     )
                     return
-                data = b"".join(self._worded(events))
+                head = (
+                    b"" if begun else b"".join(self.form.begin())
+                )  # before the rest: forms number their events
+                data = head + b"".join(self._worded(events))
                 if not begun:
-                    data, begun = b"".join(self.form.begin()) + data, True
+                    begun = True
                     headers = [
                         (b"content-type", self.form.media_type.encode()),
                         (b"cache-control", b"no-store"),
