@@ -131,8 +131,9 @@ class mixer {
     void    ask_heads(const situation & now, const expand_fn & expand);
     void    ask_model(const situation & now, const asked_model & model);
     bool    model_pays(int32_t at, int32_t l, const situation & now, const asked_model & model) const;
+    int32_t first_child(int32_t at) const { return at < 0 ? root_first : found[at].first; } // -1: of the root
     int32_t best_child(int32_t at) const;
-    int32_t bin_of(int32_t at, const situation & now) const; // of what is foreseen there
+    int32_t bin_of(int32_t at, const situation & now) const;                                // of what is foreseen there
     void    use(const situation & now);
 
     calibration heads;

@@ -26,7 +26,7 @@ void mixer::use(const situation & now) {
 // what is already proposed after a candidate, as a probability
 float mixer::covered(int32_t at) const {
     float sum = 0.0f;
-    for (int32_t i = at < 0 ? root_first : found[at].first; i >= 0; i = found[i].next) {
+    for (int32_t i = first_child(at); i >= 0; i = found[i].next) {
         sum += found[i].p > 0.0f ? found[i].q : 0.0f; // others may not enter the tree
     }
     return std::min(sum, 1.0f);
@@ -152,7 +152,7 @@ void mixer::ask_heads(const situation & now, const expand_fn & expand) {
 // the most probable child that may enter the tree, of a candidate or (-1) the root; -1: there is none
 int32_t mixer::best_child(int32_t at) const {
     int32_t best = -1;
-    for (int32_t i = at < 0 ? root_first : found[at].first; i >= 0; i = found[i].next) {
+    for (int32_t i = first_child(at); i >= 0; i = found[i].next) {
         best = found[i].p > least && (best < 0 || found[i].p > found[best].p) ? i : best;
     }
     return best;
@@ -220,7 +220,7 @@ void mixer::ask_model(const situation & now, const asked_model & model) {
         use(now);
 
         foresight::scenario best = {};
-        for (int32_t i = at < 0 ? root_first : found[at].first; i >= 0; i = found[i].next) {
+        for (int32_t i = first_child(at); i >= 0; i = found[i].next) {
             if (found[i].sources & from_model) {
                 float q = found[i].q;
                 for (float & b : best) {

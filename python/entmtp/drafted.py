@@ -69,7 +69,8 @@ class Drafted(Paced):
                 text = f"{model.name}: its layers for multi-token prediction do not draft: {layers.problem}"
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
             self._predicts = layers is not None and not layers.problem
-            if not self._predicts and (beside := find_eagle3(model)):
+            # found by itself it joins a grown tree; a fixed one stays that of who was named
+            if not self._predicts and policy == "auto" and (beside := find_eagle3(model)):
                 self.draft_model_path = str(beside)
 
     def _load_draft_model(self, who: tuple[str, ...]) -> tuple[str, ...]:
@@ -81,8 +82,7 @@ class Drafted(Paced):
         except EntmtpError as e:
             if self._named:
                 raise
-            what = self.draft_model_path or "the model's layers for multi-token prediction"
-            self.warn_once(f"{what} cannot draft: {e}")
+            self.warn_once(f"{self._drafter_name} cannot draft: {e}")
             self._predicts, self.draft_model_path = False, None
             return tuple(name for name in who if name != "model")
         self._stack.callback(self._draft_model.close)
@@ -111,6 +111,10 @@ class Drafted(Paced):
         return self._heads
 
     @property
+    def _drafter_name(self) -> str:
+        return self.draft_model_path or "the model's layers for multi-token prediction"
+
+    @property
     def model_drafts(self) -> bool:
         """A smaller model drafts, or the model's own prediction layers do."""
         return self._draft_model is not None
@@ -133,8 +137,7 @@ class Drafted(Paced):
     def warn_of_draft_model(self) -> None:
         """Say it once if the model that drafts has stopped."""
         if broken := self.draft_model_broken:
-            name = self.draft_model_path or "the model's layers for multi-token prediction"
-            self.warn_once(f"{name} does not draft any more: {broken}")
+            self.warn_once(f"{self._drafter_name} does not draft any more: {broken}")
 
     @property
     def drafters(self) -> tuple[str, ...]:
