@@ -178,6 +178,9 @@ struct entmtp_costs {
     int32_t       n_levels;
     const float * level;  // [n_levels][3] one head after 1, 2 and 4 paths (confidence)
     const float * tree;   // [n_trees] draft of each tree of the bank
+    // that the first passes of a size take longer than later ones, in all, where that is worth mentioning (on a device);
+    // 0: grown trees may have any size. Else they are filled up to powers of two
+    float         build;
 };
 
 // inputs of the calibration's logistic models: numbers of weights

@@ -22,7 +22,8 @@ static void check(float x, const char * what) {
     }
 }
 
-cost_model::cost_model(const entmtp_costs & c, int32_t n_trees, bool adapt) : adapt(adapt) {
+cost_model::cost_model(const entmtp_costs & c, int32_t n_trees, bool adapt) : adapt(adapt), graphs(c.build) {
+    check(c.build, "costs of graphs");
     if (c.n_verify < 1 || c.n_verify > 4096 || !c.verify || c.n_levels < 0 || c.n_levels > 64 ||
         (c.n_levels > 0 && !c.level) || (n_trees > 1 && !c.tree)) {
         throw std::runtime_error("costs: a table is missing");
@@ -52,7 +53,7 @@ cost_model::cost_model(const entmtp_costs & c, int32_t n_trees, bool adapt) : ad
 
 double cost_model::verify(int32_t n) const {
     // larger than anything measured: in proportion to the largest
-    const int32_t i = std::min(n, n_max()) - 1;
+    const int32_t i = std::min(size_of(n), n_max()) - 1;
 
     double res = table[i] * std::exp(speed + (i > 0 ? batched + own[i] : 0.0)) + (i > 0 ? change : 0.0);
     if (n > n_max()) {
@@ -72,7 +73,7 @@ double cost_model::level(int32_t l, int32_t n) const {
 void cost_model::fees(double price, int32_t n_max_pass, std::vector<double> & fee, int32_t n_others) const {
     fee.clear();
     for (int32_t n = 1; n <= std::min(n_max_pass, n_max() - n_others); ++n) {
-        fee.push_back(price * verify(n_others + n));
+        fee.push_back(price * (verify(n_others + n) + graphs.charge(n_others + n)));
     }
 }
 
@@ -94,21 +95,26 @@ double best_pass(const std::vector<float> & probs, const std::vector<double> & f
     return best;
 }
 
-void cost_model::observe(int32_t n, double t_verify, double t_draft, double expected) {
+void cost_model::observe(int32_t n, double t_verify, double t_draft, double expected, bool built) {
+    n = size_of(n);
     if (!adapt || n < 1 || n > n_max()) {
         return;
     }
+    const bool is_usual = graphs.see(n, built);
 
     ++n_seen;
 
     const bool follows = last_n > 1;
     last_n             = n;
+    if (!is_usual) {
+        return;
+    }
     if (follows) {
         const double excess = n == 1 ? std::clamp(t_verify - verify(1), 0.0, verify(1)) : 0.0;
         change += (excess - change) / 16.0;
     }
 
-    // the first pass of a size builds its graph
+    // the first pass of a size builds its graph, whoever ran it
     if (n_timed[n - 1]++ == 0) {
         return;
     }

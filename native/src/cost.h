@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include "graphs.h"
+
 #include "entmtp.h"
 
 #include <cstdint>
@@ -27,11 +29,14 @@ class cost_model {
     // passes over 1 .. n_max tokens and n_others more, at a price in tokens per us
     void fees(double price, int32_t n_max, std::vector<double> & fee, int32_t n_others = 0) const;
 
+    // tokens of the pass that n are run in: on a device some sizes are as good as a larger one
+    int32_t size_of(int32_t n) const { return graphs.round(n); }
+
     int32_t n_max() const { return (int32_t) table.size(); }
     int32_t n_levels() const { return (int32_t) levels.size(); }
 
-    // a pass over n tokens took t_verify, its drafts took t_draft where `expected` was thought
-    void observe(int32_t n, double t_verify, double t_draft, double expected);
+    // a pass over n tokens took t_verify, its drafts took t_draft where `expected` was thought; built: its graph was new
+    void observe(int32_t n, double t_verify, double t_draft, double expected, bool built = false);
 
     // larger passes cost other than they did when a pass over one token was last timed: time one again
     bool wants_plain() const;
@@ -49,6 +54,8 @@ class cost_model {
     std::vector<widths> levels; // [n_levels]
 
     bool adapt = false;
+
+    graph_sizes graphs;
 
     // logarithms of the corrections
     double  speed       = 0.0; // of everything

@@ -332,6 +332,9 @@ int32_t decoder::verify_tree(int32_t id) {
     work.depth  = t.depth;
     work.p      = reach;
     work.timed  = stats || policy.needs_timing();
+    if (id == (int32_t) bank.size() && shared.n_seq == 1) {
+        work.fill(std::min(policy.pass_size((int32_t) tokens.size()), room()));
+    }
 
     work.fee = [this](int32_t n) {
         return policy.fee(n);
@@ -422,7 +425,8 @@ int32_t decoder::settle(int32_t next) {
             id == scheduler::grow_tree && !policy.mixes() && next >= 0 ? (next == guess[0] ? 1 : 0) : -1;
         policy.observe(
             id, topology(tree_id).n_nodes(),
-            { path, hit, next_token, policy.mixes() ? t_heads : t_draft, t_verify, work.n_others, !work.with_prompt });
+            { path, hit, next_token, policy.mixes() ? t_heads : t_draft, t_verify, work.n_others, !work.with_prompt,
+              work.built });
     }
 
     shared.earn((int32_t) path.size());

@@ -25,6 +25,13 @@ static bool is_cpu(ggml_backend_dev_t dev) {
     return ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
 }
 
+// ggml's code for NVIDIA and AMD launches TOP_K once a row, or sorts whole rows, each in a block of its own; either takes
+// as long for a few rows as several layers of a small model
+static bool sorts_row_by_row(ggml_backend_dev_t dev) {
+    const std::string name = ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev));
+    return name == "CUDA" || name == "ROCm" || name == "MUSA";
+}
+
 // a sequence that no batch has: the sampler takes part in every graph and samples nothing
 static constexpr llama_seq_id no_sequence = -1;
 
@@ -65,7 +72,8 @@ void outputs::set_mode(int32_t asked) {
             return ggml_backend_dev_supports_op(device, op);
         };
 
-        most_k = reducer::most_candidates(supports, n_vocab, n_candidates, missing);
+        by_chunks = sorts_row_by_row(device);
+        most_k    = reducer::most_candidates(supports, n_vocab, n_candidates, by_chunks, missing);
         if (!missing.empty()) {
             announce(std::string(ggml_backend_dev_name(device)) + " cannot run " + missing);
         }
@@ -101,7 +109,7 @@ void outputs::use_reductions(int32_t n) {
         reductions.reset();
     }
     if (n > 0) {
-        reductions = std::make_unique<reducer>(n);
+        reductions = std::make_unique<reducer>(n, by_chunks);
         if (!llama_set_sampler(ctx, no_sequence, reductions->chain())) {
             reductions.reset();
             mode = ENTMTP_OUTPUTS_ROWS;
@@ -138,6 +146,7 @@ void outputs::end(int32_t n, int32_t first) {
     first_output = first;
     traffic.n_passes++;
     traffic.n_outputs += n_outputs;
+    is_built     = reused < n_graphs;
     traffic.n_graphs += std::clamp<int64_t>(n_graphs - reused, 0, n_graphs);
 
     if (at_host) {
@@ -162,6 +171,7 @@ const reduction * outputs::reduced() {
         ids.resize(ggml_nelements(r->ids));
         fetch(traffic, r->values, values.data(), 0, ggml_nbytes(r->values));
         fetch(traffic, r->ids, ids.data(), 0, ggml_nbytes(r->ids));
+        r->to_tokens(ids, n_vocab);
     }
     return r;
 }
@@ -263,8 +273,8 @@ distribution outputs::describe(int32_t i) {
     if (in_pass(i) && !at_host && reduced()) {
         const float * v    = &values[(size_t) (i - first_output) * reduction::width(k)];
         const int32_t best = (int32_t) (std::max_element(v, v + k) - v);
-        const float   p    = v[k + best];
-        const float   h    = -v[2 * k];
+        const float   p    = v[k];
+        const float   h    = -v[k + 1];
         if (std::isfinite(h) && p > 0.0f && std::isfinite(v[best])) {
             const float log_max = std::log(p);
             return { std::max(0.0f, h), v[best] - log_max, log_max };

@@ -65,6 +65,9 @@ class outputs {
     int32_t keep(int32_t i);
     void    release(int32_t i);
 
+    // the last pass built its graph anew
+    bool built() const { return is_built; }
+
     entmtp_traffic traffic = {};
 
   private:
@@ -96,7 +99,8 @@ class outputs {
     std::string note; // why the mode is not the one that was asked for
 
     std::unique_ptr<reducer> reductions;
-    int32_t                  most_k   = 0; // that the device can find
+    int32_t                  most_k    = 0; // that the device can find
+    bool                     by_chunks = false;
     int32_t                  wanted_k = 1;
     int32_t                  n_unused = 0; // tokens in a row that would have done with less
 
@@ -107,6 +111,7 @@ class outputs {
     bool                 at_host      = true;
     int32_t              first_output = 0;
     int64_t              n_reused     = 0; // graphs, when it began
+    bool                 is_built     = false;
     const ggml_tensor *  t_logits     = nullptr;
     const ggml_tensor *  t_hidden     = nullptr;
     bool                 is_read      = false;    // the reductions are in the vectors below

@@ -274,6 +274,7 @@ void pass::lead(std::unique_lock<std::mutex> & lock) {
     for (part * p : parts) {
         p->status              = status;
         p->t_us                = t;
+        p->built               = out.built();
         p->n_others            = n_tokens - (int32_t) p->tokens.size();
         p->with_prompt         = n_prompt > (p->is_prompt ? (int32_t) p->tokens.size() : 0);
         members[p->seq].wants  = nullptr;

@@ -9,17 +9,23 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <vector>
 
 namespace entmtp {
 
 // reductions of logits [n_vocab, n]
 struct reduction {
     int32_t       k      = 0;
-    ggml_tensor * ids    = nullptr; // i32 [k, n] tokens with the largest logits, in any order
-    ggml_tensor * values = nullptr; // f32 [width(k), n] their logits [k], their p [k], -H in nats, and for k = 1:
+    ggml_tensor * ids    = nullptr; // i32 [k, n] tokens with the largest logits, in any order. By chunks [2 k, n]:
+                                    // places among the best of all chunks, and tokens within their chunk
+    ggml_tensor * values = nullptr; // f32 [width(k), n] their logits [k], p of the best, -H in nats, and for k = 1:
                                     // minus the number of tokens that are less probable
+    bool          by_chunks = false;
 
-    static int32_t width(int32_t k) { return 2 * k + (k == 1 ? 2 : 1); }
+    static int32_t width(int32_t k) { return k + (k == 1 ? 3 : 2); }
+
+    // the tokens [n][k], of what was read from `ids`
+    void to_tokens(std::vector<int32_t> & read, int32_t n_vocab) const;
 };
 
 // A member of a backend-sampler chain (llama_set_sampler) that samples nothing: it adds the reductions of all rows to every
@@ -28,7 +34,8 @@ class reducer {
   public:
     static constexpr int64_t max_rows = 64; // a larger pass is a prompt, of which nobody walks the rows
 
-    explicit reducer(int32_t k);
+    // by_chunks  find the largest logits by way of those of every 1024: for a device whose TOP_K goes row by row
+    explicit reducer(int32_t k, bool by_chunks = false);
     ~reducer();
 
     reducer(const reducer &)             = delete;
@@ -44,9 +51,11 @@ class reducer {
     static int32_t most_candidates(const std::function<bool(const ggml_tensor * op)> & supports,
                                    int64_t                                             n_vocab,
                                    int32_t                                             k,
+                                   bool                                                by_chunks,
                                    std::string &                                       missing);
 
     const int32_t k;
+    const bool    by_chunks;
 
     // called by llama.cpp while it builds a graph
     void build(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * row);

@@ -261,7 +261,7 @@ void scheduler::observe_each(int32_t n_nodes, const std::vector<int32_t> & path,
 }
 
 void scheduler::observe(int32_t tree, int32_t n_nodes, const outcome & o) {
-    const auto & [path, hit, next, t_draft, t_verify, n_others, timed] = o;
+    const auto & [path, hit, next, t_draft, t_verify, n_others, timed, built] = o;
     if (policy != ENTMTP_POLICY_ENTROPY && policy != ENTMTP_POLICY_CONFIDENCE && !mixes()) {
         return;
     }
@@ -270,7 +270,7 @@ void scheduler::observe(int32_t tree, int32_t n_nodes, const outcome & o) {
         const double t_heads = mixed ? all_drafters.draft_cost() : 0.0;
 
         if (timed) {
-            now.cost.observe(n_others + n_nodes, t_verify, t_draft, t_heads);
+            now.cost.observe(n_others + n_nodes, t_verify, t_draft, t_heads, built);
         }
         if (n_others == 0) {
             tokens_seen = forget_price * tokens_seen + (double) path.size();
@@ -293,7 +293,7 @@ void scheduler::observe(int32_t tree, int32_t n_nodes, const outcome & o) {
     const bool   drafted  = grown ? trees.drafted() : n_nodes > 1;
     const double believed = grown ? trees.draft_cost() : drafted ? now.cost.draft(tree) : 0.0;
 
-    now.cost.observe(n_nodes, t_verify, t_draft, believed);
+    now.cost.observe(n_nodes, t_verify, t_draft, believed, built);
 
     tokens_seen = forget_price * tokens_seen + (double) path.size();
     time_seen   = forget_price * time_seen + now.cost.verify(n_nodes) + believed;

@@ -72,6 +72,9 @@ class scheduler {
     void drop_nodes(const std::vector<int32_t> & kept) { all_drafters.drop_nodes(kept); }
 
     // price of a pass over n tokens, in tokens
+    // tokens that a pass over a grown tree of n nodes is filled up to
+    int32_t pass_size(int32_t n) const { return now.cost.n_max() == 0 ? n : now.cost.size_of(n); }
+
     double fee(int32_t n) const { return now.cost.n_max() == 0 ? 0.0 : price() * now.cost.verify(n); }
 
     // what that step did
@@ -83,6 +86,7 @@ class scheduler {
         double  t_verify;        // us
         int32_t n_others = 0;    // tokens of others in the pass
         bool    timed    = true; // t_verify is that of a pass over so many tokens
+        bool    built    = false; // it built its graph
     };
 
     void observe(int32_t tree, int32_t n_nodes, const outcome & o);

@@ -37,6 +37,19 @@ struct part {
     int32_t              n_others    = 0;
     bool                 with_prompt = false; // a prompt of another was in the pass
     double               t_us        = 0.0;
+    bool                 built       = false; // a graph was built for the pass
+
+    // a tree of fewer nodes: with children of the root that nobody asks for, n in all
+    void fill(int32_t n) {
+        while ((int32_t) tokens.size() < n) {
+            tokens.push_back(tokens[0]);
+            parent.push_back(0);
+            depth.push_back(1);
+            if (!p.empty()) {
+                p.push_back(0.0f);
+            }
+        }
+    }
 
     // drop nodes that are not wanted, and those below them
     template <typename F>

@@ -161,9 +161,16 @@ static void test_candidates() {
 
 // the graph's answer for random rows, with ties and -inf among them
 static void test_reductions() {
-    constexpr int32_t n_vocab = 500, n = 7;
+    constexpr int32_t n = 7;
 
-    for (const int32_t k : { 1, 65 }) {
+    struct way {
+        int32_t k;
+        bool    by_chunks;
+        int32_t n_vocab;
+    };
+    for (const auto & [k, by_chunks, n_vocab] :
+         { way{ 1, false, 500 }, way{ 65, false, 500 }, way{ 65, true, 500 }, way{ 65, true, 4096 },
+           way{ 65, true, 3 * 1024 + 20 }, way{ 65, true, 5 * 1024 + 700 } }) {
         ggml_backend_ptr cpu(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
         ggml_context_ptr ctx(ggml_init({ 64 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
         ggml_cgraph *    gf     = ggml_new_graph(ctx.get());
@@ -171,7 +178,7 @@ static void test_reductions() {
         ggml_set_output(logits);
 
         // as llama.cpp offers it: the first row of the padded logits
-        entmtp::reducer r(k);
+        entmtp::reducer r(k, by_chunks);
         ggml_tensor *   padded = ggml_pad(ctx.get(), logits, 0, 1, 0, 0);
         r.build(ctx.get(), gf, ggml_view_1d(ctx.get(), padded, n_vocab, 0));
         const entmtp::reduction * found = r.find(logits);
@@ -201,15 +208,20 @@ static void test_reductions() {
         std::vector<float>   values(width * n);
         std::vector<int32_t> ids(k * n);
         CHECK_EQ(ggml_nbytes(found->values), values.size() * sizeof(float));
-        CHECK_EQ(ggml_nbytes(found->ids), ids.size() * sizeof(int32_t));
+        CHECK_EQ(found->by_chunks, by_chunks && n_vocab > 2048);
+        ids.resize(ggml_nelements(found->ids));
+        CHECK_EQ(ids.size(), (size_t) (found->by_chunks ? 2 : 1) * k * n);
         ggml_backend_tensor_get(found->values, values.data(), 0, ggml_nbytes(found->values));
         ggml_backend_tensor_get(found->ids, ids.data(), 0, ggml_nbytes(found->ids));
+        found->to_tokens(ids, n_vocab);
+        CHECK_EQ(ids.size(), (size_t) k * n);
 
         for (int32_t i = 0; i < n; ++i) {
             const float * row      = &rows[i * n_vocab];
             const float * v        = &values[i * width];
             const auto    expected = entmtp::describe(row, n_vocab);
-            CHECK_NEAR(-v[2 * k], expected.entropy, 2e-5 * (1.0 + expected.entropy));
+            CHECK_NEAR(-v[k + 1], expected.entropy, 2e-5 * (1.0 + expected.entropy));
+            CHECK_NEAR(v[k], std::exp(expected.log_max), 1e-6);
 
             std::vector<float> sorted(row, row + n_vocab);
             std::sort(sorted.rbegin(), sorted.rend());
@@ -217,7 +229,7 @@ static void test_reductions() {
                 const float x = row[ids[i * k + c]];
                 CHECK(x == v[c]);
                 CHECK(x >= sorted[k - 1]);
-                CHECK_NEAR(v[k + c], std::exp(x - expected.log_sum), 1e-6);
+                CHECK(std::count(&ids[i * k], &ids[i * k] + k, ids[i * k + c]) == 1);
             }
             if (k == 1) {
                 const auto n_best = std::count(sorted.begin(), sorted.end(), sorted[0]);
@@ -225,6 +237,8 @@ static void test_reductions() {
             }
         }
     }
+
+    constexpr int32_t n_vocab = 500;
 
     // a prompt's rows are left alone
     ggml_context_ptr ctx(ggml_init({ 64 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
@@ -248,18 +262,20 @@ static void test_reductions() {
 // what a device can find, by the ops that it has
 static void test_ops() {
     ggml_backend_dev_t cpu  = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    const auto         most = [&](ggml_op lacks, const char * missing) {
+    const auto         most = [&](ggml_op lacks, const char * missing, bool by_chunks = false) {
         std::string   found;
         const int32_t k = entmtp::reducer::most_candidates(
             [&](const ggml_tensor * op) { return op->op != lacks && ggml_backend_dev_supports_op(cpu, op); }, 128000,
-            65, found);
+            65, by_chunks, found);
         CHECK_EQ(k == 65, found.empty());
         CHECK_HAS(found, missing);
         return k;
     };
     CHECK_EQ(most(GGML_OP_NONE, ""), 65);
     CHECK_EQ(most(GGML_OP_CONV_2D, ""), 65);
+    CHECK_EQ(most(GGML_OP_NONE, "", true), 65);
     CHECK_EQ(most(GGML_OP_TOP_K, "TOP_K"), 1);
+    CHECK_EQ(most(GGML_OP_ARGSORT, "ARGSORT", true), 1);
     CHECK_EQ(most(GGML_OP_ARGMAX, "ARGMAX"), 0);
     CHECK_EQ(most(GGML_OP_SOFT_MAX, "SOFT_MAX"), 0);
 }

@@ -34,6 +34,8 @@ class Costs:
         sample: sampling one token, through the sampler chain the costs were measured with.
         host: what else a step costs in the decoder.
         token: what else a token costs its caller, in Python.
+        build: what the first passes of a size take longer than later ones, in all, where a device builds graphs; 0 on a
+            CPU, where that is little.
         context: depth that decisions are made for.
         spread: median over the sizes of half the distance between the quartiles, relative to the median.
         key: what was measured (`machine_key` of measure/known.py); None for costs of another machine.
@@ -45,6 +47,7 @@ class Costs:
     sample: float = 0.0
     host: float = 0.0
     token: float = 0.0
+    build: float = 0.0
     context: int = 256
     spread: float = 0.0
     key: str | None = None
@@ -106,7 +109,7 @@ class Costs:
             verify={d: {n: us * factor for n, us in row.items()} for d, row in self.verify.items()},
             chain=tuple(us * factor for us in self.chain),
             level=tuple(tuple(us * factor for us in row) for row in self.level),
-            sample=self.sample, host=self.host, token=self.token, context=self.context,
+            sample=self.sample, host=self.host, token=self.token, build=self.build * factor, context=self.context,
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
@@ -155,7 +158,7 @@ def from_json(data: Any, label: str) -> Costs:
         verify=verify,
         chain=chain,
         level=tuple(f.numbers(f"level[{i}]", row, 0.0, n=3) for i, row in enumerate(rows)),
-        **{k: f.number(k, f.data.get(k, 0.0), 0.0) for k in ("sample", "host", "token", "spread")},
+        **{k: f.number(k, f.data.get(k, 0.0), 0.0) for k in ("sample", "host", "token", "build", "spread")},
         context=int(f.number("context", f.data.get("context", 256), 0.0)),
         key=f.text("key"),
     )

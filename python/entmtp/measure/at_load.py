@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..bank import Costs
 from .known import cached, keep
 from .subject import Subject
-from .timing import measure
+from .timing import DEVICE_SIZES, measure, on_device
 
 QUICK_SIZES = (1, 2, 4, 3, 8, 6, 5, 16, 7, 12, 10, 24, 32, 64)  # most telling first
 CHECK_SIZES = QUICK_SIZES[:5]
@@ -20,7 +20,7 @@ def quick(llm: Subject, seconds: float = SECONDS, tuned: Costs | None = None) ->
     for known in (tuned, cached(llm)):
         if known is not None and not were_disturbed(llm, known):
             return known
-    own = measure(llm, QUICK_SIZES, contexts=(16,), n_rounds=8, budget=seconds)
+    own = measure(llm, DEVICE_SIZES if on_device(llm) else QUICK_SIZES, contexts=(16,), n_rounds=8, budget=seconds)
     if is_steady(own):
         keep(own)
     return own

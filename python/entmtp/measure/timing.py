@@ -20,7 +20,9 @@ from .known import machine_key
 from .subject import Subject
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+DEVICE_SIZES = (1, 2, 4, 8, 16, 32, 64)  # the only ones that grown trees are run in there
 UNTIMED = 4  # steps with a tree on a device before its graph is as fast as it gets
+N_BUILD = 2  # of them: those that build and capture the graph
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -79,9 +81,10 @@ def measure(
     bank = Bank("costs", (PLAIN, *wide.values(), *deep.values()))
     dec.set_trees(bank)
     verify, chain = _Timings(), _Timings()
+    first: dict[tuple[int, int], float] = {}  # us of the passes that build and capture, by context and size
 
     # the first step with a tree builds its graph; CUDA runs a graph twice before it captures it, in many milliseconds
-    untimed = UNTIMED if llm.model_params.n_gpu_layers or llm.rpc_servers else 1
+    untimed = UNTIMED if on_device(llm) else 1
 
     def steps(tree: Tree, n: int, depth: int) -> None:
         """n timed steps with one tree."""
@@ -89,7 +92,11 @@ def measure(
         llm.reset_draft_stats()
         for i in range(untimed + n):
             dec.eval([int(rng.integers(llm.n_vocab()))], depth + i)
-        for s in llm.draft_stats.steps[untimed:]:
+        done = llm.draft_stats.steps
+        key = depth, int(done[0]["n_nodes"])
+        if key not in verify.us:
+            first[key] = sum(float(s["t_verify_us"]) for s in done[:N_BUILD])
+        for s in done[untimed:]:
             verify.add((depth, int(s["n_nodes"])), float(s["t_verify_us"]))
             if tree.name.startswith("d"):
                 chain.add(tree.max_depth, float(s["t_draft_us"]))
@@ -139,6 +146,8 @@ def measure(
         chain_us = [0.0] + [chain.median(d) for d in deep]
     else:
         chain_us = [0.0, *np.cumsum([level.median((head, 1)) for head in range(n_heads)])]
+    extra = [(us - N_BUILD * verify.median(key), verify.median(key)) for key, us in first.items()]
+    builds = [us for us, usual in extra if us > usual / 2]  # others had their graph from before
     rows = tuple(
         tuple(round(level.median((head, w if w in widths else 1)), 1) for w in WIDTHS)
         for head in range(n_heads)
@@ -149,8 +158,14 @@ def measure(
         level=rows,
         spread=round(verify.spread(), 3),
         context=contexts[0],
+        build=round(float(np.median(builds)), 1) if builds and on_device(llm) else 0.0,
         key=machine_key(llm),
     )
+
+
+def on_device(llm: Subject) -> bool:
+    """Whether layers are computed elsewhere than on this CPU: there graphs are built, and captured, for each size."""
+    return bool(llm.model_params.n_gpu_layers or llm.rpc_servers)
 
 
 def measure_chains(llm: Subject, n_rounds: int, budget: float | None, seed: int = 0) -> Costs:

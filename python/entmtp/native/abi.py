@@ -81,6 +81,7 @@ class Costs(ctypes.Structure):
         ("n_levels", c_int32),
         ("level", POINTER(c_float)),
         ("tree", POINTER(c_float)),
+        ("build", c_float),
     ]
 
 

@@ -70,6 +70,7 @@ class Arrays:
             n_levels=len(costs.level),
             level=self._floats(costs.level),
             tree=self._floats([costs.draft(t) for t in trees]),
+            build=costs.build,
         )
         self._kept.append(s)
         return ctypes.pointer(s)
