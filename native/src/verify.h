@@ -39,12 +39,13 @@ struct part {
     double               t_us        = 0.0;
     bool                 built       = false; // a graph was built for the pass
 
-    // a tree of fewer nodes: with children of the root that nobody asks for, n in all
+    // a tree of several nodes, but fewer than n: with siblings of the last one that nobody asks for. No node may be less deep
+    // than those before it
     void fill(int32_t n) {
         while ((int32_t) tokens.size() < n) {
             tokens.push_back(tokens[0]);
-            parent.push_back(0);
-            depth.push_back(1);
+            parent.push_back(parent.back());
+            depth.push_back(depth.back());
             if (!p.empty()) {
                 p.push_back(0.0f);
             }

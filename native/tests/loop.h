@@ -89,6 +89,8 @@ struct loop {
 
     static constexpr int32_t n_levels = 3;
 
+    float build = 0.0f; // us that a new graph costs
+
     // a pass over a few tokens costs little more than a pass over one, us
     static std::vector<float> pass_costs() {
         std::vector<float> us(64);
@@ -112,7 +114,7 @@ struct loop {
         const auto  verify     = pass_costs();
         const float tree[]     = { 0, 1, 1, 1 };
 
-        const entmtp_costs costs = { (int32_t) verify.size(), verify.data(), 0, nullptr, tree };
+        const entmtp_costs costs = { (int32_t) verify.size(), verify.data(), 0, nullptr, tree, 0.0f };
 
         entmtp_policy_params p = {};
         p.policy               = ENTMTP_POLICY_ENTROPY;
@@ -131,7 +133,7 @@ struct loop {
 
         const std::vector<float> level(n_levels * 3, 1.0f);
         const float              tree[] = { 0, 1, 1, 1 };
-        const entmtp_costs       costs  = { (int32_t) verify.size(), verify.data(), n_levels, level.data(), tree };
+        const entmtp_costs       costs  = { (int32_t) verify.size(), verify.data(), n_levels, level.data(), tree, build };
 
         plain_calibration cal(n_levels);
         for (int32_t l = 0; l < n_levels; ++l) {

@@ -28,6 +28,8 @@ struct policy_bank {
 
     uint32_t drafters = 0;
 
+    float build = 0.0f;
+
     mutable entmtp_costs c = {};
 
     // a pass over n tokens: base + slope * (n - 1) us; drafts cost `draft_us` a tree
@@ -42,7 +44,8 @@ struct policy_bank {
     }
 
     const entmtp_costs * costs() const {
-        c = { (int32_t) verify.size(), verify.data(), (int32_t) level.size() / 3, level.data(), draft.data() };
+        c = { (int32_t) verify.size(), verify.data(), (int32_t) level.size() / 3, level.data(), draft.data(),
+              build };
         return &c;
     }
 

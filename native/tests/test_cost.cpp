@@ -6,6 +6,8 @@
 #include "policies.h"
 
 #include <limits>
+#include <utility>
+#include <vector>
 
 using entmtp::cost_model;
 
@@ -81,6 +83,53 @@ static void test_learns() {
     }
 }
 
+// on a device passes are run in sizes of powers of two, and a size without a graph is charged with one
+static void test_graphs() {
+    policy_bank b = make_bank();
+    b.build       = 8000.0f;
+    cost_model c(*b.costs(), 3, true);
+
+    for (const auto & [n, size] : std::vector<std::pair<int, int>>{ { 1, 1 }, { 2, 2 }, { 3, 4 }, { 5, 8 }, { 33, 64 } }) {
+        CHECK_EQ(c.size_of(n), size);
+        CHECK_NEAR(c.verify(n), 1000.0 + 100.0 * (size - 1), 1e-3);
+    }
+    CHECK_EQ(c.size_of(100), 100); // as large as it is
+
+    std::vector<double> fee;
+    c.fees(1.0, 8, fee);
+    CHECK_NEAR(fee[2], 1300.0 + 8000.0 / 16, 1e-3); // thought to serve 16 passes
+
+    // the two passes that build and capture teach nothing of what the size costs
+    c.observe(4, 9000.0, 0.0, 0.0, true);
+    c.observe(3, 6000.0, 0.0, 0.0, false);
+    CHECK_NEAR(c.verify(4), 1300.0, 1e-3);
+    c.fees(1.0, 8, fee);
+    CHECK_NEAR(fee[2], 1300.0, 1e-3); // it has its graph
+    CHECK_NEAR(fee[4], 1700.0 + 500.0, 1e-3);
+    for (int i = 0; i < 62; ++i) {
+        c.observe(4, 2600.0, 0.0, 0.0);
+    }
+    CHECK_NEAR(c.verify(3), 2600.0, 130.0);
+
+    // the cache has grown: all are without one, and one is thought to serve as many passes as the last ones did
+    c.observe(8, 9000.0, 0.0, 0.0, true);
+    c.observe(8, 6000.0, 0.0, 0.0);
+    c.observe(8, 1700.0, 0.0, 0.0, true);
+    c.fees(1.0, 8, fee);
+    CHECK_NEAR(fee[3] - c.verify(4), 8000.0 / ((16.0 + 63.0) / 2), 1e-3);
+
+    // where graphs cost nothing worth mentioning, sizes are as they come, and only that pass is left out
+    const policy_bank free = make_bank();
+    cost_model        any(*free.costs(), 3, true);
+    CHECK_EQ(any.size_of(3), 3);
+    for (int i = 0; i < 30; ++i) {
+        any.observe(3, 12000.0, 0.0, 0.0, true);
+    }
+    CHECK_NEAR(any.verify(3), 1200.0, 1e-3);
+    any.fees(1.0, 8, fee);
+    CHECK_NEAR(fee[2], 1200.0, 1e-3);
+}
+
 static void test_bad_costs() {
     const float nan = std::numeric_limits<float>::quiet_NaN();
     for (const float x : { nan, -1.0f, std::numeric_limits<float>::infinity() }) {
@@ -94,6 +143,11 @@ static void test_bad_costs() {
         b.draft[1] = x;
         CHECK_THROWS(cost_model(*b.costs(), 3, true), "costs");
     }
+    for (const float x : { nan, -1.0f, std::numeric_limits<float>::infinity() }) {
+        policy_bank b = make_bank();
+        b.build       = x;
+        CHECK_THROWS(cost_model(*b.costs(), 3, true), "costs of graphs");
+    }
     policy_bank b = make_bank();
     b.verify[0]   = 0.0f;
     CHECK_THROWS(cost_model(*b.costs(), 3, true), "nothing");
@@ -106,6 +160,7 @@ static void test_bad_costs() {
 int main() {
     test_tables();
     test_learns();
+    test_graphs();
     test_bad_costs();
     return check_result("test_cost");
 }

@@ -70,6 +70,23 @@ static void test_same_tokens() {
             }
             CHECK(grown);
 
+            // as on a device: passes of powers of two
+            l.build                     = 100.0f;
+            const entmtp_traffic before = l.traffic();
+            l.use_confidence(-1.0f);
+            CHECK(run(l, sampler().get(), n) == expected);
+            // a layer that sees every hidden state has every token of the prompt put out
+            int64_t n_outputs = strstr(path, "prefix") ? (int64_t) prompt.size() : 1;
+            for (const auto & s : l.steps()) {
+                int32_t size = 1;
+                while (size < s.n_nodes) {
+                    size *= 2;
+                }
+                n_outputs += size;
+            }
+            CHECK_EQ(l.traffic().n_outputs - before.n_outputs, n_outputs);
+            l.build = 0.0f;
+
             // no guess is worth its place: a lone root is plain decoding, whoever grew it
             l.use_confidence(-20.0f);
             CHECK(run(l, sampler().get(), n) == expected);

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import entmtp
+from entmtp.bank.costs import relative
 from entmtp.native.abi import SOURCES
 from helpers.policies import PAYING_NODES
 from helpers.settings import prompts
@@ -24,6 +26,11 @@ SAMPLING: list[dict[str, Any]] = [
     {"temp": 0.7, "repeat_penalty": 1.3, "frequency_penalty": 0.2},
     {"temp": 0.0, "presence_penalty": 0.5},
 ]
+
+# as of a small model on a GPU: eight nodes cost hardly more than two, sixteen far more
+ON_DEVICE = replace(
+    relative({1: 1.0, 2: 1.13, 4: 1.22, 8: 1.4, 16: 3.05, 64: 4.0}, chain=[0.0, 0.1, 0.13, 0.16, 0.19]), build=6e3
+)
 
 Load = Callable[..., entmtp.Llama]
 
@@ -44,6 +51,28 @@ def without_heads(load: Load, base: str = "q8_0", **more: Any) -> entmtp.Llama:
     """A model that has no heads beside it: tests give it none."""
     # by costs that stay: how fast this machine is must not decide whether anything is drafted
     return load(base, None, draft="entmtp", drafters="text,recycling", adapt=False, **more)
+
+
+@pytest.mark.parametrize("who", ["text", "text,heads"])
+@pytest.mark.parametrize("sampling", SAMPLING[:2])
+def test_passes_are_filled_up_on_a_device(load: Load, who: str, sampling: dict[str, Any]) -> None:
+    """Where a new size needs a graph, passes have sizes of powers of two: what fills them is no part of the text."""
+    plain = load("f32")
+    llm = load("f32", "hydra" if "heads" in who else None, draft="entmtp", drafters=who, adapt=False)
+    assert llm.bank is not None
+    llm.set_trees(replace(llm.bank, costs=ON_DEVICE), policy="auto")
+    n_filled = 0
+    for text in prompts("humaneval")[::14]:
+        tokens = plain.tokenize(text.encode(), special=True)[:200]
+        assert answer(llm, tokens[:-1], 1) == answer(plain, tokens[:-1], 1)
+        llm.reset_draft_stats()
+        assert answer(llm, tokens, 80, **sampling) == answer(plain, tokens, 80, **sampling)
+        stats = llm.draft_stats
+        nodes = stats.steps["n_nodes"].astype(int)
+        sizes = 2 ** np.ceil(np.log2(nodes)).astype(int)
+        n_filled += int((sizes > nodes).sum())
+        assert stats.traffic.n_outputs == sizes.sum() + stats.traffic.n_passes - len(nodes)
+    assert n_filled > 3
 
 
 @pytest.mark.parametrize("who", WHO)
