@@ -6,7 +6,7 @@ const WHO = { none: "the model itself", text: "the text", recycling: "recycled",
 const PLAIN = {
   "this answer": "timed in this answer",
   "answers before": "timed in answers before",
-  calibration: "calibrated when the model was loaded",
+  calibration: "calibrated when the model was loaded, maybe under another load",
 };
 const REDRAW = 100; // ms between two states of the curve
 
