@@ -83,6 +83,7 @@ void decoder::set_trees(std::vector<tree> trees) {
 
     settle();
     reset_stats(); // records name trees by index
+    walked.tree = -1;
 
     // graphs are kept per tree, by address
     if (draft_heads) {
@@ -240,8 +241,9 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
         drafting->truncate(past);
     }
 
-    live    = false;
-    is_seen = false;
+    live        = false;
+    is_seen     = false;
+    walked.tree = -1;
     running.reset();
     policy.begin_text();
     if (prefix) {
@@ -303,6 +305,7 @@ int32_t decoder::advance(int32_t token) {
         const int32_t child = topology(tree_id).find_child(path.back(), tokens, token);
         if (child >= 0) {
             path.push_back(child);
+            walked.path = path;
             set_row(work.at[child]);
             is_seen = false;
             if (in_list) {
@@ -366,7 +369,8 @@ int32_t decoder::step(int32_t token) {
 
     text.truncate(n_past);
     text.append(token);
-    int32_t id = draft(token);
+    walked.tree = -1;
+    int32_t id  = draft(token);
 
     const int64_t t1 = timed ? ggml_time_us() : 0;
 
@@ -387,6 +391,7 @@ int32_t decoder::step(int32_t token) {
 
     tree_id = id;
     path.assign(1, 0);
+    walked = { id, n_past, path };
     set_row(work.at[0]);
     is_seen = false;
     in_step = true;
@@ -479,8 +484,9 @@ void decoder::run_prefix(const std::vector<int32_t> & rows, int32_t pos0) {
 
 void decoder::invalidate(int32_t past) {
     leave_tree();
-    live    = false;
-    is_seen = false;
+    live        = false;
+    is_seen     = false;
+    walked.tree = -1;
     set_row(-1);
     n_past = std::max(past, 0);
     text.truncate(0); // it may be another one

@@ -15,6 +15,7 @@
 #include "tree.h"
 
 #include "entmtp.h"
+#include "entmtp_walk.h"
 #include "llama.h"
 
 #include <atomic>
@@ -64,7 +65,15 @@ class decoder {
     uint32_t drafted_by(int32_t token) const;
 
     void set_text(const int32_t * tokens, int32_t n); // what is in the memory, for drafting from it
-    void forget() { rows.forget(); }                  // what drafters remember of other texts
+
+    // what drafters remember of other texts
+    void forget() {
+        rows.forget();
+        walked.tree = -1;
+    }
+
+    // the last step's tree; its first n_max nodes go to `nodes`
+    entmtp_walk walk(entmtp_node * nodes, int32_t n_max) const;
 
     const std::vector<float> & acceptance_weights() const { return policy.learned().get(); }
 
@@ -173,6 +182,13 @@ class decoder {
     std::vector<uint32_t> sources;      // [n_nodes] who proposed them, where drafters are mixed; else empty
     std::vector<int32_t>  path;         // visited nodes, the root first
     std::vector<int32_t>  typical;      // path chosen by typical acceptance, empty if none was
+
+    // the same when the walk is over, until the next draft
+    struct {
+        int32_t              tree = -1; // -1: none
+        int32_t              root = 0;  // its position
+        std::vector<int32_t> path;
+    } walked;
 
     // guesses of the heads, level by level, while a tree is grown
     std::vector<int32_t> guess; // [n_heads][max_width][n_guess]

@@ -18,6 +18,7 @@ void decoder::drop_nodes(const std::vector<int32_t> & kept) {
         left.push_back(sources[i]);
     }
     sources = left;
+    reach   = work.p;
     policy.drop_nodes(kept);
 }
 

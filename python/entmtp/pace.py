@@ -54,6 +54,11 @@ class Paced(Upstream):
         if self._decoder is not None:
             self._decoder.set_threads(n_threads, drafting.costs_for(n_threads, self._costs))
 
+    @property
+    def measured_costs(self) -> Costs | None:
+        """Of passes on this machine with the present number of threads; None: they were not measured."""
+        return drafting.costs_for(self.n_threads, self._costs)
+
     def follow(self) -> None:
         """Before a pass: the number of threads that the machine has to spare now."""
         if self._threads is not None and (n := self._threads.look()) != self.n_threads:

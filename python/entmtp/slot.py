@@ -30,6 +30,8 @@ class Slot(Llama):
     What changes the model or its context as a whole (other trees, states, embeddings) is not for a slot.
     """
 
+    one_text = False
+
     def __init__(self, host: Llama, engine: Owner, number: int, decoder: Decoder):
         self.begin_as(host, engine.n_ctx)
         self._engine, self.number = engine, number

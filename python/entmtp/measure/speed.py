@@ -65,6 +65,12 @@ class PlainPass:
         own = _single(stats)
         return fmean(own) if len(own) >= ENOUGH else self.us
 
+    def seen_in(self, stats: DraftStats) -> str | None:
+        """Where `during` comes from: `"this answer"`, `"answers before"`, `"calibration"`; None: it is not known."""
+        if len(_single(stats)) >= ENOUGH:
+            return "this answer"
+        return None if self.us is None else "answers before" if len(self.seen) >= ENOUGH else "calibration"
+
 
 def _single(stats: DraftStats) -> list[float]:
     """Passes over one token, microseconds."""

@@ -128,6 +128,12 @@ class Signals(ctypes.Structure):
     _fields_ = [("entropy", c_float), ("top1", c_float), ("log_root", c_float)]
 
 
+class Walk(ctypes.Structure):
+    """struct entmtp_walk"""
+
+    _fields_ = [("n_past", c_int32), ("n_nodes", c_int32), ("entropy", c_float)]
+
+
 # enum entmtp_outputs
 OUTPUTS = {"auto": 0, "host": 1, "rows": 2, "device": 3}
 
@@ -332,6 +338,10 @@ decoder_hidden = _bind("entmtp_decoder_hidden", POINTER(c_float), c_void_p)
 
 # int32_t entmtp_decoder_signals(struct entmtp_decoder * dec, int32_t token, struct entmtp_signals * signals);
 decoder_signals = _bind("entmtp_decoder_signals", c_int32, c_void_p, c_int32, POINTER(Signals))
+
+# int32_t entmtp_decoder_get_walk(const struct entmtp_decoder * dec, struct entmtp_walk * walk,
+#         struct entmtp_node * nodes, int32_t n_max);
+decoder_get_walk = _bind("entmtp_decoder_get_walk", c_int32, c_void_p, POINTER(Walk), c_void_p, c_int32)
 
 # void entmtp_decoder_cancel(struct entmtp_decoder * dec);
 decoder_cancel = _bind("entmtp_decoder_cancel", None, c_void_p)

@@ -16,7 +16,7 @@ from . import abi as n
 from .arrays import Arrays
 from .draft_model import DraftModel
 from .heads import Heads
-from .stats import STEP_DTYPE, DraftStats, OlderSteps, Outputs, Traffic
+from .stats import NODE_DTYPE, STEP_DTYPE, DraftStats, OlderSteps, Outputs, Traffic, Walk
 
 
 class Decoder:
@@ -126,6 +126,22 @@ class Decoder:
     def drafted_by(self, token: int) -> int:
         """Which drafters guessed the token sampled last: bits of `abi.SOURCES`; 0: none."""
         return int(n.decoder_drafted_by(self._ptr, token))
+
+    def walk(self) -> Walk:
+        """What the last step drafted, and how far the text went along with it."""
+        head, room = n.Walk(), 64
+        while True:
+            nodes = np.zeros(room, dtype=NODE_DTYPE)
+            n.check(n.decoder_get_walk(self._ptr, ctypes.byref(head), nodes.ctypes.data, room))
+            if head.n_nodes <= room:
+                return Walk(head.n_past, nodes[: head.n_nodes], head.entropy)
+            room = head.n_nodes
+
+    def signals(self, token: int) -> tuple[float, float]:
+        """Entropy (nats) of the distribution that the token sampled last was drawn from, and its ln p in it."""
+        seen = n.Signals()
+        n.check(n.decoder_signals(self._ptr, token, ctypes.byref(seen)))
+        return seen.entropy, seen.log_root
 
     def set_text(self, tokens: Sequence[int]) -> None:
         """The tokens in the memory, where they did not come through `eval`: drafts may come from them."""

@@ -10,6 +10,17 @@ import numpy.typing as npt
 
 DRAFTERS = ("text", "recycling", "heads", "model")  # enum entmtp_source, in its order
 
+# struct entmtp_node
+NODE_DTYPE = np.dtype(
+    [
+        ("token", "i4"),
+        ("parent", "i4"),  # index of a node before it; -1: the root
+        ("sources", "u4"),  # bits of abi.SOURCES; 0: the root, which nobody guessed
+        ("p", "f4"),  # chance of being reached, as it was believed; -1: the policy does not say
+        ("walked", "i4"),  # 1: the root, and guesses whose token was evaluated next
+    ]
+)
+
 # struct entmtp_step
 STEP_DTYPE = np.dtype(
     [
@@ -24,6 +35,21 @@ STEP_DTYPE = np.dtype(
         ("n_by", "i4", (len(DRAFTERS),)),  # accepted tokens by drafter
     ]
 )
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The tree of the last step, struct entmtp_walk.
+
+    Attributes:
+        n_past: tokens of the text before its root.
+        nodes: see `NODE_DTYPE`, parents before children; none: no step was made since the last prompt.
+        entropy: running mean, nats, of the distributions that tokens were drawn from so far.
+    """
+
+    n_past: int
+    nodes: npt.NDArray[np.void]
+    entropy: float
 
 
 @dataclass

@@ -18,6 +18,7 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 
 from .asked import Asked, Chat
+from .details import Details
 from .errors import Refused, worded
 from .model import Models
 from .requests import ServedRequest
@@ -220,15 +221,20 @@ class Streamed(Response):
 
     def _write(self, llama: Any) -> None:
         served, chunk = self.served, dict[str, Any]()
+        if self.asked.body.entmtp:
+            served.details = Details(self.models.passes)
 
         for index, create in enumerate(_calls(llama, self.asked, True)):
             with contextlib.closing(create()) as chunks:
                 for chunk in chunks:
                     _finish(chunk["choices"][0], index, served)
+                    if served.details is not None:
+                        served.details.add_to(chunk)
                     self.pipe.put(chunk, served)
                     if self.models.interrupted():
                         return
             if served.stopped:
                 return
         if self.asked.include_usage:
-            self.pipe.put({**chunk, "choices": [], "usage": served.usage()}, served)
+            rest = {k: v for k, v in chunk.items() if k != "entmtp"}
+            self.pipe.put({**rest, "choices": [], "usage": served.usage()}, served)

@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.datastructures import Headers
 
-from . import anthropic, asked, info, ollama, responses
+from . import anthropic, asked, info, ollama, page, responses
 from .answer import Form, OpenAI, Streamed, Threads, dump, write_whole
 from .asked import Asked, parse
 from .errors import Refused, worded
@@ -133,6 +133,8 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
             app.add_api_route(path, _guarded(endpoint), methods=["POST"], dependencies=keyed, name=path)
     app.include_router(info.routes(models, metrics), dependencies=keyed)
     app.include_router(ollama.routes(models), dependencies=keyed)
+    if server.page:
+        app.include_router(page.routes())
 
     def finished(request: ServedRequest) -> None:
         metrics.request(request, time.perf_counter())

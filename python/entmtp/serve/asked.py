@@ -39,6 +39,7 @@ class Body(BaseModel):
     logit_bias_type: Literal["input_ids", "tokens"] | None = None
     min_tokens: int = Field(0, ge=0)
     grammar: str | None = None
+    entmtp: bool = False  # a stream tells where its tokens came from
 
 
 class Text(Body):
@@ -84,7 +85,7 @@ class Asked:
     def arguments(self, llama: Llama) -> dict[str, Any]:
         """Of the call that writes an answer."""
         body = self.body
-        named = body.model_dump(exclude={"logit_bias_type", "min_tokens"})
+        named = body.model_dump(exclude={"logit_bias_type", "min_tokens", "entmtp"})
         if body.logit_bias is not None and body.logit_bias_type == "tokens":
             named["logit_bias"] = {
                 str(token): bias
@@ -179,6 +180,8 @@ def _check(request: dict[str, Any]) -> None:
         raise Refused(f"n is {n!r}, it must be 1 to {MOST_CHOICES}", "n")
     if not isinstance(request.get("stream_options") or {}, dict):
         raise Refused("stream_options is not an object", "stream_options")
+    if request.get("entmtp") and not request.get("stream"):
+        raise Refused('entmtp: details come with a stream only; ask for "stream": true', "entmtp")
     for name, why in (("audio", "it writes text only"), ("modalities", "it writes text only")):
         value = request.get(name)
         if value and value != ["text"]:

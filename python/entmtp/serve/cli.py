@@ -21,7 +21,7 @@ example:
     -H 'Content-Type: application/json' -d '{"prompt": "Once upon a time", "max_tokens": 32}'
 
 Options may be written with - or _; --ctx, --threads and --rpc stand for --n_ctx, --n_threads and --rpc_servers,
---policy for --draft, --no-adapt and --no-calibrate for --adapt false and --calibrate false."""
+--policy for --draft, --no-adapt, --no-calibrate and --no-page for --adapt false and so on."""
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -105,8 +105,8 @@ def run(argv: Sequence[str] | None) -> None:
         scheme = "https" if server.ssl_certfile else "http"
         shown = f"[{host}]" if ":" in host else host
         print(
-            f"serving {settings[0].model} at {scheme}://{shown}:{port}/v1, metrics at /metrics, API at /docs; "
-            "Ctrl-C stops",
+            f"serving {settings[0].model} at {scheme}://{shown}:{port}/v1, "
+            f"{'a page to chat with at /, ' if server.page else ''}metrics at /metrics, API at /docs; Ctrl-C stops",
             flush=True,
         )
         uvicorn_settings: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -15,8 +16,10 @@ from llama_cpp.server.model import LlamaProxy
 from ..common.errors import EntmtpError
 from ..engine import Engine, Host
 from ..llama import Llama
+from ..measure.speed import PlainPass
 from ..models.base import context_length
 from ..models.names import resolve
+from ..native.group import Passes
 from ..options.model import arguments, explained, model_files
 from ..slot import Slot
 from .metrics import Metrics
@@ -29,34 +32,39 @@ class Served(Llama):
 
     alias = ""
     metrics: Metrics | None = None
+    plain = PlainPass()  # what a step of plain decoding takes
 
     def generate(
         self, tokens: Sequence[int], *args: Any, **kwargs: Any
     ) -> Generator[int, Sequence[int] | None, None]:
         """As `Llama.generate`, but takes no tokens in between."""
         request = current.get() or ServedRequest("")
-        n_tokens = 0
+        n_tokens, details = 0, request.details
         request.n_prompt += len(tokens)
         self.reset_draft_stats()
         if self._decoder is not None:
             self._decoder.forget()  # or the speed of an answer would tell of another client's text
         with request.generating(self):
             try:
-                for token in () if request.over else super().generate(tokens, *args, **kwargs):
-                    if n_tokens == 0:
-                        request.mark_first_token()
-                    n_tokens += 1
-                    request.at_end = llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
-                    request.n_tokens += not request.at_end
-                    yield token
-                    if request.over:
-                        break
+                with details.follow(self, self.plain) if details else contextlib.nullcontext():
+                    for token in () if request.over else super().generate(tokens, *args, **kwargs):
+                        if n_tokens == 0:
+                            request.mark_first_token()
+                        n_tokens += 1
+                        request.at_end = llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
+                        request.n_tokens += not request.at_end
+                        yield token
+                        if request.over:
+                            break
                 if request.expired:
                     request.cut = True
                     yield self.token_eos()  # llama-cpp-python keeps the text of answers that end by themselves
             finally:
+                stats = self.draft_stats
                 if self.metrics is not None:
-                    self.metrics.generation(self.alias, len(tokens), n_tokens, self.draft_stats)
+                    self.metrics.generation(self.alias, len(tokens), n_tokens, stats)
+                if self.one_text:  # passes that are shared take longer
+                    self.plain.observe(stats)
                 self.reset_draft_stats()  # a record per step would grow
 
 
@@ -128,6 +136,11 @@ class Models(LlamaProxy):
         """Whether a stream should end because others wait."""
         return self.interrupts and self.engine is None and self._n_waiting > 0
 
+    @property
+    def passes(self) -> Callable[[], Passes] | None:
+        """What counts the passes that answers share; None: they share none."""
+        return None if self.engine is None else lambda: self.engine.group.passes  # type: ignore[union-attr]
+
     def metadata(self, name: str) -> dict[str, str]:
         """What the file of a model says of itself, where it is loaded."""
         llama = self._current_model if name == self._current_model_alias else None
@@ -167,6 +180,8 @@ class Models(LlamaProxy):
         llm = self._load(settings, ours) if self.parallel == 1 else self._load_engine(settings, ours)
         for served in (llm, *(self.engine.slots if self.engine else ())):
             served.alias, served.metrics = alias, self.metrics
+            costs = served.measured_costs
+            served.plain = PlainPass(float(costs.curve()[0]) if costs else None)
         return llm
 
     def _load(self, settings: ModelSettings, ours: dict[str, Any], kind: type[Served] = ServedLlama) -> Any:

@@ -22,6 +22,7 @@ from .errors import Refused
 
 if TYPE_CHECKING:
     from ..llama import Llama
+    from .details import Details
 
 CLIENT_LEFT = "the client left"
 SHUTTING_DOWN = "the server is shutting down"
@@ -54,6 +55,7 @@ class ServedRequest:
         self.error_event: Callable[[Refused], bytes] = lambda refused: refused.event(path)
         self.complete = False
         self.n_same = 1  # answers to each prompt
+        self.details: Details | None = None  # for a client that asks for them
         self.n_prompt = self.n_tokens = 0  # so far
         self.scope = anyio.CancelScope()
         self._timer: asyncio.TimerHandle | None = None

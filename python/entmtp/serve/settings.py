@@ -31,7 +31,7 @@ def setting(option: Option) -> str:
 
 def spellings() -> dict[str, str]:
     """Options as the other commands have them: what the server's command line calls them."""
-    found: dict[str, str] = {}
+    found = {"--no-page": "--page=false"}
     for option in OPTIONS:
         found |= dict.fromkeys(option.spellings, f"--{setting(option)}")
         if option.type is bool:
@@ -105,6 +105,7 @@ class ServerSettings(stock.ServerSettings):
     cors: Optional[str] = Field(  # noqa: UP045
         default=None, description="origins of pages whose scripts may ask, with commas between them; *: any"
     )
+    page: bool = Field(default=True, description="a page to chat with at /, which shows who guessed what")
     interrupt_requests: bool = Field(
         default=False,
         description="cut a running streamed answer when another request comes, instead of answering in order",
