@@ -26,6 +26,7 @@ from ..measure.methods import (
     generic,
     published,
 )  # fmt: skip
+from ..measure.rounding import Parting, parting
 from ..measure.stock import LOOKUP, STOCK, stock
 from ..measure.turns import Answering, Prompt, answering, in_turn
 from ..native import kernels
@@ -92,6 +93,19 @@ def judged(found: Comparison, labels: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def partings(llm: Llama, prompts: list[Prompt], found: Comparison, label: str) -> list[Parting]:
+    """Where the greedy answers of a method leave our plain loop's."""
+    pairs = [(t[PLAIN_LOOP.label].tokens, t[label].tokens) for t in found.turns]
+    each = (parting(llm, prompt.tokens, *pair) for prompt, pair in zip(prompts, pairs, strict=True))
+    return [p for p in each if p is not None]
+
+
+def alike(row: dict[str, Any]) -> str:
+    """How many answers are plain decoding's, and how many leave it where two tokens tie."""
+    ties = row.get("ties")
+    return f"{row['identical']}/{row['answers']}" + (f", {ties} part at a tie" if ties else "")
+
+
 def markdown(title: str, rows: list[dict[str, Any]]) -> str:
     """A task's rows as a Markdown table."""
     bases = {rows[0]["method"]: "ratio", PLAIN_LOOP.label: "ratio_plain"}  # over RPC both are the plain loop
@@ -105,7 +119,7 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
         f"{figure(r['overall'])} {figure(r['overall_plain'])}", " ".join(figure(x) for x in r["without_loops"]),
         figure(r.get("tokens_per_step", 1.0)),
         *(f"{x:.0%}" for x in r.get("time_split", {}).values()), *([] if "time_split" in r else [""] * 5),
-        f"{r['identical']}/{r['answers']}",
+        alike(r),
     ] for r in rows]  # fmt: skip
     return f"### {title}\n\n{table(head, cells)}{remark(rows[0]['pairs'], rows[0]['answers'])}"
 
@@ -120,7 +134,12 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
         for task, temp in [(task, temp) for task in tasks for temp in args.temp]:
             prompts = [Prompt(t, args.tokens, temp) for q in tasks[task] for t in turns_of(plain, q, args)]
             with stages() as advance:
-                rows = judged(Comparison(in_turn(methods, prompts, args.rounds, advance)), list(methods))
+                found = Comparison(in_turn(methods, prompts, args.rounds, advance))
+            rows = judged(found, list(methods))
+            if temp == 0 and plain.lossless != "exact":
+                for row in (r for r in rows if r["method"] not in (STOCK, *LOOKUP)):
+                    left = partings(plain, prompts * args.rounds, found, row["method"])
+                    row |= {"ties": sum(p.is_tie for p in left), "partings": [p._asdict() for p in left]}
             report["tasks"].append({"task": task, "temp": temp, "rows": rows})
             yield markdown(f"{task}, temperature {temp:g}", rows)
     if (peak := peak_memory_mb()) is not None:
