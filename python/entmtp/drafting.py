@@ -169,6 +169,22 @@ def how_lossless(on_cpu: bool, accept: str) -> str:
     return "exact" if on_cpu else "rounding"
 
 
+def up_to_rounding(llm: Subject) -> str:
+    """The warning where texts are not plain decoding's bit for bit: why, in one sentence."""
+    if llm.rpc_servers:
+        why = "layers are on other machines"
+    elif llm.model_params.n_gpu_layers:
+        why = "layers are on a GPU"
+    elif not llm.decoder.can_tree():
+        why = "nobody has shown it of this architecture"
+    else:
+        why = "this CPU is none of those that there are kernels for"
+    return (
+        f"drafts give plain decoding's text up to rounding here, not bit for bit: {why} (docs/how-it-works.md, "
+        "When is the output not identical?)"
+    )
+
+
 def check_heads(policy: str, has_heads: bool) -> None:
     """Raises ValueError where a policy needs heads and there are none."""
     if policy in NEED_HEADS and not has_heads:

@@ -199,6 +199,8 @@ class Llama(Drafted):
                 self._settings: dict[str, Any] = {"score": score, "adapt": adapt, "drafters": who}
                 self._calibrate = calibrate
                 self._set_bank(bank or drafting.default_bank(self), tree, policy)
+                if self.lossless == "rounding" and kernels != cpu_kernels.OFF:  # else it was asked for
+                    self.warn_once(drafting.up_to_rounding(self))
             failed.pop_all()
 
     def prepare_model(self, params: Any) -> None:

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -59,6 +60,15 @@ def assert_same(plain: Llama, prompt: list[int], expected: list[int], answer: li
     if answer != expected:
         at, gap = gap_at(plain, prompt, expected, answer)
         assert gap < TIE["f32"], f"token {at} differs and is no tie: logits {gap:.6f} apart"
+
+
+def test_a_warning_says_where_texts_are_up_to_rounding(load: Callable[..., Llama], models: dict[str, Path]) -> None:
+    with pytest.warns(RuntimeWarning, match="up to rounding here, not bit for bit: layers are on other machines"):
+        assert load("hydra", **TREE).lossless == "rounding"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load()  # plain decoding is itself
+        Llama(models["f32"], draft="entmtp", heads=models["hydra"], **(ONE | TREE)).close()
 
 
 @pytest.mark.parametrize("heads", ["medusa", "hydra"])
