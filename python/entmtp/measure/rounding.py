@@ -16,6 +16,7 @@ import numpy.typing as npt
 from .subject import Subject
 
 PASS = 4  # tokens at a time
+LIKELY = 16  # tokens whose logits are compared
 
 
 class Parting(NamedTuple):
@@ -24,7 +25,8 @@ class Parting(NamedTuple):
     Attributes:
         at: token of the answer.
         gap: between the logits of the two tokens, in plain decoding.
-        noise: largest difference of a logit between passes of one token and of several.
+        noise: largest difference between passes of one token and of several in the logits of the most probable tokens,
+            less what all of them have in common.
     """
 
     at: int
@@ -38,11 +40,18 @@ class Parting(NamedTuple):
 
 
 def logits_after(llm: Subject, prompt: Sequence[int], answer: Sequence[int], size: int) -> npt.NDArray[np.float32]:
-    """Logits [n_vocab] after a prompt and an answer, whose tokens are evaluated `size` at a time. `llm` drafts nothing."""
+    """Logits [n_vocab] after a prompt and an answer. `llm` drafts nothing.
+
+    Args:
+        size: the answer's tokens are evaluated so many at a time, and the prompt's last ones that fill up the first
+            pass among them; 1: as plain decoding does.
+    """
+    text = [*prompt, *answer]
+    begin = len(prompt) - (-len(answer) % size)
     llm.reset()
-    llm.eval(prompt)
-    for i in range(0, len(answer), size):
-        llm.decoder.eval(answer[i : i + size], len(prompt) + i, all_outputs=size > 1)
+    llm.eval(text[:begin])
+    for i in range(begin, len(text), size):
+        llm.decoder.eval(text[i : i + size], i, all_outputs=size > 1)
     return llm.decoder.logits(llm.n_vocab()).copy()
 
 
@@ -53,5 +62,6 @@ def parting(llm: Subject, prompt: Sequence[int], plain: Sequence[int], other: Se
         return None
     one, several = (logits_after(llm, prompt, plain[:at], size) for size in (1, PASS))
     llm.reset()
+    error = (several - one)[np.argsort(one)[-LIKELY:]]
     gap = abs(float(one[plain[at]]) - float(one[other[at]]))
-    return Parting(at, gap, float(np.abs(one - several).max()))
+    return Parting(at, gap, float(np.abs(error - error.mean()).max()))
