@@ -47,7 +47,7 @@ def logits_after(llm: Subject, prompt: Sequence[int], answer: Sequence[int], siz
             pass among them; 1: as plain decoding does.
     """
     text = [*prompt, *answer]
-    begin = len(prompt) - (-len(answer) % size)
+    begin = max(len(prompt) - (-len(answer) % size), 0)
     llm.reset()
     llm.eval(text[:begin])
     for i in range(begin, len(text), size):
