@@ -111,7 +111,7 @@ void mixer::open(int32_t at, const situation & now) {
         const auto from = pool.begin() + found[at].places;
         places.assign(from, from + found[at].n_places);
         places.erase(std::remove_if(places.begin(), places.end(),
-                                    [&](const text_index::place & p) { return p.at >= now.text.size(); }),
+                                    [&](const text_index::place & p) { return !now.text.holds(p.at); }),
                      places.end());
     }
     if (places.empty() && at >= 0) {

@@ -48,29 +48,20 @@ void text_index::truncate(int32_t n) {
     }
 }
 
-void text_index::match(const int32_t * tail, int32_t n_tail, std::vector<place> & found) const {
-    found.clear();
-    const int32_t n = size() + n_tail;
-
-    const auto at = [&](int32_t i) {
-        return i < size() ? tokens[i] : tail[i - size()];
-    };
-    if (n < 2 || heads.empty()) {
+template <typename F>
+void text_index::walk(
+    int32_t first, int32_t last, int32_t n, F && at, int32_t offset, std::vector<place> & found) const {
+    if (heads.empty()) {
         return;
     }
-    const int32_t last = at(n - 1), first = at(n - 2);
-    if (last == unknown || first == unknown) {
-        return;
-    }
-
     int32_t place_of = heads[bucket(first, last)];
     for (int32_t walked = 0; place_of >= 0 && walked < max_walk; ++walked, place_of = before[place_of]) {
         if (place_of + 1 >= size()) {
             continue; // nothing followed yet
         }
         int32_t length = 0;
-        while (length < max_match && length <= place_of && tokens[place_of - length] != unknown &&
-               tokens[place_of - length] == at(n - 1 - length)) {
+        while (length < max_match && length <= place_of && length < n && tokens[place_of - length] != unknown &&
+               tokens[place_of - length] == at(length)) {
             ++length;
         }
         if (length < 2) {
@@ -79,9 +70,26 @@ void text_index::match(const int32_t * tail, int32_t n_tail, std::vector<place> 
         const auto to = std::upper_bound(found.begin(), found.end(), length,
                                          [](int32_t l, const place & p) { return l > p.length; });
         if (to - found.begin() < max_places) {
-            found.insert(to, { place_of + 1, length });
+            found.insert(to, { offset + place_of + 1, length });
             found.resize(std::min<size_t>(found.size(), max_places));
         }
+    }
+}
+
+void text_index::match(const int32_t * tail, int32_t n_tail, std::vector<place> & found) const {
+    found.clear();
+    const int32_t n = size() + n_tail;
+
+    const auto at = [&](int32_t back) {
+        const int32_t i = n - 1 - back;
+        return i < size() ? tokens[i] : tail[i - size()];
+    };
+    if (n < 2 || at(0) == unknown || at(1) == unknown) {
+        return;
+    }
+    walk(at(1), at(0), n, at, 0, found);
+    if (others) {
+        others->walk(at(1), at(0), n, at, far, found);
     }
 }
 

@@ -73,6 +73,60 @@ static void test_against_brute_force() {
     }
 }
 
+// places in other texts come after those in the text itself that are as long, and go on with what followed there
+static void test_other_texts() {
+    std::mt19937 rng(5);
+    for (int32_t round = 0; round < 200; ++round) {
+        const int32_t        n_vocab = 6 + (int32_t) (rng() % 30);
+        text_index           others, index;
+        std::vector<int32_t> far_text, text;
+        for (int32_t i = 0; i < 60; ++i) {
+            far_text.push_back(rng() % 15 == 0 ? text_index::unknown : (int32_t) (rng() % n_vocab));
+            others.append(far_text.back());
+        }
+        index.look_in(&others);
+        for (int32_t i = 0; i < 50; ++i) {
+            const bool again = rng() % 2 == 0;
+            text.push_back(again ? std::max(far_text[rng() % far_text.size()], 0) : (int32_t) (rng() % n_vocab));
+            index.append(text.back());
+
+            const std::vector<int32_t> tail = i % 3 ? std::vector<int32_t>{} : std::vector<int32_t>{ 1 };
+            std::vector<int32_t>       end  = text;
+            end.insert(end.end(), tail.begin(), tail.end());
+
+            auto expected = by_hand(text, tail);
+            for (int32_t at = (int32_t) far_text.size() - 1; at >= 1; --at) {
+                int32_t length = 0;
+                while (length < (int32_t) end.size() && at - 1 - length >= 0 && far_text[at - 1 - length] >= 0 &&
+                       far_text[at - 1 - length] == end[end.size() - 1 - length]) {
+                    ++length;
+                }
+                if (length >= 2) {
+                    expected.push_back({ text_index::far + at, length });
+                }
+            }
+            std::stable_sort(expected.begin(), expected.end(), [](auto a, auto b) { return a.length > b.length; });
+
+            std::vector<text_index::place> found;
+            index.match(tail.data(), (int32_t) tail.size(), found);
+            if (expected.size() > text_index::max_places) {
+                continue;
+            }
+            CHECK_EQ(found.size(), expected.size());
+            for (size_t k = 0; k < std::min(found.size(), expected.size()); ++k) {
+                CHECK_EQ(found[k].at, expected[k].at);
+                CHECK_EQ(found[k].length, expected[k].length);
+                CHECK(index.holds(found[k].at));
+                const bool is_far = found[k].at >= text_index::far;
+                CHECK_EQ(index[found[k].at], is_far ? far_text[found[k].at - text_index::far] : text[found[k].at]);
+            }
+        }
+        CHECK(!index.holds(text_index::far + others.size()) && !index.holds(index.size()));
+        index.look_in(nullptr);
+        CHECK(!index.holds(text_index::far));
+    }
+}
+
 static void test_a_long_text_is_walked_boundedly() {
     text_index index;
     for (int32_t i = 0; i < 200000; ++i) {
@@ -91,6 +145,7 @@ static void test_a_long_text_is_walked_boundedly() {
 
 int main() {
     test_against_brute_force();
+    test_other_texts();
     test_a_long_text_is_walked_boundedly();
     return check_result("test_text");
 }

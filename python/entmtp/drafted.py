@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 from . import drafting
 from .bank import Bank, load_bank
 from .common.errors import EntmtpError
+from .models.corpus import corpus_tokens
 from .models.drafter_file import check_drafter, find_eagle3
 from .models.names import resolve
 from .models.nextn import prediction_layers
+from .native.abi import vocab_fingerprint
 from .native.arrays import POLICIES, PRICED, SCORES
+from .native.corpus import Corpus
 from .native.decoder import Decoder
 from .native.draft_model import DraftModel
 from .native.heads import Heads
@@ -47,6 +50,7 @@ class Drafted(Paced):
         self._decoder: Decoder | None = None
         self._heads: Heads | None = None
         self._draft_model: DraftModel | None = None
+        self._corpus: Corpus | None = None  # the user's texts, to draft from
         self._drafts = drafts
         self._predicts = False  # the model's own prediction layers draft
         self._no_prediction = ""  # why they cannot
@@ -72,6 +76,25 @@ class Drafted(Paced):
             # found by itself it joins a grown tree; a fixed one stays that of who was named
             if not self._predicts and policy == "auto" and (beside := find_eagle3(model)):
                 self.draft_model_path = str(beside)
+
+    def _load_corpus(self, lookup: str | Path | Sequence[str | Path] | None) -> None:
+        """Read the user's texts to draft from."""
+        if not lookup:
+            return
+        paths = [lookup] if isinstance(lookup, (str, Path)) else list(lookup)
+        tokens = corpus_tokens(
+            paths,
+            lambda text: self.tokenize(text, add_bos=False, special=False),
+            vocab_fingerprint(self.model),
+            self.n_vocab(),
+        )
+        self._corpus = Corpus(tokens)
+        self._stack.callback(self._corpus.close)
+
+    @property
+    def n_lookup(self) -> int:
+        """Tokens of the user's own texts that drafts come from, too."""
+        return self._corpus.n_tokens if self._corpus is not None else 0
 
     def _load_draft_model(self, who: tuple[str, ...]) -> tuple[str, ...]:
         """Load the model that drafts; who drafts, without it where what was found by itself cannot be used."""
@@ -170,6 +193,7 @@ class Drafted(Paced):
         assert self.bank is not None
         static_tree = self.bank.index(self.tree) if self.tree is not None else 0
         decoder.set_bank(self.bank, self.policy, static_tree, **self._settings)
+        decoder.set_corpus(self._corpus)
 
     def set_trees(
         self,

@@ -169,6 +169,15 @@ def how_lossless(on_cpu: bool, accept: str) -> str:
     return "exact" if on_cpu else "rounding"
 
 
+def check_lookup(lookup: Any, policy: str, who: Sequence[str]) -> None:
+    """Raises ValueError where there are texts to draft from and nobody who would."""
+    if lookup and (policy != "auto" or "text" not in who):
+        raise ValueError(
+            'lookup names texts to draft from, which the drafter "text" does under policy="auto": leave lookup out, or '
+            "policy and drafters as they are by default"
+        )
+
+
 def up_to_rounding(llm: Subject) -> str:
     """The warning where texts are not plain decoding's bit for bit: why, in one sentence."""
     if llm.rpc_servers:

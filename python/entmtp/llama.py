@@ -60,6 +60,8 @@ class Llama(Drafted):
             model: a GGUF file, or its `hf:` name. None: the model's own layers for multi-token prediction (NextN, MTP),
             if its file has any that llama.cpp can use, else an EAGLE-3 layer beside it. With draft=None a
             `LlamaDraftModel`, as in llama-cpp-python.
+        lookup: files or folders of your own texts or code to draft from besides the text itself, up to 32 MB. Their
+            tokens are kept in the user's cache.
         score: what a published policy follows: `"entropy"`, `"top1"` or `"path"`.
         calibrate: measure what passes cost on this machine (under two seconds, once per model and machine; kept in the
             user's cache) unless the bank was tuned here. False: believe the bank's costs until the process knows
@@ -100,6 +102,7 @@ class Llama(Drafted):
         policy: str | None = None,
         drafters: str | Sequence[str] = "auto",
         draft_model: Any = None,
+        lookup: str | Path | Sequence[str | Path] | None = None,
         score: str = "entropy",
         calibrate: bool = True,
         adapt: bool = True,
@@ -133,6 +136,7 @@ class Llama(Drafted):
             self._find_draft_model(Path(model_path), draft_model, policy, drafters)
             has_model = self._predicts or self.draft_model_path is not None
             who = drafting.who_drafts(drafters, heads is not None, has_model)
+            drafting.check_lookup(lookup, policy, who)
         elif draft_model is not None:
             kwargs["draft_model"] = draft_model
 
@@ -183,6 +187,8 @@ class Llama(Drafted):
                 self._heads = self._stack.enter_context(
                     contextlib.closing(Heads(heads, self.model, self.n_threads_batch))
                 )
+            if draft is not None:
+                self._load_corpus(lookup)
             if draft is not None and "model" in who:
                 who = self._load_draft_model(who)
             self._decoder = self._stack.enter_context(contextlib.closing(Decoder(self.ctx, self._heads)))

@@ -62,8 +62,12 @@ def assert_same(plain: Llama, prompt: list[int], expected: list[int], answer: li
         assert gap < TIE["f32"], f"token {at} differs and is no tie: logits {gap:.6f} apart"
 
 
-def test_a_warning_says_where_texts_are_up_to_rounding(load: Callable[..., Llama], models: dict[str, Path]) -> None:
-    with pytest.warns(RuntimeWarning, match="up to rounding here, not bit for bit: layers are on other machines"):
+def test_a_warning_says_where_texts_are_up_to_rounding(
+    load: Callable[..., Llama], models: dict[str, Path]
+) -> None:
+    with pytest.warns(
+        RuntimeWarning, match="up to rounding here, not bit for bit: layers are on other machines"
+    ):
         assert load("hydra", **TREE).lossless == "rounding"
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -39,7 +39,9 @@ class Parting(NamedTuple):
         return self.gap <= 2 * self.noise
 
 
-def logits_after(llm: Subject, prompt: Sequence[int], answer: Sequence[int], size: int) -> npt.NDArray[np.float32]:
+def logits_after(
+    llm: Subject, prompt: Sequence[int], answer: Sequence[int], size: int
+) -> npt.NDArray[np.float32]:
     """Logits [n_vocab] after a prompt and an answer. `llm` drafts nothing.
 
     Args:
@@ -55,7 +57,9 @@ def logits_after(llm: Subject, prompt: Sequence[int], answer: Sequence[int], siz
     return llm.decoder.logits(llm.n_vocab()).copy()
 
 
-def parting(llm: Subject, prompt: Sequence[int], plain: Sequence[int], other: Sequence[int]) -> Parting | None:
+def parting(
+    llm: Subject, prompt: Sequence[int], plain: Sequence[int], other: Sequence[int]
+) -> Parting | None:
     """Where another greedy answer leaves plain decoding's; None: nowhere, or one merely ends before the other."""
     at = next((i for i, (a, b) in enumerate(zip(plain, other, strict=False)) if a != b), None)
     if at is None:

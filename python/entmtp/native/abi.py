@@ -275,6 +275,15 @@ draft_model_broken = _bind("entmtp_draft_model_broken", c_char_p, c_void_p)
 # double entmtp_draft_model_cost(const struct entmtp_draft_model * draft);
 draft_model_cost = _bind("entmtp_draft_model_cost", c_double, c_void_p)
 
+# struct entmtp_corpus * entmtp_corpus_init(const int32_t * tokens, int64_t n);
+corpus_init = _bind("entmtp_corpus_init", c_void_p, c_void_p, c_int64)
+
+# void entmtp_corpus_free(struct entmtp_corpus * corpus);
+corpus_free = _bind("entmtp_corpus_free", None, c_void_p)
+
+# int32_t entmtp_decoder_set_corpus(struct entmtp_decoder * dec, const struct entmtp_corpus * corpus);
+decoder_set_corpus = _bind("entmtp_decoder_set_corpus", c_int32, c_void_p, c_void_p)
+
 # struct entmtp_decoder * entmtp_decoder_init(struct llama_context * ctx, struct entmtp_heads * heads);
 decoder_init = _bind("entmtp_decoder_init", c_void_p, c_void_p, c_void_p)
 

@@ -14,6 +14,7 @@ from ..bank.costs import Costs
 from ..common.errors import EntmtpError
 from . import abi as n
 from .arrays import Arrays
+from .corpus import Corpus
 from .draft_model import DraftModel
 from .heads import Heads
 from .stats import NODE_DTYPE, STEP_DTYPE, DraftStats, OlderSteps, Outputs, Traffic, Walk
@@ -98,6 +99,10 @@ class Decoder:
             trees = self.bank.trees if self.bank else ()
             pointer = arrays.costs(costs, trees) if costs and trees else None
             n.check(n.decoder_set_threads(self._ptr, n_threads, pointer))
+
+    def set_corpus(self, corpus: Corpus | None) -> None:
+        """Draft from other texts, too, which must outlive this; None: from the text alone."""
+        n.check(n.decoder_set_corpus(self._ptr, corpus.pointer if corpus is not None else None))
 
     def eval(self, tokens: Sequence[int], n_past: int, all_outputs: bool = False) -> None:
         """Evaluate `tokens` after the first `n_past` ones.

@@ -107,6 +107,10 @@ def _drafters(word: str) -> str:
     return word
 
 
+def _paths(word: str) -> list[str]:
+    return [path for path in word.split(",") if path]
+
+
 def _shares(word: str) -> list[float]:
     try:
         shares = [float(part) for part in word.split(",")]
@@ -130,6 +134,11 @@ OPTIONS = (
         "draft_model", ("draft_model",), "files",
         "a smaller model of the same family that drafts, or an EAGLE-3 layer: a GGUF file, or hf:owner/repo[/file]",
         "the model's own prediction layers (MTP), if its file has any", metavar="FILE",
+    ),
+    Option(
+        "lookup", ("lookup",), "files",
+        "draft from your own texts or code, too: files and folders, with commas between them", "", type=_paths,
+        metavar="PATH[,…]",
     ),
     Option(
         "ctx", ("n_ctx",), "machine", "context length in tokens, 0 for the model's own",
