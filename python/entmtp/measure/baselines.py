@@ -19,16 +19,21 @@ from ..native.backends import build_info
 
 SERVER, DRIVER = "llama-server", "entmtp-speculative"
 
-# who drafts in llama.cpp, and its options for the most tokens of a draft
-KINDS: dict[str, tuple[str, ...]] = {
-    "ngram-simple": ("--spec-ngram-simple-size-m",),
-    "ngram-map-k": ("--spec-ngram-map-k-size-m",),
-    "ngram-map-k4v": ("--spec-ngram-map-k4v-size-m",),
-    "ngram-mod": ("--spec-ngram-mod-n-max", "--spec-ngram-mod-n-min"),  # by itself it drafts 48 at least
-    "ngram-cache": (),
-    "draft-simple": ("--spec-draft-n-max",),
-    "draft-eagle3": ("--spec-draft-n-max",),
-    "draft-mtp": ("--spec-draft-n-max",),
+MOST = 65535
+# who drafts in llama.cpp, and its options for drafts of at most N tokens: each gets N, or this if it is less
+KINDS: dict[str, dict[str, int]] = {
+    # what it looks for must not be longer than the draft, or it drafts nothing
+    "ngram-simple": {"--spec-ngram-simple-size-m": MOST, "--spec-ngram-simple-size-n": 12},
+    "ngram-map-k": {"--spec-ngram-map-k-size-m": MOST},
+    "ngram-map-k4v": {"--spec-ngram-map-k4v-size-m": MOST},
+    "ngram-mod": {
+        "--spec-ngram-mod-n-max": MOST,
+        "--spec-ngram-mod-n-min": 1,
+    },  # by itself it drafts 48 or nothing
+    "ngram-cache": {},
+    "draft-simple": {"--spec-draft-n-max": MOST},
+    "draft-eagle3": {"--spec-draft-n-max": MOST},
+    "draft-mtp": {"--spec-draft-n-max": MOST},
 }
 BESIDE = ("draft-simple", "draft-eagle3")  # those that need --draft-model
 PREFIX, PLAIN = "llama.cpp", "plain"
@@ -63,8 +68,8 @@ class Baseline(NamedTuple):
             raise UsageError(
                 f"method {self.label}: llama.cpp fixes the length of {self.kind}; leave the number out"
             )
-        most, *least = KINDS[self.kind]
-        return [*words, most, str(self.n_max), *(word for option in least for word in (option, "1"))]
+        lengths = {option: min(self.n_max, most) for option, most in KINDS[self.kind].items()}
+        return words + [str(word) for length in lengths.items() for word in length]
 
 
 def baseline(label: str) -> Baseline | None:
