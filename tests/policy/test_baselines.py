@@ -18,6 +18,9 @@ from entmtp.measure.compare import Comparison
 from entmtp.measure.foreign import Driver, Server
 from entmtp.measure.turns import Answer, Prompt, decode
 from entmtp.native import kernels
+from helpers.eagle3 import write_eagle3
+from helpers.models import model_path
+from helpers.nextn import with_nextn
 from helpers.settings import N_THREADS, prompts
 
 built = pytest.mark.skipif(baselines.missing() is not None, reason=str(baselines.missing()))
@@ -136,6 +139,29 @@ def test_a_model_that_drafts_in_llama_cpp(
         theirs = driver.answer(prompt)
         assert theirs.tokens == tokens
         assert theirs.n_passes is not None and (len(theirs.tokens) - 1) / theirs.n_passes > 3.5
+
+
+@built
+@pytest.mark.parametrize("kind", ["mtp", "eagle3"])
+def test_layers_that_predict_in_llama_cpp(kind: str, tmp_path: Path) -> None:
+    """Random layers, whose guesses are as good as wrong: the text is plain decoding's."""
+    method = baseline(f"llama.cpp draft-{kind} 2")
+    assert method is not None
+    path, layer = model_path("llama"), None
+    if kind == "mtp":
+        path = with_nextn(path, tmp_path / "nextn.gguf")
+    else:
+        layer = str(write_eagle3(path, tmp_path / "eagle3.gguf")[0])
+    settings = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    with (
+        closing(entmtp.Llama(path, **settings)) as llm,
+        closing(Driver(method, llm, draft_model=layer)) as driver,
+    ):
+        for temp in (0.0, 0.8):
+            prompt = Prompt(list(range(5, 30)), 40, temp, seed=9)
+            theirs = driver.answer(prompt)
+            assert theirs.tokens == decode(llm, prompt).tokens
+            assert theirs.n_passes is not None and theirs.n_passes <= len(theirs.tokens) - 1
 
 
 @built
