@@ -28,7 +28,7 @@ class Load(NamedTuple):
 
     def __str__(self) -> str:
         if self.rate is not None:
-            return f"{self.rate:g} requests/s"
+            return f"{self.rate:g} request{'s' if self.rate != 1 else ''}/s"
         return f"{self.clients} clients" if self.clients != 1 else "1 client"
 
 
