@@ -33,7 +33,7 @@ export PATH := $(BIN):$(PATH)
 SKBUILD := $(shell sed -n 's/^requires = \["\(scikit-build-core==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-tsan test-arm soak build install wheel bump lint format clean distclean
+.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-tsan test-arm soak build install baselines wheel bump lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -111,6 +111,10 @@ install_editable = echo "installing entmtp into $(VENV)"; CMAKE_ARGS="$(FLAGS)" 
 
 wheel: $(VENV)/.tools ## build a wheel for this platform into dist/
 	CMAKE_ARGS="$(FLAGS)" $(PIP) wheel --no-build-isolation --no-deps -v -C build-dir=build/wheel -w dist .
+
+baselines: install ## build what is compared with: llama.cpp's own server and its drafting (about ten minutes)
+	@$(PY) native/llama_cpp.py baselines $(if $(LLAMA_CPP_DIR),--llama-dir $(abspath $(LLAMA_CPP_DIR))) \
+		--libraries "$$($(PY) -c 'from entmtp.native.library import library_folder; print(library_folder())')"
 
 bump: $(VENV)/.tools ## see whether the patches apply to the newest llama-cpp-python, or to VERSION=x.y.z
 	@$(PY) native/llama_cpp.py bump $(if $(VERSION),--version $(VERSION))

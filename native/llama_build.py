@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from native.llama_cache import RECIPE, BuildError, file_lock, log, make_key
 
@@ -133,6 +134,48 @@ def run_step(command: Sequence[str], cwd: Path) -> None:
         )
 
 
+class Tools(NamedTuple):
+    """CMake, and what it makes files for."""
+
+    cmake: str
+    generator: str | None  # None: CMake's own choice
+    make_program: str | None
+
+    def build(self, build_dir: Path, build_type: str) -> list[str]:
+        return [self.cmake, "--build", str(build_dir), "--config", build_type]
+
+
+def find_tools(
+    cmake: str | None = None, generator: str | None = None, make_program: str | None = None
+) -> Tools:
+    """The tools that were named, else those on PATH or beside this Python: Ninja, if it is there."""
+    cmake = cmake or find_tool("cmake")
+    if not cmake:
+        raise BuildError("cmake was not found; install it with: pip install cmake ninja")
+    if not generator and (ninja := find_tool("ninja")):
+        generator, make_program = "Ninja", make_program or ninja
+    return Tools(cmake, generator, make_program)
+
+
+def named(commit: str) -> dict[str, str]:
+    """The version of a tree that is no git checkout: a repository around it must not lend its commit."""
+    return {"LLAMA_BUILD_COMMIT": commit, "LLAMA_BUILD_NUMBER": "0"}
+
+
+def configure(tools: Tools, source: Path, build_dir: Path, definitions: dict[str, str]) -> Path:
+    """Let CMake configure a build; returns its directory, `build_dir` with the generator in its name."""
+    # CMake refuses to change the generator of a directory that an interrupted build left
+    build_dir = build_dir.with_name(f"{build_dir.name}-{tools.generator or 'default'}".replace(" ", "-"))
+    build_dir.parent.mkdir(parents=True, exist_ok=True)
+    command = [tools.cmake, "-S", str(source), "-B", str(build_dir)]
+    command += ["-G", tools.generator] if tools.generator else []
+    if tools.generator == "Ninja" and tools.make_program:
+        command += [f"-DCMAKE_MAKE_PROGRAM={tools.make_program}"]
+    command += [f"-D{name}={value}" for name, value in sorted(definitions.items())]
+    run_step(command, build_dir.parent)
+    return build_dir
+
+
 def collect_headers(source: Path, dest: Path) -> None:
     """include/: public headers of llama.cpp and ggml. src/: the internal ones, for llama-ext.h."""
     (dest / "include").mkdir(exist_ok=True)
@@ -176,11 +219,7 @@ def build_libraries(
         log(f"llama.cpp is in the cache: {path}")
         return path
 
-    cmake = cmake or find_tool("cmake")
-    if not cmake:
-        raise BuildError("cmake was not found; install it with: pip install cmake ninja")
-    if not generator and (ninja := find_tool("ninja")):
-        generator, make_program = "Ninja", make_program or ninja
+    tools = find_tools(cmake, generator, make_program)
 
     with file_lock(cache / "work" / f".{key}.lock"):
         if path.is_dir():
@@ -188,23 +227,14 @@ def build_libraries(
         work = cache / "work" / key
         work.mkdir(parents=True, exist_ok=True)
         log(f"building llama.cpp {commit} (once for these options; minutes) in {work}")
-        # CMake refuses to change the generator of a directory that an interrupted build left
-        build_dir = work / f"build-{generator or 'default'}".replace(" ", "-")
-        configure = [cmake, "-S", str(source), "-B", str(build_dir)]
-        configure += ["-G", generator] if generator else []
-        configure += [f"-DCMAKE_MAKE_PROGRAM={make_program}"] if generator == "Ninja" and make_program else []
-        # the tree is no git checkout, and a repository around it must not lend its commit
-        configure += [f"-DLLAMA_BUILD_COMMIT={commit}", "-DLLAMA_BUILD_NUMBER=0"]
-        configure += [f"-DCMAKE_INSTALL_PREFIX={work / 'prefix'}"]
-        configure += [f"-D{name}={value}" for name, value in sorted(all_flags.items())]
-        run_step(configure, work)
+        definitions = {"CMAKE_INSTALL_PREFIX": str(work / "prefix"), **named(commit), **all_flags}
+        build_dir = configure(tools, source, work / "build", definitions)
         build_type = all_flags["CMAKE_BUILD_TYPE"]
-        build = [cmake, "--build", str(build_dir), "--config", build_type]
-        run_step([*build, "--parallel", str(jobs or default_jobs())], work)
+        run_step([*tools.build(build_dir, build_type), "--parallel", str(jobs or default_jobs())], work)
 
         prefix = work / "prefix"
         shutil.rmtree(prefix, ignore_errors=True)
-        run_step([cmake, "--install", str(build_dir), "--config", build_type], work)
+        run_step([tools.cmake, "--install", str(build_dir), "--config", build_type], work)
         shutil.rmtree(prefix / "include", ignore_errors=True)  # some backends' headers are missing in it
         for unused in ("cmake", "pkgconfig"):
             shutil.rmtree(prefix / "lib" / unused, ignore_errors=True)

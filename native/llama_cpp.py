@@ -4,6 +4,7 @@
     python native/llama_cpp.py sdist                      path of the verified source distribution
     python native/llama_cpp.py source                     path of the patched source tree
     python native/llama_cpp.py build [-DGGML_CUDA=ON ..]  path of the built libraries and headers
+    python native/llama_cpp.py baselines --libraries DIR  path of llama.cpp's own server and our driver of its drafting
     python native/llama_cpp.py bump [--version X.Y.Z]     how the patches fare on another version
 
 The source is the copy inside the llama-cpp-python source distribution, pinned by version and SHA-256 in
@@ -17,6 +18,7 @@ Layout of the cache (--cache, $ENTMTP_CACHE or the user's cache directory):
     source/<key>/    patched source trees; key: pin (or content of the user's directory) + patches
     work/<key>/      builds under way; kept when a build is interrupted, so that the next one continues it
     build/<key>/     lib/ include/ src/ build-info.json; key: source + flags + compiler + machine
+    baselines/<key>/ programs to compare with; key: of the libraries in build/
 
 source/<key> and build/<key> appear by a rename, so a directory that exists is complete.
 """
@@ -30,6 +32,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the package `native` is
 
+from native.llama_baselines import build_baselines
 from native.llama_build import build_libraries
 from native.llama_bump import bump
 from native.llama_cache import BuildError, default_cache
@@ -52,10 +55,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llama_cpp.py", description="Fetch, patch, build and cache llama.cpp."
     )
-    parser.add_argument("command", choices=("sdist", "source", "build", "bump"))
+    parser.add_argument("command", choices=("sdist", "source", "build", "baselines", "bump"))
     parser.add_argument("-D", dest="definitions", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--cache", type=Path, help="default: $ENTMTP_CACHE or the user's cache directory")
     parser.add_argument("--llama-dir", type=Path, help="build from this llama.cpp directory (it is copied)")
+    parser.add_argument("--libraries", type=Path, help="baselines: folder of the libraries to compare with")
     parser.add_argument("--patches", type=Path, default=PATCH_DIR)
     parser.add_argument("--version", help="bump: of llama-cpp-python; default: the newest")
     parser.add_argument("--cmake", help="path of cmake")
@@ -77,6 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "bump":
             return 0 if bump(cache, pin, list_patches(args.patches), args.version) else 1
         llama_dir = args.llama_dir.expanduser().resolve() if args.llama_dir else None
+        if args.command == "baselines":
+            if not args.libraries:
+                raise BuildError(
+                    "baselines: --libraries is missing, the folder of libentmtp; or run make baselines"
+                )
+            print(build_baselines(cache, pin, list_patches(args.patches), args.libraries, llama_dir))
+            return 0
         source, key = prepare_source(cache, pin, list_patches(args.patches), llama_dir)
         if args.command == "source":
             print(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import multiprocessing
 import os
 import shutil
@@ -15,7 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from native import llama_build, llama_cache, llama_cpp, llama_patches, llama_source
+from native import (
+    llama_baselines,
+    llama_build,
+    llama_cache,
+    llama_cpp,
+    llama_patches,
+    llama_source,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -313,6 +321,60 @@ def test_interrupted_build_leaves_no_entry(cache, tmp_path, monkeypatch, fail_at
     n_steps = len(done)
     assert llama_build.build_libraries(cache, source, "key", {}, "abc", cmake="cmake") == path
     assert len(done) == n_steps  # from the cache
+
+
+def test_baselines_are_of_the_libraries_that_are_compared(cache, tmp_path, monkeypatch):
+    """The server without our patches, with the options of the libraries; the driver again when its source changes."""
+    tree = write_tree(tmp_path / "llama.cpp")
+    patches = write_patches(tmp_path / "patches", one=GOOD_PATCH)
+    patched, key = llama_source.prepare_source(cache, {}, patches, tree)
+    flags = {**llama_build.DEFAULT_FLAGS, "GGML_NATIVE": "OFF", "CMAKE_CXX_FLAGS": "-O2"}
+    libraries = tmp_path / "lib"
+    libraries.mkdir()
+    info = {"key": "k", "source": "another", "flags": flags, "commit": "custom"}
+    (libraries / "build-info.json").write_text(json.dumps(info))
+    tools = llama_build.Tools("cmake", "Ninja", None)
+    driver = tmp_path / "driver"
+    driver.mkdir()
+    (driver / "driver.cpp").write_text("int main() {}")
+    monkeypatch.setattr(llama_baselines, "DRIVER_SOURCE", driver)
+    monkeypatch.setattr(llama_baselines, "BUILD", tmp_path / "build")
+    configured = []
+
+    def configure(tools, source, build_dir, definitions):
+        configured.append((source, definitions))
+        build_dir.mkdir(parents=True, exist_ok=True)
+        return build_dir
+
+    def run_step(command, cwd):
+        (cwd / command[command.index("--target") + 1]).write_text(str(len(configured)))
+
+    monkeypatch.setattr(llama_baselines, "configure", configure)
+    monkeypatch.setattr(llama_baselines, "run_step", run_step)
+
+    def build():
+        return llama_baselines.build_baselines(cache, {}, patches, libraries, tree, tools)
+
+    with pytest.raises(llama_cache.BuildError, match="run make install first"):
+        build()
+    (libraries / "build-info.json").write_text(json.dumps(info | {"source": key}))
+    (cache / "build" / "k").mkdir(parents=True)
+    folder = build()
+    assert folder == cache / "baselines" / "k"
+    (plain, server), (own, of_driver) = configured
+    assert "two and a half" not in (plain / "src" / "llama.cpp").read_text()
+    assert server["GGML_NATIVE"] == "OFF" and server["LLAMA_BUILD_SERVER"] == "ON"
+    assert {server[name] for name in ("LLAMA_BUILD_UI", "LLAMA_USE_PREBUILT_UI", "LLAMA_OPENSSL")} == {"OFF"}
+    assert (
+        own == driver and of_driver["LLAMA_SOURCE"] == str(patched) and of_driver["CMAKE_CXX_FLAGS"] == "-O2"
+    )
+    assert of_driver["LLAMA_PREFIX"] == str(cache / "build" / "k")
+
+    assert build() == folder and len(configured) == 2  # from the cache
+    (driver / "driver.cpp").write_text("int main() { return 1; }")
+    build()
+    assert [source for source, _ in configured[2:]] == [driver]
+    assert (folder / "entmtp-speculative").read_text() == "3" and (folder / "llama-server").read_text() == "1"
 
 
 def test_cache_directory(monkeypatch, tmp_path):

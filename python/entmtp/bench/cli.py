@@ -20,7 +20,7 @@ from ..native.backends import llama_commit
 from ..options import DEMO, add_model_options
 from ..report.plots import draw
 from ..report.tables import write
-from . import gpu, heads, load, passes, run, study, users, whatif
+from . import gpu, heads, load, passes, run, serve, study, users, whatif
 from .inputs import SUITES, context_lengths, some_of
 
 SHAPE = f"random weights by shape ({', '.join(SHAPES)}) and type ({', '.join(QUANTS)}), as 1b:q4_k"
@@ -32,9 +32,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--tokens": {"type": int, "metavar": "N", "help": "tokens of an answer, at most"},
     "--temp --temps": {"type": float, "nargs": "+", "metavar": "T", "help": "temperatures"},
     "--rounds": {"type": int, "metavar": "N", "help": "how often everything is measured"},
-    "--methods": {"nargs": "+", "metavar": "NAME", "help": "methods besides the plain loops (default: all)"},
+    "--methods": {"nargs": "+", "metavar": "NAME", "help": "methods besides the plain loops (default: all "
+                  "but llama.cpp's own, as 'llama.cpp ngram-mod', which `make baselines` builds)"},
     "--busy": {"type": int, "nargs": "+", "metavar": "N", "help": "busy programs beside it"},
     "--users": {"type": int, "nargs": "+", "metavar": "N", "help": "users at a time, 1 the first"},
+    "--clients": {"type": int, "nargs": "*", "metavar": "N", "help": "clients at a time, each of whom asks again when "
+                  "it is answered"},
+    "--rate": {"type": float, "nargs": "+", "metavar": "R", "help": "requests a second on average, which come by "
+               "themselves (a Poisson process)"},
+    "--requests": {"type": int, "metavar": "N", "help": "requests of a load"},
+    "--slots": {"type": int, "metavar": "N", "help": "answers at a time (default: the most clients, or 4)"},
+    "--servers": {"nargs": "+", "choices": tuple(serve.SERVERS), "help": "ours that drafts, ours that does not, and "
+                  "llama.cpp's, which `make baselines` builds"},
     "--counts": {"type": int, "nargs": "+", "metavar": "N", "help": "fixed numbers of threads (default: 1 and all)"},
     "--published": {"type": int, "metavar": "N", "help": "how many published trees to include"},
     "--more-models": {"nargs": "+", "metavar": "MODEL", "help": "further base models"},
@@ -56,7 +65,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "curves": {"nargs": "*", "metavar": "CURVE", "help": f"costs: {', '.join(whatif.CURVES)}, or of a model that is "
                f"timed here, {SHAPE} (default: --model)"},
     "curve": {"nargs": "?", "metavar": "CURVE", "help": "costs, as of what-if"},
-    "report": {"metavar": "JSON", "type": Path, "help": "report of study, curve, heads or gpu"},
+    "report": {"metavar": "JSON", "type": Path, "help": "report of study, curve, heads, gpu or serve"},
 }  # fmt: skip
 
 
@@ -74,7 +83,7 @@ def plot(args: argparse.Namespace, report: dict[str, Any]) -> Iterator[str]:
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{args.report}: {e}") from e
     if drawn is None:
-        raise ValueError(f"{args.report} holds no studies, curves, heads or GPU study to draw")
+        raise ValueError(f"{args.report} holds no studies, curves, heads, GPU study or loads to draw")
     yield f"wrote {drawn}"
 
 
@@ -102,6 +111,12 @@ COMMANDS = {
         users.run, "one model for several users at a time, with drafts and without",
         "entmtp bench users -m model.gguf --suite paper --limit 2 --users 1 2 4 -o users.json",
         ANSWERS | {"--limit": 2, "--tokens": 120, "--rounds": 3, "--users": [1, 2, 4]},
+    ),
+    "serve": Command(
+        serve.run, "servers under load: ours with drafts and without, and llama.cpp's own",
+        "entmtp bench serve -m model.gguf --suite paper --clients 1 4 16 --rate 2 -o serve.json",
+        ANSWERS | {"--temp --temps": [0.0], "--tokens": 256, "--rounds": 3, "--clients": [1, 2, 4, 8, 16], "--rate": [],
+                   "--requests": 32, "--slots": None, "--servers": list(serve.SERVERS)},
     ),
     "study": Command(
         study.run, "tune on half of the prompts, then compare policies on the other half, live and by replay",

@@ -1,4 +1,8 @@
-"""`entmtp bench run`: llama-cpp-python, our plain loop, static trees and EntMTP side by side, in one process."""
+"""`entmtp bench run`: llama-cpp-python, our plain loop, static trees and EntMTP side by side, in one process.
+
+llama.cpp's own server and drafting (`make baselines`), where they are asked for, are processes of their own in the same
+turns.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,9 @@ from ..common.errors import UsageError
 from ..common.machine import peak_memory_mb
 from ..common.progress import stages
 from ..llama import Llama
+from ..measure.baselines import LABELS, Baseline, baseline
 from ..measure.compare import Comparison, remark
+from ..measure.foreign import Driver, Server, warmed
 from ..measure.methods import (
     CONFIDENCE,
     ENTMTP,
@@ -56,8 +62,12 @@ def contestants(args: Namespace, stack: ExitStack) -> tuple[Llama, dict[str, Ans
     usual = [m for m in fixed if m not in (*published()[args.published :], *comparison())]
     by_label = {m.label: m for m in (*fixed, *learning, PLAIN_LOOP)}
     asked = args.methods or [*loops, *(m.label for m in (*usual, *learning))]
-    if missing := [m for m in asked if m not in by_label and m not in loops]:
-        raise UsageError(f"there is no method {missing[0]}; there are {', '.join((*loops, *by_label))}")
+    others = {m: theirs for m in asked if (theirs := baseline(m))}
+    if missing := [m for m in asked if m not in by_label and m not in loops and m not in others]:
+        known = ", ".join((*loops, *by_label))
+        raise UsageError(
+            f"there is no method {missing[0]}; there are {known}, and, once built, {', '.join(LABELS)}"
+        )
 
     found: dict[str, Answering] = {}
     own_loops = [*loops[:1], *(m for m in asked if m in LOOKUP), *loops[-1:], PLAIN_LOOP.label]
@@ -71,12 +81,23 @@ def contestants(args: Namespace, stack: ExitStack) -> tuple[Llama, dict[str, Ans
             found[label] = answering(other, kernels="off")
         elif label == PLAIN_LOOP.label:
             found[label] = answering(plain, kernels=own)
+        elif label in others:
+            with kernels.using(own):
+                found[label] = warmed(stack.enter_context(closing(foreign(others[label], plain, args))))
         elif (method := by_label[label]) in learning:  # models of their own: they learn from answer to answer
             one = loaded(policy=method.policy, drafters=method.drafters)
             found[label] = answering(one, kernels=own)
         else:
             found[label] = answering(draft, method, own)
     return plain, found
+
+
+def foreign(method: Baseline, like: Llama, args: Namespace) -> Driver | Server:
+    """A program of llama.cpp's with the model, the threads and the context of one of ours."""
+    layers = args.n_gpu_layers or 0
+    if method.server:
+        return Server(method, like, args.draft_model, layers)
+    return Driver(method, like, bool(args.flash_attn), args.draft_model, layers)
 
 
 def judged(found: Comparison, labels: list[str]) -> list[dict[str, Any]]:
@@ -121,7 +142,12 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
         *(f"{x:.0%}" for x in r.get("time_split", {}).values()), *([] if "time_split" in r else [""] * 5),
         alike(r),
     ] for r in rows]  # fmt: skip
-    return f"### {title}\n\n{table(head, cells)}{remark(rows[0]['pairs'], rows[0]['answers'])}"
+    notes = remark(rows[0]["pairs"], rows[0]["answers"])
+    if any(other.server for r in rows if (other := baseline(r["method"]))):
+        notes += (
+            "llama.cpp's server rounds in ggml's ways: its texts need not be those of our plain decoding.\n"
+        )
+    return f"### {title}\n\n{table(head, cells)}{notes}"
 
 
 def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:

@@ -104,6 +104,9 @@ class Comparison:
                 "time_split": time_split(stats, sum(a.seconds for a in own)),
                 "entropy": sum(s.mean_entropy for s in stats) / len(stats),
             }
+        elif own and all(a.n_passes for a in own):
+            n_passes = sum(a.n_passes or 0 for a in own)
+            row["tokens_per_step"] = sum(len(a.tokens) - 1 for a in own) / n_passes
         return row
 
 

@@ -24,13 +24,14 @@ class Prompt(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Tokens, seconds from the first of them to the last, what drafting did in that time, where that is kept, and when
-    each token came: seconds after the first. [n_tokens]"""
+    """Tokens, seconds from the first of them to the last, what drafting did in that time, where that is kept, when
+    each token came: seconds after the first [n_tokens], and in how many passes, where no more is known."""
 
     tokens: list[int]
     seconds: float
     stats: DraftStats | None = None
     times: list[float] = []  # noqa: RUF012 (never changed)
+    n_passes: int | None = None
 
 
 Answering = Callable[[Prompt], Answer]

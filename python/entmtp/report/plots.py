@@ -290,8 +290,36 @@ def plot_gpu(report: dict[str, Any], path: Path) -> Path:
     return save(figure, path)
 
 
+def plot_serve(report: dict[str, Any], path: Path) -> Path:
+    """`bench serve`: tokens/s, time to the first token and between tokens, by load; dots the 95th percentile."""
+    plt = pyplot()
+    rows = report["serve"]
+    loads = list(dict.fromkeys(r["load"] for r in rows))
+    figure, (speed, first, gap) = plt.subplots(1, 3, figsize=(12, 3.8))
+    for i, server in enumerate(dict.fromkeys(r["server"] for r in rows)):
+        own = [r for r in rows if r["server"] == server]
+        at = [loads.index(r["load"]) for r in own]
+        speed.plot(at, [r["tokens_per_second"] for r in own], "o-", color=f"C{i}", label=server)
+        for axes, key in ((first, "first_ms"), (gap, "gap_ms")):
+            middle, high, _ = np.array([r[key] or [np.nan] * 3 for r in own]).T
+            axes.plot(at, middle, "o-", color=f"C{i}", label=server)
+            axes.plot(at, high, ".:", color=f"C{i}")
+    for axes, title in ((speed, "tokens/s"), (first, "ms to the first token"), (gap, "ms between tokens")):
+        axes.set(title=title, ylim=(0, None), xticks=range(len(loads)))
+        axes.set_xticklabels(loads, fontsize=7, rotation=30)
+    speed.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{report.get('machine', '')}, {report.get('threads', '?')} threads", fontsize=9)
+    return save(figure, path)
+
+
 # by the part of a report that they draw
-PLOTS = {"studies": plot_study, "curves": plot_curves, "heads": plot_heads, "gpu_study": plot_gpu}
+PLOTS = {
+    "studies": plot_study,
+    "curves": plot_curves,
+    "heads": plot_heads,
+    "gpu_study": plot_gpu,
+    "serve": plot_serve,
+}
 
 
 def draw(report: Any, path: Path) -> Path | None:
