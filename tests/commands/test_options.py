@@ -29,7 +29,7 @@ LOADING = ("chat.cli", "doctor.cli", "generate", "tune.cli")
 OTHER = {
     "model": "A", "heads": "B", "ctx": "512", "threads": "2", "n_gpu_layers": "0", "rpc": "127.0.0.1:1",
     "tensor_split": "2,1", "flash_attn": "yes", "kernels": "off", "outputs": "rows", "draft": "best-depth",
-    "drafters": "text,heads", "draft_model": "C",
+    "drafters": "text,heads", "draft_model": "C", "lookup": "D,E",
     "trees": "generic-hydra", "score": "top1", "calibrate": "no", "adapt": "no", "accept": "typical",
     "typical_epsilon": "0.5", "typical_alpha": "0.7",
 }  # fmt: skip
@@ -62,7 +62,7 @@ def test_the_table_is_whole() -> None:
     assert own.keys() - set(named) == {"self", "draft", "stats", "kwargs"}
     said = {True: "yes", False: "no", None: "auto"}
     for option in OPTIONS:
-        if option.group == "drafting" and option.name not in ("draft", "trees"):
+        if option.group == "drafting" and option.name not in ("draft", "trees", "lookup"):
             default = own[option.arguments[0]].default
             assert option.usual == said.get(default, str(default)), option.name
 
@@ -119,8 +119,8 @@ def test_a_command_line_of_options(option: Option) -> None:
 
 
 def test_all_options_reach_llama(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Llama` is made with every value, but for RPC servers (tests/decode/test_rpc.py), and a model that drafts, which
-    goes with another policy."""
+    """`Llama` is made with every value, but for RPC servers (tests/decode/test_rpc.py), and a model that drafts and
+    texts to draft from, which go with another policy."""
     seen: dict[str, Any] = {}
 
     class Seen(entmtp.Llama):
@@ -131,7 +131,7 @@ def test_all_options_reach_llama(models: dict[str, Path], monkeypatch: pytest.Mo
     monkeypatch.setattr("entmtp.llama.Llama", Seen)
     files = {"A": str(models["q8_0"]), "B": str(models["hydra"])}
     words = [
-        word for option in OPTIONS if option.name not in ("rpc", "draft_model")
+        word for option in OPTIONS if option.name not in ("rpc", "draft_model", "lookup")
         for word in written(option, option.flag, files.get(OTHER[option.name], OTHER[option.name]))
     ]  # fmt: skip
     with contextlib.closing(load(parse(*words))) as llm:
@@ -152,6 +152,19 @@ def test_a_model_that_drafts(models: dict[str, Path]) -> None:
     ) as llm:
         assert llm.drafters[-1] == "model"
         assert llm.draft_model_path == str(models["q8_0"])
+
+
+def test_texts_to_draft_from(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--lookup` reaches `Llama`: files and folders, with commas between them."""
+    monkeypatch.setenv("ENTMTP_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "folder").mkdir()
+    for name in ("a.txt", "folder/b.txt"):
+        (tmp_path / name).write_text("Tom has 12 boxes.")
+    word = f"{tmp_path / 'a.txt'},{tmp_path / 'folder'}"
+    with contextlib.closing(load(parse("-m", str(models["q8_0"]), "--lookup", word))) as llm:
+        assert llm.n_lookup == 2 * len(llm.tokenize(b"Tom has 12 boxes.", add_bos=False))
 
 
 def rejected(models: dict[str, Path], *options: str) -> int:

@@ -55,7 +55,7 @@ def arguments(args: argparse.Namespace, heads: Path | None) -> dict[str, Any]:
     found: dict[str, Any] = {"draft": "entmtp", "heads": heads} if drafts else {}
     for option in OPTIONS:
         value = getattr(args, option.name, None)
-        drafting = option.group == "drafting" or option.name in ("draft_model", "lookup")
+        drafting = option.group == "drafting" or option.name == "draft_model"
         if value is not None and (option.group == "machine" or (drafting and drafts)):
             found |= dict.fromkeys(option.arguments, value)
     return found
@@ -76,7 +76,6 @@ def model_files(args: argparse.Namespace) -> tuple[Path, Path | None]:
     for what, given in {
         "--heads are": args.heads,
         "--draft-model is": getattr(args, "draft_model", None),
-        "--lookup is": getattr(args, "lookup", None),
     }.items():
         if args.draft == "off" and given:
             raise ModelError(f"{what} given, but --draft is off; leave one of them out")

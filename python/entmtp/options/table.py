@@ -136,11 +136,6 @@ OPTIONS = (
         "the model's own prediction layers (MTP), if its file has any", metavar="FILE",
     ),
     Option(
-        "lookup", ("lookup",), "files",
-        "draft from your own texts or code, too: files and folders, with commas between them", "", type=_paths,
-        metavar="PATH[,…]",
-    ),
-    Option(
         "ctx", ("n_ctx",), "machine", "context length in tokens, 0 for the model's own",
         f"{CONTEXT}, or the model's if that is less", type=int, least=0, metavar="N",
     ),
@@ -182,6 +177,11 @@ OPTIONS = (
         "probable after a token when it last saw it), heads, model (--draft-model, or the model's own layers for "
         "multi-token prediction), or auto: all there are",
         "auto", type=_drafters, metavar="NAME[,…]",
+    ),
+    Option(
+        "lookup", ("lookup",), "drafting",
+        "draft from your own texts or code, too: files and folders, with commas between them", "", type=_paths,
+        metavar="PATH[,…]",
     ),
     Option(
         "trees", ("trees",), "drafting", "a bank of trees: a path or a name, bank:tree for --draft static",
