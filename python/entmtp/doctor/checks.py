@@ -332,6 +332,25 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
         )  # fmt: skip
 
 
+def check_gain(args: argparse.Namespace) -> Check:
+    """What drafts bring here."""
+    from .gain import sentence  # needs the libraries, which are found sound by now
+
+    try:
+        model, heads = model_files(args)
+    except (EntmtpError, OSError) as e:
+        return Check("gain", "broken", str(e))
+    found = probe("gain", *words(with_files(args, model, heads)))
+    if "error" in found:
+        return Check("gain", "note", f"could not be measured: {found['error']}")
+    speeds = found["speeds"]
+    each = ", ".join(f"{k} {x / speeds['plain']:.2f}" for k, x in speeds.items() if k != "plain")
+    text = f"plain decoding {speeds['plain']:.0f} tokens/s, drafts times that: {each}"
+    if taken := found.get("taken"):
+        text += f"; the heads' guesses are taken to depth 1, 2, … in {', '.join(f'{x:.0%}' for x in taken)} of their steps"
+    return ok("gain", f"{text}: {sentence(speeds)}")
+
+
 DEAR = 0.6  # share of a pass that drafting a token may cost and still pay where most guesses are right
 BY = {"panels": "in panels", "rows": "row by row", "ggml": "by ggml"}
 
@@ -373,5 +392,11 @@ def examine(args: argparse.Namespace, with_model: bool) -> Iterator[Check]:
     if "error" in libraries:
         return
     yield from check_selftest(probe("selftest"))
-    if with_model:
-        yield from check_model(args)
+    if not with_model:
+        return
+    sound = True
+    for check in check_model(args):
+        sound = sound and check.status != "broken"
+        yield check
+    if sound and args.gain and args.draft != "off":
+        yield check_gain(args)

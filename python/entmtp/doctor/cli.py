@@ -55,6 +55,10 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(parser, model=None)
+    parser.add_argument(
+        "--gain", action=argparse.BooleanOptionalAction, default=True,
+        help="measure what drafts bring of the model here, for about 20 seconds (default: yes)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="everything as JSON, for bug reports")
     return parser
 

@@ -144,6 +144,20 @@ def model(arguments: list[str]) -> dict[str, Any]:
     return result
 
 
+def gain(arguments: list[str]) -> dict[str, Any]:
+    """What drafts bring of the model that options name, on this machine."""
+    from ..options.model import add_model_options, load
+    from .gain import measure_gain
+
+    parser = argparse.ArgumentParser()
+    add_model_options(parser)
+    llm = load(parser.parse_args(arguments))
+    try:
+        return measure_gain(llm)
+    finally:
+        llm.close()
+
+
 def one_pass(llm: Any) -> float:
     """Median microseconds of a pass over one token."""
     llm.set_trees(policy="off")
@@ -161,10 +175,12 @@ def main(argv: list[str]) -> int:
     from ..common.errors import EntmtpError
 
     try:
+        name, arguments = argv[0], argv[1:]
+        probes = {"model": model, "gain": gain}
         found = (
-            {"libraries": libraries, "selftest": selftest}[argv[0]]()
-            if argv[0] != "model"
-            else model(argv[1:])
+            probes[name](arguments)
+            if name in probes
+            else {"libraries": libraries, "selftest": selftest}[name]()
         )
     except (EntmtpError, ValueError, ImportError, OSError) as e:
         found = {"error": str(e)}
