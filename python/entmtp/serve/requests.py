@@ -23,6 +23,7 @@ from .errors import Refused
 if TYPE_CHECKING:
     from ..llama import Llama
 
+TOGETHER = 16  # bodies of the largest size that there is room for
 CLIENT_LEFT = "the client left"
 SHUTTING_DOWN = "the server is shutting down"
 
@@ -137,6 +138,7 @@ class Requests:
         self.may_ask = may_ask
         self.max_body, self.max_waiting, self.max_seconds = max_body, max_waiting, max_seconds
         self.busy: set[ServedRequest] = set()
+        self.n_bytes = 0  # of the bodies that are there
         self.closing = False
 
     def waiting(self) -> int:
@@ -157,10 +159,20 @@ class Requests:
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         request = ServedRequest(path, self.max_seconds)
+        room = Room(self)
+        try:
+            await self._serve(scope, receive, send, request, room)
+        finally:
+            room.give_back()
+
+    async def _serve(
+        self, scope: Message, receive: App, send: App, request: ServedRequest, room: Room
+    ) -> None:
+        path = request.path
         try:
             if not self.may_ask(scope):  # before its body is read
                 raise Refused("Invalid API key", status=401)
-            if (body := await read_body(receive, self.max_body)) is None:
+            if (body := await read_body(receive, self.max_body, room.take)) is None:
                 return  # left before it had asked
             if self.waiting() >= self.max_waiting:
                 raise Refused("too many requests wait for the model; ask again later", status=429)
@@ -192,20 +204,46 @@ class Requests:
             request.stop(CLIENT_LEFT)
 
 
-async def read_body(receive: App, most: int) -> bytes | None:
+class Room:
+    """What the body of a request takes of the memory that there is for all."""
+
+    def __init__(self, requests: Requests):
+        self.requests, self.n_bytes = requests, 0
+
+    def take(self, n: int) -> None:
+        """
+        Raises:
+            Refused: the bodies of others have taken all.
+        """
+        if self.requests.n_bytes + n > TOGETHER * self.requests.max_body:
+            raise Refused("too many large requests at a time; ask again later", status=429)
+        self.requests.n_bytes += n
+        self.n_bytes += n
+
+    def give_back(self) -> None:
+        self.requests.n_bytes -= self.n_bytes
+        self.n_bytes = 0
+
+
+async def read_body(receive: App, most: int, take: Callable[[int], None]) -> bytes | None:
     """The body of a request; None if the client left.
 
+    Args:
+        take: called with the bytes of each part.
+
     Raises:
-        Refused: it is larger than `most` bytes; the rest is not read.
+        Refused: it is larger than `most` bytes, or there is no room for it; the rest is not read.
     """
     body = bytearray()
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        body += message.get("body", b"")
-        if len(body) > most:
+        part = message.get("body", b"")
+        if len(body) + len(part) > most:
             raise Refused(f"the body of the request is larger than {most} bytes (max_body)", status=413)
+        take(len(part))
+        body += part
         if not message.get("more_body", False):
             return bytes(body)
 
