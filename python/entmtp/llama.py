@@ -341,7 +341,9 @@ class Llama(Drafted):
         """
         tokens, grammar = list(tokens), kwargs.get("grammar")
         if grammar is not None and not is_readable_grammar(self.model, grammar):
-            raise ValueError("the grammar cannot be read: it is not GBNF, or has no rule named root")
+            raise ValueError(
+                "the grammar cannot be read: it is not GBNF, has no rule named root, or leads to too much"
+            )
         with self._use.of_a_new_generation() as turn:
             self._settle()
             if self._decoder is not None:

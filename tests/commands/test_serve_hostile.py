@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from helpers.hostile import FIELDS, GRAMMARS, SCHEMAS, Raw, resident
+from helpers.hostile import EQUAL_WAYS, FIELDS, GRAMMARS, SCHEMAS, Raw, resident
 from helpers.serving import Server
 from helpers.typed import DEMO
 
@@ -24,12 +24,13 @@ MEMORY = 500.0  # MB that a server of the toy may have come to after all of this
 ANSWERED = (200, 400)
 
 
-@pytest.fixture(scope="module", params=[("auto", 1), ("off", 1), ("auto", 2)], ids=["one", "plain", "parallel"])
+OPTIONS = ("--model", DEMO, "--ctx", 1024, "--threads", 1)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one", "parallel"])
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    draft, parallel = request.param
-    options = ["--model", DEMO, "--ctx", 1024, "--threads", 1, "--max-receive", MAX_RECEIVE, "--parallel", parallel]
-    options += ["--draft", "off"] if draft == "off" else []
-    with Server(*options, "--max-body", 2 << 20) as running:
+    limits = ("--max-receive", MAX_RECEIVE, "--max-body", 2 << 20)
+    with Server(*OPTIONS, "--parallel", request.param, *limits) as running:
         yield running
         assert peak(running) < MEMORY
         code, stderr = running.stop(signal.SIGTERM)
@@ -73,6 +74,22 @@ def test_a_grammar_that_leads_to_too_much(server: Server, expected: str, name: s
         streamed = http.post("/v1/completions", json={**ASK, "grammar": GRAMMARS[name], "stream": True})
         assert streamed.status_code == 400 or '"error"' in streamed.text
     assert ask(server) == expected
+
+
+def test_a_grammar_without_drafts() -> None:
+    """llama-cpp-python's own way to sample, where an exception of llama.cpp's would end the process."""
+    with Server(*OPTIONS, "--draft", "off") as server, server.http() as http:
+        before = ask(server)
+        for name in ("what no token says", "the same behind a letter"):
+            answer = http.post("/v1/completions", json={**ASK, "grammar": GRAMMARS[name]})
+            assert answer.status_code == 400 and "grammar" in answer.text
+        assert ask(server) == before
+
+
+def test_a_grammar_of_equal_ways(server: Server) -> None:
+    with server.http() as http:
+        answer = http.post("/v1/completions", json={**ASK, "grammar": EQUAL_WAYS})
+    assert answer.json()["choices"][0]["text"] == "a"
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -238,14 +255,15 @@ def test_a_failure_in_one_answer_is_its_own(server: Server, expected: str) -> No
     assert texts == [expected] * 6
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/api/chat"])
-@pytest.mark.parametrize("parallel", [1, 2])
+@pytest.mark.parametrize(
+    ("path", "parallel"), [("/v1/completions", 1), ("/v1/completions", 2), ("/v1/responses", 1), ("/api/chat", 2)]
+)
 def test_a_server_that_ends_tells_its_streams(path: str, parallel: int) -> None:
     messages = [{"role": "user", "content": "Tell me all."}]
     chat = {"messages": messages, "input": "Tell me all.", "max_tokens": 900, "max_output_tokens": 900, "temperature": 1.5}
     asked = {**ASK, "min_tokens": 900, "max_tokens": 900} if path == "/v1/completions" else chat
     logs = {"logit_bias": {"2": -100}}
-    with Server("--model", DEMO, "--ctx", 1024, "--threads", 1, "--parallel", parallel) as server:
+    with Server(*OPTIONS, "--parallel", parallel) as server:
         streams = [Raw(server) for _ in range(3)]  # one or two are written, the others wait
         unread, late = Raw(server), Raw(server)
         for raw in streams:

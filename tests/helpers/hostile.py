@@ -22,12 +22,14 @@ GRAMMARS = {
     "two ways, each with two ways": f"root ::= a0\n{BRANCHES}",
     "the same behind a letter": f'root ::= [a-z ] a0\n{BRANCHES}',
     "twice as many ways with every letter": 'root ::= s\ns ::= [a-z ] s "y" | [a-z ] s "z" | ""',
-    "equal ways": "root ::= a0\n" + "\n".join(f"a{i} ::= a{i + 1} | a{i + 1}" for i in range(40)) + '\na40 ::= "a"',
     "letters times two thousand": 'root ::= "' + "a" * 100_000 + '"{2000}',
     "a loop through nothing": 'root ::= b root "x" | "a"\nb ::= c\nc ::= ""',
     "what no token says": 'root ::= "\\x00"',
     "a megabyte": 'root ::= "' + "a" * (1 << 20) + '"',
 }
+
+# as short, and harmless, but for one who tries every way
+EQUAL_WAYS = "root ::= a0\n" + "\n".join(f"a{i} ::= a{i + 1} | a{i + 1}" for i in range(40)) + '\na40 ::= "a"'
 
 BIG = 1_000_000_000
 
@@ -42,7 +44,6 @@ SCHEMAS = {
     "a list of at most a billion": of_object(a={"type": "array", "items": {"type": "null"}, "maxItems": BIG}),
     "a text of a billion": of_object(a={"type": "string", "minLength": BIG, "maxLength": BIG}),
     "a pattern of a billion": of_object(a={"type": "string", "pattern": "^[a-z]{1000000000}$"}),
-    "patterns of patterns": of_object(a={"type": "string", "pattern": "^" + "(" * 40 + "a" + "{999})" * 40 + "$"}),
     "a pattern of brackets": of_object(a={"type": "string", "pattern": "^" + "(" * 100_000 + "$"}),
     "choices by the hundred thousand": of_object(a={"enum": [f"choice {i}" for i in range(100_000)]}),
     "names by the thousand": {"type": "object", "properties": {f"n{i}": {"type": "null"} for i in range(2000)}},

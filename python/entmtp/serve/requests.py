@@ -137,6 +137,7 @@ class Requests:
         self.finished = finished
         self.may_ask = may_ask
         self.max_body, self.max_waiting, self.max_seconds = max_body, max_waiting, max_seconds
+        self.coming: set[ServedRequest] = set()  # their bodies are not there yet
         self.busy: set[ServedRequest] = set()
         self.n_bytes = 0  # of the bodies that are there
         self.closing = False
@@ -150,7 +151,7 @@ class Requests:
     def stop_all(self) -> None:
         """Stop every answer, and refuse what comes from now on."""
         self.closing = True
-        for request in self.busy:
+        for request in self.busy | self.coming:
             request.stop(SHUTTING_DOWN)
 
     async def __call__(self, scope: Message, receive: App, send: App) -> None:
@@ -169,10 +170,16 @@ class Requests:
         self, scope: Message, receive: App, send: App, request: ServedRequest, room: Room
     ) -> None:
         path = request.path
+        body = None
         try:
             if not self.may_ask(scope):  # before its body is read
                 raise Refused("Invalid API key", status=401)
-            if (body := await read_body(receive, self.max_body, room.take)) is None:
+            self.coming.add(request)
+            with request.scope:
+                body = await read_body(receive, self.max_body, room.take)
+            if request.stopped or self.closing:
+                raise shutting_down()
+            if body is None:
                 return  # left before it had asked
             if self.waiting() >= self.max_waiting:
                 raise Refused("too many requests wait for the model; ask again later", status=429)
@@ -181,8 +188,9 @@ class Requests:
             await _answer(send, e, path)
             self.finished(request)
             return
-        if self.closing:
-            request.stop(SHUTTING_DOWN)
+        finally:
+            self.coming.discard(request)
+        request.scope = anyio.CancelScope()
         self.busy.add(request)
         token = current.set(request)
         watch = asyncio.create_task(self._watch(request, receive))
@@ -248,6 +256,10 @@ async def read_body(receive: App, most: int, take: Callable[[int], None]) -> byt
             return bytes(body)
 
 
+def shutting_down() -> Refused:
+    return Refused(f"{SHUTTING_DOWN}; ask again when it is back", status=503)
+
+
 async def _answer(send: App, refused: Refused, path: str) -> None:
     body = json.dumps(refused.content(path)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -287,7 +299,7 @@ def _observed(request: ServedRequest, send: App) -> App:
 
 async def _refuse(request: ServedRequest, send: App) -> None:
     """Tell a client that the answer was stopped: by the status, or where that is sent, by an event of the stream."""
-    refused = Refused(f"{SHUTTING_DOWN}; ask again when it is back", status=503)
+    refused = shutting_down()
     if request.status is None:
         request.status = 503
         await _answer(send, refused, request.path)
