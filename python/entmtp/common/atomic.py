@@ -37,10 +37,25 @@ def temporary_path(target: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_path(target: str | Path) -> Iterator[Path]:
-    """A temporary path beside `target`, renamed to it at the end; removed if the block fails."""
-    with temporary_path(target) as temporary:
+    """A temporary path beside `target`, renamed to it at the end; removed if the block fails.
+
+    Raises:
+        OSError: it cannot be written; names `target`.
+    """
+    with temporary_path(target) as temporary, named(target, temporary):
         yield temporary
         os.replace(temporary, target)
+
+
+@contextmanager
+def named(target: str | Path | None, temporary: Path | None = None) -> Iterator[None]:
+    """Errors of the system in the block name `target`: a full disk names none, and a temporary path says little."""
+    try:
+        yield
+    except OSError as e:
+        if target is not None and e.errno is not None and e.filename in (None, str(temporary)):
+            e.filename, e.filename2 = str(target), None
+        raise
 
 
 def _sweep(target: Path) -> None:

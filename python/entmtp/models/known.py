@@ -86,7 +86,13 @@ def fetch_known(name: str) -> Path:
     folder = cache_folder() / "models"
     path = folder / model.file
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ModelError(
+                f"{name}: the cache folder {folder} cannot be made ({(e.strerror or str(e)).lower()}); set ENTMTP_CACHE "
+                "to another folder"
+            ) from e
         _assemble(name, model, path)
     check(path, model.sha256, name)
     return path
