@@ -13,7 +13,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from helpers.killing import CASES, run  # noqa: E402
+from helpers.killing import CASES, run
 
 
 def main() -> int:

@@ -182,6 +182,8 @@ class Upstream(llama_cpp.Llama):
     def create_completion(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         """As `llama_cpp.Llama.create_completion`; what it would pass over in silence is a ValueError."""
         check_request(self, kwargs)
+        if not isinstance(prompt, str):
+            self.check_tokens(prompt)
         # asked also where an answer was cancelled before its first token
         if stops := kwargs.get("stopping_criteria"):
             kwargs["stopping_criteria"] = lambda tokens, logits: len(tokens) > 0 and stops(tokens, logits)
@@ -193,6 +195,19 @@ class Upstream(llama_cpp.Llama):
             raise ValueError("messages are empty: there is nothing to answer")
         check_request(self, kwargs)
         return super().create_chat_completion(messages, *args, **kwargs)
+
+    def detokenize(self, tokens: Any, *args: Any, **kwargs: Any) -> bytes:
+        """As `llama_cpp.Llama.detokenize`; a token that is none is a ValueError, not the end of the process."""
+        self.check_tokens(tokens)
+        return bytes(super().detokenize(tokens, *args, **kwargs))
+
+    def check_tokens(self, tokens: Any) -> None:
+        """Raise ValueError unless all are tokens of this vocabulary."""
+        for token in tokens:
+            if not 0 <= token < self._n_vocab:
+                raise ValueError(
+                    f"token {token} is none of this model's, which go from 0 to {self._n_vocab - 1}"
+                )
 
     def warn_once(self, text: str) -> None:
         """A warning, the first time that this model has a reason for it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -116,6 +117,17 @@ def test_a_field_that_is_too_much(server: Server, name: str) -> None:
     told(answer, name)
 
 
+@pytest.mark.parametrize("token", [-1, 4096, 10**12, 10**30])
+def test_tokens_that_are_none(server: Server, token: int) -> None:
+    with server.http() as http:
+        answers = [
+            http.post("/detokenize", json={"tokens": [1, token]}),
+            http.post("/v1/completions", json={**ASK, "prompt": [1, token]}),
+        ]
+    for answer in answers:
+        assert answer.status_code == 400, answer.text
+
+
 def test_prompts_that_cannot_fit(server: Server, expected: str) -> None:
     with server.http() as http:
         for prompt in ("word " * 100_000, "x" * 1_900_000, [[5] * 100_000]):
@@ -204,10 +216,8 @@ def test_bodies_of_many_share_the_memory(server: Server, expected: str) -> None:
     for _ in range(40):
         raw = Raw(server)
         raw.socket.sendall(raw.head(2 << 20))
-        try:
+        with contextlib.suppress(OSError):  # there may be no room for it
             raw.socket.sendall(body[: (2 << 20) - 1])
-        except OSError:
-            pass  # there was no room for it
         held.append(raw)
     assert ask(server) == expected
     statuses = [raw.read()[:12] for raw in held]
@@ -256,11 +266,18 @@ def test_a_failure_in_one_answer_is_its_own(server: Server, expected: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("path", "parallel"), [("/v1/completions", 1), ("/v1/completions", 2), ("/v1/responses", 1), ("/api/chat", 2)]
+    ("path", "parallel"),
+    [("/v1/completions", 1), ("/v1/completions", 2), ("/v1/responses", 1), ("/api/chat", 2)],
 )
 def test_a_server_that_ends_tells_its_streams(path: str, parallel: int) -> None:
     messages = [{"role": "user", "content": "Tell me all."}]
-    chat = {"messages": messages, "input": "Tell me all.", "max_tokens": 900, "max_output_tokens": 900, "temperature": 1.5}
+    chat = {
+        "messages": messages,
+        "input": "Tell me all.",
+        "max_tokens": 900,
+        "max_output_tokens": 900,
+        "temperature": 1.5,
+    }
     asked = {**ASK, "min_tokens": 900, "max_tokens": 900} if path == "/v1/completions" else chat
     logs = {"logit_bias": {"2": -100}}
     with Server(*OPTIONS, "--parallel", parallel) as server:

@@ -18,7 +18,9 @@ def in_disk(folder: Path, options: str, *command: object, **how: object) -> subp
     return subprocess.run(words, capture_output=True, text=True, **how)  # type: ignore[call-overload, no-any-return]
 
 
-def in_small_disk(folder: Path, megabytes: int, *command: object, **how: object) -> subprocess.CompletedProcess[str]:
+def in_small_disk(
+    folder: Path, megabytes: int, *command: object, **how: object
+) -> subprocess.CompletedProcess[str]:
     """With a disk of so many megabytes."""
     return in_disk(folder, f"size={megabytes}m", *command, **how)
 

@@ -20,7 +20,7 @@ GRAMMARS = {
         [f"{'root' if i == 0 else f'r{i}'} ::= r{i + 1}" for i in range(15_000)] + ['r15000 ::= "a"']
     ),
     "two ways, each with two ways": f"root ::= a0\n{BRANCHES}",
-    "the same behind a letter": f'root ::= [a-z ] a0\n{BRANCHES}',
+    "the same behind a letter": f"root ::= [a-z ] a0\n{BRANCHES}",
     "twice as many ways with every letter": 'root ::= s\ns ::= [a-z ] s "y" | [a-z ] s "z" | ""',
     "letters times two thousand": 'root ::= "' + "a" * 100_000 + '"{2000}',
     "a loop through nothing": 'root ::= b root "x" | "a"\nb ::= c\nc ::= ""',
@@ -46,7 +46,10 @@ SCHEMAS = {
     "a pattern of a billion": of_object(a={"type": "string", "pattern": "^[a-z]{1000000000}$"}),
     "a pattern of brackets": of_object(a={"type": "string", "pattern": "^" + "(" * 100_000 + "$"}),
     "choices by the hundred thousand": of_object(a={"enum": [f"choice {i}" for i in range(100_000)]}),
-    "names by the thousand": {"type": "object", "properties": {f"n{i}": {"type": "null"} for i in range(2000)}},
+    "names by the thousand": {
+        "type": "object",
+        "properties": {f"n{i}": {"type": "null"} for i in range(2000)},
+    },
     "more than it has levels": json.loads('{"items":' * 90 + "{}" + "}" * 90),
     "another server's": of_object(a={"$ref": "https://127.0.0.1:9/schema.json"}),
     "a list less than nothing": of_object(a={"type": "array", "items": {"type": "null"}, "minItems": -5}),

@@ -77,7 +77,9 @@ def _module(name: str, *words: object) -> list[object]:
 
 
 def _convert(folder: Path) -> list[object]:
-    return _module("convert", assets() / "hydra", "--base", BASE, "--outfile", folder / "heads.gguf", "--outtype", "q4_0")
+    return _module(
+        "convert", assets() / "hydra", "--base", BASE, "--outfile", folder / "heads.gguf", "--outtype", "q4_0"
+    )
 
 
 def _questions(folder: Path) -> None:
@@ -95,7 +97,9 @@ def _generate(folder: Path) -> list[object]:
 def _answers(folder: Path) -> Result | None:
     path = folder / "answers.jsonl"
     lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a last line without an end is cut off
+    rows = [
+        json.loads(line) for line in lines if line.endswith("\n")
+    ]  # a last line without an end is cut off
     return sorted((r["id"], r["text"]) for r in rows) if len(rows) == 12 and len(lines) == 12 else None
 
 
@@ -106,15 +110,18 @@ def _n_answers(folder: Path) -> int:
 
 def _two_tasks(folder: Path) -> None:
     for task in ("code", "story"):
-        lines = [json.dumps({"prompt": p[:100]}) for p in prompts("humaneval" if task == "code" else "literature")[:3]]
+        lines = [
+            json.dumps({"prompt": p[:100]})
+            for p in prompts("humaneval" if task == "code" else "literature")[:3]
+        ]
         (folder / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def _tune(folder: Path) -> list[object]:
     return _module(
         "tune", "--model", BASE, "--heads", folder / "heads.gguf", "--prompts", folder / "code.jsonl",
-        folder / "story.jsonl", "-o", folder / "bank.json", "--tokens", 48, "--rounds", 1, "--contexts", 16, "--ctx", 512,
-        "--threads", 1, "--sizes", 2, 4,
+        folder / "story.jsonl", "-o", folder / "bank.json", "--tokens", 48, "--rounds", 1, "--contexts", 16, "--ctx",
+        512, "--threads", 1, "--sizes", 2, 4,
     )  # fmt: skip
 
 
@@ -156,7 +163,9 @@ def _hub(folder: Path) -> Iterator[dict[str, str]]:
         yield hub_environment(endpoint, folder / "hf")
 
 
-FETCH = "import sys; from entmtp.models.names import resolve; print(resolve('hf:owner/repo/model.gguf', 'model'))"
+FETCH = (
+    "import sys; from entmtp.models.names import resolve; print(resolve('hf:owner/repo/model.gguf', 'model'))"
+)
 
 
 def _download(folder: Path) -> Result | None:
@@ -168,8 +177,14 @@ CMAKE = """#!/bin/sh
 # a cmake that builds slowly
 set -e
 case "$1" in
---build) mkdir -p "$2"; for i in 1 2 3 4 5 6 7 8; do [ -f "$2/$i.o" ] || { sleep 0.05; echo "object $i" > "$2/$i.o.new"; mv "$2/$i.o.new" "$2/$i.o"; }; done ;;
---install) mkdir -p prefix/lib; for i in 1 2 3 4; do sleep 0.02; cat "$2"/*.o > prefix/lib/libllama$i.so; done ;;
+--build)
+    mkdir -p "$2"
+    for i in 1 2 3 4 5 6 7 8; do
+        [ -f "$2/$i.o" ] || { sleep 0.05; echo "object $i" > "$2/$i.o.new"; mv "$2/$i.o.new" "$2/$i.o"; }
+    done ;;
+--install)
+    mkdir -p prefix/lib
+    for i in 1 2 3 4; do sleep 0.02; cat "$2"/*.o > prefix/lib/libllama$i.so; done ;;
 *) sleep 0.1 ;;
 esac
 """
@@ -196,7 +211,11 @@ def _build(folder: Path) -> list[object]:
 
 def _built(folder: Path) -> Result | None:
     entries = list((folder / "cache" / "build").glob("*"))
-    return {p.relative_to(e).as_posix(): _bytes(p) for e in entries for p in e.rglob("*.so")} if entries else None
+    return (
+        {p.relative_to(e).as_posix(): _bytes(p) for e in entries for p in e.rglob("*.so")}
+        if entries
+        else None
+    )
 
 
 def _train(folder: Path) -> list[object]:
@@ -320,7 +339,9 @@ def _finish(case: Case, folder: Path, more: dict[str, str]) -> None:
     assert process.returncode == 0, f"{case.name}: {said.decode('utf-8', 'replace')[-2000:]}"
 
 
-def _kill(case: Case, folder: Path, more: dict[str, str], draw: random.Random, seconds: float) -> tuple[str, bool]:
+def _kill(
+    case: Case, folder: Path, more: dict[str, str], draw: random.Random, seconds: float
+) -> tuple[str, bool]:
     """Run it, and kill it and all that it started: at a moment, or as soon as the n-th new file is there.
 
     Returns:
@@ -344,7 +365,9 @@ def _kill(case: Case, folder: Path, more: dict[str, str], draw: random.Random, s
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     said, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode in (0, -signal.SIGKILL), f"{case.name}: {said.decode('utf-8', 'replace')[-2000:]}"
+    assert process.returncode in (0, -signal.SIGKILL), (
+        f"{case.name}: {said.decode('utf-8', 'replace')[-2000:]}"
+    )
     return f"file {n_new}" if by_file else f"{after:.2f} s", process.returncode == 0
 
 

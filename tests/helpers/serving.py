@@ -27,7 +27,8 @@ class Server:
         command = [sys.executable, "-m", "entmtp.serve", "--port", "0", *map(str, options)]
         command += ["--api-key", key] if key else []
         self.key = key
-        self.stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # never full, as a pipe is
+        # never full, as a pipe is
+        self.stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=self.stderr, text=True,
             # a run in the background ignores Ctrl-C, and would pass that on

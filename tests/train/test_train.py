@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from entmtp.bank.bank import Bank  # noqa: E402
 from entmtp.bank.tree import PLAIN, Tree  # noqa: E402
 from entmtp.convert import convert  # noqa: E402
 from entmtp.train.cli import main  # noqa: E402
-from helpers.disks import in_small_disk, need_mount
+from helpers.disks import in_small_disk, need_mount  # noqa: E402
 from helpers.models import write_encoder  # noqa: E402
 
 pytestmark = pytest.mark.torch

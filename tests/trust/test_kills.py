@@ -13,7 +13,9 @@ from helpers.killing import CASES, run
 KILLS, SEED = 3, 1
 ROWS = [pytest.param(name, marks=[pytest.mark.torch] if case.torch else []) for name, case in CASES.items()]
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot kill a process at once as kill -9 does")
+pytestmark = pytest.mark.skipif(
+    os.name == "nt", reason="Windows cannot kill a process at once as kill -9 does"
+)
 
 
 @pytest.mark.parametrize("name", ROWS)

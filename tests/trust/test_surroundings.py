@@ -65,7 +65,8 @@ ROWS = {
     ),
     "generate": Row(
         lambda f, disk: _module(
-            "generate", "-m", BASE, "--raw", "The sea", "-n", 3000, "--ctx", 4096, "--temp", 1.5, "-o", disk / "a.txt", "--no-calibrate"
+            "generate", "-m", BASE, "--raw", "The sea", "-n", 3000, "--ctx", 4096, "--temp", 1.5, "-o",
+            disk / "a.txt", "--no-calibrate",
         ),
         "a.txt",
     ),
@@ -78,8 +79,8 @@ ROWS = {
     ),
     "tune": Row(
         lambda f, disk: _module(
-            "tune", "--model", BASE, "--heads", f / "heads.gguf", "--prompts", f / "code.jsonl", f / "story.jsonl", "-o",
-            disk / "bank.json", "--tokens", 16, "--rounds", 1, "--contexts", 16, "--ctx", 512, "--threads", 1,
+            "tune", "--model", BASE, "--heads", f / "heads.gguf", "--prompts", f / "code.jsonl", f / "story.jsonl",
+            "-o", disk / "bank.json", "--tokens", 16, "--rounds", 1, "--contexts", 16, "--ctx", 512, "--threads", 1,
         ),
         "bank.json",
     ),
@@ -132,7 +133,9 @@ def test_a_disk_that_takes_nothing(name: str, disk: str, folder: Path, tmp_path:
     at.mkdir()
     words = [str(w) for w in row.command(folder, at)]
     look = 'at=$1; shift; "$@"; code=$?; find "$at" -type f; exit $code'
-    done = in_disk(at, DISKS[disk], "sh", "-c", look, "sh", at, *words, env=environment(tmp_path, **row.environment(at)))
+    done = in_disk(
+        at, DISKS[disk], "sh", "-c", look, "sh", at, *words, env=environment(tmp_path, **row.environment(at))
+    )
     if row.says is None:
         assert done.returncode == 0, done.stderr
         return
@@ -187,16 +190,23 @@ def test_no_home(folder: Path, tmp_path: Path) -> None:
 
     def run(*words: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", NO_HOME, *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(tmp_path))
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment(tmp_path)
+        )
 
-    loaded = run(LOAD.replace("sys.argv[1]", repr(str(BASE))).replace("sys.argv[2]", repr(str(folder / "heads.gguf"))))
+    loaded = run(
+        LOAD.replace("sys.argv[1]", repr(str(BASE))).replace("sys.argv[2]", repr(str(folder / "heads.gguf")))
+    )
     assert loaded.returncode == 0, loaded.stderr
     answered = run("entmtp.generate", "-m", BASE, "--raw", "The sea", "-n", 4)
     assert answered.returncode == 0, answered.stderr
-    in_one_sentence("demo", run("entmtp.generate", "-m", "demo", "--raw", "The sea", "-n", 4), "set ENTMTP_CACHE")
+    in_one_sentence(
+        "demo", run("entmtp.generate", "-m", "demo", "--raw", "The sea", "-n", 4), "set ENTMTP_CACHE"
+    )
     tuned = run(
         "entmtp.tune", "--model", BASE, "--heads", folder / "heads.gguf", "--prompts", folder / "code.jsonl",
-        folder / "story.jsonl", "-o", tmp_path / "bank.json", "--tokens", 16, "--rounds", 1, "--contexts", 16, "--ctx", 512,
+        folder / "story.jsonl", "-o", tmp_path / "bank.json", "--tokens", 16, "--rounds", 1, "--contexts", 16, "--ctx",
+        512,
     )  # fmt: skip
     assert tuned.returncode == 0, tuned.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["bank.json"]
@@ -205,7 +215,9 @@ def test_no_home(folder: Path, tmp_path: Path) -> None:
 @contextlib.contextmanager
 def started(*commands: list[object], **how: object) -> Iterator[list[subprocess.Popen[str]]]:
     yield [
-        subprocess.Popen([str(w) for w in c], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)  # type: ignore[call-overload]
+        subprocess.Popen(
+            [str(w) for w in c], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how
+        )  # type: ignore[call-overload]
         for c in commands
     ]
 
@@ -230,7 +242,10 @@ def test_several_first_starts_at_once(tmp_path: Path) -> None:
 def test_files_from_the_future(folder: Path, tmp_path: Path) -> None:
     """The clock was set back: what the cache holds bears dates to come."""
     env = environment(tmp_path)
-    ask = [str(w) for w in _module("generate", "-m", "demo", "--raw", "The sea", "-n", 8, "--ctx", 256, "--threads", 1)]
+    ask = [
+        str(w)
+        for w in _module("generate", "-m", "demo", "--raw", "The sea", "-n", 8, "--ctx", 256, "--threads", 1)
+    ]
     build = [str(w) for w in ROWS["build"].command(folder, tmp_path / "build")]
 
     def run() -> list[str]:
@@ -240,8 +255,12 @@ def test_files_from_the_future(folder: Path, tmp_path: Path) -> None:
 
     first = run()
     future = time.time() + 20 * 365 * 86400
-    made = {p: p.read_bytes() for at in ("own-cache", "build") for p in (tmp_path / at).rglob("*") if p.is_file()}
+    made = {
+        p: p.read_bytes() for at in ("own-cache", "build") for p in (tmp_path / at).rglob("*") if p.is_file()
+    }
     for path in made:
         os.utime(path, (future, future))
     assert run() == first
-    assert {p for at in ("own-cache", "build") for p in (tmp_path / at).rglob("*") if p.is_file()} == set(made)
+    assert {p for at in ("own-cache", "build") for p in (tmp_path / at).rglob("*") if p.is_file()} == set(
+        made
+    )

@@ -59,7 +59,7 @@ def named(target: str | Path | None, temporary: Path | None = None) -> Iterator[
 
 
 def _sweep(target: Path) -> None:
-    for name in glob.glob(f".{glob.escape(target.name)}.*.tmp", root_dir=target.parent, include_hidden=True):
+    for name in glob.glob(f".{glob.escape(target.name)}.*.tmp", root_dir=target.parent):
         found = _NAME.search(name)
         if found and _is_left(target.with_name(name), found["host"], int(found["pid"])):
             _remove(target.with_name(name))

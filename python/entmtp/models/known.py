@@ -90,8 +90,8 @@ def fetch_known(name: str) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise ModelError(
-                f"{name}: the cache folder {folder} cannot be made ({(e.strerror or str(e)).lower()}); set ENTMTP_CACHE "
-                "to another folder"
+                f"{name}: the cache folder {folder} cannot be made ({(e.strerror or str(e)).lower()}); set "
+                "ENTMTP_CACHE to another folder"
             ) from e
         _assemble(name, model, path)
     check(path, model.sha256, name)

@@ -14,7 +14,9 @@ from typing import Any
 from ..common.errors import EntmtpError
 
 NEEDED = ("fastapi", "uvicorn", "pydantic_settings", "prometheus_client")
-STOP_WITHIN = 10.0  # seconds; what takes longer, a pass of the model or a client who does not read, is not waited for
+STOP_WITHIN = (
+    10.0  # seconds; what takes longer, a pass of the model or a client who does not read, is not waited for
+)
 
 EXAMPLE = """\
 example:

@@ -128,7 +128,11 @@ class Connection(H11Protocol):
         self.forget()
         with contextlib.suppress(h11.LocalProtocolError):  # an answer has begun
             body = why.encode()
-            headers = [("content-type", "text/plain"), ("content-length", str(len(body))), ("connection", "close")]
+            headers = [
+                ("content-type", "text/plain"),
+                ("content-length", str(len(body))),
+                ("connection", "close"),
+            ]
             for event in (
                 h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()
             ):  # fmt: skip

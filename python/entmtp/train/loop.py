@@ -93,7 +93,10 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=BETAS, fused=True)
         self.step = self.began = 0  # where the run is, and where it went on
-        self.saved, self.saving = time.monotonic(), 0.0  # when the last checkpoint was there, and what writing it took
+        self.saved, self.saving = (
+            time.monotonic(),
+            0.0,
+        )  # when the last checkpoint was there, and what writing it took
         self.dtype = torch.bfloat16 if settings.bf16 else torch.float32
 
     #

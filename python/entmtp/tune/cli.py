@@ -98,8 +98,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--traces", metavar="FILE",
-        help="file (not a folder) that keeps the rank traces: for another machine's costs (default: in the cache, until "
-        "the bank is written, so that a run that was stopped goes on)",
+        help="file (not a folder) that keeps the rank traces: for another machine's costs (default: in the cache "
+        "until the bank is written, so that a run that was stopped goes on)",
     )  # fmt: skip
     parser.add_argument("--contexts", type=int, nargs="+", default=[64, 512], help="depths to time passes at")
     parser.add_argument(
@@ -115,7 +115,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 
 def _kept(args: argparse.Namespace, questions: list[tuple[str, Question]]) -> Path | None:
-    """Where the rollouts of this very command are kept until its bank is written; None if the cache cannot hold them."""
+    """Where this very command keeps its rollouts until its bank is written; None if the cache cannot hold them."""
     files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in (Path(args.model), Path(args.heads))]
     asked = {k: v for k, v in vars(args).items() if k not in ("outfile", "name", "task", "plot")}
     facts = json.dumps([files, asked, questions], default=str, sort_keys=True)
