@@ -5,8 +5,8 @@
 #include "api.h"
 #include "bandwidth.h"
 #include "hook.h"
-#include "peaks.h"
 #include "llama.h"
+#include "peaks.h"
 #include "replay.h"
 
 #include <algorithm>

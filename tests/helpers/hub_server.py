@@ -32,8 +32,8 @@ PART = 1 << 20  # bytes
 def serve(folder: Path, pause: float = 0.0) -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
     """Serve `folder`/owner/repo/revision/file. Gives the endpoint, and what was asked: path and Authorization.
 
-    Every MB of a body is followed by a `pause` (seconds). A repository named "gated" wants the token "secret". Files with
-    "damaged" in their name lose a bit on the way.
+    Every MB of a body is followed by a `pause` (seconds). A repository named "gated" wants the token "secret".
+    Files with "damaged" in their name lose a bit on the way.
     """
     asked: list[tuple[str, str | None]] = []
 
