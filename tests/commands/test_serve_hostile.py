@@ -33,6 +33,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     limits = ("--max-receive", MAX_RECEIVE, "--max-body", 2 << 20)
     with Server(*OPTIONS, "--parallel", request.param, *limits) as running:
         yield running
+        print(f"\nat most {peak(running):.0f} MB")  # with pytest -s
         assert peak(running) < MEMORY
         code, stderr = running.stop(signal.SIGTERM)
         assert code == 0, stderr
