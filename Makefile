@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BUILD  ?= build/cmake
 TORCH  ?= torch==2.13.0
+SCHEMATHESIS ?= schemathesis>=4,<5
 
 FLAGS :=
 ifeq ($(CUDA),1)
@@ -33,7 +34,8 @@ export PATH := $(BIN):$(PATH)
 SKBUILD := $(shell sed -n 's/^requires = \["\(scikit-build-core==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-tsan test-arm soak build install baselines wheel bump lint format clean distclean
+.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-tsan test-arm soak kill-matrix fuzz-server \
+	build install baselines wheel bump lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -66,6 +68,12 @@ test-gpu: install ## run the tests that need a GPU; with CUDA=1, METAL=1 or VULK
 
 soak: install ## random calls to a drafting model and a plain twin, 1000000 tokens or TOKENS=n
 	$(PY) tests/soak.py --tokens $(or $(TOKENS),1000000)
+
+kill-matrix: install ## kill every long command 50 times, or KILLS=n, and give it again
+	$(PY) tests/kill_matrix.py --kills $(or $(KILLS),50)
+
+fuzz-server: $(VENV)/.fuzz ## requests made up from the server's OpenAPI description, 100 a path or EXAMPLES=n
+	$(PY) tests/fuzz_server.py --examples $(or $(EXAMPLES),100)
 
 test-tsan: $(VENV)/.tools ## run the test of several threads with ThreadSanitizer
 	$(BIN)/cmake -S . -B build/tsan -G Ninja -DENTMTP_TESTS=ON -DENTMTP_SANITIZE=thread \
@@ -161,6 +169,10 @@ $(VENV)/.dev: pyproject.toml install
 
 $(VENV)/.torch: install
 	@[ -f $@ ] || $(PIP) install --quiet "$(TORCH)"
+	@touch $@
+
+$(VENV)/.fuzz: install
+	@[ -f $@ ] || $(PIP) install --quiet "$(SCHEMATHESIS)"
 	@touch $@
 
 # Other flags, other build: an option left out must not survive in the old CMake cache.

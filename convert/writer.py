@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
 
+from entmtp.common.atomic import atomic_path
 from entmtp.common.errors import ConvertError
 from entmtp.convert.layout import Heads
 from entmtp.convert.quantise import quantise
@@ -62,17 +62,6 @@ class Origin:
     name: str
     license: str | None
     url: str | None
-
-
-@contextmanager
-def replacing(outfile: Path) -> Iterator[Path]:
-    """Give a temporary path beside `outfile`, and move it there when the block succeeds; else remove it."""
-    temporary = outfile.with_name(f".{outfile.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, outfile)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def matrix_type(shape: tuple[int, ...], outtype: GGMLQuantizationType) -> GGMLQuantizationType:
@@ -133,7 +122,7 @@ def write_heads(
     Raises ConvertError for weights that cannot be stored, OSError when the file cannot be written.
     """
     kind, file_type = OUTTYPES[outtype]
-    with replacing(outfile) as temporary:
+    with atomic_path(outfile) as temporary:
         writer = GGUFWriter(temporary, heads.arch)
         try:
             _add_keys(writer, heads, origin, base, int(file_type))

@@ -24,6 +24,13 @@ UNUSED_DIRS = {"models", "docs", "media"}
 NOT_SOURCE = re.compile(r"^(\.git|\.venv|\.cache|build.*|models|__pycache__)$")
 
 
+def clear(folder: Path, pattern: str) -> None:
+    """Remove the folders that killed runs left; for who holds the lock that they were made under."""
+    for left in folder.glob(pattern):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def load_pin(path: Path = PIN_FILE) -> dict[str, str]:
     pin: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
     return pin
@@ -55,6 +62,7 @@ def fetch_sdist(cache: Path, pin: dict[str, str]) -> Path:
         if path.exists():
             verify_sdist(path, pin["sha256"])
             return path
+        clear(path.parent, "tmp*")
         with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
             downloaded = download_sdist(pin["package"], pin["version"], Path(tmp))
             if downloaded is None or downloaded.name != path.name:
@@ -144,7 +152,8 @@ def prepare_source(
     with file_lock(cache / "source" / f".{key}.lock"):
         if path.is_dir():  # another process was faster
             return path, key
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{key}.") as tmp:
+        clear(path.parent, f".{key}.tmp*")
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{key}.tmp") as tmp:
             tree = Path(tmp) / "tree"
             tree.mkdir()
             if llama_dir:

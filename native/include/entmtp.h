@@ -261,6 +261,12 @@ ENTMTP_API int32_t entmtp_decoder_sample_typical(struct entmtp_decoder * dec,
                                                  float                   alpha,
                                                  int32_t *               token);
 
+// The same of output i of a context without a decoder: llama_sampler_sample() throws where a grammar leads to too much.
+ENTMTP_API int32_t entmtp_sample(struct llama_context * ctx,
+                                 struct llama_sampler * sampler,
+                                 int32_t                i,
+                                 int32_t *              token);
+
 // The token is a draft that was right: it is in the verified tree, after the tokens evaluated so far, so that evaluating it
 // next takes no pass.
 ENTMTP_API bool entmtp_decoder_is_drafted(const struct entmtp_decoder * dec, int32_t token);

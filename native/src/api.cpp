@@ -5,6 +5,7 @@
 #include "api.h"
 #include "bandwidth.h"
 #include "hook.h"
+#include "llama.h"
 #include "peaks.h"
 #include "replay.h"
 
@@ -218,6 +219,16 @@ int32_t entmtp_decoder_sample_typical(
     return guarded(dec, [&](entmtp::decoder & d) {
         return sampler && token ? d.sample_typical(sampler, { temp, epsilon, alpha }, token)
                                 : fail("no sampler or token");
+    });
+}
+
+int32_t entmtp_sample(llama_context * ctx, llama_sampler * sampler, int32_t i, int32_t * token) {
+    return guarded([&] {
+        if (!ctx || !sampler || !token) {
+            return fail("a pointer is missing");
+        }
+        *token = llama_sampler_sample(sampler, ctx, i);
+        return (int32_t) ENTMTP_OK;
     });
 }
 

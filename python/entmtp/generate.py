@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import options
-from .common.atomic import atomic_path
+from .common.atomic import atomic_path, named
 from .common.errors import EntmtpError, UsageError
 from .common.interrupt import ctrl_c_stops
 from .common.prompts import FORMS, Question, read_questions
@@ -271,7 +271,7 @@ def batch(
         for generator in generators:
             generator.llm.cancel()
 
-    with contextlib.ExitStack() as stack:
+    with named(path), contextlib.ExitStack() as stack:
         file = (
             stack.enter_context(path.open("w" if args.overwrite else "a", encoding="utf-8"))
             if path

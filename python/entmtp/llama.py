@@ -23,7 +23,7 @@ from .models.names import resolve
 from .models.tokenizer import Tokenizer
 from .native import kernels as cpu_kernels
 from .native.arrays import SCORES
-from .native.decoder import Decoder
+from .native.decoder import Decoder, sample
 from .native.heads import Heads
 from .native.rpc import Servers
 from .upstream import is_readable_grammar
@@ -306,7 +306,8 @@ class Llama(Drafted):
 
     def _sample(self, settings: dict[str, Any], idx: int | None) -> int:
         if self._decoder is None:
-            return super().sample(**settings, idx=idx)
+            chain = self.chain(**settings)
+            return sample(self.ctx, chain.sampler, -1 if idx is None else idx - self.n_tokens)
         if idx is not None and idx != self.n_tokens - 1:
             # an earlier token of the last batch, as after tokens that were sent into generate()
             if not self.logits_all:
@@ -316,7 +317,7 @@ class Llama(Drafted):
             return super().sample(**settings, idx=idx)
 
         # outside of generate() there is no sampler that lives on, as in llama_cpp
-        chain = self.chain(**settings).sampler
+        chain = self.chain(**settings)
         temp = settings["temp"]
         if self._accept == "typical" and temp > 0.0:
             asked = [k for k in ("grammar", "logits_processor") if settings[k] is not None]
@@ -324,10 +325,10 @@ class Llama(Drafted):
             asked += ["repeat_penalty"] if settings["repeat_penalty"] != 1.0 else []
             asked += ["mirostat_mode"] if settings["mirostat_mode"] else []
             if not asked:
-                return self._tell(self._decoder.sample_typical(chain, temp, *self._typical))
+                return self._tell(self._decoder.sample_typical(chain.sampler, temp, *self._typical))
             self.warn_once(f'accept="typical" does not know {asked[0]}: accepting losslessly')
 
-        return self._tell(self._decoder.sample(chain))
+        return self._tell(self._decoder.sample(chain.sampler))
 
     def _tell(self, token: int) -> int:
         if self.on_token is not None and self._decoder is not None:
@@ -348,7 +349,9 @@ class Llama(Drafted):
         """
         tokens, grammar = list(tokens), kwargs.get("grammar")
         if grammar is not None and not is_readable_grammar(self.model, grammar):
-            raise ValueError("the grammar cannot be read: it is not GBNF, or has no rule named root")
+            raise ValueError(
+                "the grammar cannot be read: it is not GBNF, has no rule named root, or leads to too much"
+            )
         with self._use.of_a_new_generation() as turn:
             self._settle()
             if self._decoder is not None:

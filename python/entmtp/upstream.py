@@ -20,6 +20,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from llama_cpp import _logger
+from llama_cpp.llama_grammar import json_schema_to_gbnf
 
 from .common.json_schema import check_schema
 
@@ -46,6 +47,7 @@ NEEDS = {
 
 # enum ggml_log_level; llama-cpp-python reads an older one, by which warnings are errors and errors are nothing
 LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
+LONGEST_GRAMMAR = 1 << 18  # characters
 CONTINUED = 5  # belongs to the message before
 # what llama.cpp reports as an error where a pass was stopped (GGML_STATUS_ABORTED), which is none
 STOPPED = (b"compute status: 1\n", b"failed with error 1\n")
@@ -180,6 +182,8 @@ class Upstream(llama_cpp.Llama):
     def create_completion(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         """As `llama_cpp.Llama.create_completion`; what it would pass over in silence is a ValueError."""
         check_request(self, kwargs)
+        if not isinstance(prompt, str):
+            self.check_tokens(prompt)
         # asked also where an answer was cancelled before its first token
         if stops := kwargs.get("stopping_criteria"):
             kwargs["stopping_criteria"] = lambda tokens, logits: len(tokens) > 0 and stops(tokens, logits)
@@ -191,6 +195,19 @@ class Upstream(llama_cpp.Llama):
             raise ValueError("messages are empty: there is nothing to answer")
         check_request(self, kwargs)
         return super().create_chat_completion(messages, *args, **kwargs)
+
+    def detokenize(self, tokens: Any, *args: Any, **kwargs: Any) -> bytes:
+        """As `llama_cpp.Llama.detokenize`; a token that is none is a ValueError, not the end of the process."""
+        self.check_tokens(tokens)
+        return bytes(super().detokenize(tokens, *args, **kwargs))
+
+    def check_tokens(self, tokens: Any) -> None:
+        """Raise ValueError unless all are tokens of this vocabulary."""
+        for token in tokens:
+            if not 0 <= token < self._n_vocab:
+                raise ValueError(
+                    f"token {token} is none of this model's, which go from 0 to {self._n_vocab - 1}"
+                )
 
     def warn_once(self, text: str) -> None:
         """A warning, the first time that this model has a reason for it."""
@@ -225,6 +242,17 @@ def is_readable_grammar(model: Any, grammar: Any) -> bool:
     return True
 
 
+def grammar_of_text(text: str) -> Any:
+    """A `LlamaGrammar` of GBNF.
+
+    Raises:
+        ValueError: it is too long to be read while others wait.
+    """
+    if len(text) > LONGEST_GRAMMAR:
+        raise ValueError(f"grammar: it has {len(text)} characters, it may have {LONGEST_GRAMMAR}")
+    return llama_cpp.LlamaGrammar.from_string(text, verbose=False)
+
+
 def grammar_of_schema(schema: Any) -> Any:
     """A `LlamaGrammar` that answers follow a JSON schema by.
 
@@ -232,8 +260,10 @@ def grammar_of_schema(schema: Any) -> Any:
         ValueError: the schema has a part that no grammar is made of; the text names it.
     """
     check_schema(schema)
+    if len(written := json.dumps(schema)) > LONGEST_GRAMMAR:
+        raise ValueError(f"schema: it has {len(written)} characters, it may have {LONGEST_GRAMMAR}")
     try:
-        return llama_cpp.LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
+        return grammar_of_text(json_schema_to_gbnf(written))
     except Exception as e:  # the converter's own: assertions, keys and types
         raise ValueError(f"schema: no grammar can be made of this JSON schema: {e}") from None
 
@@ -248,6 +278,8 @@ def check_request(llm: Upstream, settings: dict[str, Any]) -> None:
         ValueError: with one sentence for the user.
     """
     n_vocab = llm.n_vocab()
+    if len(settings.get("logit_bias") or {}) > n_vocab:
+        raise ValueError(f"logit_bias has more entries than there are tokens, {n_vocab}")
     for key, value in (settings.get("logit_bias") or {}).items():
         try:
             token, bias = int(key), float(value)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,11 +25,15 @@ def hub_environment(endpoint: str, home: Path) -> dict[str, str]:
     return {**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(home)}
 
 
+PART = 1 << 20  # bytes
+
+
 @contextmanager
-def serve(folder: Path) -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
+def serve(folder: Path, pause: float = 0.0) -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
     """Serve `folder`/owner/repo/revision/file. Gives the endpoint, and what was asked: path and Authorization.
 
-    A repository named "gated" wants the token "secret". Files with "damaged" in their name lose a bit on the way.
+    Every MB of a body is followed by a `pause` (seconds). A repository named "gated" wants the token "secret".
+    Files with "damaged" in their name lose a bit on the way.
     """
     asked: list[tuple[str, str | None]] = []
 
@@ -41,7 +46,9 @@ def serve(folder: Path) -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
                 self.send_header(name.replace("_", "-"), value)
             self.end_headers()
             if self.command == "GET":
-                self.wfile.write(body)
+                for at in range(0, len(body), PART):
+                    self.wfile.write(body[at : at + PART])
+                    time.sleep(pause)
 
         def do_GET(self) -> None:
             asked.append((self.path, self.headers.get("Authorization")))
@@ -87,6 +94,7 @@ def serve(folder: Path) -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that are killed
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", asked

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -26,8 +27,10 @@ class Server:
         command = [sys.executable, "-m", "entmtp.serve", "--port", "0", *map(str, options)]
         command += ["--api-key", key] if key else []
         self.key = key
+        # never full, as a pipe is
+        self.stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            command, stdout=subprocess.PIPE, stderr=self.stderr, text=True,
             # a run in the background ignores Ctrl-C, and would pass that on
             preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) if os.name == "posix" else None,
         )  # fmt: skip
@@ -36,7 +39,7 @@ class Server:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if (found := re.search(r"http://\S+:\d+", line)) is None:
-            raise AssertionError(f"the server did not start: {self.process.communicate()[1]}")
+            raise AssertionError(f"the server did not start: {self._end()}")
         self.url = found[0]
         self._reader = self.http()
         return self
@@ -45,11 +48,18 @@ class Server:
         self._reader.close()
         if self.process.poll() is None:
             self.stop(signal.SIGTERM)
+        self.stderr.close()
+
+    def _end(self) -> str:
+        """What it said on stderr, once it has ended."""
+        self.process.communicate(timeout=PATIENCE)
+        self.stderr.seek(0)
+        return self.stderr.read()
 
     def stop(self, number: int) -> tuple[int, str]:
         """Send a signal; exit code and what the server said on stderr."""
         self.process.send_signal(number)
-        stderr = self.process.communicate(timeout=PATIENCE)[1]
+        stderr = self._end()
         return self.process.returncode, stderr
 
     def client(self, key: str | None = None) -> openai.OpenAI:

@@ -220,12 +220,10 @@ def test_an_interrupted_recording_goes_on(load: Callable[..., Llama], tmp_path: 
             raise Stop
 
     with pytest.raises(Stop):
-        record(llm, many, temps=(0.8,), n_tokens=8, top_k=30, partial=path, advance=stop, save_every=3)
-    assert len(Traces.load(path).n_tokens) == 6
+        record(llm, many, temps=(0.8,), n_tokens=8, top_k=30, partial=path, advance=stop)
+    assert len(Traces.load(path).n_tokens) == 7
     counted: list[int] = []
-    resumed = record(
-        llm, many, temps=(0.8,), n_tokens=8, top_k=30, partial=path, advance=counted.append, save_every=3
-    )
+    resumed = record(llm, many, temps=(0.8,), n_tokens=8, top_k=30, partial=path, advance=counted.append)
     assert np.array_equal(resumed.ranks, expected.ranks) and np.array_equal(resumed.log_p, expected.log_p)
     # other settings start anew
     other = record(llm, many[:2], temps=(0.0,), n_tokens=8, partial=path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from entmtp.bank.bank import Bank  # noqa: E402
 from entmtp.bank.tree import PLAIN, Tree  # noqa: E402
 from entmtp.convert import convert  # noqa: E402
 from entmtp.train.cli import main  # noqa: E402
+from helpers.disks import in_small_disk, need_mount  # noqa: E402
 from helpers.models import write_encoder  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -276,24 +276,9 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
 #
 
 
-def in_small_disk(folder: Path, megabytes: int, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command with a tmpfs of so many megabytes mounted on `folder`, which nobody else sees."""
-    mount = f'mount -t tmpfs -o size={megabytes}m none {folder} && exec "$@"'
-    return subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh", *command],
-        capture_output=True,
-        text=True,
-    )
-
-
-@pytest.fixture(scope="module")
-def can_mount(tmp_path_factory: pytest.TempPathFactory) -> None:
-    if not shutil.which("unshare") or in_small_disk(tmp_path_factory.mktemp("mount"), 1, "true").returncode:
-        pytest.skip("this system lets no user mount a small disk (unshare --user --mount)")
-
-
-def test_a_disk_that_is_too_small(tiny: Path, tmp_path: Path, can_mount: None) -> None:
+def test_a_disk_that_is_too_small(tiny: Path, tmp_path: Path) -> None:
     """It is said before anything is computed."""
+    need_mount()
     disk = tmp_path / "disk"
     disk.mkdir()
     argv = arguments(tiny, tmp_path / "heads.gguf", "--work", str(disk / "work"))
@@ -330,8 +315,9 @@ sys.exit(code)
 """
 
 
-def test_a_disk_that_fills_up(tiny: Path, tmp_path: Path, can_mount: None) -> None:
+def test_a_disk_that_fills_up(tiny: Path, tmp_path: Path) -> None:
     """The error says so, and the last checkpoint is whole."""
+    need_mount()
     disk = tmp_path / "disk"
     disk.mkdir()
     argv = arguments(

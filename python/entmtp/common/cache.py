@@ -8,7 +8,17 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """The user's cache for entmtp, $ENTMTP_CACHE if that is set: the one that native/llama_cpp.py builds in."""
+    """The user's cache for entmtp, $ENTMTP_CACHE if that is set: the one that native/llama_cpp.py builds in.
+
+    Where there is no home folder, one that nothing can be read from or written to.
+    """
+    try:
+        return _cache_folder()
+    except RuntimeError:  # a user without a home
+        return Path(os.devnull) / "entmtp"
+
+
+def _cache_folder() -> Path:
     if folder := os.environ.get("ENTMTP_CACHE"):
         return Path(folder).expanduser()
     if sys.platform == "darwin":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 # They narrow what is allowed, and the converter does not know them; what only describes (title, default, format, …) may
@@ -15,6 +16,10 @@ UNFOLLOWED = frozenset((
 SCHEMA, SCHEMAS = ("items", "additionalProperties"), ("allOf", "anyOf", "oneOf", "prefixItems")
 BY_NAME = ("properties", "$defs", "definitions")
 DEEPEST = 64
+# what a grammar repeats is written as often: so many are as many as llama.cpp reads, and a pattern nests them
+COUNTS, MOST_TIMES = ("minItems", "maxItems", "minLength", "maxLength"), 1000
+LONGEST_PATTERN = 1000  # characters
+TIMES = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 
 
 def check_schema(schema: Any, where: str = "schema", depth: int = 0) -> None:
@@ -34,6 +39,10 @@ def check_schema(schema: Any, where: str = "schema", depth: int = 0) -> None:
             f"{where}: the keyword {unknown[0]} cannot be made a grammar of, so answers would not follow it; leave it "
             "out, and check it in the answer"
         )
+    for key in COUNTS:
+        if key in schema and not _is_count(schema[key]):
+            raise ValueError(f"{where}: {key} must be a whole number from 0 to {MOST_TIMES}")
+    _check_pattern(schema.get("pattern", ""), where)
     for key in SCHEMA:
         if key in schema:
             check_schema(schema[key], f"{where}.{key}", depth + 1)
@@ -43,6 +52,17 @@ def check_schema(schema: Any, where: str = "schema", depth: int = 0) -> None:
     for key in BY_NAME:
         for name, part in _of(schema, key, dict, where).items():
             check_schema(part, f"{where}.{key}.{name}", depth + 1)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TIMES
+
+
+def _check_pattern(pattern: Any, where: str) -> None:
+    if not isinstance(pattern, str) or len(pattern) > LONGEST_PATTERN:
+        raise ValueError(f"{where}: pattern must be a text of at most {LONGEST_PATTERN} characters")
+    if any(int(n) > MOST_TIMES for times in TIMES.findall(pattern) for n in times if n):
+        raise ValueError(f"{where}: pattern repeats more than {MOST_TIMES} times")
 
 
 def _of(schema: dict[str, Any], key: str, kind: Any, where: str) -> Any:

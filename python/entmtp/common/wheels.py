@@ -44,6 +44,7 @@ def pip_download(
     # pip asks a source package for its metadata; options meant for our own build must not reach that
     env = {k: v for k, v in os.environ.items() if k not in ("CMAKE_ARGS", "CMAKE_GENERATOR")}
     env = {k: v for k, v in env.items() if not k.startswith("SKBUILD_")}
+    env |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))  # where a killed pip leaves what it was at
     result = subprocess.run(
         [*pip, "--dest", str(folder), requirement], env=env, stdin=subprocess.DEVNULL, stdout=sys.stderr
     )

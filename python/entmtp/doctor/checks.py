@@ -347,7 +347,8 @@ def check_gain(args: argparse.Namespace) -> Check:
     each = ", ".join(f"{k} {x / speeds['plain']:.2f}" for k, x in speeds.items() if k != "plain")
     text = f"plain decoding {speeds['plain']:.0f} tokens/s, drafts times that: {each}"
     if taken := found.get("taken"):
-        text += f"; the heads' guesses are taken to depth 1, 2, … in {', '.join(f'{x:.0%}' for x in taken)} of their steps"
+        shares = ", ".join(f"{x:.0%}" for x in taken)
+        text += f"; the heads' guesses are taken to depth 1, 2, … in {shares} of their steps"
     return ok("gain", f"{text}: {sentence(speeds)}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +102,7 @@ def record(
     seed: int = 0,
     partial: str | Path | None = None,
     advance: Callable[[int], None] | None = None,
-    save_every: int = 16,
+    save_within: float = 20.0,
     **sampling: Any,
 ) -> Traces:
     """Trace rollouts of prompts at several temperatures.
@@ -112,7 +113,7 @@ def record(
         seed: of the first prompt; the others count on from there.
         partial: a file that keeps finished rollouts, so that an interrupted recording goes on where it stopped.
         advance: called with the number of finished rollouts.
-        save_every: rollouts after which `partial` is written.
+        save_within: seconds after which `partial` is written, at the next end of a rollout.
     """
     texts = [list(tokens) for _, tokens in prompts]
     facts = [[task for task, _ in prompts], texts, list(temps), n_tokens, seed, sampling, heads_identity(llm)]
@@ -130,14 +131,25 @@ def record(
         if known.about.get("digest") == about["digest"]:
             done = [known.pick([i]) for i in range(len(known.n_tokens))]
     jobs = [(i, task, temp) for i, (task, _) in enumerate(prompts) for temp in temps]
-    for k, (i, task, temp) in enumerate(jobs):
-        if k >= len(done):
-            llm.set_seed(seed + i)
-            done.append(rollout(llm, texts[i], n_tokens, task, i, temp=temp, **sampling))
-            if partial is not None and ((k + 1) % save_every == 0 or k + 1 == len(jobs)):
-                replace(join(done), about=about | {"complete": k + 1 == len(jobs)}).save(partial)
-        if advance:
-            advance(k + 1)
+    saved, n_saved = time.monotonic(), len(done)
+
+    def keep() -> None:
+        nonlocal saved, n_saved
+        if partial is not None and len(done) > n_saved:
+            replace(join(done), about=about | {"complete": len(done) == len(jobs)}).save(partial)
+            saved, n_saved = time.monotonic(), len(done)
+
+    try:
+        for k, (i, task, temp) in enumerate(jobs):
+            if k >= len(done):
+                llm.set_seed(seed + i)
+                done.append(rollout(llm, texts[i], n_tokens, task, i, temp=temp, **sampling))
+                if time.monotonic() - saved >= save_within:
+                    keep()
+            if advance:
+                advance(k + 1)
+    finally:
+        keep()
     return replace(join(done), about=about)
 
 

@@ -68,6 +68,8 @@ class Repository:
         else:
             hub = _library(self.name.text)
             revision = self.commit or self.name.revision
+            if expected := self.files[file]:
+                _sweep(self.name.repo, expected)
             path = Path(
                 ask(self.name.text, lambda: hub.hf_hub_download(self.name.repo, file, revision=revision))
             )
@@ -175,6 +177,25 @@ def _downloaded(name: Name) -> dict[str, Path]:
                         f.file_path.relative_to(at.snapshot_path).as_posix(): f.file_path for f in at.files
                     }
     return {}
+
+
+def _sweep(repo: str, sha256: str) -> None:
+    """Remove what killed downloads of a file left: huggingface-hub begins each anew, under another name."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub.utils import WeakFileLock
+
+    cache, folder = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=repo, repo_type="model")
+    left = list((cache / folder / "blobs").glob(f"{sha256}.*.incomplete"))
+    if not left:
+        return
+    try:
+        # who downloads it now holds this
+        with WeakFileLock(str(cache / ".locks" / folder / f"{sha256}.lock"), timeout=0.1):
+            for path in left:
+                path.unlink(missing_ok=True)
+    except OSError:  # a lock that is held among them
+        return
 
 
 def _sha_of_blob(path: Path) -> str | None:

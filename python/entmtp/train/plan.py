@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..common.atomic import atomic_path
 from ..common.errors import ModelError
 from ..models.base import BaseModel, read_base
 from .data import Data, read_data
@@ -211,4 +212,5 @@ def claim(folder: Path, what: str, value: str) -> None:
                 "--restart to begin anew"
             )
         return
-    path.write_text(value + "\n")
+    with atomic_path(path) as temporary:
+        temporary.write_text(value + "\n")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,9 +17,10 @@ from .. import options
 from ..bank.bank import Bank, dumps
 from ..bank.tree import PLAIN
 from ..common.atomic import atomic_path
+from ..common.cache import cache_folder
 from ..common.errors import EntmtpError
 from ..common.progress import stages
-from ..common.prompts import FORMS, read_questions
+from ..common.prompts import FORMS, Question, read_questions
 from ..measure.known import tuned_path
 from ..measure.tuning import tune
 from ..models.templates import fitting_tokens
@@ -94,7 +98,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--traces", metavar="FILE",
-        help="file (not a folder) that keeps the rank traces: for another machine's costs, or to resume",
+        help="file (not a folder) that keeps the rank traces: for another machine's costs (default: in the cache "
+        "until the bank is written, so that a run that was stopped goes on)",
     )  # fmt: skip
     parser.add_argument("--contexts", type=int, nargs="+", default=[64, 512], help="depths to time passes at")
     parser.add_argument(
@@ -107,6 +112,19 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "--plot", metavar="BANK", help="draw a tuned bank as PNG files beside it, and measure nothing"
     )
     return parser
+
+
+def _kept(args: argparse.Namespace, questions: list[tuple[str, Question]]) -> Path | None:
+    """Where this very command keeps its rollouts until its bank is written; None if the cache cannot hold them."""
+    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in (Path(args.model), Path(args.heads))]
+    asked = {k: v for k, v in vars(args).items() if k not in ("outfile", "name", "task", "plot")}
+    facts = json.dumps([files, asked, questions], default=str, sort_keys=True)
+    path = cache_folder() / "traces" / f"{hashlib.sha256(facts.encode()).hexdigest()[:20]}.npz"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return path if os.access(path.parent, os.W_OK) else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -128,12 +146,13 @@ def main(argv: list[str] | None = None) -> int:
         if heads is None:
             raise options.no_heads("tuning", model)
         args.model, args.heads = str(model), str(heads)
+        kept = args.traces or _kept(args, questions)
         with contextlib.closing(options.load(args, policy="off")) as llm, stages() as advance:
             room = llm.n_ctx() - args.tokens - 1
             prompts = [(task, fitting_tokens(llm, q, room, args.raw)) for task, q in questions]
             bank = tune(
                 llm, prompts, name=name, task=args.task, temps=args.temp, n_tokens=args.tokens, seed=args.seed,
-                traces=args.traces, contexts=args.contexts, n_rounds=args.rounds, sizes=args.sizes, progress=advance,
+                traces=kept, contexts=args.contexts, n_rounds=args.rounds, sizes=args.sizes, progress=advance,
                 sampling={"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p},
             )  # fmt: skip
         costs = bank.need_costs()
@@ -141,12 +160,16 @@ def main(argv: list[str] | None = None) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(out) as temporary:
             temporary.write_text(dumps(bank), "utf-8")
+        if kept and not args.traces:
+            Path(kept).unlink(missing_ok=True)
     except (EntmtpError, ValueError, OSError) as e:
         print(f"entmtp.tune: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        again = f"; the rollouts done so far are in {args.traces}" if args.traces else ""
-        print(f"entmtp.tune: interrupted, no bank was written{again}", file=sys.stderr)
+        print(
+            "entmtp.tune: interrupted, no bank was written; the same command goes on from the rollouts done so far",
+            file=sys.stderr,
+        )
         return 130
     show(console, bank)
     print(
