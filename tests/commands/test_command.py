@@ -87,8 +87,8 @@ def test_missing_libraries(tmp_path: Path) -> None:
 #
 
 
-def doctor(*args: str, **env: str) -> tuple[int, dict[str, dict[str, Any]]]:
-    done = run("doctor", "--json", *args, **env)
+def doctor(*args: str, gain: bool = False, **env: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    done = run("doctor", "--json", "--gain" if gain else "--no-gain", *args, **env)
     report = json.loads(done.stdout)
     return done.returncode, {check["what"]: check for check in report["checks"]}
 
@@ -137,6 +137,41 @@ def test_doctor_with_a_model(models: dict[str, Path], tmp_path: Path) -> None:
     assert "loads with a context of 1024" in checks["model"]["found"]
     assert checks["tuned trees"]["status"] == "note" and "entmtp tune" in checks["tuned trees"]["mend"]
     assert checks["weights"]["status"] == "ok" and checks["weights"]["found"].endswith(" MB) in panels")
+
+
+def test_doctor_measures_what_drafts_bring(models: dict[str, Path], tmp_path: Path) -> None:
+    model, heads = str(models["q8_0"]), str(models["hydra"])
+    code, checks = doctor("--model", model, "--heads", heads, gain=True, ENTMTP_CACHE=str(tmp_path))
+    assert code == 0 and checks["gain"]["status"] == "ok"
+    found = re.fullmatch(
+        r"plain decoding (\d+) tokens/s, drafts times that: text ([\d.]+), heads ([\d.]+), together ([\d.]+); the "
+        r"heads' guesses are taken to depth 1, 2, … in ([\d%, ]+) of their steps: (.+)",
+        checks["gain"]["found"],
+    )
+    assert found is not None, checks["gain"]["found"]
+    shares = [int(x.rstrip("%")) for x in found[5].split(", ")]
+    assert 20 < shares[0] <= 100 and shares == sorted(shares, reverse=True) and len(shares) <= 4
+    assert "gain" not in doctor("--model", model, "--draft", "off", gain=True)[1]
+
+
+@pytest.mark.parametrize(
+    ("speeds", "expected"),
+    [
+        ({"plain": 100, "text": 101}, "nothing pays here: plain decoding is as fast"),
+        ({"plain": 100, "text": 130}, "drafts from the text pay here"),
+        ({"plain": 100, "text": 120, "heads": 130, "together": 150},
+         "drafts from the text and heads pay here, all together most"),
+        ({"plain": 100, "text": 99, "heads": 130, "together": 131}, "heads pay here, all together most"),
+        ({"plain": 100, "text": 102, "heads": 101, "together": 104}, "only all together pay here"),
+        ({"plain": 100, "text": 140, "heads": 90, "together": 120},
+         "drafts from the text alone: faster here than all together (--drafters text,recycling)"),
+        ({"plain": 100, "text": 90, "heads": 80, "together": 99}, "nothing pays here: plain decoding is as fast"),
+    ],
+)  # fmt: skip
+def test_what_pays_in_a_sentence(speeds: dict[str, float], expected: str) -> None:
+    from entmtp.doctor.gain import sentence
+
+    assert sentence(speeds) == expected
 
 
 def test_doctor_tells_how_weights_are_computed(tmp_path: Path) -> None:

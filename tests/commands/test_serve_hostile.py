@@ -21,7 +21,9 @@ from helpers.typed import DEMO
 
 ASK: dict[str, Any] = {"prompt": "The sea", "max_tokens": 8, "temperature": 0}
 MAX_RECEIVE = 1.0  # seconds
-MEMORY = 400.0  # MB that a server of the toy may come to in all of this; it begins with 110, and 231 were measured
+MEMORY = (
+    400.0  # MB that a server of the toy may come to in all of this; it begins with 110, and 231 were measured
+)
 ANSWERED = (200, 400)
 
 
