@@ -29,7 +29,8 @@ SAMPLING: list[dict[str, Any]] = [
 
 # as of a small model on a GPU: eight nodes cost hardly more than two, sixteen far more
 ON_DEVICE = replace(
-    relative({1: 1.0, 2: 1.13, 4: 1.22, 8: 1.4, 16: 3.05, 64: 4.0}, chain=[0.0, 0.1, 0.13, 0.16, 0.19]), build=6e3
+    relative({1: 1.0, 2: 1.13, 4: 1.22, 8: 1.4, 16: 3.05, 64: 4.0}, chain=[0.0, 0.1, 0.13, 0.16, 0.19]),
+    build=6e3,
 )
 
 Load = Callable[..., entmtp.Llama]

@@ -20,7 +20,9 @@ def quick(llm: Subject, seconds: float = SECONDS, tuned: Costs | None = None) ->
     for known in (tuned, cached(llm)):
         if known is not None and not were_disturbed(llm, known):
             return known
-    own = measure(llm, DEVICE_SIZES if on_device(llm) else QUICK_SIZES, contexts=(16,), n_rounds=8, budget=seconds)
+    own = measure(
+        llm, DEVICE_SIZES if on_device(llm) else QUICK_SIZES, contexts=(16,), n_rounds=8, budget=seconds
+    )
     if is_steady(own):
         keep(own)
     return own
