@@ -15,6 +15,8 @@ from pathlib import Path
 
 from native.llama_cache import RECIPE, BuildError, file_lock, log, make_key
 
+PATH_MAP = Path(__file__).resolve().parent / "cmake" / "PathMap.cmake"
+
 # Environment variables that CMake reads when it first configures a build.
 ENV_FLAGS = (
     "CFLAGS",
@@ -104,9 +106,7 @@ def cpu_identity() -> str:
 
 
 def is_native(flags: dict[str, str]) -> bool:
-    # ggml's own default: native, unless the build shall be reproducible
-    default = "OFF" if "SOURCE_DATE_EPOCH" in os.environ else "ON"
-    return flags.get("GGML_NATIVE", default).upper() not in ("OFF", "0", "NO", "FALSE", "N", "")
+    return flags.get("GGML_NATIVE", "ON").upper() not in ("OFF", "0", "NO", "FALSE", "N", "")
 
 
 def build_key(source: str, flags: dict[str, str], compilers: Sequence[str]) -> str:
@@ -126,8 +126,10 @@ def default_jobs() -> int:
 
 
 def run_step(command: Sequence[str], cwd: Path) -> None:
+    # ggml takes the variable for a wish for processors without AVX2; wishes are in the flags, and so in the key
+    env = {k: v for k, v in os.environ.items() if k != "SOURCE_DATE_EPOCH"}
     # inherited stderr: a build of minutes must be seen to move
-    if subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode != 0:
+    if subprocess.run(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode != 0:
         raise BuildError(
             f"building llama.cpp failed in {cwd}; the cause is above. Command: {shlex.join(command)}"
         )
@@ -195,6 +197,7 @@ def build_libraries(
         configure += [f"-DCMAKE_MAKE_PROGRAM={make_program}"] if generator == "Ninja" and make_program else []
         # the tree is no git checkout, and a repository around it must not lend its commit
         configure += [f"-DLLAMA_BUILD_COMMIT={commit}", "-DLLAMA_BUILD_NUMBER=0"]
+        configure += [f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={PATH_MAP}"]
         configure += [f"-DCMAKE_INSTALL_PREFIX={work / 'prefix'}"]
         configure += [f"-D{name}={value}" for name, value in sorted(all_flags.items())]
         run_step(configure, work)
@@ -213,7 +216,7 @@ def build_libraries(
             "key": key,
             "commit": commit,
             "source": key_of_source,
-            "flags": all_flags,
+            "flags": hashed,
             "compilers": identities,
         }
         (prefix / "build-info.json").write_text(
