@@ -197,7 +197,7 @@ def build_libraries(
         configure += [f"-DCMAKE_MAKE_PROGRAM={make_program}"] if generator == "Ninja" and make_program else []
         # the tree is no git checkout, and a repository around it must not lend its commit
         configure += [f"-DLLAMA_BUILD_COMMIT={commit}", "-DLLAMA_BUILD_NUMBER=0"]
-        configure += [f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={PATH_MAP}"]
+        configure += [f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={PATH_MAP.as_posix()}"]
         configure += [f"-DCMAKE_INSTALL_PREFIX={work / 'prefix'}"]
         configure += [f"-D{name}={value}" for name, value in sorted(all_flags.items())]
         run_step(configure, work)
