@@ -428,10 +428,9 @@ int32_t decoder::settle(int32_t next) {
         }
         const int32_t hit =
             id == scheduler::grow_tree && !policy.mixes() && next >= 0 ? (next == guess[0] ? 1 : 0) : -1;
-        policy.observe(
-            id, topology(tree_id).n_nodes(),
-            { path, hit, next_token, policy.mixes() ? t_heads : t_draft, t_verify, work.n_others, !work.with_prompt,
-              work.built });
+        policy.observe(id, topology(tree_id).n_nodes(),
+                       { path, hit, next_token, policy.mixes() ? t_heads : t_draft, t_verify, work.n_others,
+                         !work.with_prompt, work.built });
     }
 
     shared.earn((int32_t) path.size());

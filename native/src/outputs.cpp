@@ -146,7 +146,7 @@ void outputs::end(int32_t n, int32_t first) {
     first_output = first;
     traffic.n_passes++;
     traffic.n_outputs += n_outputs;
-    is_built     = reused < n_graphs;
+    is_built = reused < n_graphs;
     traffic.n_graphs += std::clamp<int64_t>(n_graphs - reused, 0, n_graphs);
 
     if (at_host) {

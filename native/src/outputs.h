@@ -101,8 +101,8 @@ class outputs {
     std::unique_ptr<reducer> reductions;
     int32_t                  most_k    = 0; // that the device can find
     bool                     by_chunks = false;
-    int32_t                  wanted_k = 1;
-    int32_t                  n_unused = 0; // tokens in a row that would have done with less
+    int32_t                  wanted_k  = 1;
+    int32_t                  n_unused  = 0; // tokens in a row that would have done with less
 
     std::map<int32_t, kept_row> kept;
     int32_t                     n_kept = 0; // so far

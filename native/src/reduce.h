@@ -15,11 +15,11 @@ namespace entmtp {
 
 // reductions of logits [n_vocab, n]
 struct reduction {
-    int32_t       k      = 0;
-    ggml_tensor * ids    = nullptr; // i32 [k, n] tokens with the largest logits, in any order. By chunks [2 k, n]:
-                                    // places among the best of all chunks, and tokens within their chunk
-    ggml_tensor * values = nullptr; // f32 [width(k), n] their logits [k], p of the best, -H in nats, and for k = 1:
-                                    // minus the number of tokens that are less probable
+    int32_t       k         = 0;
+    ggml_tensor * ids       = nullptr; // i32 [k, n] tokens with the largest logits, in any order. By chunks [2 k, n]:
+                                       // places among the best of all chunks, and tokens within their chunk
+    ggml_tensor * values    = nullptr; // f32 [width(k), n] their logits [k], p of the best, -H in nats, and for k = 1:
+                                       // minus the number of tokens that are less probable
     bool          by_chunks = false;
 
     static int32_t width(int32_t k) { return k + (k == 1 ? 3 : 2); }

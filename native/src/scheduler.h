@@ -80,12 +80,12 @@ class scheduler {
     // what that step did
     struct outcome {
         const std::vector<int32_t> & path; // [1 + n_accepted] the nodes that were taken, the root first
-        int32_t hit;             // the best guess of head 0 was right: 1, 0; -1: the text ended, or it did not run
-        int32_t next;            // token that left the tree; -1: not known
-        double  t_draft;         // us, of the heads
-        double  t_verify;        // us
-        int32_t n_others = 0;    // tokens of others in the pass
-        bool    timed    = true; // t_verify is that of a pass over so many tokens
+        int32_t hit;              // the best guess of head 0 was right: 1, 0; -1: the text ended, or it did not run
+        int32_t next;             // token that left the tree; -1: not known
+        double  t_draft;          // us, of the heads
+        double  t_verify;         // us
+        int32_t n_others = 0;     // tokens of others in the pass
+        bool    timed    = true;  // t_verify is that of a pass over so many tokens
         bool    built    = false; // it built its graph
     };
 

@@ -133,7 +133,7 @@ struct loop {
 
         const std::vector<float> level(n_levels * 3, 1.0f);
         const float              tree[] = { 0, 1, 1, 1 };
-        const entmtp_costs       costs  = { (int32_t) verify.size(), verify.data(), n_levels, level.data(), tree, build };
+        const entmtp_costs costs = { (int32_t) verify.size(), verify.data(), n_levels, level.data(), tree, build };
 
         plain_calibration cal(n_levels);
         for (int32_t l = 0; l < n_levels; ++l) {

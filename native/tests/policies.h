@@ -44,8 +44,7 @@ struct policy_bank {
     }
 
     const entmtp_costs * costs() const {
-        c = { (int32_t) verify.size(), verify.data(), (int32_t) level.size() / 3, level.data(), draft.data(),
-              build };
+        c = { (int32_t) verify.size(), verify.data(), (int32_t) level.size() / 3, level.data(), draft.data(), build };
         return &c;
     }
 

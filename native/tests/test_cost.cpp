@@ -89,7 +89,8 @@ static void test_graphs() {
     b.build       = 8000.0f;
     cost_model c(*b.costs(), 3, true);
 
-    for (const auto & [n, size] : std::vector<std::pair<int, int>>{ { 1, 1 }, { 2, 2 }, { 3, 4 }, { 5, 8 }, { 33, 64 } }) {
+    for (const auto & [n, size] :
+         std::vector<std::pair<int, int>>{ { 1, 1 }, { 2, 2 }, { 3, 4 }, { 5, 8 }, { 33, 64 } }) {
         CHECK_EQ(c.size_of(n), size);
         CHECK_NEAR(c.verify(n), 1000.0 + 100.0 * (size - 1), 1e-3);
     }

@@ -83,8 +83,8 @@ static void test_hits() {
     const auto               verify = loop::pass_costs();
     const std::vector<float> level(loop::n_levels * 3, 1.0f);
     const float              tree[] = { 0, 1, 1, 1 };
-    const entmtp_costs       costs  = { (int32_t) verify.size(), verify.data(), loop::n_levels, level.data(), tree, 0.0f };
-    plain_calibration        cal(loop::n_levels);
+    const entmtp_costs costs = { (int32_t) verify.size(), verify.data(), loop::n_levels, level.data(), tree, 0.0f };
+    plain_calibration  cal(loop::n_levels);
     std::fill(cal.accept.begin(), cal.accept.end(), 0.0f);
     for (int32_t l = 0; l < loop::n_levels; ++l) {
         cal.accept[l * ENTMTP_N_ACCEPT]     = -0.4f * w;
