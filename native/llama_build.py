@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 from native.llama_cache import RECIPE, BuildError, file_lock, log, make_key
 
+PATH_MAP = Path(__file__).resolve().parent / "cmake" / "PathMap.cmake"
+
 # Environment variables that CMake reads when it first configures a build.
 ENV_FLAGS = (
     "CFLAGS",
@@ -105,9 +107,7 @@ def cpu_identity() -> str:
 
 
 def is_native(flags: dict[str, str]) -> bool:
-    # ggml's own default: native, unless the build shall be reproducible
-    default = "OFF" if "SOURCE_DATE_EPOCH" in os.environ else "ON"
-    return flags.get("GGML_NATIVE", default).upper() not in ("OFF", "0", "NO", "FALSE", "N", "")
+    return flags.get("GGML_NATIVE", "ON").upper() not in ("OFF", "0", "NO", "FALSE", "N", "")
 
 
 def build_key(source: str, flags: dict[str, str], compilers: Sequence[str]) -> str:
@@ -127,8 +127,10 @@ def default_jobs() -> int:
 
 
 def run_step(command: Sequence[str], cwd: Path) -> None:
+    # ggml takes the variable for a wish for processors without AVX2; wishes are in the flags, and so in the key
+    env = {k: v for k, v in os.environ.items() if k != "SOURCE_DATE_EPOCH"}
     # inherited stderr: a build of minutes must be seen to move
-    if subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode != 0:
+    if subprocess.run(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode != 0:
         raise BuildError(
             f"building llama.cpp failed in {cwd}; the cause is above. Command: {shlex.join(command)}"
         )
@@ -227,7 +229,12 @@ def build_libraries(
         work = cache / "work" / key
         work.mkdir(parents=True, exist_ok=True)
         log(f"building llama.cpp {commit} (once for these options; minutes) in {work}")
-        definitions = {"CMAKE_INSTALL_PREFIX": str(work / "prefix"), **named(commit), **all_flags}
+        definitions = {
+            "CMAKE_INSTALL_PREFIX": str(work / "prefix"),
+            "CMAKE_PROJECT_llama.cpp_INCLUDE": PATH_MAP.as_posix(),
+            **named(commit),
+            **all_flags,
+        }
         build_dir = configure(tools, source, work / "build", definitions)
         build_type = all_flags["CMAKE_BUILD_TYPE"]
         run_step([*tools.build(build_dir, build_type), "--parallel", str(jobs or default_jobs())], work)
@@ -243,7 +250,7 @@ def build_libraries(
             "key": key,
             "commit": commit,
             "source": key_of_source,
-            "flags": all_flags,
+            "flags": hashed,
             "compilers": identities,
         }
         (prefix / "build-info.json").write_text(

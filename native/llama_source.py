@@ -47,11 +47,11 @@ def verify_sdist(path: Path, sha256: str) -> None:
         )
 
 
-def download_sdist(package: str, version: str | None, folder: Path) -> Path | None:
+def download_sdist(package: str, version: str | None, folder: Path, sha256: str | None = None) -> Path | None:
     """The source distribution that pip puts into the folder, the newest without a version; None if it cannot."""
     requirement = f"{package}=={version}" if version else package
     log(f"downloading the source of {requirement} (76 MB)")
-    found: Path | None = pip_download(requirement, folder, source=True)
+    found: Path | None = pip_download(requirement, folder, source=True, sha256=sha256)
     return found
 
 
@@ -64,11 +64,12 @@ def fetch_sdist(cache: Path, pin: dict[str, str]) -> Path:
             return path
         clear(path.parent, "tmp*")
         with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
-            downloaded = download_sdist(pin["package"], pin["version"], Path(tmp))
+            downloaded = download_sdist(pin["package"], pin["version"], Path(tmp), pin["sha256"])
             if downloaded is None or downloaded.name != path.name:
                 raise BuildError(
-                    f"could not download {pin['package']}=={pin['version']}. Without a network, put {path.name} "
-                    f"into {path.parent} or build from your own llama.cpp with -DENTMTP_LLAMA_CPP_DIR=<path>."
+                    f"could not download {pin['package']}=={pin['version']} with the SHA-256 of {PIN_FILE.name}; pip's "
+                    f"reason is above. Without a network, put {path.name} into {path.parent}, or build from your own "
+                    "llama.cpp with -DENTMTP_LLAMA_CPP_DIR=<path>."
                 )
             verify_sdist(downloaded, pin["sha256"])
             os.replace(downloaded, path)

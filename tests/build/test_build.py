@@ -11,11 +11,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from entmtp.native import library
 from native import (
     llama_baselines,
     llama_build,
@@ -259,13 +261,19 @@ def test_key_changes_with_all_that_matters(tmp_path, monkeypatch):
 
 def test_native_code_is_not_shared_between_cpus(monkeypatch):
     """A cache in a shared home directory must not hand AVX-512 code to a CPU without it."""
-    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
     flags = {"native": {}, "portable": {"GGML_NATIVE": "OFF"}}
     first = {name: llama_build.build_key("s", f, []) for name, f in flags.items()}
     monkeypatch.setattr(llama_build, "cpu_identity", lambda: "another CPU")
     second = {name: llama_build.build_key("s", f, []) for name, f in flags.items()}
     assert first["native"] != second["native"]
     assert first["portable"] == second["portable"]
+
+
+def test_time_changes_no_code(tmp_path, monkeypatch):
+    """ggml leaves AVX2 out where SOURCE_DATE_EPOCH is set, which no key tells: its build must not see it."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
+    script = "import os, sys; sys.exit('SOURCE_DATE_EPOCH' in os.environ)"
+    llama_build.run_step([sys.executable, "-c", script], tmp_path)
 
 
 def test_definitions():
@@ -474,3 +482,15 @@ for line in open("/proc/self/maps"):
         assert len(found) == 1, found
     ours = {p.parent for p in mapped if p.name.startswith(("libllama", "libggml", "libentmtp"))}
     assert len(ours) == 1, ours
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="MSVC has no option for it that is not experimental")
+@pytest.mark.parametrize("name", ["entmtp", "llama", "ggml-base", "ggml-cpu"])
+def test_no_path_of_this_machine_in_the_libraries(name):
+    """Or the same sources would give other bytes elsewhere (`make wheel-check` builds twice and compares all)."""
+    path = library.library_path(name, library.library_folder())
+    assert path
+    held = path.read_bytes()
+    assert b".cpp" in held  # assertions do name their source file
+    for folder in (ROOT, llama_cache.default_cache(), Path.home(), Path(tempfile.gettempdir())):
+        assert bytes(folder) + b"/" not in held, folder

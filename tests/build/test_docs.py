@@ -36,6 +36,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RULES = {
     r"make\b": "builds, as tests/test_build.py does",
     r"(CMAKE_ARGS=\S+|CMAKE_ARGS=\"[^\"]*\") pip install\b": "builds, as tests/test_build.py does",
+    r"SKBUILD_WHEEL_CMAKE=false pip install\b": "installs a wheel, as tests/wheel/install.py does",
     r"pip install\b": "fetches packages",
     r"python native/llama_cpp.py\b": "builds, as tests/test_build.py does",
     r"(python -m entmtp\.|entmtp )serve\b": "runs until it is stopped, as tests of the server do",
