@@ -11,7 +11,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 _CHUNK = 1 << 20
@@ -62,8 +61,7 @@ def pip_download(
     wanted = [requirement]
     if sha256 is not None:
         listed = folder / "requirements.txt"
-        listed.write_text(f"{requirement} --hash=sha256:{sha256}
-", encoding="utf-8")
+        listed.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
         wanted = ["--require-hashes", "-r", str(listed)]
     result = subprocess.run(
         [*pip, "--dest", str(folder), *wanted], env=env, stdin=subprocess.DEVNULL, stdout=sys.stderr
