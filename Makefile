@@ -113,7 +113,7 @@ build: $(BUILD)/.flags ## build llama.cpp (once, cached) and libentmtp
 
 install: build $(VENV)/.deps ## install entmtp into .venv, editable
 	@if [ ! -f $(VENV)/.installed ] || [ $(VENV)/.deps -nt $(VENV)/.installed ] \
-		|| [ -n "$$(find $(BUILD)/lib pyproject.toml -newer $(VENV)/.installed -type f)" ]; then \
+		|| [ -n "$$(find $(BUILD)/lib pyproject.toml native/entmtp.cdx.json -newer $(VENV)/.installed -type f)" ]; then \
 		$(call install_editable,test) && touch $(VENV)/.installed; fi
 
 # The build directory is the one `make build` used, so nothing is compiled here.
