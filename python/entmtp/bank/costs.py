@@ -116,7 +116,7 @@ class Costs:
         data = asdict(self)
         data |= {"chain": list(self.chain), "level": [list(row) for row in self.level]}
         data["verify"] = {str(d): {str(n): us for n, us in row.items()} for d, row in self.verify.items()}
-        return {k: v for k, v in data.items() if v is not None}
+        return {k: v for k, v in data.items() if v is not None and (k != "build" or v)}
 
 
 def relative(verify: dict[int, float], chain: Sequence[float]) -> Costs:

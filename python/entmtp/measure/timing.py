@@ -146,7 +146,8 @@ def measure(
         chain_us = [0.0] + [chain.median(d) for d in deep]
     else:
         chain_us = [0.0, *np.cumsum([level.median((head, 1)) for head in range(n_heads)])]
-    extra = [(us - N_BUILD * verify.median(key), verify.median(key)) for key, us in first.items()]
+    timed = {key: (us, verify.median(key)) for key, us in first.items() if key in verify.us}
+    extra = [(us - N_BUILD * usual, usual) for us, usual in timed.values()]
     builds = [us for us, usual in extra if us > usual / 2]  # others had their graph from before
     rows = tuple(
         tuple(round(level.median((head, w if w in widths else 1)), 1) for w in WIDTHS)
