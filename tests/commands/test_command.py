@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,15 @@ def test_missing_libraries(tmp_path: Path) -> None:
     done = run("demo", ENTMTP_LIB_PATH=str(tmp_path))
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "make build" in done.stderr
     assert "make build" in run("--version", ENTMTP_LIB_PATH=str(tmp_path)).stdout
+
+
+def test_every_folder_of_tests_is_run(request: pytest.FixtureRequest) -> None:
+    """pytest leaves out folders by their names."""
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    names = {name for folder in folders for name in folder.relative_to(ROOT).parts}
+    left_out = request.config.getini("norecursedirs")
+    assert names > {"tests", "build"}
+    assert not [name for name in names if any(fnmatch(name, pattern) for pattern in left_out)]
 
 
 #
