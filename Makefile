@@ -38,7 +38,7 @@ AUDIT     := $(RUN) pip-audit==2.10.1 --strict --disable-pip
 PLATFORMS := x86_64-manylinux2014 aarch64-manylinux2014 aarch64-apple-darwin x86_64-pc-windows-msvc
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-tsan test-arm soak kill-matrix fuzz-server \
+.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-tsan test-arm soak soak-serve kill-matrix fuzz-server \
 	build install baselines wheel wheel-check wheel-install bump bump-tools sbom audit lint format clean distclean
 .DELETE_ON_ERROR:
 
@@ -72,6 +72,9 @@ test-gpu: install ## run the tests that need a GPU; with CUDA=1, METAL=1 or VULK
 
 soak: install ## random calls to a drafting model and a plain twin, 1000000 tokens or TOKENS=n
 	$(PY) tests/soak.py --tokens $(or $(TOKENS),1000000)
+
+soak-serve: install ## a server under 16 clients, some of whom leave or read slowly, for 10 minutes or MINUTES=n
+	$(PY) tests/soak_serve.py --minutes $(or $(MINUTES),10) $(SOAK_ARGS)
 
 kill-matrix: install ## kill every long command 50 times, or KILLS=n, and give it again
 	$(PY) tests/kill_matrix.py --kills $(or $(KILLS),50)

@@ -42,9 +42,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def load(models: dict[str, Path]) -> Iterator[Callable[..., entmtp.Llama]]:
-    """load(base="f32", heads=None, **settings): a model, closed at the end; equal calls share one."""
+    """load(base="f32", heads=None, **settings): a model; equal calls in a file share one, closed at the file's end."""
     loaded: dict[str, entmtp.Llama] = {}
 
     def get(base: str = "f32", heads: str | None = None, **settings: object) -> entmtp.Llama:

@@ -306,8 +306,8 @@ class Llama(Drafted):
 
     def _sample(self, settings: dict[str, Any], idx: int | None) -> int:
         if self._decoder is None:
-            chain = self.chain(**settings)
-            return sample(self.ctx, chain.sampler, -1 if idx is None else idx - self.n_tokens)
+            with self.chain(**settings) as chain:
+                return sample(self.ctx, chain.sampler, -1 if idx is None else idx - self.n_tokens)
         if idx is not None and idx != self.n_tokens - 1:
             # an earlier token of the last batch, as after tokens that were sent into generate()
             if not self.logits_all:
@@ -316,8 +316,6 @@ class Llama(Drafted):
                 )
             return super().sample(**settings, idx=idx)
 
-        # outside of generate() there is no sampler that lives on, as in llama_cpp
-        chain = self.chain(**settings)
         temp = settings["temp"]
         if self._accept == "typical" and temp > 0.0:
             asked = [k for k in ("grammar", "logits_processor") if settings[k] is not None]
@@ -325,10 +323,13 @@ class Llama(Drafted):
             asked += ["repeat_penalty"] if settings["repeat_penalty"] != 1.0 else []
             asked += ["mirostat_mode"] if settings["mirostat_mode"] else []
             if not asked:
-                return self._tell(self._decoder.sample_typical(chain.sampler, temp, *self._typical))
+                with self.chain(**settings) as chain:
+                    return self._tell(self._decoder.sample_typical(chain.sampler, temp, *self._typical))
             self.warn_once(f'accept="typical" does not know {asked[0]}: accepting losslessly')
 
-        return self._tell(self._decoder.sample(chain.sampler))
+        # outside of generate() there is no sampler that lives on, as in llama_cpp
+        with self.chain(**settings) as chain:
+            return self._tell(self._decoder.sample(chain.sampler))
 
     def _tell(self, token: int) -> int:
         if self.on_token is not None and self._decoder is not None:

@@ -14,6 +14,7 @@ import random
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import llama_cpp
@@ -41,7 +42,7 @@ NEEDS = {
     "_is_recurrent": "the memory holds a state, not cells",
     "_is_hybrid": "it holds both",
     "_stack": "what is freed with the object",
-    "_sampler": "the sampler chain of the running `generate`, with its pointer `sampler`",
+    "_sampler": "the sampler chain of the running `generate`, with its pointer `sampler` and close()",
     "_init_sampler": "makes such a chain from the arguments of `sample`",
 }
 
@@ -219,12 +220,19 @@ class Upstream(llama_cpp.Llama):
         """Logits of the last batch of n tokens, [n, n_vocab]; valid until the next."""
         return np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n, self._n_vocab))
 
-    def chain(self, **settings: Any) -> Any:
+    @contextlib.contextmanager
+    def chain(self, **settings: Any) -> Iterator[Any]:
         """The sampler chain of the running generation, or, outside of one, a new one; `.sampler` is its pointer."""
-        return self._sampler if self._sampler is not None else self._init_sampler(**settings)
+        if self._sampler is not None:
+            yield self._sampler
+        else:
+            with contextlib.closing(self._init_sampler(**settings)) as chain:
+                yield chain
 
     def end_chain(self) -> None:
         """The generation is over: `sample` must not go on with its seed, biases and grammar."""
+        if self._sampler is not None:
+            self._sampler.close()  # it refers to itself: it would stay until garbage is collected
         self._sampler = None
 
 

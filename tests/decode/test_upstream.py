@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import re
 from collections.abc import Callable
@@ -57,6 +58,28 @@ def test_nothing_else_reaches_into_it() -> None:
     llama = (ROOT / "python" / "entmtp" / "llama.py").read_text("utf-8")
     found += [name for name in re.findall(r"self\.(_[a-z]\w*)", llama) if name in private - shared]
     assert found == []
+
+
+def open_chains() -> int:
+    kind = llama_cpp._internals.LlamaSampler
+    return sum(isinstance(o, kind) and o.sampler is not None for o in gc.get_objects())
+
+
+def test_sampler_chains_are_freed_with_their_use(load: Callable[..., Llama]) -> None:
+    """They refer to themselves: the garbage collector, which knows nothing of what is behind them, would let them pile up."""
+    for llm in (load(), load(heads="hydra")):
+        gc.collect()
+        gc.disable()
+        try:
+            before = open_chains()
+            for temperature in (0.0, 0.8):
+                llm("Once upon a time", max_tokens=4, temperature=temperature)
+                next(stream := llm("Once upon", max_tokens=9, temperature=temperature, stream=True))
+                stream.close()
+                llm.sample(temp=temperature)
+            assert open_chains() == before
+        finally:
+            gc.enable()
 
 
 def test_warnings_and_errors_are_told_apart(load: Callable[..., Llama]) -> None:
