@@ -7,6 +7,7 @@ missing, and this file is what has to be looked at.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -29,7 +30,7 @@ from .common.json_schema import check_schema
 NEEDS = {
     "input_ids": "tokens evaluated so far, [n_ctx]: `generate` compares a prompt with them",
     "n_tokens": "how many there are",
-    "scores": "logits by token with logits_all, [n_ctx, n_vocab]: logprobs are read from them",
+    "scores": "logits by token with logits_all, [n_ctx, n_vocab]: logprobs are read from them; part of a state",
     "n_batch": "tokens that one call may evaluate",
     "tokenizer_": "replaced by one that does not detokenise the same text again and again",
     "_requires_eval": "the last token's logits are not there: `generate` must not sample before it evaluates",
@@ -111,6 +112,9 @@ class Upstream(llama_cpp.Llama):
             self.input_ids = np.zeros(self.n_ctx(), dtype=np.intc)
             if self.logits_all:
                 self.scores = np.zeros((self.n_ctx(), self.vocab_size), dtype=np.single)
+        if not self.logits_all:
+            # none are kept; llama-cpp-python has a row for every token of a batch, and copies as many into each state
+            self.scores = np.zeros((1, self.vocab_size), dtype=np.single)
 
     def begin_as(self, other: Upstream, n_ctx: int) -> None:
         """Share the model and the context of another, in place of `__init__`, for a text of up to n_ctx tokens."""
@@ -174,6 +178,12 @@ class Upstream(llama_cpp.Llama):
     def _scores(self) -> npt.NDArray[np.single]:
         """Rows of logits up to the last token; its last row is read even where there is none."""
         return self.scores[: max(self.n_tokens, 1)]
+
+    def load_state(self, state: llama_cpp.LlamaState) -> None:
+        if not self.logits_all and len(state.scores) > 1:  # of a model that keeps them, or of llama-cpp-python's
+            state = copy.copy(state)
+            state.scores = state.scores[:1]
+        super().load_state(state)
 
     @property
     def vocab_size(self) -> int:
