@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import random
 import sys
 import tempfile
@@ -33,6 +34,7 @@ GRAMMARS = (
 )
 WARM = 0.2  # of the run: allocators and graphs settle,
 FILLED = 80_000  # tokens until the logs of the last 65,536 steps are full
+LOOK = 500  # tokens between two looks at the memory, at least: they take some, too
 
 
 class Twins:
@@ -190,8 +192,10 @@ class Twins:
         self.calls[kind.__name__] += 1
 
 
-def soak(n_tokens: int, seed: int = 1, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Run until so many tokens came; figures of the run.
+def soak(
+    n_tokens: int, seed: int = 1, say: Callable[[str], None] = lambda text: None, seconds: float = math.inf
+) -> dict[str, Any]:  # fmt: skip
+    """Run until so many tokens came, or the time is over; figures of the run.
 
     Raises:
         AssertionError: the twins' tokens differ; the text says in which call.
@@ -211,17 +215,18 @@ def soak(n_tokens: int, seed: int = 1, say: Callable[[str], None] = lambda text:
         adapter = write_adapter(model, Path(folder) / "adapter.gguf")
         twins, growth, said = Twins(drafting, plain, texts, adapter, seed), Growth(), time.monotonic()
         begin = said
-        while twins.n_tokens < n_tokens:
+        while twins.n_tokens < n_tokens and time.monotonic() - begin < seconds:
             twins.step()
-            if twins.n_tokens >= max(WARM * n_tokens, min(FILLED, 0.5 * n_tokens)):
-                growth.look()
+            if twins.n_tokens // LOOK > len(growth.samples):
+                growth.look(twins.n_tokens)
             if time.monotonic() - said > 30:
                 said = time.monotonic()
                 say(f"{twins.n_tokens} of {n_tokens} tokens, {growth.megabytes:.0f} MB")
         accepted = twins.n_accepted + drafting.draft_stats.n_accepted
     return {
         "tokens": twins.n_tokens, "calls": dict(twins.calls), "seconds": round(time.monotonic() - begin, 1),
-        "accepted_drafts": accepted, **growth.figures(),
+        "accepted_drafts": accepted,
+        **growth.figures(since=max(WARM * twins.n_tokens, min(FILLED, 0.5 * twins.n_tokens))),
     }  # fmt: skip
 
 
@@ -230,9 +235,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens to generate (default: 1000000)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="at most (default: until they came)")
     parser.add_argument("--seed", type=int, default=1, help="of the calls (default: 1)")
     args = parser.parse_args()
-    found = soak(args.tokens, args.seed, lambda text: print(text, file=sys.stderr, flush=True))
+    found = soak(
+        args.tokens, args.seed, lambda text: print(text, file=sys.stderr, flush=True), 60 * args.minutes
+    )
     print(json.dumps(found, indent=1))
     if found["growth"] > 0.01 or found["files"][1] > found["files"][0]:
         print("soak: memory or open files grew", file=sys.stderr)

@@ -218,8 +218,7 @@ class Soak:
                 if http.get("/health").status_code != 200:
                     self.wrong.append("/health is not 200")
                 self.health = max(self.health, time.monotonic() - begun)
-                if self.spent >= WARM:
-                    self.growth.look()
+                self.growth.look(self.spent)
                 if self.spent >= said:
                     said += 0.05
                     say(
@@ -292,7 +291,7 @@ def soak(
         "requests": dict(run.asks), "statuses": dict(statuses),
         "tokens": int(sum(n for name, n in metrics.items() if name.startswith("entmtp_generated_tokens_total"))),
         "seconds": seconds, "slowest_health": round(run.health, 2), "files": [before, after],
-        **{k: v for k, v in run.growth.figures().items() if k != "files"}, "wrong": run.wrong,
+        **{k: v for k, v in run.growth.figures(WARM).items() if k != "files"}, "wrong": run.wrong,
     }  # fmt: skip
 
 

@@ -14,25 +14,26 @@ def n_files(process: psutil.Process) -> int:
 
 
 class Growth:
-    """Samples of a process (None: this one) since it has warmed up."""
+    """Samples of a process (None: this one)."""
 
     def __init__(self, pid: int | None = None):
         self.process = psutil.Process(pid)
-        self.samples: list[tuple[int, int]] = []  # resident bytes, open files
+        self.samples: list[tuple[float, int, int]] = []  # how far the run was, resident bytes, open files
 
     @property
     def megabytes(self) -> float:
         return float(self.process.memory_info().rss) / 1e6
 
-    def look(self) -> None:
-        self.samples.append((self.process.memory_info().rss, n_files(self.process)))
+    def look(self, at: float) -> None:
+        self.samples.append((at, self.process.memory_info().rss, n_files(self.process)))
 
-    def figures(self) -> dict[str, Any]:
-        """Of the first and of the last fifth of the samples: median memory, how much more that is, most open files."""
-        fifth = max(len(self.samples) // 5, 1)
-        ends = (self.samples[:fifth], self.samples[-fifth:])
-        memory = [statistics.median(rss for rss, _ in part) for part in ends]
+    def figures(self, since: float) -> dict[str, Any]:
+        """Of the first and of the last fifth of the samples since then: median memory, its growth, most open files."""
+        samples = [s for s in self.samples if s[0] >= since]
+        fifth = max(len(samples) // 5, 1)
+        ends = (samples[:fifth], samples[-fifth:])
+        memory = [statistics.median(rss for _, rss, _ in part) for part in ends]
         return {
             "memory_mb": [round(m / 1e6, 1) for m in memory], "growth": round(memory[1] / memory[0] - 1, 4),
-            "files": [max(n for _, n in part) for part in ends],
+            "files": [max(n for _, _, n in part) for part in ends],
         }  # fmt: skip
