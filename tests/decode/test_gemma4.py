@@ -81,7 +81,9 @@ def test_the_assistant_is_asked_what_it_is_trained_for(folder: Path, n_batch: in
     rng = np.random.default_rng(1)
     text: list[int] = []
     n_asked = [0, 0]
-    with load(path, draft="entmtp", drafters=["model"], draft_model=beside, n_batch=n_batch, n_ubatch=n_ubatch) as llm:
+    with load(
+        path, draft="entmtp", drafters=["model"], draft_model=beside, n_batch=n_batch, n_ubatch=n_ubatch
+    ) as llm:
         draft_a_lot(llm)
         for kept, prompt in ((0, list(range(20, 90)) * 5), (300, [5, 6, 7])):
             text = text[:kept] + prompt
@@ -122,12 +124,20 @@ def test_an_assistant_beside_a_model_is_found(folder: Path, tmp_path: Path) -> N
     ("shape", "message"),
     [
         (replace(ASSISTANT, n_out=96), "it takes states of 96 numbers, the model's have 64"),
-        (replace(ASSISTANT, n_head_kv=(1, 1)), "its layer 0 is for 1 heads of 32 keys, the model has 2 of 32"),
-        (replace(ASSISTANT, head_dim=(32, 32)), "its layer 2 is for 1 heads of 32 keys, the model has 1 of 64"),
+        (
+            replace(ASSISTANT, n_head_kv=(1, 1)),
+            "its layer 0 is for 1 heads of 32 keys, the model has 2 of 32",
+        ),
+        (
+            replace(ASSISTANT, head_dim=(32, 32)),
+            "its layer 2 is for 1 heads of 32 keys, the model has 1 of 64",
+        ),
         (replace(ASSISTANT, n_head=3), "its layer 0 has 3 heads for 2 of keys"),
     ],
 )
-def test_an_assistant_of_another_model_is_refused(folder: Path, tmp_path: Path, shape: Shape, message: str) -> None:
+def test_an_assistant_of_another_model_is_refused(
+    folder: Path, tmp_path: Path, shape: Shape, message: str
+) -> None:
     other = write(tmp_path / "other.gguf", shape)
     with pytest.raises(EntmtpError, match=message):
         Llama(folder / "dense" / "model.gguf", draft="entmtp", draft_model=other, **SETTINGS)

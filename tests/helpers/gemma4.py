@@ -1,7 +1,7 @@
 """Gemma 4's shape with random weights, and an assistant that drafts for it; what both compute, by numpy.
 
-An assistant has no keys and values of its own: its layers look at those of the model's last layer of their kind, full or
-with a sliding window. It takes a token and the hidden state before it, gives a state to go on from, and asks for every
+An assistant has no keys and values of its own: its layers look at those of the model's last layer of their kind, full
+or with a sliding window. It takes a token and the hidden state before it, gives a state to go on from, and asks for every
 token of a chain from the same place.
 """
 
@@ -181,7 +181,13 @@ class Reference:
         return logits
 
     def _layer(
-        self, t: dict[str, Array], i: int, x: Array, window: bool, at: npt.NDArray[Any], n_keys: int | None = None
+        self,
+        t: dict[str, Array],
+        i: int,
+        x: Array,
+        window: bool,
+        at: npt.NDArray[Any],
+        n_keys: int | None = None,
     ) -> Array:
         def w(name: str) -> Array:
             return t[f"blk.{i}.{name}.weight"]

@@ -43,7 +43,9 @@ def check_drafter(drafter: Path, model: Path) -> None:
         except (ConvertError, OSError) as e:
             problem = str(e)
         if problem:
-            raise ModelError(f"{drafter} cannot draft for {model.name}: {problem}; give the assistant made for it")
+            raise ModelError(
+                f"{drafter} cannot draft for {model.name}: {problem}; give the assistant made for it"
+            )
 
 
 def find_drafter(model: Path, say: Say = warn) -> Path | None:
@@ -84,11 +86,19 @@ def _misfit(assistant: dict[str, Any], model: dict[str, Any]) -> str:
     """
     if model.get("general.architecture") != ASSISTED:
         return f"an assistant is for {ASSISTED}, and this is {model.get('general.architecture')}"
-    width, n_embd = assistant.get(f"{ASSISTANT}.embedding_length_out"), model.get(f"{ASSISTED}.embedding_length")
+    width, n_embd = (
+        assistant.get(f"{ASSISTANT}.embedding_length_out"),
+        model.get(f"{ASSISTED}.embedding_length"),
+    )
     if width != n_embd:
         return f"it takes states of {width} numbers, the model's have {n_embd}"
     theirs, ours = _layers(assistant, ASSISTANT), _layers(model, ASSISTED)
-    if theirs is None or ours is None or len(ours) < 2 or [layer.window for layer in ours[-2:]] != [True, False]:
+    if (
+        theirs is None
+        or ours is None
+        or len(ours) < 2
+        or [layer.window for layer in ours[-2:]] != [True, False]
+    ):
         return "the file does not say what its layers are like"
     for i, layer in enumerate(theirs):
         seen = ours[-2 if layer.window else -1]
