@@ -1,8 +1,8 @@
 """Gemma 4's shape with random weights, and an assistant that drafts for it; what both compute, by numpy.
 
 An assistant has no keys and values of its own: its layers look at those of the model's last layer of their kind, full
-or with a sliding window. It takes a token and the hidden state before it, gives a state to go on from, and asks for every
-token of a chain from the same place.
+or with a sliding window. It takes a token and the hidden state before it, gives a state to go on from, and asks for
+every token of a chain from the same place.
 """
 
 from __future__ import annotations
