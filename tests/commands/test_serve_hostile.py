@@ -276,7 +276,10 @@ def test_a_server_that_ends_tells_its_streams(path: str, parallel: int) -> None:
     endless = {"type": "array", "items": {"type": "integer"}, "minItems": 400}  # no answer may end early
     asked = {
         "/v1/completions": {"prompt": "The sea", "min_tokens": 900},
-        "/v1/responses": {"input": "Count.", "text": {"format": {"type": "json_schema", "name": "n", "schema": endless}}},
+        "/v1/responses": {
+            "input": "Count.",
+            "text": {"format": {"type": "json_schema", "name": "n", "schema": endless}},
+        },
         "/api/chat": {"messages": [{"role": "user", "content": "Count."}], "format": endless},
     }[path]
     asked = {**asked, "max_tokens": 900, "max_output_tokens": 900, "options": {"num_predict": 900}}
