@@ -14,6 +14,7 @@ from entmtp.convert import convert
 from entmtp.models.assets import assets
 from entmtp.models.gguf_expand import expand
 from entmtp.options.demo import demo_files
+from helpers.growth import give_back
 from helpers.settings import F32
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to other tests
@@ -57,6 +58,7 @@ def load(models: dict[str, Path]) -> Iterator[Callable[..., entmtp.Llama]]:
     yield get
     for llm in loaded.values():
         llm.close()
+    give_back()
 
 
 @pytest.fixture(scope="session")
