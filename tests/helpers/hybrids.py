@@ -17,7 +17,7 @@ N_EMBD, N_FF, HEAD, N_HEAD, N_HEAD_KV = 64, 96, 32, 4, 2
 
 
 def _begin(
-    path: Path, arch: str, n_layer: int, n_ff: int | list[int] = N_FF
+    path: Path, arch: str, n_layer: int, n_ff: int | list[int] = N_FF, n_head: int = N_HEAD
 ) -> tuple[gguf.GGUFWriter, Weights]:
     w = gguf.GGUFWriter(path, arch)
     w.add_name(f"random {arch}")
@@ -27,7 +27,7 @@ def _begin(
     w.add_feed_forward_length(n_ff)
     w.add_layer_norm_rms_eps(1e-6)
     w.add_vocab_size(N_VOCAB)
-    w.add_head_count(N_HEAD)
+    w.add_head_count(n_head)
     w.add_rope_freq_base(10000.0)
     add_vocab(w)
     t = Weights(w, 1)
@@ -169,7 +169,7 @@ def write_nemotron_h(path: Path) -> Path:
 def write_rwkv6(path: Path) -> Path:
     """RWKV-6's shape: states alone. One of its matrices, `time_mix_w2`, is reshaped before it is multiplied by."""
     n_layer, d, mix, mixes = 2, N_EMBD, 32, 5
-    w, t = _begin(path, "rwkv6", n_layer)
+    w, t = _begin(path, "rwkv6", n_layer, n_head=0)
     w.add_layer_norm_eps(1e-5)
     w.add_wkv_head_size(HEAD)
     w.add_time_mix_extra_dim(mix)
