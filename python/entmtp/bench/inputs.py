@@ -69,6 +69,11 @@ def asked_of(llm: Llama, tasks: dict[str, list[Question]], args: Namespace) -> l
     return [(task, tokens_of(llm, question, args)) for task in tasks for question in tasks[task]]
 
 
+def prompts_of(llm: Llama, questions: Sequence[Question], args: Namespace, temp: float) -> list[Prompt]:
+    """Every turn of some questions, as they are answered at a temperature."""
+    return [Prompt(t, args.tokens, temp) for question in questions for t in turns_of(llm, question, args)]
+
+
 def trace_files(path: str) -> list[Path]:
     """The .npz files that `--traces` names: one, or a folder of them.
 
