@@ -252,6 +252,18 @@ def test_links_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_the_layout_page_has_every_room() -> None:
+    """Rooms in the table, and in the picture those that hold code, but for doors that only lead to another name."""
+    text = (ROOT / "docs" / "layout.md").read_text("utf-8")
+    picture = " ".join(re.findall(r'\["(.*?)"\]', text))
+    rooms = {p.name for p in (ROOT / "python" / "entmtp").iterdir() if not p.name.startswith(("_", "."))}
+    for room in rooms | {"convert", "trees"}:
+        name = room.removesuffix(".py")
+        assert f"`{room}" in text or f"entmtp.{name}`" in text, f"docs/layout.md does not say what {room} is"
+        if name not in ("assets", "trees", "cache", "heads_study", "kernels"):
+            assert re.search(rf"\b{name}\b", picture), f"the picture in docs/layout.md has no {name}"
+
+
 def test_the_api_page_is_current() -> None:
     command = [sys.executable, "docs/make_api.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
