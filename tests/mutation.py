@@ -45,7 +45,7 @@ TESTS = {
         "convert/test_convert_faults.py", "convert/test_convert_reference.py",
     ],
     "measure": [
-        "policy/test_search.py", "policy/test_timing.py", "policy/test_bench.py", "policy/test_calibration.py",
+        "policy/test_fitting.py", "policy/test_search.py", "policy/test_timing.py", "policy/test_bench.py",
         "policy/test_rounding.py", "policy/test_baselines.py", "policy/test_bench_serve.py", "policy/test_replay.py",
         "policy/test_tune.py", "commands/test_chat_parts.py",
     ],
@@ -115,7 +115,9 @@ def changes(node: ast.AST) -> Iterator[Change]:
             if bound is not None and not isinstance(bound, ast.Constant):
                 yield f"slice-{name}", with_field(node, **{name: one_more(bound)})
     droppable = ast.Assign | ast.AugAssign | ast.Raise | ast.Continue | ast.Break | ast.Expr
-    if isinstance(node, droppable) and not (isinstance(node, ast.Expr) and is_text(node.value)):
+    if isinstance(node, droppable) and not (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    ):
         yield "drop", lambda: ast.copy_location(ast.Pass(), node)
 
 
@@ -138,27 +140,26 @@ def places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
 
 class Mutant(NamedTuple):
     id: str  # file:line:columns:mutation
-    lines: (
-        tuple[int, int] | None
-    )  # of its statement, without what the statement holds; None: it runs on import
+    lines: tuple[int, int]  # first and last of those by which a test comes that may notice
     source: str  # the whole module's
 
 
-def spans(tree: ast.Module) -> dict[ast.AST, tuple[int, int] | None]:
-    """Of every node of a module the lines of its statement, as in Mutant."""
-    found: dict[ast.AST, tuple[int, int] | None] = {}
+def spans(tree: ast.Module) -> dict[ast.AST, tuple[int, int]]:
+    """The lines of Mutant of every node: its statement's, without what that holds; where it is run on import all of the
+    function whose default it is, or of the module."""
+    found: dict[ast.AST, tuple[int, int]] = {}
 
-    def visit(node: ast.AST, lines: tuple[int, int] | None, is_run_later: bool) -> None:
-        if isinstance(node, ast.stmt) and is_run_later:
+    def visit(node: ast.AST, lines: tuple[int, int], is_in_function: bool) -> None:
+        is_function = isinstance(node, ast.FunctionDef)
+        if isinstance(node, ast.stmt) and (is_in_function or is_function):
             body = getattr(node, "body", None)
-            lines = (node.lineno, body[0].lineno - 1 if body else node.end_lineno or node.lineno)
-            lines = (lines[0], max(lines))
+            last = body[0].lineno - 1 if body and is_in_function else node.end_lineno or node.lineno
+            lines = node.lineno, max(node.lineno, last)
         found[node] = lines
-        is_run_later = is_run_later or isinstance(node, ast.FunctionDef)
         for child in ast.iter_child_nodes(node):
-            visit(child, lines, is_run_later)
+            visit(child, lines, is_in_function or is_function)
 
-    visit(tree, None, False)
+    visit(tree, (1, sys.maxsize), False)
     return found
 
 
@@ -297,12 +298,9 @@ class Tests:
 
     def notice(self, mutant: Mutant) -> str:
         """What became of a mutant that has been written: passed (it lives), failed or timeout."""
-        names = set(self.seconds)
-        if mutant.lines:
-            by_line = self.lines.get(mutant.id.partition(":")[0], {})
-            names = {
-                n for line in range(mutant.lines[0], mutant.lines[1] + 1) for n in by_line.get(str(line), ())
-            }
+        by_line = self.lines.get(mutant.id.partition(":")[0], {})
+        first, last = mutant.lines
+        names = {name for line, names in by_line.items() if first <= int(line) <= last for name in names}
         if not names:
             return "passed"
         chosen = sorted(names, key=self.seconds.__getitem__)
