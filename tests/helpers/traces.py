@@ -23,7 +23,7 @@ def make_traces(ranks: np.ndarray, lengths: list[int], entropy: np.ndarray | Non
 
 
 def random_ranks(seed: int, lengths: list[int], n_heads: int, p: float = 0.5) -> np.ndarray:
-    """Ranks of texts of such lengths whose heads are right with probability p, and rank the token second with p of the rest."""
+    """Ranks in texts of such lengths, of heads that are right with probability p, second with p of the rest, ..."""
     rng = np.random.default_rng(seed)
     ranks = np.minimum(rng.geometric(p, (sum(lengths), n_heads)) - 1, MAX_RANK)
     at = 0

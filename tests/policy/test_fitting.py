@@ -78,7 +78,7 @@ def test_inputs_of_the_acceptance_model() -> None:
 
 
 def test_a_calibration_tells_what_came_true() -> None:
-    """Heads that say 0.4, 0.2, ... always, but are right the more often the less the entropy: that is what is learnt."""
+    """Heads that say 0.4, 0.2, ... always, but are right the more often the less the entropy: that is learnt."""
     lengths = [400] * 4
     rng = np.random.default_rng(0)
     entropy = rng.random(1600) * 3

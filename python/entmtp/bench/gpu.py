@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from importlib.resources import files
-from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +50,7 @@ DRAFTS: dict[str, Form] = {
 # where the time of a step goes, and what crosses between host and device in it
 STEPS: dict[str, Form] = {
     "step": "{nodes} nodes, {sampling}", "ms": "{ms:.3f}", "draft": "{split[draft]:.0%}",
-    "verify": "{split[verify]:.0%}", "besides": lambda s: f"{1 - s['split']['draft'] - s['split']['verify']:.1%}",
+    "verify": "{split[verify]:.0%}", "besides": lambda s: f"{sum(s['split'][k] for k in ('sample', 'host', 'rest')):.1%}",
     "bytes to host": "{traffic[to_host]:.0f}", "to device": "{traffic[to_device]:.0f}",
     "on device": "{traffic[on_device]:.0f}", "whole rows": "{traffic[n_rows]:.2f}", "waits": "{traffic[n_syncs]:.1f}",
     "graphs built": lambda s: f"{s['traffic']['n_graphs'] + s['traffic']['n_draft_graphs']:.2f}",
@@ -147,7 +146,7 @@ def demo_traces(args: Namespace) -> Traces:
     demo = changed(args, model=DEMO, heads=None, n_gpu_layers=0, rpc=None, ctx=None)
     with closing(load(demo, policy="off", calibrate=False)) as llm:
         asked = [(task, llm.tokenize(q.text.encode())) for task, some in tasks.items() for q in some[:each]]
-        return record(llm, asked, temps=[0.0], n_tokens=args.tokens)
+        return record(llm, asked, temps=(0.0,), n_tokens=args.tokens)
 
 
 def from_shares(shares: Sequence[float], costs: Costs) -> dict[str, float]:
@@ -238,7 +237,7 @@ def markdown(report: dict[str, Any]) -> str:
         costs = from_json(m["costs"], m["model"])
         drafts = [
             {"depth": d, "chain": us / 1e3, "level": [x / 1e3 for x in level]}
-            for d, us, level in zip(count(1), costs.chain[1:], costs.level, strict=False)
+            for d, (us, level) in enumerate(zip(costs.chain[1:], costs.level, strict=True), 1)
         ]
         speeds = [
             found | {"context": c, "source": source} for c, by in m["speeds"].items() for source, found in by.items()
