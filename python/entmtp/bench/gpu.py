@@ -50,7 +50,8 @@ DRAFTS: dict[str, Form] = {
 # where the time of a step goes, and what crosses between host and device in it
 STEPS: dict[str, Form] = {
     "step": "{nodes} nodes, {sampling}", "ms": "{ms:.3f}", "draft": "{split[draft]:.0%}",
-    "verify": "{split[verify]:.0%}", "besides": lambda s: f"{sum(s['split'][k] for k in ('sample', 'host', 'rest')):.1%}",
+    "verify": "{split[verify]:.0%}",
+    "besides": lambda s: f"{sum(s['split'][k] for k in ('sample', 'host', 'rest')):.1%}",
     "bytes to host": "{traffic[to_host]:.0f}", "to device": "{traffic[to_device]:.0f}",
     "on device": "{traffic[on_device]:.0f}", "whole rows": "{traffic[n_rows]:.2f}", "waits": "{traffic[n_syncs]:.1f}",
     "graphs built": lambda s: f"{s['traffic']['n_graphs'] + s['traffic']['n_draft_graphs']:.2f}",
