@@ -181,8 +181,8 @@ def test_tables() -> None:
     )
     assert text == "| a | b |\n| --- | --: |\n| x | 1 |\n| y | 2 |\n"
     row = {"none": None, "x": 1.234, "all": [1.0, 0.5, 2.0], "parts": {"k": 0.5}}
-    forms = ["{none:.2f}", "{none[k]}", "{x:.2f}", "{x:.1f×}", "{all:.1f×}", "{all:.2f}", "{parts[k]:.0%}"]
-    told = ["–", "–", "1.23", "1.2×", "1.0× (0.5–2.0)", "1.00 (0.50–2.00)", "50%"]
+    forms = ["{none:.2f}", "{none[k]}", "{x:.2f}", "{all:.1f}×", "{all:.2f}", "{parts[k]:.0%}"]
+    told = ["–", "–", "1.23", "1.0 (0.5–2.0)×", "1.00 (0.50–2.00)", "50%"]
     assert [cell(form, row) for form in forms] == told
     assert cell("{x:.0f} of {missing}", row) == cell("{parts[none]}", row) == "", "what a row lacks"
 

@@ -28,11 +28,8 @@ from .inputs import flat, load_plain, model_of, shape_of
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 64)
 CELLS = {
-    "ms": "{ms:.2f} ±{spread:.0%}",
-    "relative": "{relative:.2f}",
-    "memory": "{memory:.0%}",
-    "int8": "{int8:.0%}",
-}
+    "ms": "{ms:.2f} ±{spread:.0%}", "relative": "{relative:.2f}", "memory": "{memory:.0%}", "int8": "{int8:.0%}",
+}  # fmt: skip
 WARM_UP = 9  # tokens: a prompt as long as the tree is large takes the place of its graph
 
 

@@ -118,7 +118,7 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
     bases = {rows[0]["method"]: "ratio", PLAIN_LOOP.label: "ratio_plain"}  # over RPC both are the plain loop
     columns: dict[str, Form] = {
         "method": "{method}", "tokens/s": "{tokens_per_second:.1f}", "overall": "{tokens_per_second_overall:.1f}",
-        **{f"against {base}": f"{{{key}:.2f×}}" for base, key in bases.items()},
+        **{f"against {base}": f"{{{key}:.2f}}" for base, key in bases.items()},
         "against both, overall": "{overall:.2f} {overall_plain:.2f}",
         "loops cut": "{without_loops[0]:.2f} {without_loops[1]:.2f}", "tokens/step": "{tokens_per_step:.2f}",
         **{part: f"{{time_split[{part}]:.0%}}" for part in ("draft", "verify", "sample", "host", "rest")},

@@ -24,7 +24,7 @@ from ..measure.turns import Prompt
 from ..options.table import OPTIONS
 from ..report.tables import Form, table
 from .clients import Load, Seen, ask, figures, lengths, under
-from .inputs import changed, load_plain, model_of, read_tasks, tokens_of
+from .inputs import changed, load_plain, model_of, read_tasks, tokens_of, undrafted
 
 DRAFTS, PLAIN = f"{ENTMTP.label} serve", f"{PLAIN_LOOP.label} serve"
 SERVERS = {"drafts": DRAFTS, "plain": PLAIN, SERVER: SERVER}
@@ -35,7 +35,7 @@ def command(label: str, port: int, args: Namespace, slots: int) -> list[str]:
     if label == SERVER:
         words = ["--model", args.model, "--threads", str(args.threads), "--threads-batch", str(args.threads)]
         return server_command(port, [*words, "--n-gpu-layers", str(args.n_gpu_layers or 0)], args.ctx, slots)
-    args = args if label == DRAFTS else changed(args, draft="off", heads=None, draft_model=None)
+    args = args if label == DRAFTS else undrafted(args)
     words = []
     for option in OPTIONS:
         value = getattr(args, option.name)

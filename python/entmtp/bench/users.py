@@ -18,7 +18,7 @@ from ..measure.methods import ENTMTP, PLAIN_LOOP
 from ..measure.turns import Prompt
 from ..options import load_engine
 from ..report.tables import Form, table
-from .inputs import changed, model_of, read_tasks, tokens_of
+from .inputs import model_of, read_tasks, tokens_of, undrafted
 
 
 class Told(NamedTuple):
@@ -26,12 +26,6 @@ class Told(NamedTuple):
 
     tokens: list[int]
     times: list[float]
-
-
-def engine_of(args: Namespace, drafts: bool) -> Engine:
-    return load_engine(
-        args if drafts else changed(args, draft="off", heads=None, draft_model=None), max(args.users)
-    )
 
 
 def serve(engine: Engine, prompts: list[Prompt], n_users: int) -> tuple[list[Told], float]:
@@ -88,7 +82,7 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
         todo = list(itertools.product(range(args.rounds), methods))
         for done, (_, label) in enumerate(todo):
             # one engine at a time: two teams of threads on the same processors wait for each other
-            with engine_of(args, methods[label]) as engine:
+            with load_engine(args if methods[label] else undrafted(args), max(args.users)) as engine:
                 prompts = [
                     Prompt(tokens_of(engine.host, q, args), args.tokens, temp, seed=7)
                     for temp in args.temp for task in tasks.values() for q in task

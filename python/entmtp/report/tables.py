@@ -24,18 +24,17 @@ class _Formatter(string.Formatter):
             return None, field_name
 
     def format_field(self, value: Any, form: str) -> str:
-        number, sign = form.removesuffix("×"), "×" * form.endswith("×")
         if value is None:
             return "–"
         if isinstance(value, list):
-            middle, low, high = (format(x, number) for x in value)
-            return f"{middle}{sign} ({low}–{high})"
-        return format(value, number) + sign
+            middle, low, high = (format(x, form) for x in value)
+            return f"{middle} ({low}–{high})"
+        return format(value, form)
 
 
 def cell(form: str, row: Row) -> str:
-    """A row's figures in a format as of `str.format`: a dash for what is None, median and quartiles of a list, nothing
-    at all where the row lacks one. A × at the end of a figure's format stands behind it."""
+    """A row's figures in a format as of `str.format`: a dash for what is None, median and quartiles of a list, and
+    nothing at all where the row lacks one."""
     try:
         return _Formatter().vformat(form, (), row)
     except KeyError:
