@@ -17,6 +17,7 @@ import anyio
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
+from . import calls
 from .asked import Asked, Chat
 from .details import Details
 from .errors import Refused, worded
@@ -31,7 +32,7 @@ PING_AFTER = 15.0  # seconds without an event, after which a comment keeps the c
 
 
 def dump(value: Any) -> bytes:
-    """JSON; llama-cpp-python's logprobs are numpy's numbers."""
+    """JSON; with logits_all logprobs are numpy's numbers."""
     return json.dumps(value, default=float).encode()
 
 
@@ -96,8 +97,12 @@ def _calls(llama: Any, asked: Asked, stream: bool) -> Iterator[Any]:
         yield partial(create, **{**named, **choice, "model": llama.alias, "stream": stream})
 
 
-def _finish(choice: dict[str, Any], index: int, served: ServedRequest) -> None:
+def _finish(
+    choice: dict[str, Any], index: int, asked: Asked, served: ServedRequest, begun: dict[str, str]
+) -> None:
     choice["index"] = index
+    if isinstance(asked.body, Chat):
+        calls.tidy(choice, asked.body.functions is not None, begun)
     if served.cut and choice.get("finish_reason") == "stop":
         choice["finish_reason"] = "length"
 
@@ -107,7 +112,9 @@ def write_whole(llama: Any, asked: Asked, served: ServedRequest) -> dict[str, An
     answer: dict[str, Any] = {}
     for index, create in enumerate(_calls(llama, asked, False)):
         one = create()
-        _finish(one["choices"][0], index, served)
+        if asked.calls:
+            calls.whole(one["choices"][0])
+        _finish(one["choices"][0], index, asked, served, {})
         if answer:
             answer["choices"] += one["choices"]
             answer["usage"] = served.usage()
@@ -225,9 +232,10 @@ class Streamed(Response):
             served.details = Details(self.models.passes)
 
         for index, create in enumerate(_calls(llama, self.asked, True)):
+            begun = dict[str, str]()
             with contextlib.closing(create()) as chunks:
-                for chunk in chunks:
-                    _finish(chunk["choices"][0], index, served)
+                for chunk in calls.streamed(chunks) if self.asked.calls else chunks:
+                    _finish(chunk["choices"][0], index, self.asked, served, begun)
                     if served.details is not None:
                         served.details.add_to(chunk)
                     self.pipe.put(chunk, served)
