@@ -23,6 +23,7 @@ from llama_cpp import _logger
 from llama_cpp.llama_grammar import json_schema_to_gbnf
 
 from .common.json_schema import check_schema
+from .models.tokenizer import Tokenizer, check_tokens
 
 # What of `llama_cpp.Llama` is used, and what for.
 NEEDS = {
@@ -198,16 +199,13 @@ class Upstream(llama_cpp.Llama):
 
     def detokenize(self, tokens: Any, *args: Any, **kwargs: Any) -> bytes:
         """As `llama_cpp.Llama.detokenize`; a token that is none is a ValueError, not the end of the process."""
-        self.check_tokens(tokens)
+        if not isinstance(self.tokenizer_, Tokenizer):  # ours looks at tokens that are new to it
+            self.check_tokens(tokens)
         return bytes(super().detokenize(tokens, *args, **kwargs))
 
     def check_tokens(self, tokens: Any) -> None:
         """Raise ValueError unless all are tokens of this vocabulary."""
-        for token in tokens:
-            if not 0 <= token < self._n_vocab:
-                raise ValueError(
-                    f"token {token} is none of this model's, which go from 0 to {self._n_vocab - 1}"
-                )
+        check_tokens(tokens, self._n_vocab)
 
     def warn_once(self, text: str) -> None:
         """A warning, the first time that this model has a reason for it."""
