@@ -45,7 +45,7 @@ static void test_choices() {
         return std::uniform_real_distribution<float>(a, b)(rng);
     };
     int32_t n_short = 0, n_whole = 0, n_raised = 0;
-    for (int32_t round = 0; round < 600; ++round) {
+    for (int32_t round = 0; round < 300; ++round) {
         const float    repeat = uniform(0.9f, 1.6f), freq = uniform(-0.2f, 0.6f), present = uniform(-0.2f, 0.6f);
         const float    p = uniform(0.5f, 1.0f), temp = uniform(0.2f, 2.0f);
         const int32_t  k = 1 + (int32_t) (rng() % 70), last = 1 << (rng() % 8);
@@ -82,15 +82,16 @@ static void test_choices() {
             const bool                    is_short = entmtp::shortlist(few.get(), row.data(), n_vocab, tokens);
             n_short += is_short;
             n_whole += !is_short;
-            n_raised += is_short && round % 3 > 0 && (repeat < 1.0f || freq < 0.0f || freq + present < 0.0f);
+            n_raised +=
+                is_short && round % 3 > 0 && (repeat < 1.0f || freq + present < 0.0f || (freq < 0.0f && last > 1));
             CHECK(!is_short || tokens.size() < 140);
             if (!CHECK_EQ(choose(whole.get(), all_of(row)), choose(few.get(), is_short ? tokens : all_of(row)))) {
                 return;
             }
         }
     }
-    CHECK(n_short > 10000);
-    CHECK(n_whole > 1000);
+    CHECK(n_short > 5000);
+    CHECK(n_whole > 500);
     CHECK_EQ(n_raised, 0); // where a token can become more probable, any of the row may be the one
 }
 
