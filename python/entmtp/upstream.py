@@ -188,6 +188,8 @@ class Upstream(llama_cpp.Llama):
         # asked also where an answer was cancelled before its first token
         if stops := kwargs.get("stopping_criteria"):
             kwargs["stopping_criteria"] = lambda tokens, logits: len(tokens) > 0 and stops(tokens, logits)
+        if processors := kwargs.get("logits_processor"):
+            kwargs["logits_processor"] = Processors(processors)
         return super().create_completion(prompt, *args, **kwargs)
 
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
@@ -224,6 +226,13 @@ class Upstream(llama_cpp.Llama):
     def end_chain(self) -> None:
         """The generation is over: `sample` must not go on with its seed, biases and grammar."""
         self._sampler = None
+
+
+class Processors(llama_cpp.LogitsProcessorList):
+    """Several, which a logit bias joins: llama-cpp-python takes what `extend` returns for all of them."""
+
+    def extend(self, others: Any) -> Any:
+        return Processors([*self, *others])
 
 
 def is_readable_grammar(model: Any, grammar: Any) -> bool:

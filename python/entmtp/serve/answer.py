@@ -33,9 +33,12 @@ PING_AFTER = 15.0  # seconds without an event, after which a comment keeps the c
 PING = b": ping\n\n"
 
 
+ENCODER = json.JSONEncoder(default=float)  # with logits_all logprobs are numpy's numbers
+
+
 def dump(value: Any) -> bytes:
-    """JSON; with logits_all logprobs are numpy's numbers."""
-    return json.dumps(value, default=float).encode()
+    """JSON."""
+    return ENCODER.encode(value).encode()
 
 
 class Form(Protocol):
