@@ -25,9 +25,7 @@ def demand(request: dict[str, Any]) -> bool:
     tools = request.get("tools")
     if not isinstance(tools, list) or not tools:
         raise Refused("tool_choice is required, but there are no tools", "tool_choice")
-    functions = [tool.get("function") if isinstance(tool, dict) else None for tool in tools]
-    if not all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in functions):
-        raise Refused("tools: a tool names no function", "tools")
+    functions = [_function(tool) for tool in tools]
     if len(functions) == 1:
         request["tool_choice"] = {"type": "function", "function": {"name": functions[0]["name"]}}
         return False
@@ -45,6 +43,13 @@ def demand(request: dict[str, Any]) -> bool:
     ]
     request["response_format"] = {"type": "json_object", "schema": {"anyOf": shapes}}
     return True
+
+
+def _function(tool: Any) -> dict[str, Any]:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise Refused("tools: a tool names no function", "tools")
+    return function
 
 
 def called(text: str) -> dict[str, Any] | None:
