@@ -271,7 +271,8 @@ class Llama(Drafted):
             yield from record.streamed(chunks)
 
     def _has_text(self, token: int) -> bool:
-        return token != self.token_bos() and not llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
+        vocab = llama_cpp.llama_model_get_vocab(self.model)
+        return token != self.token_bos() and not llama_cpp.llama_vocab_is_eog(vocab, token)
 
     def cancel(self) -> None:
         """Stop the running generation within one pass of the model, from any thread. What was generated stays."""
