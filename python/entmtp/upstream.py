@@ -181,8 +181,8 @@ class Upstream(llama_cpp.Llama):
         return self.scores[: max(self.n_tokens, 1)]
 
     def load_state(self, state: llama_cpp.LlamaState) -> None:
-        if not self.logits_all and len(state.scores) > 1:  # of a model that keeps them, or of llama-cpp-python's
-            state = copy.copy(state)
+        if not self.logits_all and len(state.scores) > 1:
+            state = copy.copy(state)  # of a model that keeps them, or of llama-cpp-python's
             state.scores = state.scores[:1]
         super().load_state(state)
 
