@@ -115,14 +115,17 @@ def streamed(http: httpx.Client, q: Question) -> Iterator[Iterator[str]]:
         yield pieces(response.iter_lines())
 
 
+def whole(q: Question, answer: httpx.Response) -> str | None:
+    if answer.status_code != 200:
+        return f"status {answer.status_code}: {answer.text}"
+    return q.wrong(content(answer.json()["choices"][0]), True)
+
+
 # What a client does with its question; returns what was wrong. Each has a connection that it may keep, or not.
 
 
 def waits(server: Server, http: httpx.Client, q: Question, draw: random.Random) -> str | None:
-    answer = http.post(q.path, json=q.body)
-    if answer.status_code != 200:
-        return f"status {answer.status_code}: {answer.text}"
-    return q.wrong(content(answer.json()["choices"][0]), True)
+    return whole(q, http.post(q.path, json=q.body))
 
 
 def reads(server: Server, http: httpx.Client, q: Question, draw: random.Random) -> str | None:
@@ -158,7 +161,7 @@ def gives_up(server: Server, http: httpx.Client, q: Question, draw: random.Rando
         answer = http.post(q.path, json=q.body, timeout=draw.uniform(0.005, 1.0))
     except httpx.TimeoutException:
         return None
-    return q.wrong(content(answer.json()["choices"][0]), True)
+    return whole(q, answer)
 
 
 def breaks_off(server: Server, http: httpx.Client, q: Question, draw: random.Random) -> str | None:
