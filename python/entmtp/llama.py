@@ -47,10 +47,10 @@ class Llama(Drafted):
     Args:
         model_path: the base model: a GGUF file, or `hf:owner/repo[/file][@revision]` on the Hugging Face Hub.
         draft: None (plain decoding, through the same library) or `"entmtp"`.
-        heads: heads file of this base model, written by `python -m entmtp.convert`, or its `hf:` name. None: the one
+        heads: heads file of this base model, written by `entmtp convert`, or its `hf:` name. None: the one
             that lies beside the model and was made for it, if there is one; without heads the text is drafted from.
         trees: a bank of trees: a path, a name under `trees/`, or either followed by `:tree` for one tree of it.
-            None: the bank that `python -m entmtp.tune` made for this model on this machine, else the generic bank of
+            None: the bank that `entmtp tune` made for this model on this machine, else the generic bank of
             the heads' kind.
         policy: `"auto"` (grow a tree for every step from all drafters), `"static"` (always the same tree), `"off"`;
             with heads also `"entropy"` (choose a tree by the running entropy), `"confidence"` (grow one from the heads'
