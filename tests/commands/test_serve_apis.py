@@ -66,6 +66,12 @@ def test_ollama_generate(server: Server) -> None:
     text = server.client().completions.create(model="x", prompt="The sea", max_tokens=12, temperature=0.0)
     raw = post(server, "/api/generate", prompt="The sea", raw=True, stream=False, options=OPTIONS).json()
     assert raw["response"] == text.choices[0].text
+    asked = {"prompt": "The sea", "raw": True, "options": OPTIONS, "logprobs": True, "top_logprobs": 2}
+    whole = post(server, "/api/generate", stream=False, **asked).json()["logprobs"]
+    pieces = lines(server, "/api/generate", **asked)
+    assert [one for piece in pieces for one in piece.get("logprobs", [])] == whole
+    assert "".join(one["token"] for one in whole) == raw["response"]
+    assert all(one["top_logprobs"][0]["logprob"] >= one["logprob"] for one in whole)
 
 
 def test_ollama_options(server: Server) -> None:
