@@ -469,6 +469,15 @@ ENTMTP_API const char * entmtp_kernels_current(void);
 // kernels that this processor can run, best first; NULL after the last
 ENTMTP_API const char * entmtp_kernels_name(int32_t i);
 
+// How weights of models that are loaded from now on are held while kernels are on, by default 0 and 0.
+//   embeddings: 1: token embeddings are packed, too, and looked up there. Where they are also the output projection, they are
+//               then held once. Otherwise they stay in ggml's layout, which costs nothing where the file is mapped
+//   locked:     1: the system must keep packed weights in memory
+ENTMTP_API void entmtp_kernels_hold(int32_t embeddings, int32_t locked);
+
+// bytes since then that should be locked in memory, and that the system did not lock
+ENTMTP_API uint64_t entmtp_kernels_unlocked(void);
+
 // How products with matrices of a ggml_type are computed while kernels are on: 2: from panels, cheap for a few tokens;
 // 1: row by row with ggml's own product of one token, the same bits for any number of them; 0: by ggml, in its own ways.
 ENTMTP_API int32_t entmtp_kernels_of(int32_t type);

@@ -77,7 +77,7 @@ static size_t own_size(const work_layout & work, const ggml_tensor * op) {
 
 size_t experts_work_size(int n_threads, const ggml_tensor * op) {
     const weight_type type = packed_type(op->src[0]->type);
-    if (type == W_COUNT) {
+    if (!has_panels(op->src[0])) {
         return ggml_nrows(op->src[1]) * row_activations(op->src[0]->type, op->src[0]->ne[0]) +
                n_threads * routing::size(op);
     }
@@ -131,50 +131,33 @@ static void compute_panels(const kernel_set & set, const ggml_cpu_hook_task * ta
     }
     const routing to(op, own);
 
-    // the panels of all experts that have rows, in chunks: enough for threads of unequal speed
-    const int64_t n_panels = (w->ne[1] + PANEL - 1) / PANEL, n_all = to.n_active * n_panels;
+    // the panels of all experts that have rows
+    const int64_t n_panels    = (w->ne[1] + PANEL - 1) / PANEL;
     const size_t  panel_bytes = (size_t) work.n_blocks * l.panel_bytes;
-    const int64_t step        = std::max<int64_t>(1, CHUNK_BYTES / panel_bytes);
-    const int64_t chunk       = alone ? (n_all + task->nth - 1) / task->nth
-                                      : std::max<int64_t>(1, std::min<int64_t>(step, n_all / (task->nth * 4)));
-    const int64_t n_chunks    = (n_all + chunk - 1) / chunk;
-
-    if (!alone) {
-        if (task->ith == 0) {
-            ggml_cpu_hook_chunk_set(task, task->nth);
-        }
-        ggml_cpu_hook_barrier(task);
-    }
-
-    for (int64_t c = task->ith; c < n_chunks; c = alone ? n_chunks : ggml_cpu_hook_chunk_add(task, 1)) {
-        for (int64_t p = c * chunk, end = std::min(p + chunk, n_all); p < end;) {
+    share_panels(task, to.n_active * n_panels, panel_bytes, alone, [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin, p1; p < end; p += p1 - p % n_panels) {
             const int64_t expert = to.active[p / n_panels];
-            const int64_t p0 = p % n_panels, p1 = std::min({ n_panels, p0 + end - p, p0 + step });
+            p1                   = std::min(n_panels, p % n_panels + end - p);
             const int64_t n_rows = to.first[expert + 1] - to.first[expert], n_groups = (n_rows + group - 1) / group;
             for (int64_t g = 0; g < n_groups; ++g) { // of nearly equal size
                 const int32_t * results = to.results + to.first[expert] + n_rows * g / n_groups;
                 const int       n       = (int) (n_rows * (g + 1) / n_groups - n_rows * g / n_groups);
                 activations     from[MOST];
+                float *         into[MOST];
                 for (int i = 0; i < n; ++i) {
                     from[i] = row_at(source_of(op, results[i]));
+                    into[i] = row_of(op, results[i]);
                 }
-                const activations a = n == 1 ? from[0] : gather(type, work, from, n, side);
-                for (int64_t q = p0; q < p1; ++q) {
-                    float out[MOST * PANEL];
-                    set.matmul(type, (const uint8_t *) w->data + (expert * n_panels + q) * panel_bytes, work.n_blocks,
-                               n, a, out);
-                    const size_t bytes = std::min<int64_t>(PANEL, w->ne[1] - q * PANEL) * sizeof(float);
-                    for (int i = 0; i < n; ++i) {
-                        memcpy(row_of(op, results[i]) + q * PANEL, out + PANEL * i, bytes);
-                    }
-                }
+                multiply_panels(set, type, (const uint8_t *) w->data + expert * n_panels * panel_bytes, work.n_blocks,
+                                w->ne[1], p % n_panels, p1, n, n == 1 ? from[0] : gather(type, work, from, n, side),
+                                into);
             }
-            p += p1 - p0;
         }
-    }
+    });
 }
 
-// types without panels: ggml's own product of one row with one token
+// Without panels: rows stay as ggml lays them out, and each row's product with each token is ggml's own product of one token:
+// as fast with one token as ggml, slower than panels with several, and the same bits whatever else is in the pass.
 static void compute_rows(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     const ggml_tensor * w     = op->src[0];
     const size_t        token = row_activations(w->type, w->ne[0]);
@@ -198,10 +181,10 @@ static void compute_rows(const ggml_cpu_hook_task * task, ggml_tensor * op) {
 }
 
 void compute_experts(const kernel_set & set, const ggml_cpu_hook_task * task, ggml_tensor * op) {
-    if (packed_type(op->src[0]->type) == W_COUNT) {
-        compute_rows(task, op);
-    } else {
+    if (has_panels(op->src[0])) {
         compute_panels(set, task, op);
+    } else {
+        compute_rows(task, op);
     }
 }
 

@@ -1,6 +1,7 @@
 #include "hook.h"
 
 #include "cache_ops.h"
+#include "embeddings.h"
 #include "experts.h"
 #include "memory.h"
 #include "pack.h"
@@ -19,9 +20,12 @@
 
 namespace entmtp {
 
-static std::atomic<const kernel_set *> g_set     = { nullptr }; // computes what is packed, also after kernels_disable()
-static std::atomic<bool>               g_enabled = { false };
-static std::atomic<uint64_t>           g_missed  = { 0 };
+static std::atomic<const kernel_set *> g_set        = { nullptr }; // of what is packed, also after kernels_disable()
+static std::atomic<bool>               g_enabled    = { false };
+static std::atomic<uint64_t>           g_missed     = { 0 };
+static std::atomic<bool>               g_embeddings = { false }; // token embeddings are packed, too
+static std::atomic<bool>               g_locked     = { false }; // what is packed is locked in memory
+static std::atomic<uint64_t>           g_unlocked   = { 0 };     // bytes that should have been
 
 const kernel_set & kernels() {
     return *g_set.load(std::memory_order_relaxed);
@@ -41,6 +45,8 @@ static size_t hook_packed_size(const ggml_tensor * t) {
     return type == W_COUNT ? ggml_nbytes(t) : packed_size(type, t->ne[0], t->ne[1]) * t->ne[2];
 }
 
+constexpr int64_t GIVEN_BACK = 4 << 20; // bytes of a file at a time
+
 static void pack(ggml_tensor * t, const void * data) {
     const weight_type type = packed_type(t->type);
     if (type == W_COUNT) {
@@ -52,12 +58,20 @@ static void pack(ggml_tensor * t, const void * data) {
     const int64_t n_tasks = std::min<int64_t>(std::max(1u, std::thread::hardware_concurrency()), n_all / 64 + 1);
     const size_t  size    = packed_size(type, t->ne[0], t->ne[1]);
 
+    // as many panels at a time as are worth giving the file's pages back
+    const int64_t some_panels = std::max<int64_t>(1, GIVEN_BACK / (PANEL * t->nb[1]));
+    const bool    is_mapped   = is_of_file(data, ggml_nbytes(t));
+
     const auto some = [&](int64_t begin, int64_t end) {
         for (int64_t p = begin, n; p < end; p += n) {
             const int64_t i = p / n_panels, p0 = p % n_panels;
-            n = std::min(n_panels - p0, end - p);
-            pack_panels(type, (const uint8_t *) data + i * t->nb[2], t->ne[0], t->ne[1], p0, p0 + n,
-                        (uint8_t *) t->data + i * size);
+            n                    = std::min({ n_panels - p0, end - p, some_panels });
+            const uint8_t * rows = (const uint8_t *) data + i * t->nb[2];
+            pack_panels(type, rows, t->ne[0], t->ne[1], p0, p0 + n, (uint8_t *) t->data + i * size);
+            if (is_mapped) {
+                const int64_t n_rows = std::min(t->ne[1] - p0 * PANEL, n * PANEL);
+                give_back(rows + p0 * PANEL * t->nb[1], n_rows * t->nb[1]);
+            }
         }
     };
     std::vector<std::thread> threads;
@@ -71,9 +85,16 @@ static void pack(ggml_tensor * t, const void * data) {
 }
 
 static void hook_pack(ggml_tensor * t, const void * data) {
-    ask_large_pages(ggml_backend_buffer_get_base(t->buffer), ggml_backend_buffer_get_size(t->buffer));
+    void *       base = ggml_backend_buffer_get_base(t->buffer);
+    const size_t size = ggml_backend_buffer_get_size(t->buffer);
+    ask_large_pages(base, size);
+    if (g_locked && !lock_memory(base, size)) { // all of it: where the kind of memory changes, no large page can lie
+        g_unlocked += hook_packed_size(t);
+    }
     pack(t, data);
-    give_back_file(data, ggml_nbytes(t));
+    if (is_of_file(data, ggml_nbytes(t))) {
+        give_back(data, ggml_nbytes(t));
+    }
 }
 
 // llama.cpp asks by the operator that a tensor's part of the model is for. A matrix's ".scale" (NVFP4, Gemma 4's experts)
@@ -87,6 +108,9 @@ static bool is_matrix(const ggml_tensor * w) {
 // Weights that are loaded stay ours; whether new ones (without data yet) become ours is for the switch to say.
 static bool hook_supports_op(const ggml_tensor * op) {
     const ggml_tensor * w = op->src[0];
+    if (op->op == GGML_OP_GET_ROWS) {
+        return (w->data || (g_enabled && g_embeddings && strcmp(w->name, "token_embd.weight") == 0)) && is_lookup(op);
+    }
     const bool is_product = op->op == GGML_OP_MUL_MAT_ID || (op->op == GGML_OP_MUL_MAT && op->op_params[1] == 0);
     return (g_enabled || w->data) && is_product && (packed_type(w->type) != W_COUNT || is_row_product(w->type)) &&
            w->ne[3] == 1 && ggml_is_contiguous(w) && (w->data || is_matrix(w)) && op->src[1]->type == GGML_TYPE_F32;
@@ -124,70 +148,32 @@ static void compute_packed(const ggml_cpu_hook_task * task, ggml_tensor * op) {
         set.quantize(type, rows, n, k, b0, b1, activations_at(type, work, base + first * work.token, n));
     }
 
-    const int64_t n_panels    = (n_rows + PANEL - 1) / PANEL;
-    const size_t  panel_bytes = (size_t) work.n_blocks * l.panel_bytes;
-
-    // enough chunks for threads of unequal speed
-    int64_t chunk = std::max<int64_t>(1, std::min<int64_t>(CHUNK_BYTES / panel_bytes, n_panels / (task->nth * 4)));
-    if (alone) {
-        chunk = (n_panels + task->nth - 1) / task->nth;
-    }
-    const int64_t n_chunks = (n_panels + chunk - 1) / chunk;
-
-    if (!alone) {
-        if (task->ith == 0) {
-            ggml_cpu_hook_chunk_set(task, task->nth);
-        }
-        ggml_cpu_hook_barrier(task);
-    }
-
-    for (int64_t c = task->ith; c < n_chunks; c = alone ? n_chunks : ggml_cpu_hook_chunk_add(task, 1)) {
-        // with one thread a chunk could be the whole matrix: groups of tokens still go by in steps of the cache
-        const int64_t end  = std::min((c + 1) * chunk, n_panels);
-        const int64_t step = n_groups == 1 ? chunk : std::max<int64_t>(1, CHUNK_BYTES / panel_bytes);
-        for (int64_t p0 = c * chunk; p0 < end; p0 += step) {
-            for (int64_t g = 0; g < n_groups; ++g) {
-                const int64_t     first = group_start(g);
-                const int         n     = (int) (group_start(g + 1) - first);
-                const activations a     = activations_at(type, work, base + first * work.token, n);
-                for (int64_t p = p0; p < std::min(p0 + step, end); ++p) {
-                    float out[16 * PANEL];
-                    set.matmul(type, (const uint8_t *) w->data + p * panel_bytes, work.n_blocks, n, a, out);
-                    const size_t bytes = std::min<int64_t>(PANEL, n_rows - p * PANEL) * sizeof(float);
-                    for (int i = 0; i < n; ++i) {
-                        memcpy(row_of(op, first + i) + p * PANEL, out + PANEL * i, bytes);
-                    }
-                }
+    const size_t panel_bytes = (size_t) work.n_blocks * l.panel_bytes;
+    share_panels(task, (n_rows + PANEL - 1) / PANEL, panel_bytes, alone, [&](int64_t p0, int64_t p1) {
+        for (int64_t g = 0; g < n_groups; ++g) {
+            const int64_t first = group_start(g);
+            const int     n     = (int) (group_start(g + 1) - first);
+            float *       to[16];
+            for (int i = 0; i < n; ++i) {
+                to[i] = row_of(op, first + i);
             }
+            multiply_panels(set, type, (const uint8_t *) w->data, work.n_blocks, n_rows, p0, p1, n,
+                            activations_at(type, work, base + first * work.token, n), to);
         }
-    }
-}
-
-// -- types without panels --
-//
-// Rows stay as ggml lays them out, and each row's product with each token is ggml's own product of one token: as fast with
-// one token as ggml, slower than panels with several, and the same bits whatever else is in the pass.
-
-static void compute_rows(const ggml_cpu_hook_task * task, ggml_tensor * op) {
-    const ggml_tensor * w   = op->src[0];
-    const auto          dot = ggml_get_type_traits_cpu(w->type)->vec_dot;
-
-    const int64_t n_rows = w->ne[1], n_tokens = ggml_nrows(op->src[1]);
-    const size_t  token     = row_activations(w->type, w->ne[0]);
-    uint8_t *     quantised = (uint8_t *) task->wdata; // [n_tokens]
-
-    quantize_rows(task, op, quantised);
-    ggml_cpu_hook_barrier(task);
-
-    for (int64_t r = n_rows * task->ith / task->nth; r < n_rows * (task->ith + 1) / task->nth; ++r) {
-        for (int64_t i = 0; i < n_tokens; ++i) { // the row stays in the first cache
-            dot((int) w->ne[0], row_of(op, i) + r, 0, (const char *) w->data + r * w->nb[1], 0, quantised + i * token,
-                0, 1);
-        }
-    }
+    });
 }
 
 // -- the hook --
+
+// Matrices that come while a model runs, in memory of their own: adapters (LoRA), and a cache of quantised keys
+static bool is_plain_product(const ggml_tensor * op) {
+    const ggml_tensor * w      = op->src[0];
+    const auto          buffer = w->view_src ? w->view_src->buffer : w->buffer;
+    return buffer && ggml_backend_buffer_is_host(buffer) &&
+           ggml_backend_buffer_get_usage(buffer) != GGML_BACKEND_BUFFER_USAGE_WEIGHTS && is_row_product(w->type) &&
+           w->nb[0] == ggml_type_size(w->type) && w->ne[3] == 1 && op->src[1]->type == GGML_TYPE_F32 &&
+           op->src[1]->nb[0] == sizeof(float);
+}
 
 static bool hook_takes_op(const ggml_tensor * op, bool packed) {
     if (packed) {
@@ -199,7 +185,10 @@ static bool hook_takes_op(const ggml_tensor * op, bool packed) {
     bool takes = false;
     switch (op->op) {
         case GGML_OP_MUL_MAT:
-            takes = is_cache_product(op);
+            if (op->op_params[1] == GGML_HINT_SRC0_IS_HADAMARD) {
+                return false; // ggml transforms row by row: what else is in the pass leaves no trace
+            }
+            takes = is_cache_product(op) || is_plain_product(op);
             break;
         case GGML_OP_FLASH_ATTN_EXT:
             takes = is_attention(op);
@@ -208,6 +197,7 @@ static bool hook_takes_op(const ggml_tensor * op, bool packed) {
             takes = is_softmax(op);
             break;
         case GGML_OP_MUL_MAT_ID:
+            takes = is_plain_product(op);
             break;
         default:
             return false;
@@ -216,33 +206,61 @@ static bool hook_takes_op(const ggml_tensor * op, bool packed) {
     return takes;
 }
 
-static bool is_packed(const ggml_tensor * t) {
-    return t->buffer && ggml_backend_buffer_get_type(t->buffer) == ggml_cpu_hook_buffer_type();
+static bool is_of_many(const ggml_tensor * op) { // matrices in one tensor, and what goes their way: all without panels
+    return op->op == GGML_OP_MUL_MAT_ID ||
+           (is_packed(op->src[0]) ? op->src[0]->ne[2] > 1 || !has_panels(op->src[0]) : !is_cache_product(op));
 }
 
-static bool is_of_many(const ggml_tensor * op) { // matrices in one tensor
-    return is_packed(op->src[0]) && (op->op == GGML_OP_MUL_MAT_ID || op->src[0]->ne[2] > 1);
+// The cache, and what passes compute, lie in memory that ggml allocates: it is seen when a pass is planned
+static void look_at_memory(const ggml_tensor * t) {
+    struct range {
+        void * base;
+        size_t size;
+    };
+    static thread_local range seen[8] = {};
+    static thread_local int   next    = 0;
+
+    const ggml_backend_buffer_t buffer = t->view_src ? t->view_src->buffer : t->buffer;
+    if (!buffer || !ggml_backend_buffer_is_host(buffer) ||
+        ggml_backend_buffer_get_usage(buffer) == GGML_BACKEND_BUFFER_USAGE_WEIGHTS) {
+        return;
+    }
+    const range r = { ggml_backend_buffer_get_base(buffer), ggml_backend_buffer_get_size(buffer) };
+    for (const range & s : seen) {
+        if (s.base == r.base && s.size == r.size) {
+            return;
+        }
+    }
+    seen[next] = r;
+    next       = (next + 1) % 8;
+    make_large_pages(r.base, r.size);
 }
 
 static bool hook_work_size(int n_threads, const ggml_tensor * op, size_t * size) {
-    if (op->op == GGML_OP_FLASH_ATTN_EXT) {
-        const ggml_tensor *k = op->src[1], *v = op->src[2];
-        *size = n_threads * attention_scratch((int) k->ne[1], (int) k->ne[0], (int) v->ne[0]) * sizeof(float);
-    } else if (is_of_many(op)) {
-        *size = experts_work_size(n_threads, op);
-    } else if (op->op == GGML_OP_MUL_MAT && is_packed(op->src[0])) {
-        const ggml_tensor * w    = op->src[0];
-        const weight_type   type = packed_type(w->type);
-        if (type == W_COUNT) {
-            *size = ggml_nrows(op->src[1]) * row_activations(w->type, w->ne[0]);
-            return true;
+    look_at_memory(op);
+    look_at_memory(op->src[op->op == GGML_OP_FLASH_ATTN_EXT ? 1 : 0]); // the cache
+    switch (op->op) {
+        case GGML_OP_MUL_MAT:
+        case GGML_OP_MUL_MAT_ID:
+            if (is_of_many(op)) {
+                *size = experts_work_size(n_threads, op);
+            } else if (is_packed(op->src[0])) {
+                const work_layout work(packed_type(op->src[0]->type), op);
+                *size = (size_t) work.n_tokens * work.token * (work.alone(n_threads, op) ? n_threads : 1);
+            } else {
+                *size = n_threads * ordered_scratch(op);
+            }
+            break;
+        case GGML_OP_GET_ROWS:
+            *size = lookup_work_size(n_threads, op);
+            break;
+        case GGML_OP_FLASH_ATTN_EXT: {
+            const ggml_tensor *k = op->src[1], *v = op->src[2];
+            *size = n_threads * attention_scratch((int) k->ne[1], (int) k->ne[0], (int) v->ne[0]) * sizeof(float);
+            break;
         }
-        const work_layout work(type, op);
-        *size = (size_t) work.n_tokens * work.token * (work.alone(n_threads, op) ? n_threads : 1);
-    } else if (op->op == GGML_OP_MUL_MAT) {
-        *size = n_threads * ordered_scratch(op);
-    } else {
-        *size = 0;
+        default:
+            *size = 0;
     }
     return true;
 }
@@ -250,18 +268,17 @@ static bool hook_work_size(int n_threads, const ggml_tensor * op, size_t * size)
 static bool hook_compute(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     switch (op->op) {
         case GGML_OP_MUL_MAT:
+        case GGML_OP_MUL_MAT_ID:
             if (is_of_many(op)) {
                 compute_experts(kernels(), task, op);
             } else if (!is_packed(op->src[0])) {
                 compute_ordered(task, op);
-            } else if (packed_type(op->src[0]->type) == W_COUNT) {
-                compute_rows(task, op);
             } else {
                 compute_packed(task, op);
             }
             return true;
-        case GGML_OP_MUL_MAT_ID:
-            compute_experts(kernels(), task, op);
+        case GGML_OP_GET_ROWS:
+            compute_lookup(task, op);
             return true;
         case GGML_OP_FLASH_ATTN_EXT:
             compute_attention(task, op);
@@ -290,6 +307,16 @@ bool kernels_enable(const char * name) {
 
 void kernels_disable() {
     g_enabled = false;
+}
+
+void kernels_hold(bool embeddings, bool locked) {
+    g_embeddings = embeddings;
+    g_locked     = locked;
+    g_unlocked   = 0;
+}
+
+uint64_t kernels_unlocked() {
+    return g_unlocked;
 }
 
 int kernels_of(int type) {

@@ -52,24 +52,24 @@ static inline void unpack_nibbles(const uint8_t * lines, simd::vb w[8]) {
 template <int to = 4>
 void add_upper_bits(const uint8_t * line, simd::vb w[8]) {
     const simd::vb x = simd::loadb(line);
-    w[0]             = simd::orb(w[0], simd::bit1<0, to>(x));
-    w[1]             = simd::orb(w[1], simd::bit1<1, to>(x));
-    w[2]             = simd::orb(w[2], simd::bit1<2, to>(x));
-    w[3]             = simd::orb(w[3], simd::bit1<3, to>(x));
-    w[4]             = simd::orb(w[4], simd::bit1<4, to>(x));
-    w[5]             = simd::orb(w[5], simd::bit1<5, to>(x));
-    w[6]             = simd::orb(w[6], simd::bit1<6, to>(x));
-    w[7]             = simd::orb(w[7], simd::bit1<7, to>(x));
+    w[0]             = simd::orb(w[0], simd::bits<0, 1, to>(x));
+    w[1]             = simd::orb(w[1], simd::bits<1, 1, to>(x));
+    w[2]             = simd::orb(w[2], simd::bits<2, 1, to>(x));
+    w[3]             = simd::orb(w[3], simd::bits<3, 1, to>(x));
+    w[4]             = simd::orb(w[4], simd::bits<4, 1, to>(x));
+    w[5]             = simd::orb(w[5], simd::bits<5, 1, to>(x));
+    w[6]             = simd::orb(w[6], simd::bits<6, 1, to>(x));
+    w[7]             = simd::orb(w[7], simd::bits<7, 1, to>(x));
 }
 
 // 1 line of pairs of bits: pair j of a byte belongs to line j of 4, where it becomes bits `to` and `to` + 1
 template <int to>
 void unpack_pairs(const uint8_t * line, simd::vb w[4]) {
     const simd::vb x = simd::loadb(line);
-    w[0]             = simd::bit2<0, to>(x);
-    w[1]             = simd::bit2<1, to>(x);
-    w[2]             = simd::bit2<2, to>(x);
-    w[3]             = simd::bit2<3, to>(x);
+    w[0]             = simd::bits<0, 2, to>(x);
+    w[1]             = simd::bits<2, 2, to>(x);
+    w[2]             = simd::bits<4, 2, to>(x);
+    w[3]             = simd::bits<6, 2, to>(x);
 }
 
 // what nibbles stand for, with 128 added: IQ4_NL of llama.cpp, and twice the E2M1 of OCP's microscaling formats
@@ -158,7 +158,63 @@ void matmul_32(const uint8_t * panel, int64_t n_blocks, const activations & a, f
     }
 }
 
-// 6-bit scales and mins of one Q4_K block
+// the 8 lines of 32 k of a block of 256
+template <weight_type type>
+void unpack_256(const uint8_t * l, simd::vb w[8]) {
+    if constexpr (type == W_Q2_K || type == W_Q3_K) {
+        unpack_pairs<0>(l, w);
+        unpack_pairs<0>(l + 4 * PANEL, w + 4);
+        if constexpr (type == W_Q3_K) {
+            add_upper_bits<2>(l + 4 * PANEL * 2, w);
+        }
+        return;
+    }
+    unpack_nibbles(l, w);
+    if constexpr (type == W_Q5_K) {
+        add_upper_bits(l + 4 * PANEL * 4, w);
+    }
+    if constexpr (type == W_Q6_K) {
+        for (int j = 0; j < 2; ++j) {
+            simd::vb upper[4];
+            unpack_pairs<4>(l + 4 * PANEL * (4 + j), upper);
+            for (int i = 0; i < 4; ++i) {
+                w[4 * j + i] = simd::orb(w[4 * j + i], upper[i]);
+            }
+        }
+    }
+    if constexpr (type == W_IQ4_XS) {
+        for (int j = 0; j < 8; ++j) {
+            w[j] = simd::lookup(w[j], IQ4_NL_VALUES);
+        }
+    }
+}
+
+constexpr bool has_packed_scales(weight_type type) { // of 6 bits
+    return type == W_Q4_K || type == W_Q5_K;
+}
+
+// the scale of every 16 or 32 k, of 8, 6 or 4 bits
+template <weight_type type>
+simd::vi load_scale(const uint8_t * p) {
+    if constexpr (has_packed_scales(type)) {
+        return simd::load_u8(p);
+    } else {
+        return type == W_Q2_K ? simd::load_low4(p) : simd::load_i8(p);
+    }
+}
+
+// mins of Q2_K's block, side by side in pairs, as the sums of activations are
+//   scales [16][16]: bytes with the scale in the lower and the min in the upper half
+static inline void unpack_mins(const uint8_t * scales, uint8_t mins[8][PANEL][2]) {
+    for (int g = 0; g < 8; ++g) {
+        for (int r = 0; r < PANEL; ++r) {
+            mins[g][r][0] = scales[PANEL * (2 * g) + r] >> 4;
+            mins[g][r][1] = scales[PANEL * (2 * g + 1) + r] >> 4;
+        }
+    }
+}
+
+// 6-bit scales and mins of one block of Q4_K or Q5_K
 //   packed [12][16]: byte b < 8 holds scale b and the lower 2 bits of min b, byte 8 + b/2 the upper 4 bits of mins b and b + 1
 static inline void unpack_scales(const uint8_t * packed, uint8_t scales[8][PANEL], uint8_t mins[4][PANEL][2]) {
     for (int b = 0; b < 8; ++b) {
@@ -176,116 +232,18 @@ static inline void unpack_scales(const uint8_t * packed, uint8_t scales[8][PANEL
     }
 }
 
-// Q4_K and Q5_K: blocks of 256, eight scales and mins in integers
-//   sum = fma(float(sum of scale*q*x), d_w*d_x, sum), then fma(float(sum of min*x), -(dmin*d_x), sum)
-template <weight_type type, int n>
-void matmul_q4_k(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
-    constexpr int bytes = LAYOUTS[type].panel_bytes;
-    constexpr int bits  = dot_bits(LAYOUTS[type].bits);
-    constexpr int group = PANEL * (type == W_Q5_K ? 20 : 16); // bytes of 32 k
-    constexpr int nv    = vectors(n, simd::SUMS);
-    for (int sub = 0; sub < PANEL; sub += nv * simd::R) {
-        simd::vf sum[nv][n];
-        for (int i = 0; i < nv * n; ++i) {
-            sum[i / n][i % n] = simd::set1f(0.0f);
-        }
-        for (int64_t b = 0; b < n_blocks; ++b) {
-            const uint8_t * p  = panel + b * bytes;
-            const int8_t *  q  = a.q + b * n * 256;
-            const float *   dx = a.d + b * n;
-            const int32_t * s  = a.s + b * n * 4;
-
-            alignas(64) uint8_t scales[8][PANEL];
-            alignas(64) uint8_t mins[4][PANEL][2];
-            unpack_scales(p + 4 * PANEL, scales, mins);
-
-            simd::vi t[nv][n];
-            for (int i = 0; i < nv * n; ++i) {
-                t[i / n][i % n] = simd::set1i(0);
-            }
-            for (int g = 0; g < 8; ++g) { // 32 k
-                const uint8_t * l = p + PANEL * 16 + group * g + 4 * sub;
-                prefetch(p + AHEAD + bytes / 8 * g, bytes / 8);
-
-#pragma GCC unroll 4
-                for (int v = 0; v < nv; ++v) {
-                    simd::vb w[8];
-                    unpack_nibbles(l + 4 * v * simd::R, w);
-                    if constexpr (type == W_Q5_K) {
-                        add_upper_bits(l + 4 * PANEL * 4 + 4 * v * simd::R, w);
-                    }
-                    const simd::vi scale = simd::load_u8(scales[g] + sub + v * simd::R);
-#pragma GCC unroll 16
-                    for (int i = 0; i < n; ++i) {
-                        simd::vi u = simd::dot16<bits>(simd::set1i(0), w, q + 256 * i + 32 * g);
-                        u          = simd::dot16<bits>(u, w + 4, q + 256 * i + 32 * g + 16);
-                        t[v][i]    = simd::addi(t[v][i], simd::muli(u, scale));
-                        end_token(t[v][i]);
-                    }
-                }
-            }
-
-#pragma GCC unroll 4
-            for (int v = 0; v < nv; ++v) {
-                const int      row  = sub + v * simd::R;
-                const simd::vf d    = simd::load_f16((const uint16_t *) p + row);
-                const simd::vf dmin = simd::load_f16((const uint16_t *) p + PANEL + row);
-#pragma GCC unroll 16
-                for (int i = 0; i < n; ++i) {
-                    simd::vi m = simd::set1i(0);
-                    for (int g = 0; g < 4; ++g) {
-                        m = simd::dot2(m, simd::load_u8x2(mins[g][row]), s[4 * i + g]);
-                    }
-                    sum[v][i] = simd::fma(simd::cvt(t[v][i]), simd::mulf(d, simd::set1f(dx[i])), sum[v][i]);
-                    sum[v][i] = simd::fma(simd::cvt(m), simd::mulf(dmin, simd::set1f(-dx[i])), sum[v][i]);
-                }
-            }
-        }
-        for (int i = 0; i < nv * n; ++i) {
-            simd::storef(out + PANEL * (i % n) + sub + i / n * simd::R, sum[i / n][i % n]);
-        }
-    }
-}
-
-// the 8 lines of 32 k of a block of 256 whose scales are bytes
-template <weight_type type>
-void unpack_256(const uint8_t * l, simd::vb w[8]) {
-    if constexpr (type == W_Q2_K || type == W_Q3_K) {
-        unpack_pairs<0>(l, w);
-        unpack_pairs<0>(l + 4 * PANEL, w + 4);
-        if constexpr (type == W_Q3_K) {
-            add_upper_bits<2>(l + 4 * PANEL * 2, w);
-        }
-        return;
-    }
-    unpack_nibbles(l, w);
-    if constexpr (type == W_Q6_K) {
-        for (int j = 0; j < 2; ++j) {
-            simd::vb upper[4];
-            unpack_pairs<4>(l + 4 * PANEL * (4 + j), upper);
-            for (int i = 0; i < 4; ++i) {
-                w[4 * j + i] = simd::orb(w[4 * j + i], upper[i]);
-            }
-        }
-    }
-    if constexpr (type == W_IQ4_XS) {
-        for (int j = 0; j < 8; ++j) {
-            w[j] = simd::lookup(w[j], IQ4_NL_VALUES);
-        }
-    }
-}
-
-// Q2_K, Q3_K, Q6_K, IQ4_XS: blocks of 256, a scale of one byte for every 16 or 32 k
+// blocks of 256, with a scale for every 16 or 32 k
 //   sum = fma(float(sum of scale*(q - offset)*x), d_w*d_x, sum), and with mins then fma(float(sum of min*x), -(dmin*d_x), sum)
 template <weight_type type, int n>
-void matmul_scaled(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
+void matmul_256(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) {
     constexpr int  bytes    = LAYOUTS[type].panel_bytes;
     constexpr int  bits     = dot_bits(LAYOUTS[type].bits);
     constexpr int  sums     = LAYOUTS[type].sums;
     constexpr bool has_min  = LAYOUTS[type].offset == MINIMUM;
-    constexpr int  n_scales = type == W_IQ4_XS ? 8 : 16;
+    constexpr bool packed   = has_packed_scales(type);
+    constexpr int  n_scales = packed || type == W_IQ4_XS ? 8 : 16;
     constexpr int  scale_at = has_min ? 4 * PANEL : 2 * PANEL;
-    constexpr int  lines_at = scale_at + PANEL * n_scales;
+    constexpr int  lines_at = scale_at + PANEL * (packed ? 12 : n_scales);
     constexpr int  group    = (bytes - lines_at) / 8; // bytes of 32 k
     constexpr int  nv       = vectors(n, simd::SUMS);
     for (int sub = 0; sub < PANEL; sub += nv * simd::R) {
@@ -295,10 +253,17 @@ void matmul_scaled(const uint8_t * panel, int64_t n_blocks, const activations & 
         }
         for (int64_t b = 0; b < n_blocks; ++b) {
             const uint8_t * p      = panel + b * bytes;
-            const uint8_t * scales = p + scale_at + sub;
+            const uint8_t * scales = p + scale_at;
             const int8_t *  q      = a.q + b * n * 256;
             const float *   dx     = a.d + b * n;
             const int32_t * s      = a.s + b * n * sums;
+
+            alignas(64) uint8_t unpacked[8][PANEL];
+            alignas(64) uint8_t mins[n_scales / 2][PANEL][2];
+            if constexpr (packed) {
+                unpack_scales(scales, unpacked, mins);
+                scales = unpacked[0];
+            }
 
             simd::vi t[nv][n];
             for (int i = 0; i < nv * n; ++i) {
@@ -312,11 +277,9 @@ void matmul_scaled(const uint8_t * panel, int64_t n_blocks, const activations & 
                 for (int v = 0; v < nv; ++v) {
                     simd::vb w[8];
                     unpack_256<type>(l + 4 * v * simd::R, w);
-                    const uint8_t * at     = scales + PANEL * (n_scales / 8 * g) + v * simd::R;
-                    const simd::vi  scale0 = has_min ? simd::load_low4(at) : simd::load_i8(at);
-                    const simd::vi  scale1 = n_scales == 8 ? scale0
-                                             : has_min     ? simd::load_low4(at + PANEL)
-                                                           : simd::load_i8(at + PANEL);
+                    const uint8_t * at     = scales + PANEL * (n_scales / 8 * g) + sub + v * simd::R;
+                    const simd::vi  scale0 = load_scale<type>(at);
+                    const simd::vi  scale1 = n_scales == 8 ? scale0 : load_scale<type>(at + PANEL);
 #pragma GCC unroll 16
                     for (int i = 0; i < n; ++i) {
                         const int8_t *  x  = q + 256 * i + 32 * g;
@@ -334,24 +297,18 @@ void matmul_scaled(const uint8_t * panel, int64_t n_blocks, const activations & 
                 }
             }
 
-            alignas(64) uint8_t mins[8][PANEL][2]; // pairs, as the sums are
-            if constexpr (has_min) {
-                for (int g = 0; g < 8; ++g) {
-                    for (int r = 0; r < PANEL; ++r) {
-                        mins[g][r][0] = p[scale_at + PANEL * (2 * g) + r] >> 4;
-                        mins[g][r][1] = p[scale_at + PANEL * (2 * g + 1) + r] >> 4;
-                    }
-                }
+            if constexpr (has_min && !packed) {
+                unpack_mins(scales, mins);
             }
 #pragma GCC unroll 4
             for (int v = 0; v < nv; ++v) {
                 const int      row = sub + v * simd::R;
                 const simd::vf d   = simd::load_f16((const uint16_t *) p + row);
                 simd::vf       dmin;
-                simd::vi       min[8];
+                simd::vi       min[n_scales / 2];
                 if constexpr (has_min) {
                     dmin = simd::load_f16((const uint16_t *) p + PANEL + row);
-                    for (int g = 0; g < 8; ++g) {
+                    for (int g = 0; g < n_scales / 2; ++g) {
                         min[g] = simd::load_u8x2(mins[g][row]);
                     }
                 }
@@ -360,7 +317,7 @@ void matmul_scaled(const uint8_t * panel, int64_t n_blocks, const activations & 
                     sum[v][i] = simd::fma(simd::cvt(t[v][i]), simd::mulf(d, simd::set1f(dx[i])), sum[v][i]);
                     if constexpr (has_min) {
                         simd::vi m = simd::set1i(0);
-                        for (int g = 0; g < 8; ++g) {
+                        for (int g = 0; g < n_scales / 2; ++g) {
                             m = simd::dot2(m, min[g], s[sums * i + g]);
                         }
                         sum[v][i] = simd::fma(simd::cvt(m), simd::mulf(dmin, simd::set1f(-dx[i])), sum[v][i]);
@@ -429,10 +386,10 @@ void matmul_float(const uint8_t * panel, int64_t n_blocks, const activations & a
 // [W_COUNT] as LAYOUTS tells; floats have no kernels for more than simd::GF tokens
 template <int n, int nf = n <= simd::GF ? n : 1>
 constexpr void (*PRODUCTS[W_COUNT])(const uint8_t * panel, int64_t n_blocks, const activations & a, float * out) = {
-    matmul_32<W_Q4_0, n>,       matmul_32<W_Q4_1, n>,    matmul_32<W_Q5_0, n>,     matmul_32<W_Q5_1, n>,
-    matmul_32<W_Q8_0, n>,       matmul_32<W_IQ4_NL, n>,  matmul_32<W_MXFP4, n>,    matmul_scaled<W_Q2_K, n>,
-    matmul_scaled<W_Q3_K, n>,   matmul_q4_k<W_Q4_K, n>,  matmul_q4_k<W_Q5_K, n>,   matmul_scaled<W_Q6_K, n>,
-    matmul_scaled<W_IQ4_XS, n>, matmul_float<W_F16, nf>, matmul_float<W_BF16, nf>, matmul_float<W_F32, nf>,
+    matmul_32<W_Q4_0, n>,    matmul_32<W_Q4_1, n>,    matmul_32<W_Q5_0, n>,     matmul_32<W_Q5_1, n>,
+    matmul_32<W_Q8_0, n>,    matmul_32<W_IQ4_NL, n>,  matmul_32<W_MXFP4, n>,    matmul_256<W_Q2_K, n>,
+    matmul_256<W_Q3_K, n>,   matmul_256<W_Q4_K, n>,   matmul_256<W_Q5_K, n>,    matmul_256<W_Q6_K, n>,
+    matmul_256<W_IQ4_XS, n>, matmul_float<W_F16, nf>, matmul_float<W_BF16, nf>, matmul_float<W_F32, nf>,
 };
 
 static void

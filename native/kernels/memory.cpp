@@ -2,8 +2,13 @@
 
 #include <cstdint>
 
-#ifdef __linux__
+#ifdef _WIN32
+#    include <windows.h>
+#else
 #    include <sys/mman.h>
+#endif
+
+#ifdef __linux__
 #    include <unistd.h>
 
 #    include <cinttypes>
@@ -13,6 +18,9 @@
 namespace entmtp {
 
 #ifdef __linux__
+
+static constexpr size_t LARGE_PAGE  = 2 << 20;
+static constexpr size_t MOST_COPIED = 1 << 30; // a pass may wait for that, some tenths of a second
 
 // the whole pages between two addresses
 static bool whole_pages(uintptr_t begin, uintptr_t end, void ** first, size_t * size) {
@@ -25,15 +33,30 @@ static bool whole_pages(uintptr_t begin, uintptr_t end, void ** first, size_t * 
 }
 
 void ask_large_pages(void * begin, size_t size) {
+    const uintptr_t page  = (uintptr_t) sysconf(_SC_PAGESIZE);
+    const uintptr_t first = (uintptr_t) begin / page * page;                  // asking for neighbours too does no harm
+    madvise((void *) first, (uintptr_t) begin + size - first, MADV_HUGEPAGE); // a system without them says so
+}
+
+void make_large_pages(void * begin, size_t size) {
+#    ifdef MADV_COLLAPSE
+    static constexpr int collapse = MADV_COLLAPSE;
+#    else
+    static constexpr int collapse = 25; // Linux 6.1
+#    endif
+    ask_large_pages(begin, size);
     void * first;
-    if (whole_pages((uintptr_t) begin, (uintptr_t) begin + size, &first, &size)) {
-        madvise(first, size, MADV_HUGEPAGE); // a system without them says so, and that is all
+    if (size >= LARGE_PAGE && size <= MOST_COPIED &&
+        whole_pages((uintptr_t) begin, (uintptr_t) begin + size, &first, &size)) {
+        madvise(first, size, collapse);
     }
 }
 
-// begin to end lie in one mapping, read-only, of a file
-static bool is_of_file(uintptr_t begin, uintptr_t end) {
-    FILE * maps = fopen("/proc/self/maps", "r");
+bool is_of_file(const void * first, size_t size) {
+    static constexpr size_t least = 256 << 10; // less is not worth looking the mapping up
+    const uintptr_t         begin = (uintptr_t) first, end = begin + size;
+
+    FILE * maps = size >= least ? fopen("/proc/self/maps", "r") : nullptr;
     if (!maps) {
         return false;
     }
@@ -59,12 +82,12 @@ static bool is_of_file(uintptr_t begin, uintptr_t end) {
     return res;
 }
 
-void give_back_file(const void * begin, size_t size) {
-    static constexpr size_t least = 256 << 10; // less is not worth looking the mapping up
-    void *                  first;
-    if (size >= least && is_of_file((uintptr_t) begin, (uintptr_t) begin + size) &&
-        whole_pages((uintptr_t) begin, (uintptr_t) begin + size, &first, &size)) {
+void give_back(const void * begin, size_t size) {
+    void * first;
+    if (whole_pages((uintptr_t) begin, (uintptr_t) begin + size, &first, &size)) {
         madvise(first, size, MADV_DONTNEED);
+        // what is touched beside it, vectors and rows of embeddings, shall not bring it back in large pages of the file
+        madvise(first, size, MADV_NOHUGEPAGE);
     }
 }
 
@@ -72,8 +95,24 @@ void give_back_file(const void * begin, size_t size) {
 
 void ask_large_pages(void *, size_t) {}
 
-void give_back_file(const void *, size_t) {}
+void make_large_pages(void *, size_t) {}
+
+bool is_of_file(const void *, size_t) {
+    return false;
+}
+
+void give_back(const void *, size_t) {}
 
 #endif
+
+bool lock_memory(const void * begin, size_t size) {
+#ifdef _WIN32
+    return VirtualLock((void *) begin, size);
+#elif defined(MLOCK_ONFAULT)
+    return mlock2(begin, size, MLOCK_ONFAULT) == 0;
+#else
+    return mlock(begin, size) == 0;
+#endif
+}
 
 } // namespace entmtp

@@ -78,14 +78,9 @@ struct simd {
         return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *) table)), i);
     }
 
-    template <int j, int to>
-    static vb bit1(vb a) {
-        return _mm256_and_si256(shift<to - j>(a), _mm256_set1_epi8(1 << to));
-    }
-
-    template <int j, int to>
-    static vb bit2(vb a) {
-        return _mm256_and_si256(shift<to - 2 * j>(a), _mm256_set1_epi8(3 << to));
+    template <int from, int n, int to>
+    static vb bits(vb a) {
+        return _mm256_and_si256(shift<to - from>(a), _mm256_set1_epi8((char) (((1 << n) - 1) << to)));
     }
 
     // to the left, or by a negative number to the right; bits of the byte beside come in

@@ -62,16 +62,10 @@ struct simd {
         return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *) table)), i);
     }
 
-    // bit j of every byte, moved to bit `to`
-    template <int j, int to>
-    static vb bit1(vb a) {
-        return _mm512_and_si512(shift<to - j>(a), _mm512_set1_epi8(1 << to));
-    }
-
-    // bits 2*j and 2*j + 1 of every byte, moved to bits `to` and `to` + 1
-    template <int j, int to>
-    static vb bit2(vb a) {
-        return _mm512_and_si512(shift<to - 2 * j>(a), _mm512_set1_epi8(3 << to));
+    // `n` bits of every byte from bit `from` on, moved to bit `to`
+    template <int from, int n, int to>
+    static vb bits(vb a) {
+        return _mm512_and_si512(shift<to - from>(a), _mm512_set1_epi8((char) (((1 << n) - 1) << to)));
     }
 
     // to the left, or by a negative number to the right; bits of the byte beside come in

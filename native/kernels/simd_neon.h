@@ -65,14 +65,9 @@ struct simd {
 
     static vb lookup(vb i, const uint8_t * table) { return vqtbl1q_u8(vld1q_u8(table), i); }
 
-    template <int j, int to>
-    static vb bit1(vb a) {
-        return vandq_u8(shift<to - j>(a), vdupq_n_u8(1 << to));
-    }
-
-    template <int j, int to>
-    static vb bit2(vb a) {
-        return vandq_u8(shift<to - 2 * j>(a), vdupq_n_u8(3 << to));
+    template <int from, int n, int to>
+    static vb bits(vb a) {
+        return vandq_u8(shift<to - from>(a), vdupq_n_u8(((1 << n) - 1) << to));
     }
 
     template <int by>

@@ -156,14 +156,9 @@ struct simd {
         return each_byte([&](int i, int j) { return table[a.v[i][j]]; });
     }
 
-    template <int k, int to>
-    static vb bit1(vb a) {
-        return each_byte([&](int i, int j) { return (a.v[i][j] >> k & 1) << to; });
-    }
-
-    template <int k, int to>
-    static vb bit2(vb a) {
-        return each_byte([&](int i, int j) { return (a.v[i][j] >> (2 * k) & 3) << to; });
+    template <int from, int n, int to>
+    static vb bits(vb a) {
+        return each_byte([&](int i, int j) { return (a.v[i][j] >> from & ((1 << n) - 1)) << to; });
     }
 
     template <int bits>

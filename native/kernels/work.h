@@ -3,10 +3,13 @@
 #pragma once
 
 #include "kernels.h"
+#include "pack.h"
 
+#include "ggml-backend.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -16,7 +19,15 @@ namespace entmtp {
 constexpr int64_t QUANTIZE_ALONE = 4096;
 constexpr size_t  CHUNK_BYTES    = 256 << 10; // weights that stay in the second cache while groups of tokens go by
 
-constexpr size_t lines_of(size_t bytes) {     // of the cache
+inline bool is_packed(const ggml_tensor * t) {
+    return t->buffer && ggml_backend_buffer_get_type(t->buffer) == ggml_cpu_hook_buffer_type();
+}
+
+inline bool has_panels(const ggml_tensor * t) {
+    return is_packed(t) && packed_type(t->type) != W_COUNT;
+}
+
+constexpr size_t lines_of(size_t bytes) { // of the cache
     return (bytes + 63) / 64 * 64;
 }
 
@@ -53,7 +64,54 @@ inline activations activations_at(weight_type type, const work_layout & w, uint8
     return a;
 }
 
-// -- types without panels: tokens as ggml's product of one row with one token takes them --
+// The panels of a product, shared out among the threads in chunks that stay in the second cache and are enough for threads of
+// unequal speed. All meet before, unless each has all activations for itself.
+//   compute(p0, p1): panels p0 to p1
+template <class F>
+void share_panels(const ggml_cpu_hook_task * task, int64_t n_panels, size_t panel_bytes, bool alone, F compute) {
+    const int64_t step     = std::max<int64_t>(1, CHUNK_BYTES / panel_bytes);
+    const int64_t chunk    = alone ? (n_panels + task->nth - 1) / task->nth
+                                   : std::max<int64_t>(1, std::min<int64_t>(step, n_panels / (task->nth * 4)));
+    const int64_t n_chunks = (n_panels + chunk - 1) / chunk;
+
+    if (!alone) {
+        if (task->ith == 0) {
+            ggml_cpu_hook_chunk_set(task, task->nth);
+        }
+        ggml_cpu_hook_barrier(task);
+    }
+    for (int64_t c = task->ith; c < n_chunks; c = alone ? n_chunks : ggml_cpu_hook_chunk_add(task, 1)) {
+        const int64_t end = std::min((c + 1) * chunk, n_panels);
+        for (int64_t p = c * chunk; p < end; p += step) {
+            compute(p, std::min(p + step, end));
+        }
+    }
+}
+
+// panels p0 to p1 of a matrix of n_rows times n tokens
+//   w: the matrix, to: [n] rows of results, [n_rows] each
+inline void multiply_panels(const kernel_set &  set,
+                            weight_type         type,
+                            const uint8_t *     w,
+                            int64_t             n_blocks,
+                            int64_t             n_rows,
+                            int64_t             p0,
+                            int64_t             p1,
+                            int                 n,
+                            const activations & a,
+                            float * const *     to) {
+    const size_t panel_bytes = (size_t) n_blocks * LAYOUTS[type].panel_bytes;
+    for (int64_t p = p0; p < p1; ++p) {
+        float out[16 * PANEL];
+        set.matmul(type, w + p * panel_bytes, n_blocks, n, a, out);
+        const size_t bytes = std::min<int64_t>(PANEL, n_rows - p * PANEL) * sizeof(float);
+        for (int i = 0; i < n; ++i) {
+            memcpy(to[i] + p * PANEL, out + PANEL * i, bytes);
+        }
+    }
+}
+
+// -- without panels: tokens as ggml's product of one row with one token takes them --
 
 inline size_t row_activations(ggml_type type, int64_t k) { // bytes of a token
     return lines_of(ggml_row_size(ggml_get_type_traits_cpu(type)->vec_dot_type, k));

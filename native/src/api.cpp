@@ -459,6 +459,14 @@ const char * entmtp_kernels_name(int32_t i) {
     return nullptr;
 }
 
+void entmtp_kernels_hold(int32_t embeddings, int32_t locked) {
+    entmtp::kernels_hold(embeddings != 0, locked != 0);
+}
+
+uint64_t entmtp_kernels_unlocked(void) {
+    return entmtp::kernels_unlocked();
+}
+
 int32_t entmtp_kernels_of(int32_t type) {
     return entmtp::kernels_of(type);
 }

@@ -35,7 +35,8 @@ struct experts {
     ggml_tensor *         w      = nullptr;
     ggml_backend_buffer_t buffer = nullptr;
 
-    experts(ggml_type type, int64_t k, int64_t n_out, int64_t n_expert, std::mt19937 & rng) :
+    // packed: as a model's weights are held; else as an adapter's
+    experts(ggml_type type, int64_t k, int64_t n_out, int64_t n_expert, std::mt19937 & rng, bool packed = true) :
         type(type), k(k), n_out(n_out), n_expert(n_expert), values(k * n_out * n_expert) {
         std::normal_distribution<float> normal(0.0f, 0.05f);
         for (float & v : values) {
@@ -50,7 +51,8 @@ struct experts {
         }
         ctx    = ggml_init({ ggml_tensor_overhead(), nullptr, true });
         w      = ggml_new_tensor_3d(ctx, type, k, n_out, n_expert);
-        buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_cpu_hook_buffer_type());
+        buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, packed ? ggml_cpu_hook_buffer_type()
+                                                                      : ggml_backend_cpu_buffer_type());
         CHECK(buffer != nullptr);
         ggml_backend_tensor_set(w, data.data(), 0, data.size());
     }
@@ -253,10 +255,35 @@ static void test_crowds() {
     }
 }
 
+// matrices of an adapter, which are not packed: each row as it is alone, near to what is exact
+static void test_adapters() {
+    std::mt19937   rng(4);
+    const uint64_t missed = kernels_missed();
+    for (const ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0 }) {
+        const experts m(type, 96, 20, 5, rng, false);
+        const pass    p    = make_pass(m, 40, 1, 2, rng);
+        const auto    rows = product(m, p.x, 1, p.ids, 2, 2);
+        for (int i = 0; i < p.n_tokens * 2; ++i) {
+            const std::vector<float> x(p.x.begin() + i / 2 * m.k, p.x.begin() + (i / 2 + 1) * m.k);
+            const std::vector<float> row(rows.begin() + i * m.n_out, rows.begin() + (i + 1) * m.n_out);
+            CHECK(same_bits(product(m, x, 1, { p.ids[i] }, 1, 1), row));
+            for (int64_t r = 0; r < m.n_out; ++r) {
+                double exact = 0.0;
+                for (int64_t j = 0; j < m.k; ++j) {
+                    exact += (double) m.values[(p.ids[i] * m.n_out + r) * m.k + j] * x[j];
+                }
+                CHECK(std::fabs(row[r] - exact) < 0.02); // of 0.5: activations have 8 bits, or those of bf16
+            }
+        }
+    }
+    CHECK(kernels_missed() == missed);
+}
+
 int main() {
     ggml_cpu_init();
     test_experts();
     test_crowds();
     test_heads();
+    test_adapters();
     return check_result("test_kernels_experts");
 }

@@ -152,6 +152,14 @@ class Llama(Drafted):
         if rpc_servers:
             self._servers = Servers(rpc_servers)
             kwargs.setdefault("n_gpu_layers", -1)
+        packs = (
+            cpu_kernels.current() != cpu_kernels.OFF and not kwargs.get("n_gpu_layers") and not rpc_servers
+        )
+        locked = packs and bool(kwargs.get("use_mlock"))
+        if locked:
+            kwargs["use_mmap"] = False  # the mapping would be locked beside what is packed from it
+        mapped = kwargs.get("use_mmap", True) and not kwargs.get("lora_path")
+        self._holds = {"embeddings": packs and not mapped, "locked": locked}
         follows = not (kwargs.get("n_threads") or kwargs.get("n_threads_batch") or kwargs.get("n_gpu_layers"))
         kwargs |= self.begin_pace(follows and cpu_kernels.current() != cpu_kernels.OFF)
         try:
@@ -164,6 +172,11 @@ class Llama(Drafted):
                 raise ValueError(f"{e}: {self._no_prediction}") from e
             raise
         self._check_servers()  # a model that was loaded to a lost server looks like one
+        if locked and (left := cpu_kernels.unlocked()):
+            self.warn_once(
+                f"use_mlock: the system did not lock {left / 1e6:.0f} MB of weights in memory (ulimit -l says how much "
+                "it allows)"
+            )
         if kwargs.get("tokenizer") is None:
             self.tokenizer_ = Tokenizer(self)
 
@@ -215,6 +228,7 @@ class Llama(Drafted):
             failed.pop_all()
 
     def prepare_model(self, params: Any) -> None:
+        cpu_kernels.hold(**self._holds)
         if self._servers is not None:
             params.devices = ctypes.cast(self._servers.devices, ctypes.c_void_p)
         params.load_mtp = self._predicts

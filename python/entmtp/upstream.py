@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -37,7 +39,7 @@ NEEDS = {
     "_requires_eval": "the last token's logits are not there: `generate` must not sample before it evaluates",
     "_logits_all": "the argument logits_all",
     "_n_vocab": "width of a row of logits",
-    "_ctx": "wrapper of the context: get_logits(), kv_cache_seq_rm()",
+    "_ctx": "wrapper of the context: get_logits(), kv_cache_seq_rm(), close()",
     "model_params": "parameters of the model, set before it is loaded",
     "context_params": "parameters of the context, set before the arguments are put into them",
     "_n_ctx": "tokens that a text may have, [input_ids]",
@@ -137,6 +139,10 @@ class Upstream(llama_cpp.Llama):
 
     def prepare_context(self, params: Any) -> None:
         """Called with the `llama_context_params` before the arguments are put into them, to change them."""
+
+    def free_context(self) -> None:
+        """Free the context alone, after which the model can only be closed."""
+        self._ctx.close()
 
     def must_evaluate(self) -> bool:
         """Whether the logits of the last token are not there to sample from."""
@@ -244,6 +250,20 @@ class Upstream(llama_cpp.Llama):
         if self._sampler is not None:
             self._sampler.close()  # it refers to itself: it would stay until garbage is collected
         self._sampler = None
+
+
+def requantise(source: str | Path, target: str | Path, ftype: int) -> bool:
+    """Write a model in another type by llama.cpp's quantiser, in silence; whether it could.
+
+    Args:
+        ftype: of enum llama_ftype.
+    """
+    _logger.set_verbose(False)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = ftype
+    return (
+        llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)) == 0
+    )
 
 
 class Processors(llama_cpp.LogitsProcessorList):

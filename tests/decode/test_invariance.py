@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import llama_cpp
 import numpy as np
 import pytest
@@ -114,6 +115,18 @@ def test_pass_size_leaves_no_trace(
             np.testing.assert_array_equal(
                 together.view(np.int32), alone[start : start + n].view(np.int32), f"{n} tokens"
             )
+    llm.close()
+
+
+@needs_kernels
+@pytest.mark.parametrize("type_k", ["Q8_0", "Q4_0", "BF16"])
+def test_keys_of_other_types_leave_no_trace(type_k: str, typed: Callable[[str], Path]) -> None:
+    """A cache of quantised keys without flash attention, whose scores are products of ggml's types."""
+    kind = int(gguf.GGMLQuantizationType[type_k])
+    settings = {"n_ctx": 256, "n_threads": 2, "n_threads_batch": 2, "flash_attn": False, "verbose": False}
+    llm = Llama(typed("q8_0"), type_k=kind, kernels="auto", **settings)
+    text = llm.tokenize("".join(prompts()[:3]).encode(), special=True)
+    assert_passes_leave_no_trace(llm, text[:90], text[90:154], type_k)
     llm.close()
 
 

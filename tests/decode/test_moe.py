@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from test_architectures import heads_for
@@ -79,6 +80,41 @@ def test_as_near_to_exact_weights_as_ggml(name: str, tmp_path: Path) -> None:
         log_p.append(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
     ours, ggml = ((np.exp(log_p[0]) * (log_p[0] - q)).sum(axis=1) for q in log_p[1:])
     assert np.median(ours) <= 1.2 * np.median(ggml), (np.median(ours), np.median(ggml))
+
+
+def write_adapter(path: Path, model: Path, rank: int = 32) -> Path:
+    """A LoRA adapter of a model's experts and of a matrix of every attention, in the types that adapters come in."""
+    reader = gguf.GGUFReader(model)
+    writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 16.0)
+    rng = np.random.default_rng(5)
+    adapted = [t for t in reader.tensors if t.name.endswith(("_exps.weight", "attn_output.weight"))]
+    for i, tensor in enumerate(adapted):
+        n_in, n_out, *n_expert = (int(n) for n in tensor.shape)
+        kind = gguf.GGMLQuantizationType[("F32", "F16", "BF16", "Q8_0")[i % 4]]
+        for part, shape in (("lora_a", (*n_expert, rank, n_in)), ("lora_b", (*n_expert, n_out, rank))):
+            values = rng.normal(0.0, shape[-1] ** -0.5, shape).astype(np.float32)
+            writer.add_tensor(f"{tensor.name}.{part}", gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_adapters_of_experts_leave_no_trace(name: str, n_threads: int, tmp_path: Path) -> None:
+    model = experts_path(name)
+    settings = SETTINGS | {"n_threads": n_threads, "n_threads_batch": n_threads}
+    plain = Llama(model, **settings)
+    without = decode(plain, PROMPT, 0)
+    plain.close()
+    llm = Llama(model, lora_path=str(write_adapter(tmp_path / "lora.gguf", model)), **settings)
+    assert np.abs(decode(llm, PROMPT, 0) - without).max() > 0.1 * without.std()  # it takes part
+    assert_passes_leave_no_trace(llm, PROMPT, REST, "adapter")
+    llm.close()
 
 
 def test_doctor_lists_experts_under_their_kernel(name: str) -> None:

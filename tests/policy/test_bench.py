@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 
 from entmtp import Llama
-from entmtp.bench import cli, inputs, run
+from entmtp.bench import accuracy, cli, inputs, memory, run
+from entmtp.common.machine import held_memory
 from entmtp.measure.compare import LEAST, Comparison, remark
 from entmtp.measure.methods import ENTMTP, generic
 from entmtp.measure.turns import Answer, Prompt, answering, decode, in_turn
+from entmtp.native import kernels
 from entmtp.report.tables import cell, table
 from helpers.loaded import Loaded, every_model
 from helpers.settings import prompts
@@ -27,7 +29,7 @@ SUBCOMMANDS = [name for name in cli.COMMANDS if name != "plot"]
 NEEDED = {
     "run": ["--prompts", "p.jsonl"], "study": ["--prompts", "p.jsonl"], "heads": ["folder", "--prompts", "p.jsonl"],
     "gpu": [], "curve": [], "load": ["--prompts", "p.jsonl"], "users": ["--prompts", "p.jsonl"],
-    "serve": ["--prompts", "p.jsonl"],
+    "serve": ["--prompts", "p.jsonl"], "memory": [], "accuracy": [],
     "what-if": ["flat", "--traces", "t"], "ablate": ["flat", "--traces", "t"],
 }  # fmt: skip
 
@@ -266,6 +268,47 @@ def test_curve_with_several_kernels(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert re.search(r"^\| 1 \| [\d.]+ ±\d+% \| 1\.00 \|", text, re.MULTILINE)
     out.with_suffix(".png").unlink()
     assert cli.main(["--plot", str(out)]) == 0 and out.with_suffix(".png").exists()
+
+
+@pytest.mark.skipif("Rss" not in held_memory(), reason="this system does not say what is held")
+def test_memory_of_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "memory.json"
+    assert cli.main(["memory", "-m", "demo:f16", "--rounds", "1", "-o", str(out)]) == 0
+    (found,) = json.loads(out.read_text("utf-8"))["memory"]
+    by = {(row["how"], row["kernels"]): row for row in found["rows"]}
+    assert set(by) == {(how, k) for how in memory.WAYS for k in memory.KERNELS}
+    for way in ("mapped", "read"):
+        # 13 MB of a model, and what every process differs by
+        assert 0.7 * found["bytes"] < by[way, "auto"]["held"] < 1.05 * found["bytes"] + 6e6, by
+        assert by[way, "auto"]["peak"] > 0 and by[way, "auto"]["seconds"] > 0
+    text = capsys.readouterr().out
+    assert "#### demo:f16: a file of" in text and "| read (use_mmap=False) | ours |" in text
+
+
+def test_accuracy_of_kernels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], models: dict[str, Path]
+) -> None:
+    asked = write_prompts(tmp_path, ["Why is the sky blue?", "def add(a, b):"])
+    out = tmp_path / "accuracy.json"
+    arguments = ["accuracy", "-m", f"{models['q8_0']}:q4_0", "--prompts", asked, "--raw", "--threads", "1"]
+    assert cli.main([*arguments, "-o", str(out)]) == 0
+    (found,) = json.loads(out.read_text("utf-8"))["accuracy"]
+    ggml, ours = found["rows"]
+    assert (ggml["kernels"], ours["kernels"]) == ("off", "auto") and ours["tokens"] == ggml["tokens"] > 10
+    assert 0 < ggml["one"] < 0.1
+    if kernels.available() != ["portable"]:
+        assert ours["between"] == ours["other"] == 0 and ours["one"] == ours["several"] < 1.5 * ggml["one"]
+    assert "KL between passes of 1 and of 8" in capsys.readouterr().out
+
+
+def test_divergence_is_that_of_distributions() -> None:
+    p, q = np.array([0.5, 0.25, 0.25]), np.array([0.25, 0.25, 0.5])
+    expected = 0.5 * np.log(2) - 0.25 * np.log(2)
+    rows = np.log([p, p]).astype(np.float32), np.log([q, p]).astype(np.float32)
+    np.testing.assert_allclose(accuracy.divergence(*rows), [expected, 0.0], atol=1e-7)
+    assert accuracy.with_type("smollm2:q8_0") == ("smollm2", "q8_0")
+    assert accuracy.with_type("1b:q8_0") == ("1b:q8_0", None)
+    assert accuracy.with_type("a/b.gguf") == ("a/b.gguf", None)
 
 
 def test_names_of_models() -> None:

@@ -20,7 +20,7 @@ from ..native.backends import llama_commit
 from ..options import DEMO, add_model_options
 from ..report.plots import draw
 from ..report.tables import write
-from . import gpu, heads, load, passes, run, serve, study, users, whatif
+from . import accuracy, gpu, heads, load, memory, passes, run, serve, study, users, whatif
 from .inputs import SUITES, context_lengths, some_of
 
 SHAPE = f"random weights by shape ({', '.join(SHAPES)}) and type ({', '.join(QUANTS)}), as 1b:q4_k"
@@ -139,6 +139,17 @@ COMMANDS = {
         passes.run, f"the cost of 1 to 64 tokens in one pass; a model may also be {SHAPE}",
         "entmtp bench curve -m 1b:q4_0 --more-models 1b:q8_0 --contexts 64 2048 -o curve.json",
         {"--more-models": [], "--contexts": [[64]], "--sizes": None, "--rounds": 9, "--kernels": None},
+    ),
+    "memory": Command(
+        memory.run, f"what processes hold of a model's weights, mapped, read and locked; a model may also be {SHAPE}",
+        "entmtp bench memory -m 1b:q8_0 --more-models smollm2 gemma3-270m -o memory.json",
+        {"--more-models": [], "--rounds": 3},
+    ),
+    "accuracy": Command(
+        accuracy.run, "how far kernels are from exact weights, and passes of several tokens from passes of one; a "
+        f"model may be given a type ({', '.join(accuracy.TYPES)}), as smollm2:q8_0",
+        "entmtp bench accuracy -m smollm2 --more-models smollm2:q8_0 smollm2:q4_k -o accuracy.json",
+        {"--more-models": [], "--prompts": None, "--suite": "paper", "--raw": False, "--limit": 2},
     ),
     "what-if": Command(
         whatif.run, "replay traces under the costs of other machines",

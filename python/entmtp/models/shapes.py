@@ -32,6 +32,7 @@ class Shape:
     n_expert_used: int = 0
     window: int = 0  # sliding window of every other layer
     dense: str = ""  # type of matrices that are no experts; "": as experts
+    tied: bool = False  # the embeddings are the output projection, too
 
     @property
     def head_dim(self) -> int:
@@ -242,7 +243,8 @@ def write_model(path: str | Path, shape: Shape, seed: int = 1, quant: str = "q4_
         # with experts, what a token is should choose them, more than what all tokens have seen
         gain = s.n_embd**0.5 if s.n_expert else 1.0
         w.matrix("token_embd.weight", s.n_vocab, s.n_embd, quant=s.dense, gain=gain)
-        w.matrix("output.weight", s.n_vocab, s.n_embd, quant=s.dense)
+        if not s.tied:
+            w.matrix("output.weight", s.n_vocab, s.n_embd, quant=s.dense)
         w.vector("output_norm.weight", s.n_embd, 1.0)
         for i in range(s.n_layer):
             _add_layer(w, s, f"blk.{i}")

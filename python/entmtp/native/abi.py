@@ -458,6 +458,12 @@ kernels_current = _bind("entmtp_kernels_current", c_char_p)
 # const char * entmtp_kernels_name(int32_t i);
 kernels_name = _bind("entmtp_kernels_name", c_char_p, c_int32)
 
+# void entmtp_kernels_hold(int32_t embeddings, int32_t locked);
+kernels_hold = _bind("entmtp_kernels_hold", None, c_int32, c_int32)
+
+# uint64_t entmtp_kernels_unlocked(void);
+kernels_unlocked = _bind("entmtp_kernels_unlocked", c_uint64)
+
 # int32_t entmtp_kernels_of(int32_t type);
 kernels_of = _bind("entmtp_kernels_of", c_int32, c_int32)
 

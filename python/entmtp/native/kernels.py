@@ -56,6 +56,22 @@ def using(name: str) -> Iterator[None]:
         use(before)
 
 
+def hold(embeddings: bool = False, locked: bool = False) -> None:
+    """How the weights of models that are loaded from now on are held, in the whole process.
+
+    Args:
+        embeddings: token embeddings are packed, too: where they are also the output projection, they are held once. It
+            costs memory where they are not and the file is mapped.
+        locked: the system must keep packed weights in memory.
+    """
+    abi.kernels_hold(embeddings, locked)
+
+
+def unlocked() -> int:
+    """Bytes since the last `hold(locked=True)` that the system did not lock."""
+    return int(abi.kernels_unlocked())
+
+
 def of_type(number: int) -> str:
     """How products with matrices of a `ggml_type` are computed while kernels are on.
 

@@ -1,0 +1,141 @@
+"""`entmtp bench memory`: what a process holds of a model's weights, and at most while it loads them; how long it takes.
+
+Each in a process of its own, without the context and without what a process holds with the vocabulary alone.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ..common.errors import EntmtpError
+from ..common.machine import held_memory
+from ..common.progress import stages
+from ..models import hub
+from ..report.tables import Form, table
+from .inputs import model_of
+
+WAYS = {
+    "mapped": "mapped",
+    "read": "read (use_mmap=False)",
+    "locked": "locked (use_mlock=True)",
+    "two": "mapped, by two processes together",
+}
+KERNELS = {"off": "ggml's", "auto": "ours"}
+MB = 1e6
+AIM = 1.05  # of the file
+
+
+class Holder:
+    """A process that holds a model (bench/held.py), until it is closed."""
+
+    def __init__(self, model: str | Path, how: str, kernels: str):
+        command = [sys.executable, "-m", "entmtp.bench.held", str(model), how, kernels]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.loaded = self._read()
+
+    def _read(self) -> dict[str, float]:
+        assert self.process.stdout is not None
+        if not (line := self.process.stdout.readline()):
+            raise EntmtpError(f"a process that was to hold the model ended with status {self.process.wait()}")
+        found: dict[str, float] = json.loads(line)
+        return found
+
+    def held(self) -> dict[str, float]:
+        """Bytes that it holds now."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def __enter__(self) -> Holder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def together(model: str, how: str, kernels: str) -> float:
+    """Bytes that two processes hold at a time, pages of both counted once."""
+    with Holder(model, how, kernels) as one, Holder(model, how, kernels) as other:
+        return one.held()["Pss"] + other.held()["Pss"]
+
+
+def measure(model: str, size: int, n_rounds: int, advance: Any) -> list[dict[str, Any]]:
+    """What is held by way of loading and kernels, all in turn.
+
+    Args:
+        size: bytes of the model's files.
+
+    Returns:
+        how, kernels, and in bytes without what a process with the vocabulary alone holds: held, peak while loading,
+        locked, large (in pages of 2 MB); and seconds.
+    """
+    with Holder(model, "none", "off") as process:
+        base = process.held()
+    base_of_two = together(model, "none", "off")
+    cases = [(how, kernels) for how in WAYS for kernels in KERNELS]
+    loads: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for i in range(n_rounds):
+        for j, (how, kernels) in enumerate(cases):
+            advance("processes", i * len(cases) + j + 1, n_rounds * len(cases))
+            if how == "two":
+                if i == 0:
+                    both = together(model, "mapped", kernels)
+                    loads[how, kernels] = [{"Rss": both - base_of_two + base["Rss"]}]
+                continue
+            with Holder(model, how, kernels) as process:
+                loads.setdefault((how, kernels), []).append(process.loaded)
+    rows = []
+    for (how, kernels), found in loads.items():
+        row = {"how": how, "kernels": kernels, "held": median(x["Rss"] for x in found) - base["Rss"]}
+        if how != "two":
+            row |= {
+                "peak": max(x["peak"] for x in found) - base["Rss"],
+                "locked": found[-1]["Locked"],
+                "large": found[-1]["AnonHugePages"] - base["AnonHugePages"],
+                "seconds": median(x["seconds"] for x in found),
+            }
+        rows.append(row)
+    return rows
+
+
+def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
+    if "Rss" not in held_memory():
+        raise EntmtpError("this system does not say what a process holds in memory (/proc/self/smaps_rollup)")
+    report["memory"] = []
+    for name in [args.model, *args.more_models]:
+        with ExitStack() as stack, stages() as advance:
+            path = Path(stack.enter_context(model_of(args, name, drafts=False)).model)
+            files = [path.with_name(part) for part in hub.parts(path.name)]
+            size = sum(len(file.read_bytes()) for file in files)  # read: in the system's cache from now on
+            found = {"model": name, "bytes": size, "rows": measure(str(path), size, args.rounds, advance)}
+        report["memory"].append(found)
+        yield markdown(found)
+
+
+def markdown(found: dict[str, Any]) -> str:
+    size = found["bytes"]
+    rows = []
+    for row in found["rows"]:
+        cells = {key: row[key] / MB for key in ("held", "peak", "large", "locked") if key in row}
+        cells |= {"share": row["held"] / size, "way": WAYS[row["how"]], "by": KERNELS[row["kernels"]]}
+        if "peak" in row:
+            cells |= {"beyond": (row["peak"] - size) / MB, "seconds": row["seconds"]}
+        rows.append(cells)
+    columns: dict[str, Form] = {
+        "weights": "{way}", "kernels": "{by}", "held, MB": "{held:.0f}", "of the file": "{share:.2f}",
+        "peak, MB": "{peak:.0f}", "beyond the file, MB": "{beyond:+.0f}", "in large pages, MB": "{large:.0f}",
+        "locked, MB": "{locked:.0f}", "loaded in, s": "{seconds:.2f}",
+    }  # fmt: skip
+    return f"#### {found['model']}: a file of {size / MB:.0f} MB\n\n" + table(columns, rows, n_text=2)
