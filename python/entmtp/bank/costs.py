@@ -126,6 +126,11 @@ def relative(verify: dict[int, float], chain: Sequence[float]) -> Costs:
     return Costs({0: {n: 1e3 * c for n, c in verify.items()}}, tuple(us), level)
 
 
+def _whole(text: str) -> int:
+    """The number that a few digits stand for, -1 for all else."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 8 else -1
+
+
 def from_json(data: Any, label: str) -> Costs:
     """Costs from parsed JSON.
 
@@ -139,12 +144,12 @@ def from_json(data: Any, label: str) -> Costs:
         raise f.fail("verify", "an object from context depths to costs")
     verify: dict[int, dict[int, float]] = {}
     for depth, row in raw.items():
-        if not depth.isdecimal() or int(depth) > 1 << 24:
+        if not 0 <= _whole(depth) <= 1 << 24:
             raise f.fail("verify", "an object from context depths to costs")
         if (
             not isinstance(row, dict)
             or "1" not in row
-            or not all(k.isdecimal() and 0 < int(k) <= 512 for k in row)
+            or not all(0 < _whole(k) <= 512 for k in row)
         ):
             raise f.fail(f"verify.{depth}", "an object from numbers of tokens, 1 among them, to microseconds")
         verify[int(depth)] = {int(n): f.number(f"verify.{depth}.{n}", us, 1e-6) for n, us in row.items()}

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from .. import __version__
+from ..common.fields import parse_json
 from . import asked
 from .asked import Asked, parse
 from .errors import Refused
@@ -184,7 +185,7 @@ class Chat(Generated):
 
 def _object(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:  # cut by the limit of tokens
         return {}
 
