@@ -6,6 +6,7 @@ VENV   ?= .venv
 BUILD  ?= build/cmake
 TORCH  ?= torch==2.13.0
 SCHEMATHESIS ?= schemathesis>=4,<5
+ATHERIS ?= atheris==3.0.0
 TOOLS  ?= native/tools.txt
 
 FLAGS :=
@@ -38,8 +39,8 @@ AUDIT     := $(RUN) pip-audit==2.10.1 --strict --disable-pip
 PLATFORMS := x86_64-manylinux2014 aarch64-manylinux2014 aarch64-apple-darwin x86_64-pc-windows-msvc
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-tsan test-arm soak kill-matrix fuzz-server \
-	build install baselines wheel wheel-check wheel-install bump bump-tools sbom audit lint format clean distclean
+.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-asan-python test-tsan test-arm \
+	soak kill-matrix fuzz fuzz-server build install baselines wheel wheel-check wheel-install bump bump-tools sbom audit lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -76,6 +77,16 @@ soak: install ## random calls to a drafting model and a plain twin, 1000000 toke
 kill-matrix: install ## kill every long command 50 times, or KILLS=n, and give it again
 	$(PY) tests/kill_matrix.py --kills $(or $(KILLS),50)
 
+# libFuzzer (Clang) and atheris: docs/guarantees.md
+FUZZERS := $(patsubst native/fuzz/%.cpp,%,$(wildcard native/fuzz/fuzz_*.cpp))
+
+fuzz: $(VENV)/.atheris ## files and calls made up by coverage, 5 minutes for each fuzzer or MINUTES=n
+	@command -v clang++ > /dev/null || { echo "clang++ was not found; on Debian and Ubuntu: apt install clang"; exit 1; }
+	$(BIN)/cmake -S . -B build/fuzz -G Ninja -DENTMTP_FUZZ=ON -DENTMTP_SANITIZE=address,undefined,fuzzer-no-link \
+		-DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_BUILD_TYPE=RelWithDebInfo $(FLAGS)
+	$(BIN)/cmake --build build/fuzz --target $(FUZZERS)
+	$(PY) tests/fuzz/run.py --minutes $(or $(MINUTES),5) $(FUZZ_ARGS)
+
 fuzz-server: $(VENV)/.fuzz ## requests made up from the server's OpenAPI description, 100 a path or EXAMPLES=n
 	$(PY) tests/fuzz_server.py --examples $(or $(EXAMPLES),100)
 
@@ -85,11 +96,26 @@ test-tsan: $(VENV)/.tools ## run the test of several threads with ThreadSanitize
 	$(BIN)/cmake --build build/tsan --target test_group
 	build/tsan/native/test_group
 
-test-asan: $(VENV)/.tools ## run the native tests with AddressSanitizer and UBSan
-	$(BIN)/cmake -S . -B build/asan -G Ninja -DENTMTP_TESTS=ON -DENTMTP_SANITIZE=address,undefined \
+configure_asan = $(BIN)/cmake -S . -B build/asan -G Ninja -DENTMTP_TESTS=ON -DENTMTP_SANITIZE=address,undefined \
 		-DCMAKE_BUILD_TYPE=RelWithDebInfo $(FLAGS)
+
+test-asan: $(VENV)/.tools ## run the native tests with AddressSanitizer and UBSan
+	$(configure_asan)
 	$(BIN)/cmake --build build/asan
 	UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/ctest --test-dir build/asan --output-on-failure
+
+# The interpreter knows nothing of sanitizers: their libraries come before all others, and what Python itself never gives
+# back is left out (tests/lsan.txt). A child process would be examined, too: these tests have none.
+ASAN_TESTS := $(addprefix tests/decode/test_,failed_passes.py heads.py drafters.py typical.py tree_verify.py engine.py requests.py)
+library_file = $$($(or $(CXX),c++) -print-file-name=$(1))
+
+test-asan-python: install ## run Python tests of decoding with both sanitizers in libentmtp; Linux, GCC
+	$(configure_asan)
+	$(BIN)/cmake --build build/asan --target entmtp
+	$(BIN)/cmake --install build/asan --prefix build/asan/install
+	LD_PRELOAD="$(call library_file,libasan.so) $(call library_file,libubsan.so) $(call library_file,libstdc++.so)" \
+		PYTHONMALLOC=malloc LSAN_OPTIONS=suppressions=tests/lsan.txt UBSAN_OPTIONS=print_stacktrace=1 \
+		ENTMTP_LIB_PATH=build/asan/install/entmtp/lib $(PY) -m pytest -m "not gpu and not torch" $(or $(PYTEST_ARGS),$(ASAN_TESTS))
 
 # The CPU kernels on processors with all they know, without i8mm, and with neither: each must find the sets it can run.
 ARM  := aarch64-linux-gnu
@@ -213,6 +239,11 @@ $(VENV)/.torch: install
 
 $(VENV)/.fuzz: install
 	@[ -f $@ ] || $(PIP) install --quiet "$(SCHEMATHESIS)"
+	@touch $@
+
+$(VENV)/.atheris: install
+	@[ -f $@ ] || $(PIP) install --quiet "$(ATHERIS)" || { echo "$(ATHERIS) was not installed, for the reason above;" \
+		"it has wheels for Linux and macOS and CPython 3.11 to 3.13: make PYTHON=python3.12"; exit 1; }
 	@touch $@
 
 # Other flags, other build: an option left out must not survive in the old CMake cache.

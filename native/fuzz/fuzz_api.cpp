@@ -383,12 +383,49 @@ class session {
         const tokens       paths = some_tokens(64 * 8);
         tokens             ids(64 * 8);
         const int32_t      head = d.between(0, 4) - 1, n = d.between(0, 8), k = d.between(0, 8);
+        entmtp_heads_prefix(heads.get(), h.data(), d.between(0, 4), d.between(0, 2) * 100, out.data());
         entmtp_heads_logits(heads.get(), head, h.data(), paths.data(), out.data());
         if (entmtp_heads_expand(heads.get(), head, h.data(), paths.data(), n, k, ids.data(), log_p.data()) == ENTMTP_OK) {
             for (int32_t i = 0; i < n * k; ++i) {
                 MUST(ids[i] >= 0 && ids[i] < tiny::n_vocab);
             }
         }
+    }
+
+    // what is missing is said, and nothing more
+    void nothing(member & m) {
+        int32_t             t = 0;
+        entmtp_signals      signals;
+        entmtp_walk         walk;
+        entmtp_outputs_info info;
+        for (entmtp_decoder * dec : { (entmtp_decoder *) nullptr, m.dec }) {
+            MUST(entmtp_decoder_eval(dec, nullptr, d.between(0, 2), 0, false) == ENTMTP_ERROR);
+            MUST(entmtp_decoder_sample(dec, nullptr, &t) == ENTMTP_ERROR);
+            MUST(entmtp_decoder_sample(dec, greedy.get(), nullptr) == ENTMTP_ERROR);
+            MUST(entmtp_decoder_sample_typical(dec, nullptr, 1.0f, 1.0f, 1.0f, nullptr) == ENTMTP_ERROR);
+            MUST(entmtp_decoder_set_trees(dec, 1, nullptr, nullptr, nullptr) == ENTMTP_ERROR);
+            MUST(entmtp_decoder_set_policy(dec, nullptr) == ENTMTP_ERROR);
+            MUST(entmtp_decoder_signals(dec, 1, nullptr) == ENTMTP_ERROR);
+            MUST(entmtp_decoder_get_acceptance(dec, nullptr) == ENTMTP_ERROR);
+            MUST(entmtp_decoder_get_walk(dec, nullptr, nullptr, 0) == ENTMTP_ERROR);
+            MUST(entmtp_decoder_get_steps(dec, nullptr, 0, 5) == 0);
+            MUST(entmtp_decoder_share(dec, nullptr, &t, 1) == ENTMTP_ERROR);
+            MUST(entmtp_decoder_in_common(dec, nullptr, 1) == 0);
+            entmtp_decoder_get_outputs(dec, nullptr);
+            entmtp_decoder_get_traffic(dec, nullptr);
+            entmtp_decoder_get_older_steps(dec, nullptr, nullptr, 0);
+        }
+        MUST(entmtp_decoder_signals(nullptr, 1, &signals) == ENTMTP_ERROR);
+        MUST(entmtp_decoder_get_walk(nullptr, &walk, nullptr, 0) == ENTMTP_ERROR);
+        MUST(!entmtp_decoder_logits(nullptr) && !entmtp_decoder_hidden(nullptr));
+        MUST(!entmtp_decoder_is_drafted(nullptr, 1) && !entmtp_decoder_can_tree(nullptr));
+        entmtp_decoder_get_outputs(nullptr, &info);
+        entmtp_decoder_cancel(nullptr);
+        entmtp_heads_get_info(heads.get(), nullptr);
+        MUST(!entmtp_decoder_init(nullptr, heads.get()) && !entmtp_group_init(nullptr, nullptr, 1, 1));
+        MUST(!entmtp_group_init(ctx.get(), nullptr, n_seq + 1, 1) && !entmtp_group_decoder(group.get(), n_seq));
+        MUST(!entmtp_corpus_init(nullptr, 3) && !entmtp_corpus_init(&t, -1));
+        MUST(!entmtp_draft_model_init(nullptr, nullptr, nullptr));
     }
 
     void share(member & m) {
@@ -485,6 +522,7 @@ class session {
                 }
                 break;
             case 30:
+                nothing(m);
                 if (d.rarely()) { // another decoder on the same context
                     end();
                     begin();

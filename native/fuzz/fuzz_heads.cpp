@@ -101,8 +101,50 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     return 0;
 }
 
+// a whole file: what libFuzzer begins with
+static std::string seed_file(std::mt19937 & rng) {
+    static const ggml_type types[] = { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 };
+
+    tiny::head_options o;
+    o.arch     = rng() % 2 ? "medusa" : "hydra";
+    o.grounded = o.arch == "hydra" && rng() % 4;
+    o.prefix   = o.arch == "hydra" && rng() % 2;
+    o.n_heads  = 1 + (int32_t) (rng() % 3);
+    o.n_blocks = o.grounded + (int32_t) (rng() % 3);
+    o.n_stored = o.grounded ? 0 : std::min(o.n_blocks, 1);
+    o.bias     = rng() % 2;
+    o.shared   = rng() % 2;
+    o.type     = types[rng() % 5];
+    for (int32_t i = rng() % 2 ? 0 : 10; i > 0; --i) {
+        o.d2t.push_back((i * 7) % tiny::n_vocab);
+    }
+    const tiny::file         whole = tiny::make_heads(o);
+    std::vector<uint8_t>     meta(gguf_get_meta_size(whole.gguf.get()));
+    gguf_parts               file;
+    gguf_get_meta_data(whole.gguf.get(), meta.data());
+    MUST(file.read(meta.data(), meta.size()));
+    const auto d2t = std::find_if(file.tensors.begin(), file.tensors.end(),
+                                  [](const gguf_parts::tensor & t) { return t.name == "d2t"; });
+    if (d2t != file.tensors.end()) { // the only values that matter: they come first
+        std::rotate(file.tensors.begin(), d2t, d2t + 1);
+        for (const int64_t id : o.d2t) {
+            gguf_parts::put(file.data, id);
+        }
+    }
+    file.lay_out();
+    const char control[n_control] = { 0, 8, 0 }; // 64 KiB of zeros
+    return std::string(control, n_control) + file.write();
+}
+
 extern "C" size_t LLVMFuzzerCustomMutator(uint8_t * data, size_t size, size_t max_size, unsigned int seed) {
     std::mt19937 rng(seed);
+    if (size <= n_control || rng() % 64 == 0) {
+        const std::string seed_bytes = seed_file(rng);
+        if (seed_bytes.size() <= max_size) {
+            memcpy(data, seed_bytes.data(), seed_bytes.size());
+            return seed_bytes.size();
+        }
+    }
     if (size <= n_control || rng() % 16 == 0) {
         return LLVMFuzzerMutate(data, size, max_size);
     }

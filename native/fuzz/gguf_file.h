@@ -3,7 +3,9 @@
 #pragma once
 
 #include "fuzz.h"
+#include "ggml.h"
 
+#include <algorithm>
 #include <cstring>
 #include <random>
 #include <string>
@@ -87,16 +89,18 @@ struct gguf_parts {
         return out + data;
     }
 
-    // the tensors lie one after the other, as types of `width` bytes a value
+    // the tensors lie one after the other
     void lay_out() {
         uint64_t offset = 0;
         for (tensor & t : tensors) {
-            uint64_t n = 1;
-            for (const uint64_t d : t.shape) {
-                n *= d;
-            }
             t.offset = offset;
-            offset += (n * (t.type == 0 ? 4 : t.type == 27 ? 8 : 2) + 31) / 32 * 32; // f32, i64, f16
+            if (t.type < GGML_TYPE_COUNT && !t.shape.empty() && ggml_blck_size((ggml_type) t.type) > 0) {
+                uint64_t n = t.shape[0] / (uint64_t) ggml_blck_size((ggml_type) t.type) * ggml_type_size((ggml_type) t.type);
+                for (size_t d = 1; d < t.shape.size(); ++d) {
+                    n *= t.shape[d];
+                }
+                offset += (n + 31) / 32 * 32;
+            }
         }
     }
 

@@ -392,7 +392,7 @@ void decoder::invalidate(int32_t past) {
     is_seen     = false;
     walked.tree = -1;
     set_row(-1);
-    n_past = std::max(past, 0);
+    n_past = std::clamp(past, 0, n_ctx);
     text.truncate(0); // it may be another one
     text.truncate(n_past);
     running.reset();

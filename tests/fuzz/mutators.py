@@ -293,8 +293,8 @@ def repair(header: dict[str, Any]) -> None:
             if name != "__metadata__":
                 size = width[info["dtype"]]
                 for n in info["shape"]:
-                    size *= n
-                if not isinstance(size, int) or not 0 <= size < 1 << 16:
+                    size *= n if type(n) is int else 1
+                if not 0 <= size < 1 << 16:
                     continue
                 info["data_offsets"] = [at, at + size]
                 at += size

@@ -26,7 +26,7 @@ from entmtp.models.formats.tensors import SourceTensor
 from fuzz import mutators
 
 MAX_VALUES = 1 << 16  # of a tensor whose values are read: larger ones are asked for by no conversion of such small files
-WRITTEN = Path(tempfile.mkdtemp(prefix="entmtp-fuzz-"))  # on Linux better in /dev/shm: TMPDIR
+WRITTEN = Path(tempfile.mkdtemp(prefix="entmtp-fuzz-"))
 
 
 @dataclass(frozen=True)
