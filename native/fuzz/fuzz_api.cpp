@@ -437,6 +437,7 @@ class session {
         }
         member & from = &m == &members[0] ? members[1] : members[0];
         tokens   t    = from.known() && d.flag() ? from.text : some_tokens(d.between(0, 5));
+        t.reserve(1); // none is no list
         const int32_t n = entmtp_decoder_share(m.dec, from.dec, t.data(), (int32_t) t.size());
         MUST(n >= 0 && n <= (int32_t) t.size());
         if (from.known()) {

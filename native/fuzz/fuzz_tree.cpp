@@ -46,7 +46,6 @@ struct setting {
 // the tree of a sequence that is in the memory and not committed yet
 struct open_tree {
     tokens token, parent, at; // [n]; at: index in the batch
-    bool   can_commit = false;
 
     // from the root to a node
     tokens path(int32_t node) const {
@@ -70,6 +69,8 @@ class session {
         params.type_k = params.type_v = GGML_TYPE_F32;
         params.flash_attn_type        = d.flag() ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
         unified                       = params.kv_unified;
+        // ggml's flash attention has a kernel for large batches that rounds to f16
+        tolerance = params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_ENABLED ? 3e-2f : 1e-3f;
         ctx.reset(llama_init_from_model(s.base.get(), params));
         MUST(ctx);
         mem   = llama_get_memory(ctx.get());
@@ -104,7 +105,7 @@ class session {
                         text[i].clear();
                         open[i] = {};
                     }
-                    last_is_tree = false;
+                    forget();
             }
             check();
         }
@@ -135,7 +136,7 @@ class session {
         MUST(row);
         const auto & want = s.plain->logits(whole);
         for (int32_t t = 0; t < tiny::n_vocab; ++t) {
-            MUST(std::fabs(row[t] - want[t]) < 2e-3f);
+            MUST(std::fabs(row[t] - want[t]) < tolerance);
         }
     }
 
@@ -150,6 +151,12 @@ class session {
     //
     // calls
     //
+
+    void forget() {
+        for (open_tree & t : last) {
+            t = {};
+        }
+    }
 
     // no tree may be left over when something else is decoded
     void finish(int32_t seq) {
@@ -182,10 +189,10 @@ class session {
         const size_t room = unified ? n_ctx - n_cells() : n_ctx / n_seq - text[seq].size();
         MUST(status == ((size_t) n <= room ? 0 : 1));
         if (status == 0) {
+            forget();
             text[seq].insert(text[seq].end(), more.begin(), more.end());
             same(llama_get_logits_ith(ctx.get(), n - 1), text[seq]);
         }
-        last_is_tree = false;
     }
 
     // level by level, each node below one of the level before; with several roots it is a forest
@@ -237,15 +244,14 @@ class session {
         reach(2, (uint32_t) n, (uint32_t) (status + 1) * 4 + (uint32_t) seqs.size());
         if (is_tree && seqs.size() > 1 && !unified) {
             MUST(status == -1); // caches of their own take equal parts of a batch
-            last_is_tree = last_is_tree && false;
             return;
         }
         const size_t room = unified ? n_ctx - n_cells() : n_ctx / n_seq - text[seqs[0]].size();
         if (status != 0) {
             MUST(status == 1 && (n > room || seqs.size() > 1));
-            last_is_tree = false;
             return;
         }
+        forget();
         for (size_t k = 0; k < seqs.size(); ++k) {
             const open_tree & t = trees[k];
             for (const int32_t node : { (int32_t) t.token.size() - 1, d.between(0, (int32_t) t.token.size() - 1) }) {
@@ -255,10 +261,11 @@ class session {
                 }
                 same(llama_get_logits_ith(ctx.get(), t.at[node]), whole);
             }
-            open[seqs[k]]            = t;
-            open[seqs[k]].can_commit = is_tree;
+            open[seqs[k]] = t;
+            if (is_tree) {
+                last[seqs[k]] = t;
+            }
         }
-        last_is_tree = is_tree;
     }
 
     // batches and calls that are no trees: nothing of them may stay
@@ -283,12 +290,11 @@ class session {
         MUST(llama_batch_ext_set_parent(batch, 2, 0));
         MUST(process() == -1);
         reach(3, (uint32_t) wrong, (uint32_t) (parent + 2));
-        last_is_tree = false;
     }
 
     void commit(int32_t seq) {
-        open_tree &   t = open[seq];
-        const int32_t n = (int32_t) t.token.size();
+        const open_tree & t = last[seq];
+        const int32_t     n = (int32_t) t.token.size();
 
         tokens path = n > 0 ? t.path(d.between(0, n - 1)) : tokens();
         if (d.rarely()) {
@@ -315,15 +321,14 @@ class session {
             is_path       = at != t.at.end() && t.parent[at - t.at.begin()] == (k > 0 ? named.back() : -1);
             named.push_back((int32_t) (at - t.at.begin()));
         }
-        const bool expected = t.can_commit && is_path;
-        const bool done     = llama_memory_tree_commit(mem, seq, idx.data(), (int32_t) idx.size());
+        const bool done = llama_memory_tree_commit(mem, seq, idx.data(), (int32_t) idx.size());
         reach(4, (uint32_t) idx.size(), (uint32_t) (2 * done + is_path));
-        MUST(done == expected);
+        MUST(done == (n > 0 && is_path));
         if (done) {
-            for (const int32_t i : named) {
-                text[seq].push_back(t.token[i]);
+            for (size_t k = 0; k < named.size() && !open[seq].token.empty(); ++k) {
+                text[seq].push_back(t.token[named[k]]);
             }
-            open[seq] = {};
+            open[seq] = last[seq] = {};
             MUST(!llama_memory_tree_commit(mem, seq, idx.data(), (int32_t) idx.size())); // once
         }
     }
@@ -331,15 +336,11 @@ class session {
     // positions from p0 on go, as when a text is cut back
     void cut(int32_t seq) {
         const auto    size = (int32_t) text[seq].size();
-        const int32_t p0   = d.between(0, std::max(size, 1));
+        const int32_t p0   = d.between(0, size);
         MUST(llama_memory_seq_rm(mem, seq, p0, -1));
-        reach(5, (uint32_t) (size - std::min(size, p0)), open[seq].token.empty());
-        text[seq].resize(std::min(size, p0));
-        open[seq] = {};
-        // what was a tree has no cells: a commit may be refused or do nothing, and must not bring them back
-        if (last_is_tree) {
-            llama_memory_tree_commit(mem, seq, nullptr, 0);
-        }
+        reach(5, (uint32_t) (size - p0), open[seq].token.empty());
+        text[seq].resize(p0);
+        open[seq] = {}; // a commit then changes nothing
     }
 
     // another sequence goes on from the same text
@@ -361,7 +362,6 @@ class session {
             tokens & gone = llama_memory_seq_pos_max(mem, seq) < 0 ? text[seq] : text[1 - seq];
             gone.clear();
         }
-        last_is_tree = false;
     }
 
     // saved and loaded: the same text
@@ -372,7 +372,7 @@ class session {
         finish(1 - seq);
         MUST(llama_state_seq_set_data(ctx.get(), data.data(), data.size(), seq) > 0);
         reach(7, (uint32_t) text[seq].size());
-        last_is_tree = false;
+        forget();
     }
 
     setting &   s;
@@ -382,10 +382,11 @@ class session {
     llama_memory_t    mem   = nullptr;
     llama_batch_ext * batch = nullptr;
     bool              unified;
+    float             tolerance;
 
     tokens    text[n_seq];
-    open_tree open[n_seq];
-    bool      last_is_tree = false;
+    open_tree open[n_seq]; // in the memory, beyond the text
+    open_tree last[n_seq]; // of the last batch, if it held trees: what can be committed
 };
 
 } // namespace

@@ -274,6 +274,10 @@ int32_t decoder::step(int32_t token) {
         return status;
     }
 
+    if (shared.n_seq > 1 && n_past >= n_ctx) {
+        return decode_status(1);
+    }
+
     const int64_t t0 = timed ? ggml_time_us() : 0;
 
     text.truncate(n_past);
