@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -25,11 +26,13 @@ static constexpr int32_t n_batch = 128;
 
 namespace {
 
-// models, heads files, and a context of plain llama.cpp
+// models, heads files, and contexts
 struct setting {
     tiny::folder                dir;
     tiny::model_ptr             base, small;
     std::unique_ptr<plain_text> plain;
+
+    std::map<std::pair<int32_t, int32_t>, tiny::context_ptr> contexts; // by sequences and n_ubatch; making one takes long
 
     setting() {
         tiny::be_quiet();
@@ -78,24 +81,32 @@ struct draft_deleter {
     void operator()(entmtp_draft_model * p) { entmtp_draft_model_free(p); }
 };
 
-// one context with its decoders, and the calls that are made
+// decoders on one context, and the calls that are made
 class session {
   public:
     session(setting & s, decisions & d) : s(s), d(d) {
         const int32_t kind = d.between(0, 9);
         n_seq              = kind > 7 ? 2 : 1;
 
+        const int32_t n_ubatch = d.rarely() ? 4 : n_batch;
+
         params          = llama_context_default_params();
         params.n_ctx    = 256;
         params.n_batch  = n_batch;
-        params.n_ubatch = d.rarely() ? 4 : n_batch;
+        params.n_ubatch = n_ubatch;
         params.n_threads = params.n_threads_batch = 1;
         params.type_k = params.type_v = GGML_TYPE_F32;
         params.flash_attn_type        = LLAMA_FLASH_ATTN_TYPE_DISABLED;
         params.n_seq_max              = n_seq;
         params.kv_unified             = true;
-        ctx.reset(llama_init_from_model(s.base.get(), params));
+        auto & kept                   = s.contexts[{ n_seq, n_ubatch }];
+        if (!kept) {
+            kept.reset(llama_init_from_model(s.base.get(), params));
+        }
+        ctx = kept.get();
         MUST(ctx);
+        llama_memory_clear(llama_get_memory(ctx), true);
+        llama_set_n_threads(ctx, 1, 1);
 
         const int32_t which = kind > 7 ? (kind - 8) * 3 : kind % 5;
         if (which > 0) {
@@ -122,15 +133,15 @@ class session {
   private:
     void begin() {
         if (n_seq > 1) {
-            group.reset(entmtp_group_init(ctx.get(), heads.get(), n_seq, 128));
+            group.reset(entmtp_group_init(ctx, heads.get(), n_seq, 128));
             MUST(group);
             entmtp_group_set_stall(group.get(), 1.0);
         }
         for (int32_t i = 0; i < n_seq; ++i) {
             member & m = members[i];
             m          = {};
-            m.n_ctx    = n_seq > 1 ? 128 : (int32_t) llama_n_ctx_seq(ctx.get());
-            m.dec      = n_seq > 1 ? entmtp_group_decoder(group.get(), i) : entmtp_decoder_init(ctx.get(), heads.get());
+            m.n_ctx    = n_seq > 1 ? 128 : (int32_t) llama_n_ctx_seq(ctx);
+            m.dec      = n_seq > 1 ? entmtp_group_decoder(group.get(), i) : entmtp_decoder_init(ctx, heads.get());
             MUST(m.dec);
         }
     }
@@ -185,7 +196,7 @@ class session {
         } else if (!placed) {
             MUST(status == ENTMTP_ERROR);
         } else if (status == ENTMTP_OK) {
-            MUST(past + n <= m.n_ctx);
+            MUST(past + n <= m.n_ctx || !m.known());
             m.text.resize(past);
             m.text.insert(m.text.end(), t.begin(), t.end());
             m.live = true;
@@ -288,7 +299,7 @@ class session {
         const int32_t status = entmtp_decoder_settle(m.dec);
         MUST(status == ENTMTP_OK || !m.known());
         if (status == ENTMTP_OK && m.live && n_seq == 1) {
-            MUST(llama_memory_seq_pos_max(llama_get_memory(ctx.get()), 0) == (int32_t) m.text.size() - 1);
+            MUST(llama_memory_seq_pos_max(llama_get_memory(ctx), 0) == (int32_t) m.text.size() - 1);
         }
         m.live = entmtp_decoder_n_evaluated(m.dec) >= 0 && m.live;
     }
@@ -305,8 +316,8 @@ class session {
                 break;
             case 1: // a state is kept
                 if (n_seq == 1) {
-                    state.resize(llama_state_seq_get_size(ctx.get(), 0));
-                    MUST(llama_state_seq_get_data(ctx.get(), state.data(), state.size(), 0) == state.size());
+                    state.resize(llama_state_seq_get_size(ctx, 0));
+                    MUST(llama_state_seq_get_data(ctx, state.data(), state.size(), 0) == state.size());
                     state_text = m.text;
                 }
                 return;
@@ -314,7 +325,7 @@ class session {
                 if (n_seq > 1 || state.empty()) {
                     return;
                 }
-                MUST(llama_state_seq_set_data(ctx.get(), state.data(), state.size(), 0) > 0);
+                MUST(llama_state_seq_set_data(ctx, state.data(), state.size(), 0) > 0);
                 m.text = state_text;
                 entmtp_decoder_invalidate(m.dec, (int32_t) m.text.size());
                 if (m.known() && d.flag()) {
@@ -323,7 +334,9 @@ class session {
                 break;
             default: { // it is told what is not so
                 static const int32_t wrong[] = { -1, INT32_MIN, 1000, 1 << 20, INT32_MAX };
-                entmtp_decoder_invalidate(m.dec, wrong[d.between(0, 4)]);
+                const int32_t        many    = wrong[d.between(0, 4)];
+                entmtp_decoder_invalidate(m.dec, many);
+                m.text.assign(std::clamp(many, 0, m.n_ctx), -1);
                 m.live = false;
                 eval(m, { 5 }, 0); // which is always possible
                 return;
@@ -392,6 +405,57 @@ class session {
         }
     }
 
+    // a policy over texts of before, without a model
+    void replay() {
+        const int32_t n_heads = d.between(1, 3), n_texts = d.between(0, 3), n_trees = d.between(1, 3);
+        const int32_t n_rows  = d.flag() ? 1 + 4 * (n_heads - 1) : n_heads;
+
+        tokens lengths(3), rank;
+        for (int32_t & n : lengths) {
+            n = d.rarely() ? 0 : d.between(1, 5);
+        }
+        std::vector<entmtp_signals> signals;
+        std::vector<float>          log_p;
+        for (int32_t i = 0; i < 15; ++i) {
+            signals.push_back({ (float) d.between(0, 30) / 10.0f, 0.5f, -1.0f });
+            for (int32_t h = 0; h < n_heads; ++h) {
+                rank.push_back(d.between(0, 6) - 1);
+            }
+        }
+        for (int32_t i = 0; i < 15 * n_rows * 8; ++i) {
+            log_p.push_back(-0.5f * (float) (1 + i % 8));
+        }
+        const tokens n_nodes = { 1, 2, 4 }, parent = { -1, -1, 0, -1, 0, 0, 1 }, order = { 0, 0, 0, 0, 0, 1, 0 };
+
+        entmtp_trace trace = {};
+        trace.n_texts      = n_texts;
+        trace.n_tokens     = lengths.data();
+        trace.n_heads      = n_heads;
+        trace.n_guess      = d.rarely() ? 3 : 8;
+        trace.signals      = signals.data();
+        trace.rank         = rank.data();
+        trace.log_p        = d.rarely() ? nullptr : log_p.data();
+        trace.sees_path    = n_rows > n_heads;
+
+        const policy_of          p(d, n_trees, n_heads);
+        std::vector<entmtp_step> steps(16);
+        const int64_t n = entmtp_replay(&trace, n_trees, n_nodes.data(), parent.data(), order.data(), &p.params, nullptr,
+                                        steps.data(), d.rarely() ? 2 : 16);
+        MUST(n <= 16);
+        int32_t n_tokens = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            MUST(steps[i].n_accepted >= 0 && steps[i].n_accepted < steps[i].n_nodes);
+            n_tokens += 1 + steps[i].n_accepted;
+        }
+        if (n >= 0) { // every token but the first of each text
+            int32_t expected = 0;
+            for (int32_t i = 0; i < n_texts; ++i) {
+                expected += lengths[i] - 1;
+            }
+            MUST(n_tokens == expected);
+        }
+    }
+
     // what is missing is said, and nothing more
     void nothing(member & m) {
         int32_t             t = 0;
@@ -423,7 +487,7 @@ class session {
         entmtp_decoder_cancel(nullptr);
         entmtp_heads_get_info(heads.get(), nullptr);
         MUST(!entmtp_decoder_init(nullptr, heads.get()) && !entmtp_group_init(nullptr, nullptr, 1, 1));
-        MUST(!entmtp_group_init(ctx.get(), nullptr, n_seq + 1, 1) && !entmtp_group_decoder(group.get(), n_seq));
+        MUST(!entmtp_group_init(ctx, nullptr, n_seq + 1, 1) && !entmtp_group_decoder(group.get(), n_seq));
         MUST(!entmtp_corpus_init(nullptr, 3) && !entmtp_corpus_init(&t, -1));
         MUST(!entmtp_draft_model_init(nullptr, nullptr, nullptr));
     }
@@ -458,7 +522,7 @@ class session {
             // a policy that asks it is left without one
             draft.reset();
         } else {
-            draft.reset(entmtp_draft_model_init(ctx.get(), s.small.get(), &params));
+            draft.reset(entmtp_draft_model_init(ctx, s.small.get(), &params));
             MUST(draft);
             MUST(entmtp_decoder_set_draft_model(m.dec, draft.get()) == ENTMTP_OK);
         }
@@ -484,7 +548,7 @@ class session {
             case 15: outside(m); break;
             case 16: look(m); break;
             case 17: read_steps(m); break;
-            case 18: use_heads(); break;
+            case 18: d.flag() ? use_heads() : replay(); break;
             case 19: share(m); break;
             case 20: set_draft_model(m); break;
             case 21: {
@@ -545,7 +609,7 @@ class session {
 
     int32_t              n_seq = 1;
     llama_context_params params;
-    tiny::context_ptr    ctx;
+    llama_context *      ctx;
 
     std::unique_ptr<entmtp_heads, heads_deleter> heads;
     std::unique_ptr<entmtp_group, group_deleter> group;

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -34,6 +35,8 @@ struct setting {
     tiny::folder                dir;
     tiny::model_ptr             base;
     std::unique_ptr<plain_text> plain;
+
+    std::map<std::pair<bool, bool>, tiny::context_ptr> contexts; // unified, flash attention; making one takes long
 
     setting() {
         tiny::be_quiet();
@@ -71,11 +74,16 @@ class session {
         unified                       = params.kv_unified;
         // ggml's flash attention has a kernel for large batches that rounds to f16
         tolerance = params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_ENABLED ? 3e-2f : 1e-3f;
-        ctx.reset(llama_init_from_model(s.base.get(), params));
+        auto & kept = s.contexts[{ unified, params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_ENABLED }];
+        if (!kept) {
+            kept.reset(llama_init_from_model(s.base.get(), params));
+        }
+        ctx = kept.get();
         MUST(ctx);
-        mem   = llama_get_memory(ctx.get());
-        batch = llama_batch_ext_init(ctx.get());
+        mem   = llama_get_memory(ctx);
+        batch = llama_batch_ext_init(ctx);
         MUST(mem && batch);
+        llama_memory_clear(mem, true);
     }
 
     ~session() { llama_batch_ext_free(batch); }
@@ -172,7 +180,7 @@ class session {
         MUST(llama_batch_ext_set_output_logits(batch, i, true));
     }
 
-    int32_t process() { return llama_process(ctx.get(), LLAMA_PROCESS_TYPE_DECODE, batch); }
+    int32_t process() { return llama_process(ctx, LLAMA_PROCESS_TYPE_DECODE, batch); }
 
     void plain(int32_t seq) {
         finish(seq);
@@ -191,7 +199,7 @@ class session {
         if (status == 0) {
             forget();
             text[seq].insert(text[seq].end(), more.begin(), more.end());
-            same(llama_get_logits_ith(ctx.get(), n - 1), text[seq]);
+            same(llama_get_logits_ith(ctx, n - 1), text[seq]);
         }
     }
 
@@ -259,7 +267,7 @@ class session {
                 for (const int32_t i : t.path(node)) {
                     whole.push_back(t.token[i]);
                 }
-                same(llama_get_logits_ith(ctx.get(), t.at[node]), whole);
+                same(llama_get_logits_ith(ctx, t.at[node]), whole);
             }
             open[seqs[k]] = t;
             if (is_tree) {
@@ -367,10 +375,10 @@ class session {
     // saved and loaded: the same text
     void state(int32_t seq) {
         finish(seq);
-        std::vector<uint8_t> data(llama_state_seq_get_size(ctx.get(), seq));
-        MUST(llama_state_seq_get_data(ctx.get(), data.data(), data.size(), seq) == data.size());
+        std::vector<uint8_t> data(llama_state_seq_get_size(ctx, seq));
+        MUST(llama_state_seq_get_data(ctx, data.data(), data.size(), seq) == data.size());
         finish(1 - seq);
-        MUST(llama_state_seq_set_data(ctx.get(), data.data(), data.size(), seq) > 0);
+        MUST(llama_state_seq_set_data(ctx, data.data(), data.size(), seq) > 0);
         reach(7, (uint32_t) text[seq].size());
         forget();
     }
@@ -378,7 +386,7 @@ class session {
     setting &   s;
     decisions & d;
 
-    tiny::context_ptr ctx;
+    llama_context *   ctx   = nullptr;
     llama_memory_t    mem   = nullptr;
     llama_batch_ext * batch = nullptr;
     bool              unified;

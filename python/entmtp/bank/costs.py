@@ -20,6 +20,8 @@ from .tree import Tree
 
 N_VERIFY = 64  # passes are tabulated up to this many tokens
 WIDTHS = (1, 2, 4)
+DEEPEST = 1 << 24  # context, tokens
+MOST = 1e12  # us, eleven days: what is beyond is no time, and sums with it would be no numbers
 PAD = 256  # cache rows that attention reads come in multiples of this
 
 
@@ -144,7 +146,7 @@ def from_json(data: Any, label: str) -> Costs:
         raise f.fail("verify", "an object from context depths to costs")
     verify: dict[int, dict[int, float]] = {}
     for depth, row in raw.items():
-        if not 0 <= _whole(depth) <= 1 << 24:
+        if not 0 <= _whole(depth) <= DEEPEST:
             raise f.fail("verify", "an object from context depths to costs")
         if (
             not isinstance(row, dict)
@@ -152,8 +154,8 @@ def from_json(data: Any, label: str) -> Costs:
             or not all(0 < _whole(k) <= 512 for k in row)
         ):
             raise f.fail(f"verify.{depth}", "an object from numbers of tokens, 1 among them, to microseconds")
-        verify[int(depth)] = {int(n): f.number(f"verify.{depth}.{n}", us, 1e-6) for n, us in row.items()}
-    chain = f.numbers("chain", f.data.get("chain"), 0.0)
+        verify[int(depth)] = {int(n): f.number(f"verify.{depth}.{n}", us, 1e-6, MOST) for n, us in row.items()}
+    chain = f.numbers("chain", f.data.get("chain"), 0.0, MOST)
     if not chain or chain[0] != 0.0 or len(chain) > 65:
         raise f.fail("chain", "a list of up to 64 draft costs by depth, 0 first")
     rows = f.data.get("level")
@@ -162,8 +164,8 @@ def from_json(data: Any, label: str) -> Costs:
     return Costs(
         verify=verify,
         chain=chain,
-        level=tuple(f.numbers(f"level[{i}]", row, 0.0, n=3) for i, row in enumerate(rows)),
-        **{k: f.number(k, f.data.get(k, 0.0), 0.0) for k in ("sample", "host", "token", "build", "spread")},
-        context=int(f.number("context", f.data.get("context", 256), 0.0)),
+        level=tuple(f.numbers(f"level[{i}]", row, 0.0, MOST, n=3) for i, row in enumerate(rows)),
+        **{k: f.number(k, f.data.get(k, 0.0), 0.0, MOST) for k in ("sample", "host", "token", "build", "spread")},
+        context=int(f.number("context", f.data.get("context", 256), 0.0, DEEPEST)),
         key=f.text("key"),
     )
