@@ -34,7 +34,8 @@ def main(name: str, *arguments: str) -> None:
     def run(data: bytes) -> None:
         target.run(bytes(data))
 
-    atheris.Setup([sys.argv[0], *arguments], run, custom_mutator=mutate)
+    command = f"{sys.executable} {__file__} {name}"  # with which libFuzzer starts another process to merge
+    atheris.Setup([command, *arguments], run, custom_mutator=mutate)
     atheris.Fuzz()
 
 
