@@ -13,12 +13,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size);
 extern "C" size_t LLVMFuzzerMutate(uint8_t * data, size_t size, size_t max_size);
 
 // a promise was broken: libFuzzer keeps the input
-#define MUST(cond)                                                                  \
-    do {                                                                            \
-        if (!(cond)) {                                                              \
+#define MUST(cond)                                                                   \
+    do {                                                                             \
+        if (!(cond)) {                                                               \
             fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #cond); \
-            abort();                                                                \
-        }                                                                           \
+            abort();                                                                 \
+        }                                                                            \
     } while (0)
 
 // decisions, taken from the input byte by byte; zeros when it has ended

@@ -32,7 +32,8 @@ struct setting {
     tiny::model_ptr             base, small;
     std::unique_ptr<plain_text> plain;
 
-    std::map<std::pair<int32_t, int32_t>, tiny::context_ptr> contexts; // by sequences and n_ubatch; making one takes long
+    std::map<std::pair<int32_t, int32_t>, tiny::context_ptr>
+        contexts; // by sequences and n_ubatch; making one takes long
 
     setting() {
         tiny::be_quiet();
@@ -59,11 +60,11 @@ struct setting {
 struct member {
     entmtp_decoder * dec = nullptr;
 
-    tokens text;              // in the memory; -1: put there by others
-    bool   live      = false; // the last token can be sampled after
-    bool   cancelled = false; // the next evaluation is
-    int32_t n_trees  = 1;
-    int32_t n_ctx    = 0;
+    tokens  text;              // in the memory; -1: put there by others
+    bool    live      = false; // the last token can be sampled after
+    bool    cancelled = false; // the next evaluation is
+    int32_t n_trees   = 1;
+    int32_t n_ctx     = 0;
 
     bool known() const { return std::find(text.begin(), text.end(), -1) == text.end(); }
 };
@@ -90,10 +91,10 @@ class session {
 
         const int32_t n_ubatch = d.rarely() ? 4 : n_batch;
 
-        params          = llama_context_default_params();
-        params.n_ctx    = 256;
-        params.n_batch  = n_batch;
-        params.n_ubatch = n_ubatch;
+        params           = llama_context_default_params();
+        params.n_ctx     = 256;
+        params.n_batch   = n_batch;
+        params.n_ubatch  = n_ubatch;
         params.n_threads = params.n_threads_batch = 1;
         params.type_k = params.type_v = GGML_TYPE_F32;
         params.flash_attn_type        = LLAMA_FLASH_ATTN_TYPE_DISABLED;
@@ -183,8 +184,9 @@ class session {
     }
 
     void eval(member & m, const tokens & t, int32_t past, bool all = false) {
-        const auto n      = (int32_t) t.size();
-        const bool valid  = n > 0 && std::all_of(t.begin(), t.end(), [](int32_t x) { return x >= 0 && x < tiny::n_vocab; });
+        const auto n = (int32_t) t.size();
+        const bool valid =
+            n > 0 && std::all_of(t.begin(), t.end(), [](int32_t x) { return x >= 0 && x < tiny::n_vocab; });
         const bool placed = past >= 0 && past <= (int32_t) m.text.size() && n <= n_batch;
 
         const int32_t status = entmtp_decoder_eval(m.dec, t.data(), n, past, all);
@@ -252,10 +254,11 @@ class session {
         static const float values[] = { 0.0f, 0.09f, 0.3f, 1.0f, -1.0f, NAN, INFINITY };
         int32_t            t        = -1;
 
-        llama_sampler * chain  = d.flag() ? greedy.get() : drawing.get();
-        const int32_t   status = typical ? entmtp_decoder_sample_typical(m.dec, chain, values[d.between(0, 6)],
-                                                                         values[d.between(0, 6)], values[d.between(0, 6)], &t)
-                                         : entmtp_decoder_sample(m.dec, chain, &t);
+        llama_sampler * chain = d.flag() ? greedy.get() : drawing.get();
+        const int32_t status = typical
+                                   ? entmtp_decoder_sample_typical(m.dec, chain, values[d.between(0, 6)],
+                                                                   values[d.between(0, 6)], values[d.between(0, 6)], &t)
+                                   : entmtp_decoder_sample(m.dec, chain, &t);
         MUST(status == (m.live ? ENTMTP_OK : ENTMTP_ERROR));
         if (m.live) {
             MUST(t >= 0 && t < tiny::n_vocab);
@@ -398,7 +401,8 @@ class session {
         const int32_t      head = d.between(0, 4) - 1, n = d.between(0, 8), k = d.between(0, 8);
         entmtp_heads_prefix(heads.get(), h.data(), d.between(0, 4), d.between(0, 2) * 100, out.data());
         entmtp_heads_logits(heads.get(), head, h.data(), paths.data(), out.data());
-        if (entmtp_heads_expand(heads.get(), head, h.data(), paths.data(), n, k, ids.data(), log_p.data()) == ENTMTP_OK) {
+        if (entmtp_heads_expand(heads.get(), head, h.data(), paths.data(), n, k, ids.data(), log_p.data()) ==
+            ENTMTP_OK) {
             for (int32_t i = 0; i < n * k; ++i) {
                 MUST(ids[i] >= 0 && ids[i] < tiny::n_vocab);
             }
@@ -408,7 +412,7 @@ class session {
     // a policy over texts of before, without a model
     void replay() {
         const int32_t n_heads = d.between(1, 3), n_texts = d.between(0, 3), n_trees = d.between(1, 3);
-        const int32_t n_rows  = d.flag() ? 1 + 4 * (n_heads - 1) : n_heads;
+        const int32_t n_rows = d.flag() ? 1 + 4 * (n_heads - 1) : n_heads;
 
         tokens lengths(3), rank;
         for (int32_t & n : lengths) {
@@ -439,8 +443,8 @@ class session {
 
         const policy_of          p(d, n_trees, n_heads);
         std::vector<entmtp_step> steps(16);
-        const int64_t n = entmtp_replay(&trace, n_trees, n_nodes.data(), parent.data(), order.data(), &p.params, nullptr,
-                                        steps.data(), d.rarely() ? 2 : 16);
+        const int64_t n = entmtp_replay(&trace, n_trees, n_nodes.data(), parent.data(), order.data(), &p.params,
+                                        nullptr, steps.data(), d.rarely() ? 2 : 16);
         MUST(n <= 16);
         int32_t n_tokens = 0;
         for (int64_t i = 0; i < n; ++i) {
@@ -532,29 +536,55 @@ class session {
         switch (what) {
             case 0:
             case 1:
-            case 2: prompt(m); break;
+            case 2:
+                prompt(m);
+                break;
             case 3:
             case 4:
             case 5:
-            case 6: generate(m); break;
-            case 7: sample(m, false); break;
-            case 8: sample(m, true); break;
+            case 6:
+                generate(m);
+                break;
+            case 7:
+                sample(m, false);
+                break;
+            case 8:
+                sample(m, true);
+                break;
             case 9:
-            case 10: set_trees(m); break;
+            case 10:
+                set_trees(m);
+                break;
             case 11:
-            case 12: set_policy(m); break;
-            case 13: settle(m); break;
+            case 12:
+                set_policy(m);
+                break;
+            case 13:
+                settle(m);
+                break;
             case 14:
-            case 15: outside(m); break;
-            case 16: look(m); break;
-            case 17: read_steps(m); break;
-            case 18: d.flag() ? use_heads() : replay(); break;
-            case 19: share(m); break;
-            case 20: set_draft_model(m); break;
+            case 15:
+                outside(m);
+                break;
+            case 16:
+                look(m);
+                break;
+            case 17:
+                read_steps(m);
+                break;
+            case 18:
+                d.flag() ? use_heads() : replay();
+                break;
+            case 19:
+                share(m);
+                break;
+            case 20:
+                set_draft_model(m);
+                break;
             case 21: {
                 const tokens t = some_tokens(d.between(0, 30));
-                auto         c = std::unique_ptr<entmtp_corpus, corpus_deleter>(
-                    entmtp_corpus_init(t.data(), (int64_t) t.size()));
+                auto         c =
+                    std::unique_ptr<entmtp_corpus, corpus_deleter>(entmtp_corpus_init(t.data(), (int64_t) t.size()));
                 MUST(c);
                 for (member & other : members) {
                     MUST(entmtp_decoder_set_corpus(other.dec, d.rarely() ? nullptr : c.get()) == ENTMTP_OK);
@@ -562,7 +592,9 @@ class session {
                 corpora.push_back(std::move(c));
                 break;
             }
-            case 22: entmtp_decoder_forget(m.dec); break;
+            case 22:
+                entmtp_decoder_forget(m.dec);
+                break;
             case 23: {
                 const int32_t n      = d.rarely() ? 0 : d.between(1, 2);
                 const int32_t status = entmtp_decoder_set_threads(m.dec, n, nullptr);
@@ -574,13 +606,19 @@ class session {
                 MUST(entmtp_decoder_set_outputs(m.dec, mode) == (mode < 4 ? ENTMTP_OK : ENTMTP_ERROR));
                 break;
             }
-            case 25: entmtp_decoder_set_stats(m.dec, d.flag()); break;
-            case 26: entmtp_decoder_reset_stats(m.dec); break;
+            case 25:
+                entmtp_decoder_set_stats(m.dec, d.flag());
+                break;
+            case 26:
+                entmtp_decoder_reset_stats(m.dec);
+                break;
             case 27:
                 m.cancelled = d.flag();
                 (m.cancelled ? entmtp_decoder_cancel : entmtp_decoder_resume)(m.dec);
                 break;
-            case 28: check_logits(m); break;
+            case 28:
+                check_logits(m);
+                break;
             case 29:
                 if (n_seq > 1) {
                     entmtp_group_set_active(group.get(), (int32_t) (&m - members.data()), d.flag());
@@ -594,7 +632,8 @@ class session {
                 }
                 break;
             default: { // follow the tree: a draft, if there is one
-                for (int32_t t = d.between(0, 20), i = 0; i < tiny::n_vocab && m.live; ++i, t = (t + 1) % tiny::n_vocab) {
+                for (int32_t t = d.between(0, 20), i = 0; i < tiny::n_vocab && m.live;
+                     ++i, t                          = (t + 1) % tiny::n_vocab) {
                     if (entmtp_decoder_is_drafted(m.dec, t)) {
                         eval(m, { t }, (int32_t) m.text.size());
                         break;

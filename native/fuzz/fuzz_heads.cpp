@@ -118,9 +118,9 @@ static std::string seed_file(std::mt19937 & rng) {
     for (int32_t i = rng() % 2 ? 0 : 10; i > 0; --i) {
         o.d2t.push_back((i * 7) % tiny::n_vocab);
     }
-    const tiny::file         whole = tiny::make_heads(o);
-    std::vector<uint8_t>     meta(gguf_get_meta_size(whole.gguf.get()));
-    gguf_parts               file;
+    const tiny::file     whole = tiny::make_heads(o);
+    std::vector<uint8_t> meta(gguf_get_meta_size(whole.gguf.get()));
+    gguf_parts           file;
     gguf_get_meta_data(whole.gguf.get(), meta.data());
     MUST(file.read(meta.data(), meta.size()));
     const auto d2t = std::find_if(file.tensors.begin(), file.tensors.end(),

@@ -73,7 +73,7 @@ class session {
         params.flash_attn_type        = d.flag() ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
         unified                       = params.kv_unified;
         // ggml's flash attention has a kernel for large batches that rounds to f16
-        tolerance = params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_ENABLED ? 3e-2f : 1e-3f;
+        tolerance                     = params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_ENABLED ? 3e-2f : 1e-3f;
         auto & kept = s.contexts[{ unified, params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_ENABLED }];
         if (!kept) {
             kept.reset(llama_init_from_model(s.base.get(), params));
@@ -93,20 +93,38 @@ class session {
             const int32_t what = d.byte() % 16, seq = d.between(0, n_seq - 1);
             switch (what) {
                 case 0:
-                case 1: plain(seq); break;
+                case 1:
+                    plain(seq);
+                    break;
                 case 2:
                 case 3:
                 case 4:
-                case 5: grow({ seq }); break;
-                case 6: grow({ 0, 1 }); break;
-                case 7: grow({ 1, 0 }); break;
-                case 8: refused(seq); break;
+                case 5:
+                    grow({ seq });
+                    break;
+                case 6:
+                    grow({ 0, 1 });
+                    break;
+                case 7:
+                    grow({ 1, 0 });
+                    break;
+                case 8:
+                    refused(seq);
+                    break;
                 case 9:
                 case 10:
-                case 11: commit(seq); break;
-                case 12: cut(seq); break;
-                case 13: copy(seq); break;
-                case 14: state(seq); break;
+                case 11:
+                    commit(seq);
+                    break;
+                case 12:
+                    cut(seq);
+                    break;
+                case 13:
+                    copy(seq);
+                    break;
+                case 14:
+                    state(seq);
+                    break;
                 default:
                     llama_memory_clear(mem, d.flag());
                     for (int32_t i = 0; i < n_seq; ++i) {
@@ -289,11 +307,11 @@ class session {
         MUST(!llama_batch_ext_set_parent(batch, d.flag() ? 2 : -1, 0));
         const int32_t wrong = d.between(0, 2);
         if (wrong == 0) {
-            add(2, seq, 7, pos + 3); // not after its parent
+            add(2, seq, 7, pos + 3);     // not after its parent
         } else if (wrong == 1) {
             add(2, 1 - seq, 7, pos + 1); // of another sequence than its parent
         } else {
-            add(2, seq, 7, pos); // before it
+            add(2, seq, 7, pos);         // before it
         }
         MUST(llama_batch_ext_set_parent(batch, 2, 0));
         MUST(process() == -1);
@@ -315,10 +333,17 @@ class session {
         if (d.rarely() && !idx.empty()) { // a path that is none
             const size_t i = d.byte() % idx.size();
             switch (d.between(0, 3)) {
-                case 0: idx[i] = d.byte() - 100; break;
-                case 1: idx.push_back(idx[i]); break;
-                case 2: idx.erase(idx.begin() + (ptrdiff_t) i); break;
-                default: std::swap(idx[0], idx[i]);
+                case 0:
+                    idx[i] = d.byte() - 100;
+                    break;
+                case 1:
+                    idx.push_back(idx[i]);
+                    break;
+                case 2:
+                    idx.erase(idx.begin() + (ptrdiff_t) i);
+                    break;
+                default:
+                    std::swap(idx[0], idx[i]);
             }
         }
         // which nodes it names

@@ -95,7 +95,8 @@ struct gguf_parts {
         for (tensor & t : tensors) {
             t.offset = offset;
             if (t.type < GGML_TYPE_COUNT && !t.shape.empty() && ggml_blck_size((ggml_type) t.type) > 0) {
-                uint64_t n = t.shape[0] / (uint64_t) ggml_blck_size((ggml_type) t.type) * ggml_type_size((ggml_type) t.type);
+                uint64_t n =
+                    t.shape[0] / (uint64_t) ggml_blck_size((ggml_type) t.type) * ggml_type_size((ggml_type) t.type);
                 for (size_t d = 1; d < t.shape.size(); ++d) {
                     n *= t.shape[d];
                 }
@@ -176,18 +177,26 @@ void change_one(std::vector<T> & items, std::mt19937 & rng, F && change) {
     }
     const size_t i = rng() % items.size(), j = rng() % items.size();
     switch (rng() % 8) {
-        case 0: items.erase(items.begin() + (ptrdiff_t) i); break;
-        case 1: items.insert(items.begin() + (ptrdiff_t) j, T(items[i])); break;
-        case 2: std::swap(items[i], items[j]); break;
-        default: change(items[i]);
+        case 0:
+            items.erase(items.begin() + (ptrdiff_t) i);
+            break;
+        case 1:
+            items.insert(items.begin() + (ptrdiff_t) j, T(items[i]));
+            break;
+        case 2:
+            std::swap(items[i], items[j]);
+            break;
+        default:
+            change(items[i]);
     }
 }
 
 inline size_t mutate_gguf(uint8_t * bytes, size_t size, size_t max_size, std::mt19937 & rng) {
-    static const uint64_t numbers[] = { 0,  1,  2,   3,       4,       5,          7,         8,         31,         32,
-                                        33, 39, 40,  41,      63,      64,         65,        96,        128,        160,
-                                        255, 256, 1 << 20, 1 << 24, 1ull << 31, 1ull << 32, 1ull << 61, 1ull << 63, ~0ull };
-    const auto number = [&] {
+    static const uint64_t numbers[] = { 0,          1,          2,          3,          4,    5,   7,       8,
+                                        31,         32,         33,         39,         40,   41,  63,      64,
+                                        65,         96,         128,        160,        255,  256, 1 << 20, 1 << 24,
+                                        1ull << 31, 1ull << 32, 1ull << 61, 1ull << 63, ~0ull };
+    const auto            number    = [&] {
         return numbers[rng() % (sizeof(numbers) / sizeof(numbers[0]))];
     };
 
@@ -203,9 +212,15 @@ inline size_t mutate_gguf(uint8_t * bytes, size_t size, size_t max_size, std::mt
         change_one(file.keys, rng, [&](gguf_parts::key & k) {
             static const uint32_t types[] = { 4, 6, 7, 8, 9, 10 };
             switch (rng() % 6) {
-                case 0: k.name = changed(k.name); break;
-                case 1: k.type = types[rng() % 6]; break;
-                case 2: k.value = changed(k.value); break;
+                case 0:
+                    k.name = changed(k.name);
+                    break;
+                case 1:
+                    k.type = types[rng() % 6];
+                    break;
+                case 2:
+                    k.value = changed(k.value);
+                    break;
                 default: {
                     const uint64_t x = number();
                     memcpy(&k.value[0], &x, std::min(k.value.size(), sizeof(x)));
@@ -215,10 +230,18 @@ inline size_t mutate_gguf(uint8_t * bytes, size_t size, size_t max_size, std::mt
     } else if (what < 13) {
         change_one(file.tensors, rng, [&](gguf_parts::tensor & t) {
             switch (rng() % 6) {
-                case 0: t.name = changed(t.name); break;
-                case 1: t.type = rng() % 42; break;
-                case 2: t.offset = rng() % 2 ? number() : t.offset + 32; break;
-                case 3: t.name = file.tensors[rng() % file.tensors.size()].name; break;
+                case 0:
+                    t.name = changed(t.name);
+                    break;
+                case 1:
+                    t.type = rng() % 42;
+                    break;
+                case 2:
+                    t.offset = rng() % 2 ? number() : t.offset + 32;
+                    break;
+                case 3:
+                    t.name = file.tensors[rng() % file.tensors.size()].name;
+                    break;
                 default:
                     if (t.shape.empty() || rng() % 8 == 0) {
                         t.shape.push_back(1);

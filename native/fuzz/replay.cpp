@@ -22,7 +22,7 @@ int main(int argc, char ** argv) {
         }
         std::sort(files.begin(), files.end());
         for (const auto & path : files) {
-            std::ifstream             in(path, std::ios::binary);
+            std::ifstream           in(path, std::ios::binary);
             const std::vector<char> bytes{ std::istreambuf_iterator<char>(in), {} };
             fprintf(stderr, "%s\n", path.filename().string().c_str()); // the last one is the culprit
             LLVMFuzzerTestOneInput((const uint8_t *) bytes.data(), bytes.size());

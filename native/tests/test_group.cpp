@@ -176,13 +176,13 @@ static void test_sharing() {
 
 // who was never said to be active keeps what he evaluated, though others go on
 static void test_inactive() {
-    tiny::context_ptr    ctx = shared_context(), own = shared_context();
-    const group_ptr      group(entmtp_group_init(ctx.get(), nullptr, n_seq, n_ctx));
-    const decoder_ptr    alone(entmtp_decoder_init(own.get(), nullptr));
-    const tokens         text = { 3, 4, 5 }, other = { 9, 8, 7, 6, 5, 4 };
-    entmtp_decoder *     first = entmtp_group_decoder(group.get(), 0), *second = entmtp_group_decoder(group.get(), 1);
-    const sampler_ptr    one = drawing(1), two = drawing(1);
-    int32_t              token = -1, expected = -1;
+    tiny::context_ptr ctx = shared_context(), own = shared_context();
+    const group_ptr   group(entmtp_group_init(ctx.get(), nullptr, n_seq, n_ctx));
+    const decoder_ptr alone(entmtp_decoder_init(own.get(), nullptr));
+    const tokens      text = { 3, 4, 5 }, other = { 9, 8, 7, 6, 5, 4 };
+    entmtp_decoder *  first = entmtp_group_decoder(group.get(), 0), *second = entmtp_group_decoder(group.get(), 1);
+    const sampler_ptr one = drawing(1), two = drawing(1);
+    int32_t           token = -1, expected = -1;
     for (const int32_t n_more : { 0, 1 }) { // as a prompt, and as a token after it
         const tokens part = n_more ? tokens{ 6 } : text;
         for (entmtp_decoder * dec : { first, alone.get() }) {

@@ -87,7 +87,16 @@ def test_conversation_file(tmp_path: Path) -> None:
     assert load_conversation(path) == talk
     assert list(tmp_path.iterdir()) == [path]
     robot, half = ({"messages": [{"role": r, "content": c}]} for r, c in (("robot", ""), ("user", "\ud800")))
-    for text in ("", "[]", "{}", '{"messages": 3}', "[" * 100_000, "9" * 5000, json.dumps(robot), json.dumps(half)):
+    for text in (
+        "",
+        "[]",
+        "{}",
+        '{"messages": 3}',
+        "[" * 100_000,
+        "9" * 5000,
+        json.dumps(robot),
+        json.dumps(half),
+    ):
         path.write_text(text)
         with pytest.raises(entmtp.EntmtpError, match="no conversation"):
             load_conversation(path)

@@ -1,6 +1,6 @@
 """One reader of targets.py under atheris, libFuzzer for Python. run.py starts this, with libFuzzer's own arguments.
 
-    python tests/fuzz/reader.py TARGET -max_total_time=60 build/fuzz/found/TARGET tests/fuzz/corpus/TARGET
+python tests/fuzz/reader.py TARGET -max_total_time=60 build/fuzz/found/TARGET tests/fuzz/corpus/TARGET
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ def main(name: str, *arguments: str) -> None:
     try:
         import atheris
     except ImportError:
-        sys.exit("atheris is not installed: pip install atheris has it for CPython 3.11 to 3.13 on Linux and macOS")
+        sys.exit(
+            "atheris is not installed: pip install atheris has it for CPython 3.11 to 3.13 on Linux and macOS"
+        )
 
     # edges of the package and of what it reads archives with; not of numpy and the rest
     with atheris.instrument_imports(include=["entmtp", "zipfile", "pickletools"]):

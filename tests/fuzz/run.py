@@ -1,7 +1,7 @@
 """`make fuzz MINUTES=5`: every fuzzer for so long, one after the other, and a table of what they came to.
 
-What they find new is in build/fuzz/found, beside the inputs that broke something (NAME-crash-...). `--merge` puts what brings new edges
-into tests/fuzz/corpus, which `make test` runs; `--only NAME` takes one fuzzer.
+What they find new is in build/fuzz/found, beside the inputs that broke something (NAME-crash-...). `--merge` puts what
+brings new edges into tests/fuzz/corpus, which `make test` runs; `--only NAME` takes one fuzzer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CORPUS = HERE / "corpus"
 BUILD = Path("build/fuzz")
 NATIVE = ("fuzz_heads", "fuzz_api", "fuzz_tree")
 READERS = ("gguf", "safetensors", "torch", "bank", "conversation", "traces")
-LIMITS = ("-timeout=60", "-rss_limit_mb=3000", "-max_len=100000")
+LIMITS = ("-timeout=60", "-rss_limit_mb=3000", "-max_len=100000", "-len_control=0")
 MAX_KEPT = 16 << 10  # bytes of a file of the corpus
 
 # a memory of files, where there is one: a disk would be the slowest part
@@ -34,7 +34,9 @@ ENV = {
 
 def start(name: str, arguments: list[str], log: Path) -> int:
     """Run one fuzzer, its output into a file; returns its exit code."""
-    program = [str(BUILD / "native" / name)] if name in NATIVE else [sys.executable, str(HERE / "reader.py"), name]
+    program = (
+        [str(BUILD / "native" / name)] if name in NATIVE else [sys.executable, str(HERE / "reader.py"), name]
+    )
     with tempfile.TemporaryDirectory(prefix="entmtp-fuzz-", dir=FILES) as tmp, open(log, "wb") as file:
         env = {**ENV, "TMPDIR": tmp}
         return subprocess.run([*program, *arguments], env=env, stdout=file, stderr=file).returncode
@@ -56,9 +58,22 @@ def fuzz(name: str, seconds: int) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
     log = BUILD / "found" / f"{name}.log"
     code = start(
-        name, [*LIMITS, f"-max_total_time={seconds}", f"-artifact_prefix={found}-", "-print_final_stats=1", str(found), str(kept)], log
+        name,
+        [
+            *LIMITS,
+            f"-max_total_time={seconds}",
+            f"-artifact_prefix={found}-",
+            "-print_final_stats=1",
+            str(found),
+            str(kept),
+        ],
+        log,
     )
-    print(f"{name:14}", *(f"{x:>10}" for x in figures(log.read_text("utf-8", "replace"))), f"{'ok' if code == 0 else 'BROKEN'}")
+    print(
+        f"{name:14}",
+        *(f"{x:>10}" for x in figures(log.read_text("utf-8", "replace"))),
+        f"{'ok' if code == 0 else 'BROKEN'}",
+    )
     if code:
         print(f"  see {log}; the input lies beside it", flush=True)
     return code == 0
@@ -72,13 +87,15 @@ def merge(name: str) -> None:
     for path in found.iterdir():
         if path.stat().st_size > MAX_KEPT:
             path.rename(large / path.name)
-    start(name, [*LIMITS, "-merge=1", str(kept), str(found)], BUILD / "found" / f"{name}-merge.log")
+    start(name, [*LIMITS, "-set_cover_merge=1", str(kept), str(found)], BUILD / "found" / f"{name}-merge.log")
     files = list(kept.iterdir())
     print(f"{name:14} {len(files)} files, {sum(f.stat().st_size for f in files)} bytes", flush=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=5.0, help="for each (default: 5)")
     parser.add_argument("--only", choices=(*NATIVE, *READERS), action="append")
     parser.add_argument("--merge", action="store_true")

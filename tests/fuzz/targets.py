@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fuzz import mutators
 
 from entmtp.bank import bank as bank_file
 from entmtp.bank.traces import Traces
@@ -23,9 +24,10 @@ from entmtp.chat import conversation
 from entmtp.common.errors import BankError, ConvertError, EntmtpError
 from entmtp.models.formats import gguf_header, safetensors_file, torch_file
 from entmtp.models.formats.tensors import SourceTensor
-from fuzz import mutators
 
-MAX_VALUES = 1 << 16  # of a tensor whose values are read: larger ones are asked for by no conversion of such small files
+MAX_VALUES = (
+    1 << 16
+)  # of a tensor whose values are read: larger ones are asked for by no conversion of such small files
 WRITTEN = Path(tempfile.mkdtemp(prefix="entmtp-fuzz-"))
 
 

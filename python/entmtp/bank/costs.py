@@ -148,13 +148,11 @@ def from_json(data: Any, label: str) -> Costs:
     for depth, row in raw.items():
         if not 0 <= _whole(depth) <= DEEPEST:
             raise f.fail("verify", "an object from context depths to costs")
-        if (
-            not isinstance(row, dict)
-            or "1" not in row
-            or not all(0 < _whole(k) <= 512 for k in row)
-        ):
+        if not isinstance(row, dict) or "1" not in row or not all(0 < _whole(k) <= 512 for k in row):
             raise f.fail(f"verify.{depth}", "an object from numbers of tokens, 1 among them, to microseconds")
-        verify[int(depth)] = {int(n): f.number(f"verify.{depth}.{n}", us, 1e-6, MOST) for n, us in row.items()}
+        verify[int(depth)] = {
+            int(n): f.number(f"verify.{depth}.{n}", us, 1e-6, MOST) for n, us in row.items()
+        }
     chain = f.numbers("chain", f.data.get("chain"), 0.0, MOST)
     if not chain or chain[0] != 0.0 or len(chain) > 65:
         raise f.fail("chain", "a list of up to 64 draft costs by depth, 0 first")
@@ -165,7 +163,10 @@ def from_json(data: Any, label: str) -> Costs:
         verify=verify,
         chain=chain,
         level=tuple(f.numbers(f"level[{i}]", row, 0.0, MOST, n=3) for i, row in enumerate(rows)),
-        **{k: f.number(k, f.data.get(k, 0.0), 0.0, MOST) for k in ("sample", "host", "token", "build", "spread")},
+        **{
+            k: f.number(k, f.data.get(k, 0.0), 0.0, MOST)
+            for k in ("sample", "host", "token", "build", "spread")
+        },
         context=int(f.number("context", f.data.get("context", 256), 0.0, DEEPEST)),
         key=f.text("key"),
     )

@@ -17,7 +17,7 @@ def parse_json(text: str | bytes) -> Any:
     """The value that a text holds.
 
     Raises:
-        ValueError: it is no JSON, is nested too deeply, has a number of thousands of digits or half of a surrogate pair.
+        ValueError: it is no JSON, nested too deeply, has numbers of thousands of digits, or half of a surrogate pair.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")
