@@ -288,7 +288,9 @@ class session {
     }
 
     void set_policy(member & m) {
-        policy_of p(d, m.n_trees, heads ? 3 : 1);
+        const uint32_t sources = ENTMTP_SOURCE_TEXT | ENTMTP_SOURCE_ROWS | (heads ? ENTMTP_SOURCE_HEADS : 0) |
+                                 (draft ? ENTMTP_SOURCE_MODEL : 0);
+        policy_of      p(d, m.n_trees, heads ? 3 : 1, sources);
         if (d.flag()) {
             p.params.policy      = ENTMTP_POLICY_STATIC;
             p.params.static_tree = d.between(0, m.n_trees - 1);
@@ -316,6 +318,9 @@ class session {
             case 0: // nothing was: it forgets the end
                 entmtp_decoder_invalidate(m.dec, std::min(n, size));
                 m.text.resize(std::min(n, size));
+                if (m.known()) {
+                    entmtp_decoder_set_text(m.dec, m.text.data(), (int32_t) m.text.size() + d.rarely());
+                }
                 break;
             case 1: // a state is kept
                 if (n_seq == 1) {
@@ -374,6 +379,11 @@ class session {
         entmtp_traffic traffic;
         entmtp_decoder_get_traffic(m.dec, &traffic);
         MUST(traffic.n_passes >= 0);
+        MUST(entmtp_decoder_can_tree(m.dec) && entmtp_decoder_can_chain(m.dec));
+        MUST(!draft || (std::isfinite(entmtp_draft_model_cost(draft.get())) && entmtp_draft_model_broken(draft.get())));
+        int64_t n_passes = 0, n_parts = 0, n_tokens = 0;
+        entmtp_group_get_passes(group.get(), &n_passes, &n_parts, &n_tokens);
+        MUST(n_parts >= n_passes && n_tokens >= n_parts);
         float weights[ENTMTP_N_SETS * ENTMTP_N_INPUTS];
         MUST(entmtp_decoder_get_acceptance(m.dec, weights) == ENTMTP_OK);
     }
@@ -441,7 +451,7 @@ class session {
         trace.log_p        = d.rarely() ? nullptr : log_p.data();
         trace.sees_path    = n_rows > n_heads;
 
-        const policy_of          p(d, n_trees, n_heads);
+        const policy_of          p(d, n_trees, n_heads, 0);
         std::vector<entmtp_step> steps(16);
         const int64_t n = entmtp_replay(&trace, n_trees, n_nodes.data(), parent.data(), order.data(), &p.params,
                                         nullptr, steps.data(), d.rarely() ? 2 : 16);
@@ -621,7 +631,8 @@ class session {
                 break;
             case 29:
                 if (n_seq > 1) {
-                    entmtp_group_set_active(group.get(), (int32_t) (&m - members.data()), d.flag());
+                    // others then wait for it, in vain: rarely
+                    entmtp_group_set_active(group.get(), (int32_t) (&m - members.data()), d.rarely());
                 }
                 break;
             case 30:
