@@ -39,7 +39,7 @@ AUDIT     := $(RUN) pip-audit==2.10.1 --strict --disable-pip
 PLATFORMS := x86_64-manylinux2014 aarch64-manylinux2014 aarch64-apple-darwin x86_64-pc-windows-msvc
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-asan-python test-tsan test-arm \
+.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-tsan test-arm \
 	soak kill-matrix fuzz fuzz-server build install baselines archs wheel wheel-check wheel-install bump bump-tools \
 	sbom audit lint format clean distclean
 .DELETE_ON_ERROR:
@@ -97,26 +97,11 @@ test-tsan: $(VENV)/.tools ## run the test of several threads with ThreadSanitize
 	$(BIN)/cmake --build build/tsan --target test_group
 	build/tsan/native/test_group
 
-configure_asan = $(BIN)/cmake -S . -B build/asan -G Ninja -DENTMTP_TESTS=ON -DENTMTP_SANITIZE=address,undefined \
-		-DCMAKE_BUILD_TYPE=RelWithDebInfo $(FLAGS)
-
 test-asan: $(VENV)/.tools ## run the native tests with AddressSanitizer and UBSan
-	$(configure_asan)
+	$(BIN)/cmake -S . -B build/asan -G Ninja -DENTMTP_TESTS=ON -DENTMTP_SANITIZE=address,undefined \
+		-DCMAKE_BUILD_TYPE=RelWithDebInfo $(FLAGS)
 	$(BIN)/cmake --build build/asan
 	UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/ctest --test-dir build/asan --output-on-failure
-
-# The interpreter knows nothing of sanitizers: their libraries come before all others, and what Python itself never gives
-# back is left out (tests/lsan.txt). A child process would be examined, too: these tests have none.
-ASAN_TESTS := $(addprefix tests/decode/test_,failed_passes.py heads.py drafters.py typical.py tree_verify.py engine.py requests.py)
-library_file = $$($(or $(CXX),c++) -print-file-name=$(1))
-
-test-asan-python: install ## run Python tests of decoding with both sanitizers in libentmtp; Linux, GCC
-	$(configure_asan)
-	$(BIN)/cmake --build build/asan --target entmtp
-	$(BIN)/cmake --install build/asan --prefix build/asan/install
-	LD_PRELOAD="$(call library_file,libasan.so) $(call library_file,libubsan.so) $(call library_file,libstdc++.so)" \
-		PYTHONMALLOC=malloc LSAN_OPTIONS=suppressions=tests/lsan.txt UBSAN_OPTIONS=print_stacktrace=1 \
-		ENTMTP_LIB_PATH=build/asan/install/entmtp/lib $(PY) -m pytest -m "not gpu and not torch" $(or $(PYTEST_ARGS),$(ASAN_TESTS))
 
 # The CPU kernels on processors with all they know, without i8mm, and with neither: each must find the sets it can run.
 ARM  := aarch64-linux-gnu

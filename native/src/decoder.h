@@ -164,10 +164,10 @@ class decoder {
     const int32_t         n_ctx;
     uint32_t              n_slots = 0; // sizes of passes whose graphs are kept
 
-    std::vector<tree>    bank;    // bank[0] is a lone root
-    std::vector<int32_t> n_nodes; // [n_trees]
-    std::vector<int32_t> depth;   // [n_trees]
-    tree                 grown;   // of the step, where the policy grows its own
+    std::vector<tree>    bank;         // bank[0] is a lone root
+    std::vector<int32_t> n_nodes;      // [n_trees]
+    std::vector<int32_t> depth;        // [n_trees]
+    tree                 grown;        // of the step, where the policy grows its own
     scheduler            policy;
     ema                  running;
     text_index           text;            // the settled tokens, and the root of the step that is being made

@@ -188,9 +188,8 @@ def conversation_seeds() -> list[bytes]:
 
 def read_traces(path: Path) -> None:
     traces = Traces.load(path)
-    first, second = traces.split()
-    assert len(first.signals) + len(second.signals) == len(traces.signals)
     assert len(traces.slices()) == len(traces.task)
+    assert sum(len(traces.of_task(task).signals) for task in set(traces.task)) == len(traces.signals)
     for head in range(traces.n_heads):
         assert traces.level(head).shape[0] == len(traces.signals)
 
