@@ -6,6 +6,7 @@ VENV   ?= .venv
 BUILD  ?= build/cmake
 TORCH  ?= torch==2.13.0
 SCHEMATHESIS ?= schemathesis>=4,<5
+ATHERIS ?= atheris==3.0.0
 TOOLS  ?= native/tools.txt
 
 FLAGS :=
@@ -38,8 +39,9 @@ AUDIT     := $(RUN) pip-audit==2.10.1 --strict --disable-pip
 PLATFORMS := x86_64-manylinux2014 aarch64-manylinux2014 aarch64-apple-darwin x86_64-pc-windows-msvc
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-tsan test-arm soak soak-serve kill-matrix fuzz-server \
-	build install baselines archs wheel wheel-check wheel-install bump bump-tools sbom audit lint format clean distclean
+.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-tsan test-arm \
+	soak soak-serve kill-matrix fuzz fuzz-server build install baselines archs wheel wheel-check wheel-install bump bump-tools \
+	sbom audit lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -78,6 +80,16 @@ soak-serve: install ## a server under 16 clients, some of whom leave or read slo
 
 kill-matrix: install ## kill every long command 50 times, or KILLS=n, and give it again
 	$(PY) tests/kill_matrix.py --kills $(or $(KILLS),50)
+
+# libFuzzer (Clang) and atheris: docs/guarantees.md
+FUZZERS := $(patsubst native/fuzz/%.cpp,%,$(wildcard native/fuzz/fuzz_*.cpp))
+
+fuzz: $(VENV)/.atheris ## files and calls made up by coverage, 5 minutes for each fuzzer or MINUTES=n
+	@command -v clang++ > /dev/null || { echo "clang++ was not found; on Debian and Ubuntu: apt install clang"; exit 1; }
+	$(BIN)/cmake -S . -B build/fuzz -G Ninja -DENTMTP_FUZZ=ON -DENTMTP_SANITIZE=address,undefined,fuzzer-no-link \
+		-DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_BUILD_TYPE=RelWithDebInfo $(FLAGS)
+	$(BIN)/cmake --build build/fuzz --target $(FUZZERS)
+	$(PY) tests/fuzz/run.py --minutes $(or $(MINUTES),5) $(FUZZ_ARGS)
 
 fuzz-server: $(VENV)/.fuzz ## requests made up from the server's OpenAPI description, 100 a path or EXAMPLES=n
 	$(PY) tests/fuzz_server.py --examples $(or $(EXAMPLES),100)
@@ -221,6 +233,11 @@ $(VENV)/.torch: install
 
 $(VENV)/.fuzz: install
 	@[ -f $@ ] || $(PIP) install --quiet "$(SCHEMATHESIS)"
+	@touch $@
+
+$(VENV)/.atheris: install
+	@[ -f $@ ] || $(PIP) install --quiet "$(ATHERIS)" || { echo "$(ATHERIS) was not installed, for the reason above;" \
+		"it has wheels for Linux and macOS and CPython 3.11 to 3.13: make PYTHON=python3.12"; exit 1; }
 	@touch $@
 
 # Other flags, other build: an option left out must not survive in the old CMake cache.

@@ -25,6 +25,9 @@ foreach(name IN LISTS ENTMTP_CACHE_VARIABLES)
     if (name STREQUAL "LLAMA_BUILD")
         continue()  # llama-cpp-python's own option; CMAKE_ARGS may hold it for that package
     endif()
+    if (ENTMTP_FUZZ AND name MATCHES "^CMAKE_(C|CXX)_COMPILER$")
+        continue()  # Clang is needed for our own code; llama.cpp is the one that is in the cache
+    endif()
     if (name MATCHES "^(GGML_|LLAMA_|CMAKE_CUDA_|CMAKE_HIP_|CUDAToolkit_|CUDA_|Vulkan_|BLAS_|OpenMP_)"
         OR name MATCHES "^CMAKE_(C|CXX)_(COMPILER|FLAGS|COMPILER_LAUNCHER)$"
         OR name MATCHES "^CMAKE_(TOOLCHAIN_FILE|SYSTEM_NAME|SYSTEM_PROCESSOR|OSX_ARCHITECTURES|OSX_DEPLOYMENT_TARGET|OSX_SYSROOT)$")

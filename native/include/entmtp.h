@@ -287,7 +287,8 @@ ENTMTP_API int32_t entmtp_decoder_get_acceptance(const struct entmtp_decoder * d
 // Leave in the memory exactly what plain decoding would have there: the evaluated tokens, no drafts.
 ENTMTP_API int32_t entmtp_decoder_settle(struct entmtp_decoder * dec);
 
-// Forget the state after n_past tokens (the memory was changed from outside, for example by loading a state).
+// Forget the state after n_past tokens (the memory was changed from outside, for example by loading a state). At most as
+// many as the context holds.
 ENTMTP_API void entmtp_decoder_invalidate(struct entmtp_decoder * dec, int32_t n_past);
 
 // Logits [n_vocab] and hidden state [n_embd] of the last evaluated token, NULL if there is none.

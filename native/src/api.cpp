@@ -51,7 +51,9 @@ void entmtp_heads_free(entmtp_heads * heads) {
 }
 
 void entmtp_heads_get_info(const entmtp_heads * heads, entmtp_heads_info * info) {
-    *info = heads ? heads->impl.info() : entmtp_heads_info{};
+    if (info) {
+        *info = heads ? heads->impl.info() : entmtp_heads_info{};
+    }
 }
 
 int32_t entmtp_heads_logits(entmtp_heads * heads, int32_t head, const float * h, const int32_t * path, float * logits) {

@@ -66,7 +66,7 @@ float calibration::foresee(int32_t l, float path, float last, const entmtp_signa
 
 const float * calibration::foreseen(int32_t l, float p) const {
     const float * e   = edges.data() + (size_t) l * (n_bins - 1);
-    const int32_t bin = (int32_t) (std::upper_bound(e, e + n_bins - 1, p) - e);
+    const int32_t bin = (int32_t) (std::upper_bound(e, e + (n_bins - 1), p) - e);
     return &scenarios[((size_t) l * n_bins + bin) * n_scenarios * n_levels * 3];
 }
 

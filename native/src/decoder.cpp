@@ -43,7 +43,8 @@ decoder::decoder(llama_context * ctx, heads * h, std::unique_ptr<pass> p, pass *
         }
     }
 
-    llama_set_graph_slots(ctx, draft_heads || !own ? n_graph_slots : 0);
+    n_slots = draft_heads || !own ? n_graph_slots : 0;
+    llama_set_graph_slots(ctx, n_slots);
     shared.join(seq, this);
 }
 
@@ -129,11 +130,20 @@ void decoder::set_policy(const entmtp_policy_params & p) {
         throw std::runtime_error("policy: heads are to draft, but there are none, or they know fewer than 8 tokens");
     }
     if (!draft_heads && own) {
-        llama_set_graph_slots(ctx, p.policy == ENTMTP_POLICY_OFF ? 0 : n_graph_slots);
+        keep_graphs(p.policy == ENTMTP_POLICY_OFF ? 0 : n_graph_slots);
     }
     policy  = std::move(next);
     running = ema(policy.window());
     in_step = false; // what is being walked was neither chosen nor timed for this policy
+}
+
+// a change drops all graphs, and with them the rows that were not read yet
+void decoder::keep_graphs(uint32_t n) {
+    if (n != n_slots) {
+        detach();
+        n_slots = n;
+        llama_set_graph_slots(ctx, n);
+    }
 }
 
 void decoder::set_threads(int32_t n, const entmtp_costs * costs) {
@@ -278,6 +288,10 @@ int32_t decoder::step(int32_t token) {
         return status;
     }
 
+    if (shared.n_seq > 1 && n_past >= n_ctx) {
+        return decode_status(1);
+    }
+
     const int64_t t0 = timed ? ggml_time_us() : 0;
 
     text.truncate(n_past);
@@ -396,7 +410,7 @@ void decoder::invalidate(int32_t past) {
     is_seen     = false;
     walked.tree = -1;
     set_row(-1);
-    n_past = std::max(past, 0);
+    n_past = std::clamp(past, 0, n_ctx);
     text.truncate(0); // it may be another one
     text.truncate(n_past);
     running.reset();

@@ -82,7 +82,7 @@ class decoder {
     // no pass runs, and none begins, while a caller has this
     pass::hold hold() const { return { shared, seq }; }
 
-    // A pass of others begins: nothing of this one may be needed from the last one any more
+    // A pass of others begins, or graphs go: nothing of this one may be needed from the last one any more
     void detach();
 
     // how many of these tokens the memory begins with, of the settled ones
@@ -130,6 +130,7 @@ class decoder {
     int32_t step(int32_t token);
     int32_t decode_status(int32_t status);
     void    leave_tree();
+    void    keep_graphs(uint32_t n);
 
     int32_t verify_tree(int32_t id);
     void    drop_nodes(const std::vector<int32_t> & kept);
@@ -161,11 +162,12 @@ class decoder {
     outputs &             out;
     const int32_t         seq;
     const int32_t         n_ctx;
+    uint32_t              n_slots = 0; // sizes of passes whose graphs are kept
 
-    std::vector<tree>    bank;    // bank[0] is a lone root
-    std::vector<int32_t> n_nodes; // [n_trees]
-    std::vector<int32_t> depth;   // [n_trees]
-    tree                 grown;   // of the step, where the policy grows its own
+    std::vector<tree>    bank;         // bank[0] is a lone root
+    std::vector<int32_t> n_nodes;      // [n_trees]
+    std::vector<int32_t> depth;        // [n_trees]
+    tree                 grown;        // of the step, where the policy grows its own
     scheduler            policy;
     ema                  running;
     text_index           text;            // the settled tokens, and the root of the step that is being made

@@ -219,9 +219,9 @@ void pass::lead(std::unique_lock<std::mutex> & lock) {
     const std::vector<part *> parts = choose();
 
     for (member & m : members) {
-        if (m.active && !m.wants && !m.absent && n_seq > 1) {
+        if (m.owner && !m.wants && !m.absent && n_seq > 1) {
             m.owner->detach(); // its rows are about to go
-            m.absent = true;
+            m.absent = m.active;
         }
     }
     drop_nodes(parts);

@@ -29,7 +29,7 @@ inline int32_t outputs_mode = ENTMTP_OUTPUTS_AUTO; // of the loops made from now
 inline tiny::folder    dir;
 inline tiny::model_ptr base;
 
-inline const tokens prompt = { 1, 17, 4, 33, 9, 9, 21, 30, 5, 12 };
+const tokens prompt = { 1, 17, 4, 33, 9, 9, 21, 30, 5, 12 };
 
 //
 // a context, its decoder and its bank

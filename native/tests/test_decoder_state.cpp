@@ -333,6 +333,17 @@ static void test_invalidate() {
     }
 }
 
+// more tokens than any context holds, or fewer than none
+static void test_invalidate_nonsense() {
+    loop l("medusa.gguf");
+    for (const int32_t n : { INT32_MAX, INT32_MIN }) {
+        CHECK_EQ(l.eval(prompt, 0), ENTMTP_OK);
+        entmtp_decoder_invalidate(l.dec.get(), n);
+        CHECK_EQ(l.eval({ 4 }, n), ENTMTP_ERROR);
+    }
+    CHECK_EQ(l.eval(prompt, 0), ENTMTP_OK);
+}
+
 // a prompt of which a part fits: the memory is left as it was
 static void test_memory_after_failure() {
     loop          l("hydra-prefix.gguf", 256);
@@ -356,6 +367,7 @@ int main() {
         test_last_token_again();
         test_prompt_in_parts();
         test_invalidate();
+        test_invalidate_nonsense();
         test_memory_after_failure();
     }
     return tear_down("test_decoder_state");

@@ -174,6 +174,42 @@ static void test_sharing() {
     CHECK(entmtp_decoder_share(second, second, other.data(), 5) < 0);
 }
 
+// who was never said to be active keeps what he evaluated, though others go on
+static void test_inactive() {
+    tiny::context_ptr ctx = shared_context(), own = shared_context();
+    const group_ptr   group(entmtp_group_init(ctx.get(), nullptr, n_seq, n_ctx));
+    const decoder_ptr alone(entmtp_decoder_init(own.get(), nullptr));
+    const tokens      text = { 3, 4, 5 }, other = { 9, 8, 7, 6, 5, 4 };
+    entmtp_decoder *  first = entmtp_group_decoder(group.get(), 0), *second = entmtp_group_decoder(group.get(), 1);
+    const sampler_ptr one = drawing(1), two = drawing(1);
+    int32_t           token = -1, expected = -1;
+    for (const int32_t n_more : { 0, 1 }) { // as a prompt, and as a token after it
+        const tokens part = n_more ? tokens{ 6 } : text;
+        for (entmtp_decoder * dec : { first, alone.get() }) {
+            CHECK_EQ(entmtp_decoder_eval(dec, part.data(), (int32_t) part.size(), 3 * n_more, false), ENTMTP_OK);
+        }
+        CHECK_EQ(entmtp_decoder_eval(second, other.data(), 6, 0, false), ENTMTP_OK);
+        CHECK_EQ(entmtp_decoder_sample(first, one.get(), &token), ENTMTP_OK);
+        CHECK_EQ(entmtp_decoder_sample(alone.get(), two.get(), &expected), ENTMTP_OK);
+        CHECK_EQ(token, expected);
+    }
+}
+
+// each has its own room, whatever the others leave free
+static void test_room() {
+    tiny::context_ptr ctx = shared_context();
+    const group_ptr   group(entmtp_group_init(ctx.get(), nullptr, n_seq, 16));
+    entmtp_decoder *  dec = entmtp_group_decoder(group.get(), 0);
+    const tokens      text(17, 5);
+    CHECK_EQ(entmtp_decoder_eval(dec, text.data(), 17, 0, false), ENTMTP_CONTEXT_FULL);
+    CHECK_EQ(entmtp_decoder_eval(dec, text.data(), 15, 0, false), ENTMTP_OK);
+    CHECK_EQ(entmtp_decoder_eval(dec, text.data(), 1, 15, false), ENTMTP_OK);
+    CHECK_EQ(entmtp_decoder_eval(dec, text.data(), 1, 16, false), ENTMTP_CONTEXT_FULL);
+    CHECK_HAS(entmtp_last_error(), "16 of 16 positions");
+    CHECK_EQ(entmtp_decoder_n_evaluated(dec), -1);
+    CHECK_EQ(entmtp_decoder_eval(dec, text.data(), 2, 14, false), ENTMTP_OK);
+}
+
 static void test_groups_that_cannot_be() {
     tiny::context_ptr ctx = shared_context();
     CHECK(!entmtp_group_init(nullptr, nullptr, 2, 64));
@@ -192,6 +228,8 @@ int main() {
         test_texts(chain, true);
         test_texts(bushy, false);
         test_sharing();
+        test_inactive();
+        test_room();
         test_groups_that_cannot_be();
     }
     return tear_down("test_group");

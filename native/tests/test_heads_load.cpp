@@ -296,6 +296,7 @@ static void test_arguments() {
     entmtp_heads_info info;
     entmtp_heads_get_info(nullptr, &info);
     CHECK_EQ(info.n_heads, 0);
+    entmtp_heads_get_info(nullptr, nullptr);
 
     // a base model without a tokenizer
     const auto mute = tiny::load_base(tiny::write_base(dir / "no-vocab.gguf", 1, "no_vocab"));

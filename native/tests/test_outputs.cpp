@@ -427,6 +427,39 @@ static void test_changes() {
     CHECK(got == expected);
 }
 
+// another policy between a pass and what is read of it: graphs go, the row stays
+static void test_another_policy() {
+    entmtp_policy_params policy = {};
+    for (const int32_t mode : { ENTMTP_OUTPUTS_HOST, ENTMTP_OUTPUTS_ROWS, ENTMTP_OUTPUTS_DEVICE }) {
+        outputs_mode = ENTMTP_OUTPUTS_HOST;
+        loop plain;
+        outputs_mode = mode;
+        loop l;
+        CHECK_EQ(plain.eval(prompt, 0), ENTMTP_OK);
+        CHECK_EQ(l.eval(prompt, 0), ENTMTP_OK);
+        for (int32_t i = 0; i < 6; ++i) {
+            policy.policy = i % 2 ? ENTMTP_POLICY_OFF : ENTMTP_POLICY_STATIC;
+            CHECK_EQ(entmtp_decoder_set_policy(l.dec.get(), &policy), ENTMTP_OK);
+            const float * a = entmtp_decoder_logits(l.dec.get());
+            const float * b = entmtp_decoder_logits(plain.dec.get());
+            if (!CHECK(a && b)) {
+                return;
+            }
+            for (int32_t t = 0; t < tiny::n_vocab; ++t) {
+                CHECK_NEAR(a[t], b[t], 1e-4);
+            }
+            int32_t token = -1, expected = -1;
+            CHECK_EQ(entmtp_decoder_sample(plain.dec.get(), greedy().get(), &expected), ENTMTP_OK);
+            CHECK_EQ(entmtp_decoder_sample(l.dec.get(), greedy().get(), &token), ENTMTP_OK);
+            CHECK_EQ(token, expected);
+            for (loop * x : { &plain, &l }) {
+                CHECK_EQ(x->eval({ expected }, (int32_t) prompt.size() + i), ENTMTP_OK);
+            }
+        }
+    }
+    outputs_mode = ENTMTP_OUTPUTS_AUTO;
+}
+
 int main() {
     if (set_up()) {
         test_needed();
@@ -436,6 +469,7 @@ int main() {
         test_signals();
         test_traffic();
         test_changes();
+        test_another_policy();
     }
     return tear_down("test_outputs");
 }

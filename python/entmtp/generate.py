@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import options
 from .common.atomic import atomic_path, named
 from .common.errors import EntmtpError, UsageError
+from .common.fields import parse_json
 from .common.interrupt import ctrl_c_stops
 from .common.prompts import FORMS, Question, read_questions
 from .common.sampling import add_sampling_options, sampling
@@ -209,7 +210,7 @@ def resume(path: Path, settings: dict[str, Any], questions: list[Question]) -> s
         try:
             if not line.endswith(b"\n"):
                 raise ValueError
-            row = json.loads(line)
+            row = parse_json(line)
             name, had, prompt = row["id"], row["settings"], row["prompt"]
         except (ValueError, KeyError, TypeError):
             if keep + len(line) == len(data) and (done or b'{"id": '.startswith(data[:7])):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import random
 import signal
@@ -85,7 +86,17 @@ def test_conversation_file(tmp_path: Path) -> None:
     talk.save(path, "m.gguf")
     assert load_conversation(path) == talk
     assert list(tmp_path.iterdir()) == [path]
-    for text in ("", "[]", "{}", '{"messages": 3}', '{"messages": [{"role": "robot", "content": ""}]}'):
+    robot, half = ({"messages": [{"role": r, "content": c}]} for r, c in (("robot", ""), ("user", "\ud800")))
+    for text in (
+        "",
+        "[]",
+        "{}",
+        '{"messages": 3}',
+        "[" * 100_000,
+        "9" * 5000,
+        json.dumps(robot),
+        json.dumps(half),
+    ):
         path.write_text(text)
         with pytest.raises(entmtp.EntmtpError, match="no conversation"):
             load_conversation(path)

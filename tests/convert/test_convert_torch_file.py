@@ -208,6 +208,14 @@ def test_local_header_that_points_elsewhere(tmp_path, entries):
     refused(path, "truncated or damaged at 'x/data/0'")
 
 
+def test_bytes_missing_in_the_middle(tmp_path, entries):
+    """An archive's directory counts from its end: some entries then begin before the file does."""
+    path = write_zip(tmp_path / "x.pt", entries)
+    data = path.read_bytes()
+    path.write_bytes(data[:40] + data[len(data) // 2 :])
+    refused(path, "truncated or damaged")
+
+
 def test_flipped_weight_is_noticed(tmp_path, entries):
     path = write_zip(tmp_path / "x.pt", entries)
     data = bytearray(path.read_bytes())

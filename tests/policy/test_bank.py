@@ -194,6 +194,7 @@ BROKEN = {
         "increasing",
     ),
     "edges text": (lambda d: d.update(bin_edges=["1"]), "bin_edges"),
+    "edge beyond all floats": (lambda d: d.update(bin_edges=[10**400]), "bin_edges"),
     "edge nan": (lambda d: d.update(bin_edges=[float("nan")]), "bin_edges"),
     "a bin is missing": (lambda d: d["acceptance"].pop(), "acceptance"),
     "a tree is missing": (lambda d: d["acceptance"][0].pop(), "acceptance\\[0\\]"),
@@ -204,6 +205,10 @@ BROKEN = {
     "cost zero": (lambda d: d["costs"]["verify"]["64"].update({"1": 0}), "verify.64.1"),
     "criterion": (lambda d: d.update(criterion="luck"), "criterion"),
     "calibration": (lambda d: d.update(calibration={"accept": 1}), "calibration"),
+    "calibration beyond all floats": (
+        lambda d: d.update(calibration={"accept": [[10**400] * 9]}),
+        "field accept must be a table",
+    ),
     "report": (lambda d: d.update(report=[]), "report"),
     "score": (lambda d: d.update(published={"luck": {}}), "published"),
     "published no object": (lambda d: d.update(published=["entropy"]), "published must be an object"),
@@ -238,7 +243,8 @@ def test_every_broken_field_is_named(case: str) -> None:
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("", "is not JSON"), ("[1, 2", "is not JSON"), ("[" * 100_000, "is not JSON"),
+        ("", "is not JSON"), ("[1, 2", "is not JSON"), ("[" * 100_000, "is not JSON: it is nested too deeply"),
+        ("9" * 5000, "is not JSON"), ('"\\ud800"', "is not JSON: it has half of a surrogate pair"),
         ("[]", "expected a JSON object"), ("3", "expected a JSON object"), ('"x"', "expected a JSON object"),
     ],
     ids=lambda t: t[:8] or "empty",

@@ -163,6 +163,18 @@ def test_a_file_that_cannot_be_trusted(tmp_path: Path) -> None:
     np.savez(path, **good | {"ranks": good["ranks"][1:]})
     with pytest.raises(ValueError, match=r"t\.npz: these traces are damaged"):
         Traces.load(path)
+    for name, kind in (
+        ("signals", np.complex64),
+        ("ranks", np.float32),
+        ("n_tokens", "U4"),
+        ("sees_path", np.int8),
+    ):
+        np.savez(path, **good | {name: good[name].astype(kind)})
+        with pytest.raises(ValueError, match=rf"t\.npz holds no rank traces: {name} holds values of type"):
+            Traces.load(path)
+    np.savez(path, **good | {"text": np.frombuffer(b"[" * 100_000, "u1")})
+    with pytest.raises(ValueError, match=r"t\.npz holds no rank traces: it is nested too deeply"):
+        Traces.load(path)
     np.savez(path, **good | {"ranks": good["ranks"].astype(object)})  # a pickle, which could run anything
     with pytest.raises(ValueError, match=r"t\.npz holds no rank traces: .*pickle"):
         Traces.load(path)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..common.errors import BankError
-from ..common.fields import Fields
+from ..common.fields import Fields, parse_json
 from . import calibration, costs
 from .calibration import Calibration
 from .costs import Costs
@@ -163,9 +163,10 @@ class Bank:
                 reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
                 raise BankError(f"cannot read tree bank {path}: {reason}") from None
         try:
-            return from_json(json.loads(text), label)
-        except (json.JSONDecodeError, RecursionError) as e:
+            data = parse_json(text)
+        except ValueError as e:
             raise BankError(f"{label} is not JSON: {e}") from None
+        return from_json(data, label)
 
 
 def load_bank(trees: str | Path | Bank) -> tuple[Bank, str | None]:

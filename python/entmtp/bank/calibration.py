@@ -71,7 +71,7 @@ def from_json(data: Any, label: str) -> Calibration:
     def table(key: str, shape: tuple[int | None, ...], low: float, high: float) -> Array:
         try:
             array = np.array(f.data.get(key), dtype=np.float64)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             array = np.array(np.nan)
         wanted = len(shape) == array.ndim and all(
             n in (None, m) for n, m in zip(shape, array.shape, strict=True)

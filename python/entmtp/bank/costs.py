@@ -20,6 +20,8 @@ from .tree import Tree
 
 N_VERIFY = 64  # passes are tabulated up to this many tokens
 WIDTHS = (1, 2, 4)
+DEEPEST = 1 << 24  # context, tokens
+MOST = 1e12  # us, eleven days: what is beyond is no time, and sums with it would be no numbers
 PAD = 256  # cache rows that attention reads come in multiples of this
 
 
@@ -126,6 +128,11 @@ def relative(verify: dict[int, float], chain: Sequence[float]) -> Costs:
     return Costs({0: {n: 1e3 * c for n, c in verify.items()}}, tuple(us), level)
 
 
+def _whole(text: str) -> int:
+    """The number that a few digits stand for, -1 for all else."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 8 else -1
+
+
 def from_json(data: Any, label: str) -> Costs:
     """Costs from parsed JSON.
 
@@ -139,16 +146,14 @@ def from_json(data: Any, label: str) -> Costs:
         raise f.fail("verify", "an object from context depths to costs")
     verify: dict[int, dict[int, float]] = {}
     for depth, row in raw.items():
-        if not depth.isdecimal() or int(depth) > 1 << 24:
+        if not 0 <= _whole(depth) <= DEEPEST:
             raise f.fail("verify", "an object from context depths to costs")
-        if (
-            not isinstance(row, dict)
-            or "1" not in row
-            or not all(k.isdecimal() and 0 < int(k) <= 512 for k in row)
-        ):
+        if not isinstance(row, dict) or "1" not in row or not all(0 < _whole(k) <= 512 for k in row):
             raise f.fail(f"verify.{depth}", "an object from numbers of tokens, 1 among them, to microseconds")
-        verify[int(depth)] = {int(n): f.number(f"verify.{depth}.{n}", us, 1e-6) for n, us in row.items()}
-    chain = f.numbers("chain", f.data.get("chain"), 0.0)
+        verify[int(depth)] = {
+            int(n): f.number(f"verify.{depth}.{n}", us, 1e-6, MOST) for n, us in row.items()
+        }
+    chain = f.numbers("chain", f.data.get("chain"), 0.0, MOST)
     if not chain or chain[0] != 0.0 or len(chain) > 65:
         raise f.fail("chain", "a list of up to 64 draft costs by depth, 0 first")
     rows = f.data.get("level")
@@ -157,8 +162,11 @@ def from_json(data: Any, label: str) -> Costs:
     return Costs(
         verify=verify,
         chain=chain,
-        level=tuple(f.numbers(f"level[{i}]", row, 0.0, n=3) for i, row in enumerate(rows)),
-        **{k: f.number(k, f.data.get(k, 0.0), 0.0) for k in ("sample", "host", "token", "build", "spread")},
-        context=int(f.number("context", f.data.get("context", 256), 0.0)),
+        level=tuple(f.numbers(f"level[{i}]", row, 0.0, MOST, n=3) for i, row in enumerate(rows)),
+        **{
+            k: f.number(k, f.data.get(k, 0.0), 0.0, MOST)
+            for k in ("sample", "host", "token", "build", "spread")
+        },
+        context=int(f.number("context", f.data.get("context", 256), 0.0, DEEPEST)),
         key=f.text("key"),
     )

@@ -17,10 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..common.atomic import atomic_path
+from ..common.fields import parse_json
 from .calibration import N_GUESS, WIDTH
 
 MAX_RANK = 64  # a token that a head ranks lower counts as not guessed
 VERSION = 1
+KINDS = {"n_tokens": "iu", "signals": "f", "ranks": "iu", "log_p": "f", "sees_path": "b"}  # of numpy's types
 
 
 @dataclass(frozen=True)
@@ -155,15 +157,19 @@ class Traces:
         """
         try:
             with np.load(path, allow_pickle=False) as data:
-                text = json.loads(data["text"].tobytes())
+                text = parse_json(data["text"].tobytes())
+                arrays = {key: data[key] for key in KINDS}
+                for key, array in arrays.items():
+                    if array.dtype.kind not in KINDS[key]:
+                        raise ValueError(f"{key} holds values of type {array.dtype}")
                 traces = Traces(
-                    n_tokens=data["n_tokens"].astype(np.int32),
+                    n_tokens=arrays["n_tokens"].astype(np.int32),
                     task=tuple(map(str, text["task"])),
                     prompt=tuple(map(int, text["prompt"])),
-                    signals=np.ascontiguousarray(data["signals"], dtype=np.float32),
-                    ranks=np.ascontiguousarray(data["ranks"], dtype=np.int32),
-                    log_p=np.ascontiguousarray(data["log_p"], dtype=np.float32),
-                    sees_path=bool(data["sees_path"]),
+                    signals=np.ascontiguousarray(arrays["signals"], dtype=np.float32),
+                    ranks=np.ascontiguousarray(arrays["ranks"], dtype=np.int32),
+                    log_p=np.ascontiguousarray(arrays["log_p"], dtype=np.float32),
+                    sees_path=bool(arrays["sees_path"]),
                     about=dict(text["about"]),
                 )
                 version = text["version"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import re
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..common.errors import ConvertError, EntmtpError, UsageError
+from ..common.fields import parse_json
 from ..common.machine import cpu_name
 from ..common.version import __version__
 from ..convert.writer import OUTTYPES
@@ -79,7 +79,7 @@ class Command(NamedTuple):
 def plot(args: argparse.Namespace, report: dict[str, Any]) -> Iterator[str]:
     """The picture of a report, beside it."""
     try:
-        drawn = draw(json.loads(args.report.read_text("utf-8")), args.report.with_suffix(".png"))
+        drawn = draw(parse_json(args.report.read_text("utf-8")), args.report.with_suffix(".png"))
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{args.report}: {e}") from e
     if drawn is None:

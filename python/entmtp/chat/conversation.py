@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..common.atomic import atomic_path
 from ..common.errors import EntmtpError
+from ..common.fields import parse_json
 from ..llama import Llama
 from ..models.templates import Message, prompt_length
 
@@ -71,11 +72,11 @@ def load(path: Path) -> Conversation:
         EntmtpError: the file is missing, or no conversation; the text says what is wrong.
     """
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = parse_json(path.read_text("utf-8"))
     except OSError as e:
         raise EntmtpError(f"{path} cannot be read: {(e.strerror or str(e)).lower()}") from None
-    except ValueError:
-        raise EntmtpError(f"{path} is no conversation: it is not JSON") from None
+    except ValueError as e:
+        raise EntmtpError(f"{path} is no conversation: it is not JSON ({e})") from None
     messages = data.get("messages") if isinstance(data, dict) else None
     if not isinstance(messages, list) or not all(
         isinstance(m, dict)

@@ -1,11 +1,35 @@
-"""Fields of untrusted JSON objects, each checked; every error names the file and the field."""
+"""Untrusted JSON, and the fields of its objects, each checked; every error names the file and the field."""
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import sys
 from typing import Any
 
 from .errors import BankError
+
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a surrogate pair
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value that a text holds.
+
+    Raises:
+        ValueError: it is no JSON, nested too deeply, has numbers of thousands of digits, or half of a surrogate pair.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8")
+    try:
+        value = json.loads(text)
+        if HALF.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("it has half of a surrogate pair, which is no text") from None
+    return value
 
 
 class Fields:
@@ -31,7 +55,11 @@ class Fields:
         return value
 
     def number(self, key: str, value: Any, low: float, high: float = math.inf) -> float:
-        bad = isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+        bad = (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not abs(value) <= sys.float_info.max  # nor a whole number beyond all floats
+        )
         if bad or not low <= value <= high:
             between = f"not below {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise self.fail(key, f"a number {between}")

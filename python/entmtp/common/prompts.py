@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .fields import parse_json
 
 IDS = ("id", "task_id", "question_id")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -72,7 +73,7 @@ def by_task(path: str | Path) -> dict[str, list[Question]]:
     found: dict[str, list[Question]] = {}
     lines = [line for line in Path(path).read_text("utf-8").split("\n") if line.strip()]
     for line, question in zip(lines, read_questions(path), strict=True):
-        found.setdefault(str(json.loads(line).get("task", Path(path).stem)), []).append(question)
+        found.setdefault(str(parse_json(line).get("task", Path(path).stem)), []).append(question)
     return found
 
 
@@ -87,7 +88,7 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[Question]
         if not line.strip():
             continue
         try:
-            found.append(question_of(json.loads(line), str(i)))
+            found.append(question_of(parse_json(line), str(i)))
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):
             raise ValueError(f"{path}, line {i}: expected a JSON object with {FORMS}") from None
     if not found:

@@ -11,6 +11,7 @@ from ..bank.costs import Costs, from_json
 from ..common.atomic import atomic_path
 from ..common.cache import cache_folder
 from ..common.errors import BankError
+from ..common.fields import parse_json
 from ..common.machine import cpu_name
 from ..native import kernels, library
 from .subject import Subject
@@ -54,7 +55,7 @@ def cached(llm: Subject) -> Costs | None:
     """Costs measured before for this very model, machine and build; None if there are none, or the file is broken."""
     path = cache_folder() / "costs" / f"{machine_key(llm)}.json"
     try:
-        return from_json(json.loads(path.read_text("utf-8")), str(path))
+        return from_json(parse_json(path.read_text("utf-8")), str(path))
     except (OSError, ValueError, BankError):
         return None
 

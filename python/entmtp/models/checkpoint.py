@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import ConvertError, ModelError
+from ..common.fields import parse_json
 from . import hub
 from .formats.safetensors_file import read_safetensors_file
 from .formats.tensors import SourceTensor
@@ -136,8 +136,8 @@ def _read_weights(path: Path) -> dict[str, SourceTensor]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as e:
         raise ConvertError(
             f"{path.name}: this is not valid JSON ({e}); download it again or correct it"
         ) from e

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from ..common.errors import UsageError
+from ..common.fields import parse_json
 from ..llama import Llama
 
 
@@ -25,7 +26,7 @@ def grammar(args: argparse.Namespace, llm: Llama) -> Any:
 
     try:
         text = path.read_text("utf-8")
-        made = grammar_of_schema(json.loads(text)) if args.json_schema else grammar_of_text(text)
+        made = grammar_of_schema(parse_json(text)) if args.json_schema else grammar_of_text(text)
     except OSError as e:
         raise UsageError(f"{path}: {(e.strerror or str(e)).lower()}") from None
     except json.JSONDecodeError as e:

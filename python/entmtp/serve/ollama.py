@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from .. import __version__
+from ..common.fields import parse_json
 from . import asked
 from .asked import Asked, parse
 from .errors import Refused
@@ -215,7 +216,7 @@ def _token(token: str, logprob: float, top_logprobs: list[dict[str, Any]] | None
 
 def _object(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:  # cut by the limit of tokens
         return {}
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.errors import ModelError
+from ..common.fields import parse_json
 from ..common.prompts import FORMS, Question, question_of
 
 
@@ -72,7 +72,7 @@ def _read_lines(path: Path, documents: list[str], prompts: list[Question]) -> No
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
+            item = parse_json(line)
             if "text" in item:
                 documents.append(item["text"] + "")
             else:

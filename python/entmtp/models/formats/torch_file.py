@@ -239,6 +239,7 @@ class _Archive:
             RuntimeError,
             struct.error,
             ValueError,
+            OSError,  # a place before the file's beginning
         ) as e:
             raise ConvertError(
                 f"{self.label}: the file is truncated or damaged ({e}); download or copy it again"

@@ -1,0 +1,114 @@
+"""`make fuzz MINUTES=5`: every fuzzer for so long, one after the other, and a table of what they came to.
+
+What they find new is in build/fuzz/found, beside the inputs that broke something (NAME-crash-...). `--merge` puts what
+brings new edges into tests/fuzz/corpus, which `make test` runs; `--only NAME` takes one fuzzer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CORPUS = HERE / "corpus"
+BUILD = Path("build/fuzz")
+NATIVE = ("fuzz_heads", "fuzz_api", "fuzz_tree")
+READERS = ("gguf", "safetensors", "torch", "bank", "conversation", "traces")
+LIMITS = ("-timeout=60", "-rss_limit_mb=3000", "-max_len=100000", "-len_control=0")
+MAX_KEPT = 16 << 10  # bytes of a file of the corpus
+
+# a memory of files, where there is one: a disk would be the slowest part
+FILES = "/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()
+ENV = {
+    **os.environ,
+    "ASAN_OPTIONS": "detect_leaks=1:allocator_may_return_null=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "OMP_WAIT_POLICY": "passive",  # two threads that wait for each other, beside other programs
+}
+
+
+def start(name: str, arguments: list[str], log: Path) -> int:
+    """Run one fuzzer, its output into a file; returns its exit code."""
+    program = (
+        [str(BUILD / "native" / name)] if name in NATIVE else [sys.executable, str(HERE / "reader.py"), name]
+    )
+    with tempfile.TemporaryDirectory(prefix="entmtp-fuzz-", dir=FILES) as tmp, open(log, "wb") as file:
+        env = {**ENV, "TMPDIR": tmp}
+        return subprocess.run([*program, *arguments], env=env, stdout=file, stderr=file).returncode
+
+
+def figures(log: str) -> tuple[str, str, str, str]:
+    """Runs, edges, features, and the run that brought the last edge, from libFuzzer's lines."""
+    lines = re.findall(r"^#(\d+)\s+(\w+)\s+cov: (\d+) ft: (\d+)", log, re.M)
+    if not lines:
+        return ("", "", "", "")
+    runs, _, edges, features = lines[-1]
+    first = next(run for run, _, cov, _ in lines if cov == edges)
+    return runs, edges, features, first
+
+
+def fuzz(name: str, seconds: int) -> bool:
+    found, kept = BUILD / "found" / name, CORPUS / name
+    for folder in (found, kept):
+        folder.mkdir(parents=True, exist_ok=True)
+    log = BUILD / "found" / f"{name}.log"
+    code = start(
+        name,
+        [
+            *LIMITS,
+            f"-max_total_time={seconds}",
+            f"-artifact_prefix={found}-",
+            "-print_final_stats=1",
+            str(found),
+            str(kept),
+        ],
+        log,
+    )
+    print(
+        f"{name:14}",
+        *(f"{x:>10}" for x in figures(log.read_text("utf-8", "replace"))),
+        f"{'ok' if code == 0 else 'BROKEN'}",
+    )
+    if code:
+        print(f"  see {log}; the input lies beside it", flush=True)
+    return code == 0
+
+
+def merge(name: str) -> None:
+    found, kept = BUILD / "found" / name, CORPUS / name
+    kept.mkdir(parents=True, exist_ok=True)
+    large = found.with_name(f"{name}-large")
+    large.mkdir(exist_ok=True)
+    for path in found.iterdir():
+        if path.stat().st_size > MAX_KEPT:
+            path.rename(large / path.name)
+    start(name, [*LIMITS, "-set_cover_merge=1", str(kept), str(found)], BUILD / "found" / f"{name}-merge.log")
+    files = list(kept.iterdir())
+    print(f"{name:14} {len(files)} files, {sum(f.stat().st_size for f in files)} bytes", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=5.0, help="for each (default: 5)")
+    parser.add_argument("--only", choices=(*NATIVE, *READERS), action="append")
+    parser.add_argument("--merge", action="store_true")
+    args = parser.parse_args()
+    names = args.only or (*NATIVE, *READERS)
+    if args.merge:
+        for name in names:
+            merge(name)
+        return 0
+    print(f"{'':14}", *(f"{x:>10}" for x in ("runs", "edges", "features", "last edge")), flush=True)
+    results = [fuzz(name, int(60 * args.minutes)) for name in names]
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
