@@ -33,7 +33,7 @@ from helpers.models import write_encoder  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
-TINY = ("--tokens", "3000", "--seq-len", "64", "--held-out", "6", "--batch-tokens", "300", "--heads", "2")
+TINY = ("--tokens", "3000", "--seq-len", "64", "--held-out", "6", "--batch-tokens", "300", "--heads", "2", "--draft-vocab", "all", "--lm-head", "own")
 
 
 def arguments(model: Path, outfile: Path, *more: str) -> list[str]:
@@ -105,7 +105,8 @@ def test_training_helps(models: dict[str, Path], tmp_path: Path, capsys: pytest.
     outfile = tmp_path / "heads.gguf"
     argv = [
         "--model", str(models["q8_0"]), "-o", str(outfile), "--arch", "hydra", "--threads", "1", "--tokens", "16k",
-        "--held-out", "12", "--seq-len", "128", "--batch-tokens", "512", "--epochs", "2",
+        "--held-out", "12", "--seq-len", "128", "--batch-tokens", "512", "--epochs", "2", "--draft-vocab", "all",
+        "--lm-head", "own",
     ]  # fmt: skip
     assert main(argv) == 0
     chain = float(gguf.GGUFReader(outfile).fields["entmtp.train.chain"].contents())
@@ -361,7 +362,7 @@ def test_disk_and_memory_are_as_said(models: dict[str, Path], tmp_path: Path, ar
     argv = [
         "--model", str(models["q8_0"]), "-o", str(tmp_path / "heads.gguf"), "--arch", arch, "--threads", "1",
         "--tokens", "20k", "--held-out", "12", "--seq-len", "256", "--epochs", "1", "--work", str(work), "--keep-work",
-        "--save-every", "2",
+        "--save-every", "2", "--draft-vocab", "all", "--lm-head", "own",
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", PEAK, *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

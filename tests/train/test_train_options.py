@@ -16,7 +16,7 @@ NEEDED = ("--model", "m.gguf", "-o", "h.gguf")
 FLAGS = {
     "--torch-dir": ("torch_folder", "folder", Path("folder")), "--outtype": ("outtype", "q4_0", "q4_0"),
     "--arch": ("arch", "medusa", "medusa"), "--heads": ("n_heads", "2", 2), "--layers": ("n_layers", "3", 3),
-    "--draft-vocab": ("draft_vocab", "100", 100), "--share-lm-head": ("share_lm_head", None, True),
+    "--draft-vocab": ("draft_vocab", "100", 100), "--lm-head": ("lm_head", "shared", "shared"),
     "--data": ("data", "a.txt", ("a.txt",)), "--tokens": ("n_tokens", "500k", 500_000),
     "--seq-len": ("seq_len", "64", 64), "--own": ("own", "0.5", 0.5), "--temps": ("temps", "0,1", (0.0, 1.0)),
     "--raw": ("raw", None, True), "--made-up": ("made_up", "0.25", 0.25),

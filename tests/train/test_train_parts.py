@@ -20,7 +20,7 @@ from entmtp.train import heads as train_heads  # noqa: E402
 from entmtp.train import loss as train_loss  # noqa: E402
 from entmtp.train.base import Base, read_matrices  # noqa: E402
 from entmtp.train.data import Data  # noqa: E402
-from entmtp.train.evaluation import Teacher, acceptance, ranks_of  # noqa: E402
+from entmtp.train.evaluation import Teacher, acceptance, judge  # noqa: E402
 from entmtp.train.export import export, rounded  # noqa: E402
 from entmtp.train.heads import Shape, before_projection, initial, prefix_layer  # noqa: E402
 from entmtp.train.jobs import plan_jobs  # noqa: E402
@@ -34,9 +34,9 @@ pytestmark = pytest.mark.torch
 ARCHS = ("medusa", "hydra", "hydra++")
 
 
-def shape_of(arch: str, share: bool = False, n_layers: int = 2, n_embd: int = 64) -> Shape:
+def shape_of(arch: str, lm_head: str = "own", n_layers: int = 2, n_embd: int = 64) -> Shape:
     return Shape(
-        arch, 3, n_layers, n_embd, share, n_head=4, n_head_kv=2, n_ff=96, rms_eps=1e-5, rope_base=10000.0
+        arch, 3, n_layers, n_embd, lm_head, n_head=4, n_head_kv=2, n_ff=96, rms_eps=1e-5, rope_base=10000.0
     )
 
 
@@ -220,14 +220,14 @@ def test_gradients_of_a_step(prepared: Any, tmp_path: Path, arch: str) -> None:
         torch.testing.assert_close(t.grad, plain[name].grad, rtol=2e-3, atol=2e-6, msg=name)
 
 
-@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("lm_head", ["own", "shared", "base"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_exported_heads_are_the_trained_ones(
-    base: Base, prepared: Any, tmp_path: Path, arch: str, share: bool
+    base: Base, prepared: Any, tmp_path: Path, arch: str, lm_head: str
 ) -> None:
     """GGUF, read by the library: the same logits as in training, and so the same acceptance."""
     texts, states, teacher = prepared
-    shape = shape_of(arch, share)
+    shape = shape_of(arch, lm_head)
     state = rounded(shaken(shape, teacher.output))
     model = Path(base.llm.model_path)
     folder, outfile = tmp_path / "heads", tmp_path / "heads.gguf"
@@ -266,7 +266,7 @@ def test_acceptance_against_traces(load: Any, models: dict[str, Path], tmp_path:
         models["f32"], n_ctx=256, type_k=0, type_v=0, n_threads=1, n_threads_batch=1, verbose=False
     ) as llm:
         embedding, output = map(torch.from_numpy, read_matrices(models["f32"]))
-        shape = Shape(arch, 3, 1, 256, False, 4, 2, 768, 1e-5, 10000.0)
+        shape = Shape(arch, 3, 1, 256, "own", 4, 2, 768, 1e-5, 10000.0)
         g = torch.Generator().manual_seed(8)
         state = initial(shape, output, 1.0, 0)
         state = rounded({k: t + 0.01 * torch.randn(t.shape, generator=g) for k, t in state.items()})
@@ -295,7 +295,7 @@ def test_acceptance_against_traces(load: Any, models: dict[str, Path], tmp_path:
     finally:
         base.close()
     plain = {k: t.float() for k, t in state.items()}
-    ranks = ranks_of(
+    ranks, _ = judge(
         shape, plain, Teacher(embedding, output, None), hidden, torch.from_numpy(tokens).long(), len(prompt)
     )
     n = min(len(ranks), len(trace.ranks)) - 3

@@ -10,10 +10,12 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFReader, quants
+from gguf import quants
 
 from ..common.errors import EntmtpError, ModelError
 from ..llama import Llama
+from ..models.base import read_header
+from ..models.formats.gguf_header import TensorInfo
 from ..native import abi as n
 from ..options.model import explained
 
@@ -158,20 +160,19 @@ def read_matrices(path: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.f
     Raises:
         ModelError: the file does not hold them.
     """
-    tensors = {
-        t.name: t for t in GGUFReader(path).tensors if t.name in ("token_embd.weight", "output.weight")
-    }
+    tensors = read_header(path).tensors
     if "token_embd.weight" not in tensors:
-        raise ModelError(
-            f"{path}: it has no tensor token_embd.weight, so it cannot have draft heads (is it one part of a split "
-            "GGUF? merge it with llama-gguf-split)"
-        )
+        raise ModelError(f"{path}: it has no tensor token_embd.weight, so it cannot have draft heads")
+    embedding = _matrix(tensors["token_embd.weight"])
+    return embedding, _matrix(tensors["output.weight"]) if "output.weight" in tensors else embedding
 
-    def get(name: str) -> npt.NDArray[np.float32]:
-        values = quants.dequantize(tensors[name].data, tensors[name].tensor_type).astype(
-            np.float32, copy=False
-        )
-        return values if values.flags.writeable else values.copy()  # f32 is the file itself, mapped
 
-    embedding = get("token_embd.weight")
-    return embedding, get("output.weight") if "output.weight" in tensors else embedding
+def _matrix(info: TensorInfo) -> npt.NDArray[np.float32]:
+    """A tensor [n_cols, n_rows] of a GGUF as float32 [n_rows, n_cols]; a few rows at a time in between."""
+    n_cols, n_rows = info.shape
+    stored = np.memmap(info.path, np.uint8, "r", info.offset, (info.nbytes,)).reshape(n_rows, -1)
+    out = np.empty((n_rows, n_cols), np.float32)
+    for first in range(0, n_rows, 4096):
+        part = slice(first, first + 4096)
+        out[part] = quants.dequantize(np.array(stored[part]), info.type)
+    return out

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,22 @@ class Report:
     losses: tuple[float, ...]  # of each head
     n_tokens: int  # of this step
     acceptance: Acceptance | None  # when it was measured
+
+
+class Measured(NamedTuple):
+    """A measurement on the way.
+
+    Attributes:
+        loss: mean of the steps since the one before, weighted as it is trained.
+        held_out: the same on held-out text.
+        chain, tree: tokens per step there.
+    """
+
+    step: int
+    loss: float
+    held_out: float
+    chain: float
+    tree: float
 
 
 @dataclass(frozen=True)
@@ -93,10 +110,10 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=BETAS, fused=True)
         self.step = self.began = 0  # where the run is, and where it went on
-        self.saved, self.saving = (
-            time.monotonic(),
-            0.0,
-        )  # when the last checkpoint was there, and what writing it took
+        self.history: list[Measured] = []
+        self._losses: list[float] = []  # since the last measurement
+        # when the last checkpoint was there, and what writing it took
+        self.saved, self.saving = time.monotonic(), 0.0
         self.dtype = torch.bfloat16 if settings.bf16 else torch.float32
 
     #
@@ -232,8 +249,11 @@ class Trainer:
                 self.update()
                 self.step += 1
                 last = None
-                if self.step % s.eval_every == 0 or self.step == self.n_steps:
+                self._losses.append(total)
+                every = s.eval_every or max(1, self.n_steps // 10)
+                if self.step % every == 0 or self.step == self.n_steps:
                     last = self.evaluate()
+                    self.note(last)
                 due = time.monotonic() > self.saved + max(SAVE_WITHIN, 10 * self.saving)
                 if due or self.step % s.save_every == 0 or self.step == self.n_steps:
                     self.save()
@@ -242,6 +262,13 @@ class Trainer:
             self.save()
             raise
         return last or self.evaluate()
+
+    def note(self, found: Acceptance) -> None:
+        """Add to the history."""
+        weighted = sum(x * self.settings.head_decay**i for i, x in enumerate(found.losses))
+        mean = float(np.mean(self._losses))
+        self.history.append(Measured(self.step, mean, weighted, found.chain, found.tree))
+        self._losses = []
 
     def evaluate(self) -> Acceptance:
         return evaluate(self.shape, self.detached(), self.teacher, self.texts, self.states)
@@ -258,7 +285,8 @@ class Trainer:
         for name, t in self.state.items():
             if moments := self.optimizer.state.get(t):
                 tensors |= {f"{m}/{name}": moments[m] for m in MOMENTS}
-        about = {"run": json.dumps({"step": self.step, "digest": self.digest})}
+        run = {"step": self.step, "digest": self.digest, "history": self.history, "losses": self._losses}
+        about = {"run": json.dumps(run)}
         begun = time.monotonic()
         with atomic_path(self.path) as temporary:
             try:
@@ -291,7 +319,9 @@ class Trainer:
                             moments = {m: file.get_tensor(f"{m}/{name}") for m in MOMENTS}
                             self.optimizer.state[t] = {"step": torch.tensor(float(step)), **moments}
                 self.step = self.began = step
-        except (SafetensorError, ValueError, KeyError, RuntimeError) as e:
+                self.history = [Measured(*row) for row in about["history"]]
+                self._losses = about["losses"]
+        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:
             if isinstance(e, ModelError):
                 raise
             raise ModelError(

@@ -1,0 +1,123 @@
+"""How many tokens heads can propose, and by which projection: what makes text come fastest on this machine.
+
+A row more of the projections costs every draft; what it brings is its share of the text, for a token that heads cannot
+propose is never guessed. How often guesses will be right is not known before there are heads, so it is foreseen by
+what other heads of the same kind reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..convert.draft_vocab import STEP
+from .heads import Shape
+from .price import Prices, block_rows
+
+MOST = 32_768  # rows that `auto` considers
+
+# Share of right guesses on each level where those before were right, for heads of SmolLM2-135M-Instruct with own
+# projections on held-out text (docs/train.md); deeper levels as the last.
+RIGHT = {"medusa": (0.40, 0.28, 0.24, 0.22), "hydra": (0.43, 0.41, 0.39, 0.38), "hydra++": (0.47, 0.45, 0.44, 0.43)}
+# of that with other projections, same training
+KEPT = {"own": 1.0, "shared": 0.97, "base": 0.94}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What heads will propose.
+
+    Attributes:
+        n_rows: tokens.
+        coverage: their share of text.
+        speed: tokens per second that are foreseen.
+    """
+
+    lm_head: str
+    n_rows: int
+    coverage: float
+    speed: float
+
+
+def chains(
+    prices: Prices, shape: Shape, lm_head: str, n_rows: int, coverage: float
+) -> list[tuple[float, float]]:
+    """Of steps with a chain of one guess, two, ...: tokens that are foreseen, and microseconds."""
+    right = RIGHT.get(shape.arch, RIGHT["hydra"])
+    curve = prices.costs.curve()
+    tokens, p, draft = 1.0, 1.0, 0.0
+    found = []
+    for i in range(min(shape.n_heads, len(curve) - 1)):
+        p *= right[min(i, len(right) - 1)] * KEPT[lm_head] * coverage
+        tokens += p
+        draft += prices.head(lm_head, i, n_rows, block_rows(shape, i))
+        found.append((tokens, float(curve[i + 1]) + draft))
+    return found
+
+
+def foreseen(prices: Prices, shape: Shape, lm_head: str, n_rows: int, coverage: float) -> float:
+    """Tokens per second with the chain of the best length."""
+    return max(1e6 * tokens / us for tokens, us in chains(prices, shape, lm_head, n_rows, coverage))
+
+
+def choose(
+    prices: Prices, shape: Shape, coverage: npt.NDArray[np.float64], lm_heads: Sequence[str],
+    sizes: Sequence[int], fits: Callable[[str, int], bool] = lambda lm_head, n: True,
+) -> list[Choice]:
+    """The best size for each kind of projection, the fastest first; of equal ones the smaller, in the order of
+    `lm_heads`.
+
+    Args:
+        coverage: share of unseen text that the first 1, 2, ... tokens make up, [n_vocab].
+        sizes: rows to choose from, ascending.
+        fits: whether there is memory to train that.
+    """
+    found = []
+    for lm_head in lm_heads:
+        options = [
+            Choice(lm_head, n, float(coverage[n - 1]), foreseen(prices, shape, lm_head, n, float(coverage[n - 1])))
+            for n in sizes
+            if fits(lm_head, n)
+        ]
+        if options:
+            found.append(max(options, key=lambda c: c.speed))
+    return sorted(found, key=lambda c: -c.speed)
+
+
+def sizes(n_vocab: int) -> list[int]:
+    """What `auto` chooses from."""
+    whole = [n_vocab] if n_vocab <= MOST else []
+    return [*range(STEP, min(n_vocab, MOST + 1), STEP), *whole]
+
+
+def why(prices: Prices, shape: Shape, choice: Choice, coverage: npt.NDArray[np.float64]) -> str:
+    """What the next rows would cost and bring, in one sentence."""
+    n_vocab, n = len(coverage), choice.n_rows
+    said = f"draft vocabulary: {n} of {n_vocab} tokens, {choice.coverage:.1%} of the text"
+    if n == n_vocab:
+        return f"draft vocabulary: all {n_vocab} tokens"
+    more = min(STEP, n_vocab - n)
+    now = chains(prices, shape, choice.lm_head, n, choice.coverage)
+    then = chains(prices, shape, choice.lm_head, n + more, float(coverage[n + more - 1]))
+    length = max(range(len(now)), key=lambda i: now[i][0] / now[i][1])
+    (tokens, us), (more_tokens, more_us) = now[length], then[length]
+    return (
+        f"{said}; {more} more would cost a step {more_us - us:.1f} us ({more_us / us - 1:.2%}) and bring "
+        f"{more_tokens / tokens - 1:.2%} more tokens"
+    )
+
+
+OWNER = {"own": "each head's own", "shared": "one for all heads", "base": "the base model's"}
+
+
+def compared(choices: Sequence[Choice], passed_over: Sequence[str]) -> str:
+    """Which projections, and what the others are forecast, in one sentence."""
+    best, *others = choices
+    said = f"projections: {OWNER[best.lm_head]}, {best.speed:.0f} tokens/s forecast"
+    said += "".join(f", {OWNER[c.lm_head]} {c.speed:.0f}" for c in others)
+    if passed_over:
+        said += f" (no memory to train {' or '.join(OWNER[name] for name in passed_over)})"
+    return said
