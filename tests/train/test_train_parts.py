@@ -20,7 +20,7 @@ from entmtp.train import heads as train_heads  # noqa: E402
 from entmtp.train import loss as train_loss  # noqa: E402
 from entmtp.train.base import Base, read_matrices  # noqa: E402
 from entmtp.train.data import Data  # noqa: E402
-from entmtp.train.evaluation import Teacher, acceptance, judge  # noqa: E402
+from entmtp.train.evaluation import Teacher, acceptance, held_out, judge  # noqa: E402
 from entmtp.train.export import export, rounded  # noqa: E402
 from entmtp.train.heads import Shape, before_projection, initial, prefix_layer  # noqa: E402
 from entmtp.train.jobs import plan_jobs  # noqa: E402
@@ -110,6 +110,44 @@ def test_loss_where_nothing_is_left_to_the_rest() -> None:
     assert torch.isfinite(x.grad).all()
 
 
+@pytest.mark.parametrize("unknown", [0.0, 0.4, 1.0])
+def test_loss_of_logits(unknown: float) -> None:
+    """Of each row what `projected_loss` gives of it."""
+    g = torch.Generator().manual_seed(5)
+    n, d, v, k = 21, 12, 50, 5
+    x, weight = torch.randn(n, d, generator=g), torch.randn(v, d, generator=g)
+    ids = torch.stack([torch.randperm(v, generator=g)[:k] for _ in range(n)])
+    p = torch.softmax(torch.randn(n, k + 1, generator=g), 1)
+    cut = torch.rand(n, k, generator=g) < unknown
+    ids[cut], p[:, :-1][cut] = -1, 0.0
+    rows = [train_loss.projected_loss(x[i : i + 1], weight, None, ids[i : i + 1], p[i : i + 1]) for i in range(n)]
+    torch.testing.assert_close(train_loss.loss_of(x @ weight.T, ids, p), torch.stack(rows), rtol=1e-5, atol=1e-6)
+
+
+def test_held_out_loss(prepared: Any) -> None:
+    """Of every head the mean over the tokens that the model wrote, by the formula written out."""
+    texts, states, teacher = prepared
+    shape = shape_of("hydra")
+    state = shaken(shape, teacher.output)
+    found = held_out(shape, state, teacher, texts, states)
+    assert found.temps == [float(t) for t in texts.temps[texts.held_out]]
+    sums, counts = np.zeros(3), np.zeros(3)
+    for i in map(int, np.flatnonzero(texts.held_out)):
+        start, n, given = int(texts.starts[i]), int(texts.lengths[i]), int(texts.given[i])
+        tokens = torch.from_numpy(texts[i].astype(np.int64))
+        for head in range(3):
+            for root in range(given, n - 1 - head):
+                hidden = torch.from_numpy(states.hidden[start + root - 1].astype(np.float32))
+                x = torch.cat([hidden, *teacher.embedding[tokens[root : root + head + 1]]])
+                x = before_projection(shape, state, head, x[None])
+                row = slice(start + root + head, start + root + head + 1)
+                ids, p = torch.from_numpy(states.ids[row].astype(np.int64)), torch.from_numpy(states.p[row].copy())
+                weight, bias = teacher.projection(shape, state, head)
+                sums[head] += float(plain_loss(x, weight, bias, ids, p))
+                counts[head] += 1
+    np.testing.assert_allclose(found.losses, sums / counts, rtol=1e-4)
+
+
 def test_half_precision_products_are_close() -> None:
     g = torch.Generator().manual_seed(4)
     x, weight = torch.randn(64, 32, generator=g), torch.randn(100, 32, generator=g)
@@ -181,11 +219,12 @@ def prepared(base: Base, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any,
     return texts, states, Teacher(embedding, output, None)
 
 
+@pytest.mark.parametrize("lm_head", ["own", "shared", "base"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_gradients_of_a_step(prepared: Any, tmp_path: Path, arch: str) -> None:
+def test_gradients_of_a_step(prepared: Any, tmp_path: Path, arch: str, lm_head: str) -> None:
     """Heads one after the other give the gradient of the weighted sum, written out for single tokens."""
     texts, states, teacher = prepared
-    shape = shape_of(arch, n_layers=1)
+    shape = shape_of(arch, lm_head, n_layers=1)
     trainer = Trainer(shape, Settings(batch_tokens=150), 1, teacher, texts, states, tmp_path, "d")
     state = shaken(shape, teacher.output)
     with torch.no_grad():
