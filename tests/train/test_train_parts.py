@@ -20,7 +20,7 @@ from entmtp.train import heads as train_heads  # noqa: E402
 from entmtp.train import loss as train_loss  # noqa: E402
 from entmtp.train.base import Base, read_matrices  # noqa: E402
 from entmtp.train.data import Data  # noqa: E402
-from entmtp.train.evaluation import Teacher, acceptance, held_out, judge  # noqa: E402
+from entmtp.train.evaluation import HeldOut, Teacher, acceptance, held_out, judge  # noqa: E402
 from entmtp.train.export import export, rounded  # noqa: E402
 from entmtp.train.heads import Shape, before_projection, initial, prefix_layer  # noqa: E402
 from entmtp.train.jobs import plan_jobs  # noqa: E402
@@ -346,7 +346,8 @@ def test_acceptance_against_traces(load: Any, models: dict[str, Path], tmp_path:
 
 def test_acceptance_of_known_ranks() -> None:
     one = np.array([[0, 0], [0, 5], [3, 0], [0, 0], [0, -1], [-1, -1]], dtype=np.int32)
-    found = acceptance([one, one])
+    found = acceptance(HeldOut([one, one], [0.0, 0.0], (1.0, 2.0)))
+    assert found.losses == (1.0, 2.0)
     assert found.by_depth == (0.75, 0.5)
     assert found.chain == pytest.approx(2.25)
     # every path that came true is in a tree of 16 nodes: all of them are accepted, as far as they are whole

@@ -6,7 +6,7 @@ the heads give to what the base model really wrote say what any tree would have 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -150,17 +150,12 @@ def held_out(shape: Shape, state: State, teacher: Teacher, texts: Texts, states:
     return HeldOut(found.ranks, found.temps, tuple((losses / np.maximum(counts, 1)).tolist()))
 
 
-def evaluate(shape: Shape, state: State, teacher: Teacher, texts: Texts, states: States) -> Acceptance:
-    """Tokens per step on the held-out texts; the tree is grown from half of them and judged on the others."""
-    found = held_out(shape, state, teacher, texts, states)
-    return replace(acceptance(found.ranks), losses=found.losses)
-
-
-def acceptance(ranks: list[npt.NDArray[np.int32]]) -> Acceptance:
-    """Of ranks [n, n_heads] of several texts. Steps near the end of a text, where not all is known, do not count."""
-    if len(ranks) < 2:
-        return Acceptance(float("nan"), float("nan"), ())
-    whole = [r[(r >= 0).all(axis=1)] for r in ranks]
+def acceptance(found: HeldOut) -> Acceptance:
+    """Tokens per step; the tree is grown from half of the texts and judged on the others. Steps near the end of a text,
+    where not all is known, do not count."""
+    if len(found.ranks) < 2:
+        return Acceptance(float("nan"), float("nan"), (), found.losses)
+    whole = [r[(r >= 0).all(axis=1)] for r in found.ranks]
     hits = np.logical_and.accumulate(np.concatenate(whole) == 0, axis=1).mean(axis=0)
     order = np.random.default_rng(0).permutation(len(whole))  # texts of several temperatures stand in turn
     half = len(whole) // 2
@@ -172,4 +167,5 @@ def acceptance(ranks: list[npt.NDArray[np.int32]]) -> Acceptance:
         1.0 + float(hits.sum()),
         1.0 + search.expected(tree, judged),
         tuple(round(float(x), 4) for x in hits),
+        found.losses,
     )

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from ..common.atomic import atomic_path
 from ..common.errors import ModelError
-from .evaluation import Acceptance, Teacher, evaluate
+from .evaluation import Acceptance, HeldOut, Teacher, acceptance, held_out
 from .heads import Shape, State, before_projection, initial, prefix_layer
 from .loss import piece_rows, projected_loss
 from .options import Settings
@@ -265,13 +265,18 @@ class Trainer:
 
     def note(self, found: Acceptance) -> None:
         """Add to the history."""
-        weighted = sum(x * self.settings.head_decay**i for i, x in enumerate(found.losses))
+        weighted = sum(x * self.settings.head_decay**i for i, x in enumerate(found.losses or (math.nan,)))
         mean = float(np.mean(self._losses))
         self.history.append(Measured(self.step, mean, weighted, found.chain, found.tree))
         self._losses = []
 
-    def evaluate(self) -> Acceptance:
-        return evaluate(self.shape, self.detached(), self.teacher, self.texts, self.states)
+    def judge(self, state: State | None = None) -> HeldOut:
+        """What `state`, or the present one, says of the held-out texts."""
+        return held_out(self.shape, state or self.detached(), self.teacher, self.texts, self.states)
+
+    def evaluate(self, state: State | None = None) -> Acceptance:
+        """Tokens per step on the held-out texts, of `state` or the present one."""
+        return acceptance(self.judge(state))
 
     def detached(self) -> State:
         return {k: v.detach() for k, v in self.state.items()}

@@ -16,7 +16,7 @@ from ..common.errors import ModelError
 from ..convert.draft_vocab import ranked
 from . import choice, plan, record
 from .base import Base
-from .evaluation import Acceptance, Teacher, acceptance, held_out
+from .evaluation import Acceptance, Teacher, acceptance
 from .export import export, rounded
 from .forecast import Rates, minutes
 from .jobs import plan_jobs
@@ -191,8 +191,8 @@ def write_files(p: Plan, lesson: Lesson, trainer: Trainer, output: torch.Tensor)
     o, facts = p.options, p.facts
     state = rounded(trainer.state)
     halves = {name: t.float() for name, t in state.items()}
-    judged = held_out(p.shape, halves, trainer.teacher, lesson.texts, lesson.states)
-    final = acceptance(judged.ranks)
+    judged = trainer.judge(halves)
+    final = acceptance(judged)
     name = facts.name or o.model.name
     about: dict[str, str | int | float] = {
         "arch": o.arch,
