@@ -136,6 +136,7 @@ def test_prices_of_a_model(base: Base, tmp_path: Path) -> None:
     assert bytes_of["own"] - bytes_of["shared"] >= 2 * 40 * 64 * 4
     # nothing of it is left in the model's memory: it writes as before
     assert base.eval([5], [0], [0]).shape == (1, base.n_vocab)
+    base.forget(0)
 
 
 def test_forecast_of_the_stages(base: Base) -> None:

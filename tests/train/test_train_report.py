@@ -36,7 +36,7 @@ def test_shares_by_level_and_rank() -> None:
 
 def test_forecast_against_a_count_by_hand() -> None:
     """Guesses that are right in every second step: a chain of one pays, by the ratio of the costs."""
-    ranks = np.array([[0], [9], [0]] * 40 + [[-1]], np.int32)
+    ranks = np.array([[0], [64], [0]] * 40 + [[-1]], np.int32)
     prices = Prices(
         Costs({16: {1: 1000.0, 2: 1100.0}}, (0.0,), ()), {k: np.array([10.0]) for k in ("own", "shared")},
         {"own": np.array([0.01]), "shared": np.array([0.02])},

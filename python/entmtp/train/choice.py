@@ -18,6 +18,7 @@ from .heads import Shape
 from .price import Prices, block_rows
 
 MOST = 32_768  # rows that `auto` considers
+ALIKE = 0.02  # of the speed
 
 # Share of right guesses on each level where those before were right, for heads of SmolLM2-135M-Instruct with own
 # projections on held-out text (docs/train.md); deeper levels as the last.
@@ -67,8 +68,8 @@ def choose(
     prices: Prices, shape: Shape, coverage: npt.NDArray[np.float64], lm_heads: Sequence[str],
     sizes: Sequence[int], fits: Callable[[str, int], bool] = lambda lm_head, n: True,
 ) -> list[Choice]:
-    """The best size for each kind of projection, the fastest first; of equal ones the smaller, in the order of
-    `lm_heads`.
+    """The best size for each kind of projection, the kind to take first, then by speed. That is the first of `lm_heads`
+    that is as fast as the fastest, within what timings differ by.
 
     Args:
         coverage: share of unseen text that the first 1, 2, ... tokens make up, [n_vocab].
@@ -84,7 +85,11 @@ def choose(
         ]
         if options:
             found.append(max(options, key=lambda c: c.speed))
-    return sorted(found, key=lambda c: -c.speed)
+    if not found:
+        return []
+    fastest = max(c.speed for c in found)
+    best = next(c for c in found if c.speed >= (1 - ALIKE) * fastest)
+    return [best, *sorted((c for c in found if c is not best), key=lambda c: -c.speed)]
 
 
 def sizes(n_vocab: int) -> list[int]:
