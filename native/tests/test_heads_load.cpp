@@ -241,9 +241,9 @@ static void test_wrong_sharing() {
     o.change = nullptr;
     o.skip   = { "output.weight" };
     refused("the one for all heads is missing", o, { "has no tensor head.0.output.weight" });
-    o      = {};
-    o.one  = true;
-    o.d2t  = { 5, 1, 2 };
+    o     = {};
+    o.one = true;
+    o.d2t = { 5, 1, 2 };
     CHECK(load(o));
     o.d2t    = {};
     o.change = [](tiny::file & f) {
@@ -251,8 +251,8 @@ static void test_wrong_sharing() {
     };
     refused("a d2t that does not fit the one for all heads", o, { "tensor output.weight has shape" });
 
-    o          = {};
-    o.shared   = true;
+    o        = {};
+    o.shared = true;
     o.change = nullptr;
     o.bias   = true;
     o.d2t    = { 1, 2, 3 };

@@ -85,19 +85,25 @@ def test_equal_projections_are_stored_once(tmp_path, base, kind, ids, capsys):
     names = [n for n, a in state.items() if a.shape == (N_VOCAB, N_EMBD) and "embed" not in n]
     assert len(names) == 3
     one = state | dict.fromkeys(names, state[names[0]])
-    full = read_heads(convert(write_checkpoint(tmp_path / "a", state, config), base, tmp_path / "a.gguf").outfile)
+    full = read_heads(
+        convert(write_checkpoint(tmp_path / "a", state, config), base, tmp_path / "a.gguf").outfile
+    )
     folder = write_checkpoint(tmp_path / "b", one, config)
     out = convert(folder, base, tmp_path / "b.gguf", draft_vocab=ids).outfile
     heads = read_heads(out)
     first = full.tensors["head.0.output.weight"]
-    np.testing.assert_array_equal(heads.tensors["output.weight"], first if ids is None else first[sorted(ids)])
+    np.testing.assert_array_equal(
+        heads.tensors["output.weight"], first if ids is None else first[sorted(ids)]
+    )
     assert not any(name.endswith(".output.weight") for name in heads.tensors)
     inspect_heads(out)
     assert main(["--inspect", str(out)]) == 0
     assert "one projection for all heads" in capsys.readouterr().out
     # all but one equal: each is stored
     almost = one | {names[2]: state[names[2]]}
-    heads = read_heads(convert(write_checkpoint(tmp_path / "c", almost, config), base, tmp_path / "c.gguf").outfile)
+    heads = read_heads(
+        convert(write_checkpoint(tmp_path / "c", almost, config), base, tmp_path / "c.gguf").outfile
+    )
     assert {f"head.{i}.output.weight" for i in range(3)} <= set(heads.tensors)
     # and left out with the base's
     out = convert(folder, base, tmp_path / "d.gguf", share_lm_head=True).outfile

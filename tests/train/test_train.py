@@ -36,6 +36,7 @@ from helpers.training import arguments  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
+
 def start(model: Path, outfile: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "entmtp.train", *arguments(model, outfile, *more)]
     return subprocess.Popen(
@@ -113,8 +114,8 @@ def test_training_helps(models: dict[str, Path], tmp_path: Path, capsys: pytest.
 def test_projections_of_every_kind(
     tiny: Path, tmp_path: Path, arch: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each head's own, one for all, and the base's: what the file holds, what the screen counts, and they draft. All use
-    the same text and states."""
+    """Each head's own, one for all, and the base's: what the file holds, what the screen counts, and they draft. The
+    same text and states serve all."""
     outfile, work = tmp_path / "heads.gguf", tmp_path / "work"
     options = ("--work", str(work), "--keep-work", "--arch", arch, "--epochs", "1", "--draft-vocab", "64")
     n_blocks = 2 * 64 * 65 if arch == "medusa" else 2 * 64 * (128 + 1 + 192 + 1)
@@ -153,7 +154,11 @@ def test_another_draft_vocabulary_uses_the_same_text(tiny: Path, tmp_path: Path)
         assert main(arguments(tiny, outfile, *options, "--draft-vocab", vocab)) == 0
         times = {p.name: p.stat().st_mtime_ns for p in [*work.glob("text-*"), *work.glob("states.hidden")]}
         assert written is None or times.keys() == written.keys()
-        assert all(times[name] == written[name] for name in times if name.startswith("text")) if written else times
+        assert (
+            all(times[name] == written[name] for name in times if name.startswith("text"))
+            if written
+            else times
+        )
         written = times
 
 
@@ -282,8 +287,8 @@ def test_a_large_tied_vocabulary(
     model = write_model(tmp_path / "gemma.gguf", spec)
     out = tmp_path / "heads.gguf"
     argv = [
-        "--model", str(model), "-o", str(out), "--threads", "1", "--tokens", "1200", "--seq-len", "64", "--held-out", "4",
-        "--batch-tokens", "300", "--heads", "4", "--epochs", "1",
+        "--model", str(model), "-o", str(out), "--threads", "1", "--tokens", "1200", "--seq-len", "64",
+        "--held-out", "4", "--batch-tokens", "300", "--heads", "4", "--epochs", "1",
     ]  # fmt: skip
     monkeypatch.setattr(plan, "available", lambda: 1_000_000_000)
     # four times 262,144 rows of 64, 16 bytes each in training, are more

@@ -67,7 +67,10 @@ def test_the_fastest_number_of_rows(us_per_row: float) -> None:
 
 
 def test_dear_rows_are_few() -> None:
-    n = [choice.choose(prices(us), SHAPE, COVERAGE, ["own"], choice.sizes(N_VOCAB))[0].n_rows for us in (0, 0.01, 1)]
+    n = [
+        choice.choose(prices(us), SHAPE, COVERAGE, ["own"], choice.sizes(N_VOCAB))[0].n_rows
+        for us in (0, 0.01, 1)
+    ]
     assert n[0] == N_VOCAB > n[1] > n[2] == STEP
 
 
@@ -80,11 +83,16 @@ def test_the_kind_of_projections_is_chosen_by_speed() -> None:
     assert shared.lm_head == "shared"
     assert shared.speed > speed_by_hand(prices(0.05), "own", shared.n_rows)
     # and where there is no memory for the others
-    found = choice.choose(prices(0.01), SHAPE, COVERAGE, LM_HEADS, sizes, lambda kind, n: kind == "base" and n <= 512)
+    found = choice.choose(
+        prices(0.01), SHAPE, COVERAGE, LM_HEADS, sizes, lambda kind, n: kind == "base" and n <= 512
+    )
     assert [c.lm_head for c in found] == ["base"] and found[0].n_rows <= 512
     assert choice.choose(prices(0.01), SHAPE, COVERAGE, LM_HEADS, sizes, lambda kind, n: False) == []
     said = choice.compared(found, ["own", "shared"])
-    assert said.startswith("projections: the base model's, ") and "no memory to train each head's own or one" in said
+    assert (
+        said.startswith("projections: the base model's, ")
+        and "no memory to train each head's own or one" in said
+    )
 
 
 def test_why_says_what_the_next_rows_cost_and_bring() -> None:
@@ -97,7 +105,10 @@ def test_why_says_what_the_next_rows_cost_and_bring() -> None:
     assert us in (2.6, 5.1, 7.7)  # 256 rows of 0.01 us for one, two or three heads
     cost, gain = (float(x.split("%")[0]) / 100 for x in (said.split("(")[1], said.split("bring ")[1]))
     assert then / now == pytest.approx((1 + gain) / (1 + cost), abs=2e-4)
-    assert choice.why(p, SHAPE, choice.Choice("own", N_VOCAB, 1.0, 0.0), COVERAGE) == "draft vocabulary: all 4096 tokens"
+    assert (
+        choice.why(p, SHAPE, choice.Choice("own", N_VOCAB, 1.0, 0.0), COVERAGE)
+        == "draft vocabulary: all 4096 tokens"
+    )
 
 
 def test_large_vocabularies_are_cut() -> None:
@@ -114,7 +125,9 @@ def test_what_is_trained_is_counted(arch: str, lm_head: str) -> None:
     assert n_parameters(shape, 48) == sum(t.numel() for t in state.values())
     for head in range(3):
         blocks = [shape.block(head, j) for j in range(2)]
-        matrices = [t for name, t in state.items() if t.dim() == 2 and name.startswith(tuple(f"{b}." for b in blocks))]
+        matrices = [
+            t for name, t in state.items() if t.dim() == 2 and name.startswith(tuple(f"{b}." for b in blocks))
+        ]
         assert block_rows(shape, head) == sum(t.numel() for t in matrices) // 64
 
 

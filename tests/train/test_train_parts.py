@@ -120,8 +120,12 @@ def test_loss_of_logits(unknown: float) -> None:
     p = torch.softmax(torch.randn(n, k + 1, generator=g), 1)
     cut = torch.rand(n, k, generator=g) < unknown
     ids[cut], p[:, :-1][cut] = -1, 0.0
-    rows = [train_loss.projected_loss(x[i : i + 1], weight, None, ids[i : i + 1], p[i : i + 1]) for i in range(n)]
-    torch.testing.assert_close(train_loss.loss_of(x @ weight.T, ids, p), torch.stack(rows), rtol=1e-5, atol=1e-6)
+    rows = [
+        train_loss.projected_loss(x[i : i + 1], weight, None, ids[i : i + 1], p[i : i + 1]) for i in range(n)
+    ]
+    torch.testing.assert_close(
+        train_loss.loss_of(x @ weight.T, ids, p), torch.stack(rows), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_held_out_loss(prepared: Any) -> None:
@@ -141,7 +145,10 @@ def test_held_out_loss(prepared: Any) -> None:
                 x = torch.cat([hidden, *teacher.embedding[tokens[root : root + head + 1]]])
                 x = before_projection(shape, state, head, x[None])
                 row = slice(start + root + head, start + root + head + 1)
-                ids, p = torch.from_numpy(states.ids[row].astype(np.int64)), torch.from_numpy(states.p[row].copy())
+                ids, p = (
+                    torch.from_numpy(states.ids[row].astype(np.int64)),
+                    torch.from_numpy(states.p[row].copy()),
+                )
                 weight, bias = teacher.projection(shape, state, head)
                 sums[head] += float(plain_loss(x, weight, bias, ids, p))
                 counts[head] += 1

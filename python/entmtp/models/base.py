@@ -78,7 +78,9 @@ def files_of(path: Path) -> list[Path]:
     """
     files = [path.with_name(name) for name in parts(path.name)]
     if missing := next((file for file in files if not file.is_file()), None):
-        raise ConvertError(f"{path}: it is split into {len(files)} parts, and {missing.name} is missing; get it too")
+        raise ConvertError(
+            f"{path}: it is split into {len(files)} parts, and {missing.name} is missing; get it too"
+        )
     return files
 
 

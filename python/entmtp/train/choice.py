@@ -22,7 +22,11 @@ ALIKE = 0.02  # of the speed
 
 # Share of right guesses on each level where those before were right, for heads of SmolLM2-135M-Instruct with own
 # projections on held-out text (docs/train.md); deeper levels as the last.
-RIGHT = {"medusa": (0.40, 0.28, 0.24, 0.22), "hydra": (0.43, 0.41, 0.39, 0.38), "hydra++": (0.47, 0.45, 0.44, 0.43)}
+RIGHT = {
+    "medusa": (0.40, 0.28, 0.24, 0.22),
+    "hydra": (0.43, 0.41, 0.39, 0.38),
+    "hydra++": (0.47, 0.45, 0.44, 0.43),
+}
 # of that with other projections, same training
 KEPT = {"own": 1.0, "shared": 0.97, "base": 0.94}
 
@@ -65,8 +69,12 @@ def foreseen(prices: Prices, shape: Shape, lm_head: str, n_rows: int, coverage: 
 
 
 def choose(
-    prices: Prices, shape: Shape, coverage: npt.NDArray[np.float64], lm_heads: Sequence[str],
-    sizes: Sequence[int], fits: Callable[[str, int], bool] = lambda lm_head, n: True,
+    prices: Prices,
+    shape: Shape,
+    coverage: npt.NDArray[np.float64],
+    lm_heads: Sequence[str],
+    sizes: Sequence[int],
+    fits: Callable[[str, int], bool] = lambda lm_head, n: True,
 ) -> list[Choice]:
     """The best size for each kind of projection, the kind to take first, then by speed. That is the first of `lm_heads`
     that is as fast as the fastest, within what timings differ by.
@@ -79,7 +87,12 @@ def choose(
     found = []
     for lm_head in lm_heads:
         options = [
-            Choice(lm_head, n, float(coverage[n - 1]), foreseen(prices, shape, lm_head, n, float(coverage[n - 1])))
+            Choice(
+                lm_head,
+                n,
+                float(coverage[n - 1]),
+                foreseen(prices, shape, lm_head, n, float(coverage[n - 1])),
+            )
             for n in sizes
             if fits(lm_head, n)
         ]

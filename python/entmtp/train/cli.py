@@ -16,7 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = parse(argv)
     if args.outtype not in (*OUTTYPES, "auto"):
-        setup_arg_parser().error(f"--outtype {args.outtype!r} is not known; use one of {', '.join(OUTTYPES)} or auto")
+        setup_arg_parser().error(
+            f"--outtype {args.outtype!r} is not known; use one of {', '.join(OUTTYPES)} or auto"
+        )
     try:
         options = options_of(args)
         if args.report:

@@ -74,8 +74,14 @@ class Teacher:
 
 @torch.no_grad()
 def judge(
-    shape: Shape, state: State, teacher: Teacher, hidden: torch.Tensor, tokens: torch.Tensor, given: int,
-    ids: torch.Tensor | None = None, p: torch.Tensor | None = None,
+    shape: Shape,
+    state: State,
+    teacher: Teacher,
+    hidden: torch.Tensor,
+    tokens: torch.Tensor,
+    given: int,
+    ids: torch.Tensor | None = None,
+    p: torch.Tensor | None = None,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
     """Ranks that the heads give to a text's real tokens, as `Traces.ranks` has them: [n, n_heads]; and with the base
     model's distributions the sum of each head's loss, nats [n_heads].

@@ -17,7 +17,9 @@ from .plan import Plan
 from .rows import rows_of
 from .states import States, Texts
 
-OF_PASSES = 0.75  # so fast is text, measured against bare passes: prompts, sequences that end, longer contexts
+OF_PASSES = (
+    0.75  # so fast is text, measured against bare passes: prompts, sequences that end, longer contexts
+)
 JUDGING = 0.6  # a held-out token costs so much of one that is trained on
 PART = 4  # a step is timed on this part of a batch
 N_PASSES, SECONDS = 6, 3.0
@@ -31,7 +33,9 @@ class Rates:
     text: float
     training: float
 
-    def seconds(self, options: Options, n_text: int, n_done: int = 0, n_steps_done: int = 0) -> tuple[float, float]:
+    def seconds(
+        self, options: Options, n_text: int, n_done: int = 0, n_steps_done: int = 0
+    ) -> tuple[float, float]:
         """Of the text and of the training that are left."""
         o = options
         n_evals = 10 if o.eval_every is None else o.n_steps(n_text) / o.eval_every
@@ -59,7 +63,7 @@ def text_rate(base: Base, k: int) -> float:
 
 
 def training_rate(p: Plan, embedding: torch.Tensor, output: torch.Tensor) -> float:
-    """Tokens per second of training: a step on random states. Projections that are not chosen yet are taken as usual."""
+    """Tokens per second of training: a step on random states. Projections that are not chosen yet are of a usual size."""
     shape, options, k = p.shape, p.options, p.layout.k
     n_rows = min(p.n_draft, USUAL) if p.is_open else p.n_draft
     vocab = None if n_rows == p.facts.n_vocab else np.arange(n_rows, dtype=np.int64)

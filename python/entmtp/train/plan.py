@@ -191,8 +191,8 @@ def check_memory(p: Plan) -> None:
     free, need = available(), p.needs.training
     if not p.is_open and free is not None and need > free:
         raise ModelError(
-            f"training takes {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; give --draft-vocab auto or "
-            "fewer tokens, --lm-head shared or base, or fewer --batch-tokens"
+            f"training takes {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; give --draft-vocab auto, "
+            "--lm-head shared or base, or fewer --batch-tokens"
         )
 
 

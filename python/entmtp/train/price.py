@@ -62,7 +62,12 @@ def block_rows(shape: Shape, head: int) -> int:
 
 
 def measure_prices(
-    base: Base, facts: BaseModel, shape: Shape, outtype: str, lm_heads: Sequence[str], seconds: float = SECONDS
+    base: Base,
+    facts: BaseModel,
+    shape: Shape,
+    outtype: str,
+    lm_heads: Sequence[str],
+    seconds: float = SECONDS,
 ) -> Prices:
     """Time heads of random weights on the base model's device.
 
@@ -102,7 +107,10 @@ def measure_prices(
                 break
         base.forget(0)
     us = {key: np.median(np.array(rows), axis=0) for key, rows in times.items()}
-    row = {kind: np.maximum(us[kind, sizes[1]] - us[kind, sizes[0]], 0.0) / (sizes[1] - sizes[0]) for kind in kinds}
+    row = {
+        kind: np.maximum(us[kind, sizes[1]] - us[kind, sizes[0]], 0.0) / (sizes[1] - sizes[0])
+        for kind in kinds
+    }
     fixed = {kind: np.maximum(us[kind, sizes[0]] - row[kind] * sizes[0], 0.0) for kind in kinds}
     return Prices(costs, fixed, row)
 
@@ -117,7 +125,11 @@ def _probe(
     path = folder / "numbers"
     path.write_bytes(pool.tobytes())
     storage = Storage(path, path.name, 0, pool.nbytes)
-    names = {"own": [f"head.{i}.output.weight" for i in range(n_heads)], "shared": ["output.weight"], "base": []}
+    names = {
+        "own": [f"head.{i}.output.weight" for i in range(n_heads)],
+        "shared": ["output.weight"],
+        "base": [],
+    }
     tensors: list[tuple[str, SourceTensor | object]] = [
         (name, SourceTensor(name, "float16", (n_rows, d), (1, 1), 0, 2, storage)) for name in names[lm_head]
     ]
@@ -126,5 +138,7 @@ def _probe(
         "medusa", n_heads, 0, tensors=tensors, draft_vocab=vocab, shared_output=lm_head == "base"
     )
     outfile = folder / "probe.gguf"
-    write_heads(outfile, heads, Origin("probe", None, None), facts, facts.outtype if outtype == "auto" else outtype)
+    write_heads(
+        outfile, heads, Origin("probe", None, None), facts, facts.outtype if outtype == "auto" else outtype
+    )
     return Heads(outfile, base.llm.model, base.llm.n_threads)

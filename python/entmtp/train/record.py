@@ -84,8 +84,12 @@ def read(p: Plan) -> Record:
         if (folder / FILE).is_file():
             return _finished(folder)
     except (SafetensorError, ValueError, KeyError, TypeError, OSError) as e:
-        raise ModelError(f"{p.work if checkpoints else folder}: what it tells of the training is damaged ({e})") from e
-    raise ModelError(f"{outfile}: there is no training of it, neither in {p.work} nor in {folder}; train first")
+        raise ModelError(
+            f"{p.work if checkpoints else folder}: what it tells of the training is damaged ({e})"
+        ) from e
+    raise ModelError(
+        f"{outfile}: there is no training of it, neither in {p.work} nor in {folder}; train first"
+    )
 
 
 def _finished(folder: Path) -> Record:
@@ -100,7 +104,14 @@ def _record(
 ) -> Record:
     measured = [Measured(int(row[0]), *row[1:]) for row in history]
     return Record(
-        Shape(**about["shape"]), about["outtype"], about["n_rows"], step, about["n_steps"], measured, ranks, temps
+        Shape(**about["shape"]),
+        about["outtype"],
+        about["n_rows"],
+        step,
+        about["n_steps"],
+        measured,
+        ranks,
+        temps,
     )
 
 
@@ -114,5 +125,11 @@ def _interrupted(p: Plan, checkpoint: Path) -> Record:
     embedding, output = map(torch.from_numpy, read_matrices(p.options.model))
     vocab = None if about["draft_vocab"] is None else np.array(about["draft_vocab"], np.int64)
     rows = output if vocab is None else output[torch.from_numpy(vocab)]
-    found = held_out(shape, state, Teacher(embedding, rows, vocab), texts, mapped(p.work, Layout(**about["layout"]), texts.n_tokens))
+    found = held_out(
+        shape,
+        state,
+        Teacher(embedding, rows, vocab),
+        texts,
+        mapped(p.work, Layout(**about["layout"]), texts.n_tokens),
+    )
     return _record(about, run["step"], run["history"], found.ranks, found.temps)

@@ -29,7 +29,10 @@ APART = 0.06  # loss on held-out text above that on the text trained on: the hea
 def report(record: Record, prices: Prices) -> dict[str, Any]:
     """All that is told, as JSON has it."""
     costs = costs_of(prices, record.shape, record.n_rows)
-    groups = {f"{t:g}": [r for r, at in zip(record.ranks, record.temps, strict=True) if at == t] for t in sorted(set(record.temps))}
+    groups = {
+        f"{t:g}": [r for r, at in zip(record.ranks, record.temps, strict=True) if at == t]
+        for t in sorted(set(record.temps))
+    }
     return {
         "arch": record.shape.arch, "lm_head": record.shape.lm_head, "draft_vocab": record.n_rows,
         "step": record.step, "n_steps": record.n_steps,

@@ -76,7 +76,9 @@ def write_text(p: Plan, base: Base, screen: Screen) -> tuple[Texts, States]:
         return store.opened()
 
 
-def choose_rows(p: Plan, base: Base, texts: Texts, screen: Screen) -> tuple[Plan, npt.NDArray[np.int64] | None]:
+def choose_rows(
+    p: Plan, base: Base, texts: Texts, screen: Screen
+) -> tuple[Plan, npt.NDArray[np.int64] | None]:
     """The plan with what was left open in it, and the tokens that heads can propose, None for all.
 
     What this machine's timing decided is kept in the work folder: a run that goes on trains the same heads.
@@ -99,7 +101,9 @@ def choose_rows(p: Plan, base: Base, texts: Texts, screen: Screen) -> tuple[Plan
 def _choice(p: Plan, base: Base, coverage: npt.NDArray[np.float64], screen: Screen) -> tuple[str, int]:
     """Kind of projections and number of their rows, by measured costs."""
     o = p.options
-    digest = plan.digest(p.text_digest, p.shape, o.lm_head, o.draft_vocab, o.outtype, o.n_threads, o.n_gpu_layers)
+    digest = plan.digest(
+        p.text_digest, p.shape, o.lm_head, o.draft_vocab, o.outtype, o.n_threads, o.n_gpu_layers
+    )
     path = p.work / f"choice-{digest}.json"
     if path.exists():
         kept = json.loads(path.read_text("utf-8"))
