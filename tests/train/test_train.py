@@ -403,7 +403,8 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
         [], ["--model", "m.gguf"], ["--model", "m", "-o", "h", "--temps", "x"],
         ["--model", "m", "-o", "h", "--tokens", "many"], ["--model", "m", "-o", "h", "--own", "2"],
         ["--model", "m", "-o", "h", "--preset", "fast"], ["--model", "m", "-o", "h", "--json"],
-        ["--model", "m", "-o", "h", "--lm-head", "one"], ["--model", "m", "-o", "h", "--outtype", "q3"], ["--model", "m", "-o", "h", "--resume", "--restart"],
+        ["--model", "m", "-o", "h", "--lm-head", "one"], ["--model", "m", "-o", "h", "--outtype", "q3"],
+        ["--model", "m", "-o", "h", "--resume", "--restart"],
     ):  # fmt: skip
         with pytest.raises(SystemExit) as e:
             main(argv)

@@ -63,7 +63,7 @@ def text_rate(base: Base, k: int) -> float:
 
 
 def training_rate(p: Plan, embedding: torch.Tensor, output: torch.Tensor) -> float:
-    """Tokens per second of training: a step on random states. Projections that are not chosen yet are of a usual size."""
+    """Tokens per second of training: a step on random states. Projections not chosen yet are of a usual size."""
     shape, options, k = p.shape, p.options, p.layout.k
     n_rows = min(p.n_draft, USUAL) if p.is_open else p.n_draft
     vocab = None if n_rows == p.facts.n_vocab else np.arange(n_rows, dtype=np.int64)
