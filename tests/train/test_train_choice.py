@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,8 @@ def test_forecast_of_the_stages(base: Base) -> None:
     writing, training = Rates(text=50.0, training=200.0).seconds(options, 10_000, n_done=4_000)
     assert writing == pytest.approx(6_000 / 50)
     assert training == pytest.approx((20_000 + JUDGING * 11 * 1000) / 200)
+    whole = Rates(50.0, 200.0).preset(options, "quick")
+    assert whole == Rates(50.0, 200.0).seconds(replace(options, n_tokens=350_000, epochs=2.0), 350_000)
     assert [minutes(s) for s in (30, 900, 7200)] == ["30 s", "15 min", "2.0 h"]
     rate = text_rate(base, 8)
     assert math.isfinite(rate) and rate > 0

@@ -111,12 +111,19 @@ def sizes(n_vocab: int) -> list[int]:
     return [*range(STEP, min(n_vocab, MOST + 1), STEP), *whole]
 
 
+def covered(n_rows: int, coverage: npt.NDArray[np.float64]) -> str:
+    """What so many tokens are of the text, in one sentence."""
+    if n_rows == len(coverage):
+        return f"draft vocabulary: all {n_rows} tokens"
+    return f"draft vocabulary: {n_rows} of {len(coverage)} tokens, {coverage[n_rows - 1]:.1%} of the text"
+
+
 def why(prices: Prices, shape: Shape, choice: Choice, coverage: npt.NDArray[np.float64]) -> str:
     """What the next rows would cost and bring, in one sentence."""
     n_vocab, n = len(coverage), choice.n_rows
-    said = f"draft vocabulary: {n} of {n_vocab} tokens, {choice.coverage:.1%} of the text"
+    said = covered(n, coverage)
     if n == n_vocab:
-        return f"draft vocabulary: all {n_vocab} tokens"
+        return said
     more = min(STEP, n_vocab - n)
     now = chains(prices, shape, choice.lm_head, n, choice.coverage)
     then = chains(prices, shape, choice.lm_head, n + more, float(coverage[n + more - 1]))

@@ -12,7 +12,7 @@ import torch
 from .base import Base
 from .evaluation import Teacher
 from .loop import Trainer
-from .options import Options
+from .options import PRESETS, Options
 from .plan import Plan
 from .rows import rows_of
 from .states import States, Texts
@@ -33,15 +33,18 @@ class Rates:
     text: float
     training: float
 
-    def seconds(
-        self, options: Options, n_text: int, n_done: int = 0, n_steps_done: int = 0
-    ) -> tuple[float, float]:
+    def seconds(self, options: Options, n_text: int, n_done: int = 0) -> tuple[float, float]:
         """Of the text and of the training that are left."""
         o = options
         n_evals = 10 if o.eval_every is None else o.n_steps(n_text) / o.eval_every
         judged = JUDGING * (n_evals + 1) * o.n_held_out * o.seq_len
-        trained = max(o.n_steps(n_text) - n_steps_done, 0) * o.batch_tokens
+        trained = o.n_steps(n_text) * o.batch_tokens
         return max(n_text - n_done, 0) / self.text, (trained + judged) / self.training
+
+    def preset(self, options: Options, name: str) -> tuple[float, float]:
+        """Of a preset; another kind of heads than that of `options` is taken to train as fast."""
+        o = replace(options, **PRESETS[name])
+        return self.seconds(o, o.n_tokens)
 
 
 def text_rate(base: Base, k: int) -> float:

@@ -21,6 +21,7 @@ from .export import export, rounded
 from .forecast import Rates, minutes
 from .jobs import plan_jobs
 from .loop import Report, Trainer
+from .options import PRESETS
 from .plan import Plan
 from .price import LM_HEADS, measure_prices
 from .screen import Screen, with_speed
@@ -62,6 +63,9 @@ def announce(p: Plan, without_base: int, rates: Rates, screen: Screen) -> None:
         f"for training\ndisk: {bound}{size.disk / 1e6:.0f} MB in {p.work}, of which {size.cache / 1e6:.0f} MB hidden "
         f"states\nmemory: {bound}{memory / 1e6:.0f} MB"
     )
+    if not (o.resume or o.data):
+        presets = (f"{name} {minutes(sum(rates.preset(o, name)))}" for name in PRESETS)
+        screen.say(f"presets would take here: {', '.join(presets)}")
     if n_tokens < o.n_tokens:
         screen.say(f"note: --cache-gb {o.cache_gb:g} holds {n_tokens} of the {o.n_tokens} tokens asked for")
 
@@ -93,7 +97,7 @@ def choose_rows(
         lm_head, n_rows = _choice(p, base, coverage, screen)
     else:
         lm_head, n_rows = p.shape.lm_head, p.n_draft
-        screen.say(f"draft vocabulary: {n_rows} of {n_vocab} tokens, {coverage[n_rows - 1]:.1%} of the text")
+        screen.say(choice.covered(n_rows, coverage))
     p = replace(p, shape=replace(p.shape, lm_head=lm_head), n_draft=n_rows, is_open=False)
     return p, None if n_rows == n_vocab else np.sort(order[:n_rows])
 
@@ -101,9 +105,7 @@ def choose_rows(
 def _choice(p: Plan, base: Base, coverage: npt.NDArray[np.float64], screen: Screen) -> tuple[str, int]:
     """Kind of projections and number of their rows, by measured costs."""
     o = p.options
-    digest = plan.digest(
-        p.text_digest, p.shape, o.lm_head, o.draft_vocab, o.outtype, o.n_threads, o.n_gpu_layers
-    )
+    digest = plan.digest(p.text_digest, p.shape, o.lm_head, o.draft_vocab, o.outtype)
     path = p.work / f"choice-{digest}.json"
     if path.exists():
         kept = json.loads(path.read_text("utf-8"))
@@ -126,7 +128,10 @@ def _choice(p: Plan, base: Base, coverage: npt.NDArray[np.float64], screen: Scre
             )
         best = found[0]
         left = [kind for kind in kinds if kind not in {c.lm_head for c in found}]
-        said = [choice.why(prices, p.shape, best, coverage)] if o.draft_vocab == "auto" else []
+        by_cost = o.draft_vocab == "auto"
+        said = [
+            choice.why(prices, p.shape, best, coverage) if by_cost else choice.covered(best.n_rows, coverage)
+        ]
         said += [choice.compared(found, left)] if o.lm_head == "auto" else []
         kept = {"lm_head": best.lm_head, "n_rows": best.n_rows, "said": said}
         with atomic_path(path) as temporary:
