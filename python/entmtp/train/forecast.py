@@ -21,7 +21,7 @@ OF_PASSES = (
     0.75  # so fast is text, measured against bare passes: prompts, sequences that end, longer contexts
 )
 JUDGING = 0.6  # a held-out token costs so much of one that is trained on
-PART = 4  # a step is timed on this part of a batch
+PART = 2  # a step is timed on this part of a batch
 N_PASSES, SECONDS = 6, 3.0
 USUAL = 4096  # rows
 
@@ -71,7 +71,7 @@ def training_rate(p: Plan, embedding: torch.Tensor, output: torch.Tensor) -> flo
     n_rows = min(p.n_draft, USUAL) if p.is_open else p.n_draft
     vocab = None if n_rows == p.facts.n_vocab else np.arange(n_rows, dtype=np.int64)
     teacher = Teacher(embedding, output[:n_rows], vocab)
-    n_seqs = max(1, options.batch_tokens // options.seq_len // PART)
+    n_seqs = 4 * max(1, options.batch_tokens // options.seq_len // PART // 4)  # batches are filled up to four
     n, rng = n_seqs * options.seq_len, np.random.default_rng(0)
     texts = Texts(
         rng.integers(0, len(teacher.embedding), n).astype(np.int32),
