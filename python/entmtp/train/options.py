@@ -188,7 +188,8 @@ class Options(Settings):
     arch: str = option(
         "--arch", "heads",
         "medusa: heads see the hidden state; hydra: and the tokens drafted before; hydra++: and, through a layer of "
-        "attention, the text so far", "hydra", type=str, choices=("medusa", "hydra", "hydra++"),
+        "attention, the text so far; eagle3: no heads but a layer that sees inside the model, and goes on by itself",
+        "hydra", type=str, choices=("medusa", "hydra", "hydra++", "eagle3"),
     )  # fmt: skip
     n_heads: int = option("--heads", "heads", "tokens guessed ahead", 4, type=_positive, metavar="N")
     n_layers: int = option("--layers", "heads", "residual blocks per head", 1, type=_positive, metavar="N")

@@ -35,6 +35,7 @@ def train(options: Options, progress: bool = True) -> Acceptance:
 
     from . import plan, stages
     from .base import Base, read_matrices
+    from .eagle3 import Layer
     from .evaluation import Teacher
     from .export import writable
 
@@ -50,7 +51,8 @@ def train(options: Options, progress: bool = True) -> Acceptance:
 
     embedding, output = map(torch.from_numpy, read_matrices(options.model))
     without_base = plan.resident()
-    base = Base(options.model, options.seq_len, options.n_threads, options.n_gpu_layers)
+    inputs = p.shape.inputs if isinstance(p.shape, Layer) else ()
+    base = Base(options.model, options.seq_len, options.n_threads, options.n_gpu_layers, inputs)
     try:
         stages.announce(p, without_base, screen)
         lesson = stages.prepare(p, base, screen)

@@ -14,7 +14,10 @@ from ..common.errors import ModelError
 from ..convert.draft_vocab import choose_vocab
 from . import plan
 from .base import Base
-from .evaluation import Acceptance, Teacher, evaluate
+from .eagle3 import Layer, read_last
+from .eagle3_file import write_eagle3
+from .eagle3_loop import LayerTrainer
+from .evaluation import Acceptance, Teacher
 from .export import export, rounded
 from .jobs import plan_jobs
 from .loop import Report, Trainer
@@ -49,9 +52,10 @@ def announce(p: Plan, without_base: int, screen: Screen) -> None:
         ModelError: the disk is too full.
     """
     o, size, n_tokens = p.options, p.needs, p.n_tokens
+    what = "guesses in a row" if isinstance(p.shape, Layer) else "heads"
     memory = size.text + max(plan.resident(), without_base + size.training)
     screen.say(
-        f"{o.arch}: {o.n_heads} heads, {plan.n_parameters(p.shape, p.n_draft) / 1e6:.1f}M parameters, "
+        f"{o.arch}: {o.n_heads} {what}, {plan.n_parameters(p.shape, p.n_draft) / 1e6:.1f}M parameters, "
         f"{p.n_steps} steps of {o.batch_tokens} tokens\n"
         f"text: {n_tokens / 1e6:.2f}M tokens, "
         + (f"from {p.data}" if o.data else "written by the model itself")
@@ -100,7 +104,10 @@ def train_heads(p: Plan, lesson: Lesson, teacher: Teacher, screen: Screen) -> Tr
     digest = plan.digest(lesson.digest, p.shape, p.n_steps, settings, p.facts.name)
     folder = p.work / f"{o.arch}-{digest}"
     folder.mkdir(exist_ok=True)
-    trainer = Trainer(p.shape, o, p.n_steps, teacher, lesson.texts, lesson.states, folder, digest)
+    what = (p.shape, o, p.n_steps, teacher, lesson.texts, lesson.states, folder, digest)
+    trainer = (
+        LayerTrainer(read_last(o.model, p.shape), *what) if isinstance(p.shape, Layer) else Trainer(*what)
+    )
     if trainer.path.exists() and not o.resume:
         raise ModelError(
             f"{trainer.path}: this training was interrupted; go on with --resume, or begin anew with --restart"
@@ -134,7 +141,7 @@ def write_files(p: Plan, lesson: Lesson, trainer: Trainer, output: torch.Tensor)
     o, facts = p.options, p.facts
     state = rounded(trainer.state)
     halves = {name: t.float() for name, t in state.items()}
-    final = evaluate(p.shape, halves, trainer.teacher, lesson.texts, lesson.states)
+    final = trainer.evaluate(halves)
     name = facts.name or o.model.name
     about: dict[str, str | int | float] = {
         "arch": o.arch,
@@ -147,7 +154,11 @@ def write_files(p: Plan, lesson: Lesson, trainer: Trainer, output: torch.Tensor)
         "tree16": round(final.tree, 4),
     }
     outfile, folder = p.outputs
-    export(folder, outfile, p.shape, state, o.model, name, output, lesson.draft_vocab, o.outtype, about)
+    if isinstance(trainer, LayerTrainer):
+        write_eagle3(outfile, trainer.shape, halves, trainer.scale, facts, lesson.draft_vocab, o.outtype, about)
+    else:
+        assert folder is not None and not isinstance(p.shape, Layer)
+        export(folder, outfile, p.shape, state, o.model, name, output, lesson.draft_vocab, o.outtype, about)
     return final
 
 
@@ -156,4 +167,5 @@ def summary(p: Plan, trainer: Trainer, seconds: float) -> str:
     outfile, folder = p.outputs
     size, n_steps = outfile.stat().st_size, trainer.step - trainer.began
     earlier = f" (after {trainer.began})" if trainer.began else ""
-    return f"{outfile} ({size / 1e6:.1f} MB) and {folder}, {n_steps} steps{earlier}, {seconds / 60:.1f} min"
+    both = f" and {folder}" if folder else ""
+    return f"{outfile} ({size / 1e6:.1f} MB){both}, {n_steps} steps{earlier}, {seconds / 60:.1f} min"
