@@ -17,12 +17,14 @@ torch.set_num_threads(1)  # xdist workers share the cores
 import entmtp  # noqa: E402
 from entmtp.bank.bank import Bank  # noqa: E402
 from entmtp.bank.tree import PLAIN, Tree  # noqa: E402
+from entmtp.common.errors import ModelError  # noqa: E402
 from entmtp.models.base import read_base  # noqa: E402
 from entmtp.train.base import Base, read_matrices  # noqa: E402
 from entmtp.train.cli import main  # noqa: E402
 from entmtp.train.eagle3 import before_projection, initial, layer_for, read_last, scale_of, unroll  # noqa: E402
+from entmtp.train.eagle3_loop import LayerTrainer  # noqa: E402
 from helpers.eagle3 import INPUTS, foresee, layer_inputs, write_eagle3  # noqa: E402
-from helpers.models import model_path  # noqa: E402
+from helpers.models import EXPERTS, model_path, write_model  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -182,3 +184,52 @@ def test_training_helps(models: dict[str, Path], tmp_path: Path) -> None:
     found = gguf.GGUFReader(outfile)
     assert float(found.fields["entmtp.train.chain"].contents()) > 1.2
     assert {t.name: t.tensor_type.name for t in found.tensors}["fc.weight"] == "Q8_0"
+
+
+def test_resumed_training_ends_with_the_same_layer(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, resumed = tmp_path / "whole.gguf", tmp_path / "resumed.gguf"
+    assert main(arguments(tiny, whole, "--epochs", "1")) == 0
+    update = LayerTrainer.update
+
+    def stop(self: LayerTrainer) -> None:
+        if self.step == 6:
+            raise KeyboardInterrupt
+        update(self)
+
+    with monkeypatch.context() as m:
+        m.setattr(LayerTrainer, "update", stop)
+        assert main(arguments(tiny, resumed, "--epochs", "1")) == 130
+    assert main(arguments(tiny, resumed, "--epochs", "1")) == 1
+    assert "go on with --resume" in capsys.readouterr().err
+    assert not resumed.exists()
+    assert main(arguments(tiny, resumed, "--epochs", "1", "--resume")) == 0
+    assert "(after 6)" in capsys.readouterr().err
+    ours, theirs = ({t.name: np.array(t.data) for t in gguf.GGUFReader(p).tensors} for p in (resumed, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "message"),
+    [
+        ("llama", ["--layers", "2"], "--layers is not for an EAGLE-3 layer; leave it out"),
+        ("llama", ["--share-lm-head"], "--share-lm-head is not for an EAGLE-3 layer; leave it out"),
+        ("llama", ["--torch-dir", "folder"], "--torch-dir is not for an EAGLE-3 layer; leave it out"),
+        ("qwen3", [], "an EAGLE-3 layer is trained for the architecture llama, and this is qwen3; train --arch"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_at_once(
+    tmp_path: Path, model: str, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(model_path(model), tmp_path / "layer.gguf", *more)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mixture_of_experts_has_no_layer_to_begin_as(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "experts.gguf", EXPERTS["mixtral"])
+    with pytest.raises(ModelError, match=r"no tensor blk.1.ffn_gate.weight as dense layers have it"):
+        layer_for(read_base(path), 1)

@@ -19,12 +19,14 @@ from gguf import GGUFReader, quants
 
 from ..common.errors import ModelError
 from ..models.base import BaseModel
+from ..models.formats.gguf_header import read_gguf_header
 from .heads import State
 
 ARCH = "eagle3"
 AT_ONCE = 4  # sequences: what one gradient needs in memory
 BASES = ("llama",)  # whose layers this one is shaped after
 FROM_BASE = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")  # fmt: skip
+SEE_BOTH = ("attn_q", "attn_k", "attn_v")  # the embedding and the state; in the base model, the state
 NOISE = 0.02  # of weights that no part of the base model could begin as
 LEAST_SCALE = 0.05  # of a feature, against the median of all
 
@@ -78,7 +80,7 @@ def layer_for(base: BaseModel, n_ahead: int) -> Layer:
     """The layer for a model.
 
     Raises:
-        ModelError: there is none for this architecture. ConvertError: the file lacks a number.
+        ModelError: there is none for this architecture, or for mixtures of experts. ConvertError: the file lacks a number.
     """
     if base.architecture not in BASES:
         raise ModelError(
@@ -86,7 +88,7 @@ def layer_for(base: BaseModel, n_ahead: int) -> Layer:
             f"{base.architecture}; train --arch hydra"
         )
     n_head, n_layer = int(base.get("attention.head_count")), int(base.get("block_count"))
-    return Layer(
+    layer = Layer(
         n_embd=base.n_embd,
         n_head=n_head,
         n_head_kv=int(base.keys.get("attention.head_count_kv") or n_head),
@@ -97,6 +99,17 @@ def layer_for(base: BaseModel, n_ahead: int) -> Layer:
         inputs=(min(2, n_layer - 1), n_layer // 2, n_layer - 1),
         n_ahead=n_ahead,
     )
+    tensors = read_gguf_header(base.path).tensors
+    for name, ours in _last(layer).items():
+        rows, *columns = layer.shapes(0)[ours]
+        if ours in SEE_BOTH:
+            columns = [base.n_embd]
+        if name not in tensors or tensors[name].shape != (*columns, rows):
+            raise ModelError(
+                f"{base.path}: it has no tensor {name} as dense layers have it, which an EAGLE-3 layer begins as; "
+                "train --arch hydra"
+            )
+    return layer
 
 
 #
@@ -104,31 +117,20 @@ def layer_for(base: BaseModel, n_ahead: int) -> Layer:
 #
 
 
-def read_last(path: Path, layer: Layer) -> State:
-    """The base model's last layer and output norm, under the names of `Layer.shapes`.
+def _last(layer: Layer) -> dict[str, str]:
+    """Tensors of the base model's last layer and its output norm: their names under `Layer.shapes`."""
+    own = {f"blk.{layer.inputs[-1]}.{name}.weight": name for name in FROM_BASE}
+    return {**own, "output_norm.weight": "output_norm"}
 
-    Raises:
-        ModelError: a tensor is missing or of another shape (a mixture of experts).
-    """
-    of_file = {
-        **{f"blk.{layer.inputs[-1]}.{name}.weight": name for name in FROM_BASE},
-        "output_norm.weight": "output_norm",
+
+def read_last(path: Path, layer: Layer) -> State:
+    """The base model's last layer and output norm, under the names of `Layer.shapes`."""
+    names = _last(layer)
+    return {
+        names[t.name]: torch.tensor(np.array(quants.dequantize(t.data, t.tensor_type), dtype=np.float32))
+        for t in GGUFReader(path).tensors
+        if t.name in names
     }
-    found = {t.name: t for t in GGUFReader(path).tensors if t.name in of_file}
-    shapes = layer.shapes(0)
-    state: State = {}
-    for name, ours in of_file.items():
-        rows, *columns = shapes[ours]
-        if ours in ("attn_q", "attn_k", "attn_v"):
-            columns = [layer.n_embd]
-        if name not in found or tuple(map(int, found[name].shape[::-1])) != (rows, *columns):
-            raise ModelError(
-                f"{path}: the tensor {name} is not that of a dense layer, which an EAGLE-3 layer begins as; "
-                "train --arch hydra"
-            )
-        values = quants.dequantize(found[name].data, found[name].tensor_type)
-        state[ours] = torch.tensor(np.array(values, dtype=np.float32))
-    return state
 
 
 def scale_of(features: npt.NDArray[np.float16]) -> torch.Tensor:
@@ -163,7 +165,7 @@ def initial(
     state["fc"][:, -d:] = torch.eye(d)
     state["attn_norm"] += 1.0
     state["attn_norm_2"] = last["attn_norm"] * size * ratio
-    for name in ("attn_q", "attn_k", "attn_v"):
+    for name in SEE_BOTH:
         noise = torch.randn(len(last[name]), d, generator=g) * NOISE
         state[name] = torch.cat([noise, last[name]], 1)
     for name in ("attn_output", "ffn_down"):

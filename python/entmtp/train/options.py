@@ -16,6 +16,8 @@ EPILOG = """examples:
   python -m entmtp.train --model model.gguf --arch hydra -o heads.gguf
   # from your documents and prompts, and cheap to draft with: the frequent tokens alone
   python -m entmtp.train --model model.gguf --arch hydra --data notes/ prompts.jsonl --draft-vocab auto -o heads.gguf
+  # an EAGLE-3 layer, three guesses in a row
+  python -m entmtp.train --model model.gguf --arch eagle3 --heads 3 --draft-vocab 6144 -o eagle3.gguf
   # go on after Ctrl-C, a crash or a power cut
   python -m entmtp.train --model model.gguf --arch hydra -o heads.gguf --resume
 
@@ -268,7 +270,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m entmtp.train",
-        description="Train Medusa or Hydra draft heads for a GGUF model, on this machine. Needs PyTorch: "
+        description="Train Medusa or Hydra draft heads, or an EAGLE-3 layer, for a GGUF model, on this machine. Needs PyTorch: "
         "pip install entmtp[train]",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
