@@ -1,8 +1,7 @@
-"""`entmtp train --arch eagle3`: the layer computes what its definition says, is trained, and drafts as it was trained."""
+"""`entmtp train --arch eagle3`: a layer that computes what its definition says, and drafts as it was trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -68,14 +67,14 @@ def test_one_step_is_the_layer_of_the_definition(tiny: Path, tmp_path: Path) -> 
 
 
 def test_steps_are_what_drafting_after_every_token_would_give(tiny: Path) -> None:
-    """All steps of all tokens at once, against one token after the other: the base's features up to it, then its own."""
+    """All steps of all tokens at once, against one token after the other: features up to it, then its own results."""
     layer = layer_for(read_base(tiny), 3)
     g = torch.Generator().manual_seed(1)
     state = {name: 0.3 * torch.randn(size, generator=g) for name, size in layer.shapes(20).items()}
     embedded, features = torch.randn(12, 64, generator=g), torch.randn(12, 192, generator=g)
     steps = list(unroll(layer, state, embedded[None], features[None], 3))
     for t in range(9):
-        x = (features[: t + 1] @ state["fc"].T)
+        x = features[: t + 1] @ state["fc"].T
         for step in range(3):
             # a layer over rows 0 .. t + step, of which the last ones are its own results
             rows = x[None]
@@ -132,7 +131,9 @@ class Layer:
             embedded = self.embedding[text + guesses]
             padded = torch.cat([features, torch.zeros(1 + i, features.shape[1])])
             *_, x = unroll(self.layer, self.state, embedded[None], padded[None], i + 1)
-            best = int((before_projection(self.layer, self.state, x[0, -1]) @ self.state["output"].T).argmax())
+            best = int(
+                (before_projection(self.layer, self.state, x[0, -1]) @ self.state["output"].T).argmax()
+            )
             guesses.append(best if self.d2t is None else int(self.d2t[best]))
         return guesses
 
@@ -151,10 +152,18 @@ def test_trained_layer_drafts_as_it_was_trained(
 
     settings: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
     chain = Tree.from_paths("chain", [[0], [0, 0], [0, 0, 0]])
-    drafting = {"draft": "entmtp", "draft_model": outfile, "policy": "static", "trees": Bank("chain", (PLAIN, chain))}
+    drafting = {
+        "draft": "entmtp",
+        "draft_model": outfile,
+        "policy": "static",
+        "trees": Bank("chain", (PLAIN, chain)),
+    }
     reference = Layer(tiny, outfile)
     n_compared = 0
-    with closing(entmtp.Llama(tiny, **settings)) as plain, closing(entmtp.Llama(tiny, **settings, **drafting)) as llm:
+    with (
+        closing(entmtp.Llama(tiny, **settings)) as plain,
+        closing(entmtp.Llama(tiny, **settings, **drafting)) as llm,
+    ):
         texts: list[list[int]] = []
         for m in (plain, llm):
             walk = m.generate([5, 6, 7], temp=0.0)
@@ -217,7 +226,11 @@ def test_resumed_training_ends_with_the_same_layer(
         ("llama", ["--layers", "2"], "--layers is not for an EAGLE-3 layer; leave it out"),
         ("llama", ["--share-lm-head"], "--share-lm-head is not for an EAGLE-3 layer; leave it out"),
         ("llama", ["--torch-dir", "folder"], "--torch-dir is not for an EAGLE-3 layer; leave it out"),
-        ("qwen3", [], "an EAGLE-3 layer is trained for the architecture llama, and this is qwen3; train --arch"),
+        (
+            "qwen3",
+            [],
+            "an EAGLE-3 layer is trained for the architecture llama, and this is qwen3; train --arch",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_said_at_once(

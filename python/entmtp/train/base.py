@@ -151,8 +151,8 @@ class Base:
         return np.ctypeslib.as_array(logits, (size, self.n_vocab))
 
     def hidden(self, size: int) -> npt.NDArray[np.float32]:
-        """Hidden states of the last pass: [size, n_embd], the input of the LM head, or [size, n_layers n_embd], those of
-        the layers that were asked for."""
+        """Hidden states of the last pass: [size, n_embd], the input of the LM head; or [size, n_layers n_embd], the inputs
+        of the layers that were asked for."""
         if self.layers:
             inputs = (n.layer_inputs(self.ctx, layer) for layer in self.layers)
             return np.concatenate([np.ctypeslib.as_array(x, (size, self.n_embd)) for x in inputs], 1)

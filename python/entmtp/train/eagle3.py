@@ -1,8 +1,8 @@
 """An EAGLE-3 draft layer in PyTorch (arXiv 2503.01840), under the names of the GGUF that llama.cpp loads.
 
 One decoder layer sees a token's embedding and, of the token before, the inputs of three of the base model's layers, put
-together by the matrix `fc`; further ahead, where the base model has not been, its own result in their place. At the start
-it is the base model's last layer.
+together by the matrix `fc`; further ahead, where the base model has not been, its own result in their place. At the
+start it is the base model's last layer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from .heads import State
 ARCH = "eagle3"
 AT_ONCE = 4  # sequences: what one gradient needs in memory
 BASES = ("llama",)  # whose layers this one is shaped after
-FROM_BASE = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")  # fmt: skip
+FROM_BASE = (
+    "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"
+)  # fmt: skip
 SEE_BOTH = ("attn_q", "attn_k", "attn_v")  # the embedding and the state; in the base model, the state
 NOISE = 0.02  # of weights that no part of the base model could begin as
 LEAST_SCALE = 0.05  # of a feature, against the median of all
@@ -80,7 +82,8 @@ def layer_for(base: BaseModel, n_ahead: int) -> Layer:
     """The layer for a model.
 
     Raises:
-        ModelError: there is none for this architecture, or for mixtures of experts. ConvertError: the file lacks a number.
+        ModelError: there is none for this architecture, or for mixtures of experts.
+        ConvertError: the file lacks a number.
     """
     if base.architecture not in BASES:
         raise ModelError(
@@ -147,8 +150,8 @@ def scale_of(features: npt.NDArray[np.float16]) -> torch.Tensor:
 def initial(
     layer: Layer, last: State, output: torch.Tensor, features: npt.NDArray[np.float16], scale: torch.Tensor, seed: int
 ) -> State:  # fmt: skip
-    """The state before training: the base model's last layer over its own input, in units of `scale`; embeddings are not
-    looked at but by a little noise.
+    """The state before training: the base model's last layer over its own input, in units of `scale`; of embeddings it
+    sees next to nothing.
 
     Args:
         last: of `read_last`.
@@ -196,8 +199,8 @@ def rope(x: torch.Tensor, first: int, base: float) -> torch.Tensor:
 def unroll(
     layer: Layer, state: State, embedded: torch.Tensor, features: torch.Tensor, n_steps: int
 ) -> Iterator[torch.Tensor]:
-    """The layer's results, one guess further ahead each time, as in training-time test: what it says of token t + 2 from
-    token t + 1 and the base's features of t, then of t + 3 from token t + 2 and its own result, and so on.
+    """The layer's results, one guess further ahead each time, as in training-time test: of token t + 2 from token t + 1
+    and the base's features of t, then of t + 3 from token t + 2 and its own result, and so on.
 
     Yields:
         Of step s: [n_seqs, n - 1 - s, n_embd], row t for the guess of token t + 2 + s.

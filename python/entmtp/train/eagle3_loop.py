@@ -14,7 +14,6 @@ from .evaluation import Acceptance, Teacher, acceptance
 from .heads import State
 from .loop import Batch, Trainer, filled
 from .loss import piece_rows, projected_loss
-from .states import States, Texts
 
 SAMPLE = 8192  # tokens that scales are taken from
 
@@ -31,9 +30,7 @@ class LayerTrainer(Trainer):
     def begin(self) -> State:
         features = self.states.hidden[:: max(1, len(self.states.hidden) // SAMPLE)]
         self.scale = scale_of(features)
-        return initial(
-            self.shape, self.last, self.teacher.output, features, self.scale, self.settings.seed
-        )
+        return initial(self.shape, self.last, self.teacher.output, features, self.scale, self.settings.seed)
 
     def gradients(self, batch: Batch) -> tuple[float, ...]:
         """Loss of each step ahead; their weighted sum's gradient is left in the state's tensors."""

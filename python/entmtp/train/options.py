@@ -270,8 +270,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m entmtp.train",
-        description="Train Medusa or Hydra draft heads, or an EAGLE-3 layer, for a GGUF model, on this machine. Needs PyTorch: "
-        "pip install entmtp[train]",
+        description="Train Medusa or Hydra draft heads, or an EAGLE-3 layer, for a GGUF model, on this machine. "
+        "Needs PyTorch: pip install entmtp[train]",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

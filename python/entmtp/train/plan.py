@@ -90,7 +90,7 @@ def make(options: Options) -> Plan:
     identity = (facts.fingerprint, o.model.stat().st_size)
     of_text = digest(
         *identity, data, n_tokens, o.seq_len, o.own, o.made_up, o.temps, o.n_held_out, o.seed, o.raw, k, *inputs
-    )
+    )  # fmt: skip
     work = o.work or o.outfile.with_name(o.outfile.name + ".train")
     layout = Layout(n_tokens + o.seq_len, width, k)
     return Plan(o, facts, shape, data, work, n_tokens, layout, n_draft, of_text)
@@ -98,9 +98,12 @@ def make(options: Options) -> Plan:
 
 def _shape(o: Options, facts: BaseModel) -> Shape | Layer:
     if o.arch == ARCH:
-        given = {"--layers": o.n_layers != 1, "--share-lm-head": o.share_lm_head, "--torch-dir": o.torch_folder}
-        for flag, there in given.items():
-            if there:
+        for flag, given in {
+            "--layers": o.n_layers != 1,
+            "--share-lm-head": o.share_lm_head,
+            "--torch-dir": o.torch_folder,
+        }.items():
+            if given:
                 raise ModelError(f"{flag} is not for an EAGLE-3 layer; leave it out")
         return layer_for(facts, o.n_heads)
     layer: dict[str, Any] = {}  # the decoder layer's numbers, as the base model's own layers have them

@@ -155,7 +155,9 @@ def write_files(p: Plan, lesson: Lesson, trainer: Trainer, output: torch.Tensor)
     }
     outfile, folder = p.outputs
     if isinstance(trainer, LayerTrainer):
-        write_eagle3(outfile, trainer.shape, halves, trainer.scale, facts, lesson.draft_vocab, o.outtype, about)
+        write_eagle3(
+            outfile, trainer.shape, halves, trainer.scale, facts, lesson.draft_vocab, o.outtype, about
+        )
     else:
         assert folder is not None and not isinstance(p.shape, Layer)
         export(folder, outfile, p.shape, state, o.model, name, output, lesson.draft_vocab, o.outtype, about)
