@@ -151,7 +151,7 @@ class Base:
         return np.ctypeslib.as_array(logits, (size, self.n_vocab))
 
     def hidden(self, size: int) -> npt.NDArray[np.float32]:
-        """Hidden states of the last pass: [size, n_embd], the input of the LM head; or [size, n_layers n_embd], the inputs
+        """Hidden states of the last pass: [size, n_embd], the input of the LM head; or [size, n_layers n_embd], inputs
         of the layers that were asked for."""
         if self.layers:
             inputs = (n.layer_inputs(self.ctx, layer) for layer in self.layers)
