@@ -35,12 +35,21 @@ class Base:
         seq_len: tokens of the longest sequence.
         n_threads: CPU threads; None: as `Llama`.
         n_gpu_layers: layers on the GPU.
+        layers: whose inputs are the hidden states that are kept, side by side; none: the input of the LM head is.
 
     Raises:
         ModelError: heads cannot be trained for this model; the text says why.
     """
 
-    def __init__(self, path: Path, seq_len: int, n_threads: int | None = None, n_gpu_layers: int = 0):
+    def __init__(
+        self,
+        path: Path,
+        seq_len: int,
+        n_threads: int | None = None,
+        n_gpu_layers: int = 0,
+        layers: Sequence[int] = (),
+    ):
+        self.layers = tuple(layers)
         self._stack = contextlib.ExitStack()
         threads: dict[str, Any] = (
             {} if n_threads is None else {"n_threads": n_threads, "n_threads_batch": n_threads}
@@ -89,7 +98,11 @@ class Base:
         if not self.ctx:
             raise ModelError("no memory for the base model's context; choose a smaller --seq-len")
         self._stack.callback(llama_cpp.llama_free, self.ctx)
-        n.llama_set_embeddings_out(self.ctx, True)
+        if self.layers:
+            for layer in self.layers:
+                n.check(n.follow_layer(self.ctx, layer))
+        else:
+            n.llama_set_embeddings_out(self.ctx, True)
         self.memory = llama_cpp.llama_get_memory(self.ctx)
         self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
         self._stack.callback(llama_cpp.llama_batch_free, self._batch)
@@ -140,7 +153,11 @@ class Base:
         return np.ctypeslib.as_array(logits, (size, self.n_vocab))
 
     def hidden(self, size: int) -> npt.NDArray[np.float32]:
-        """Hidden states [size, n_embd] of the last pass, the input of the LM head."""
+        """Hidden states of the last pass: [size, n_embd], the input of the LM head; or [size, n_layers n_embd], inputs
+        of the layers that were asked for."""
+        if self.layers:
+            inputs = (n.layer_inputs(self.ctx, layer) for layer in self.layers)
+            return np.concatenate([np.ctypeslib.as_array(x, (size, self.n_embd)) for x in inputs], 1)
         rows = llama_cpp.llama_get_embeddings(self.ctx)
         if not rows:
             raise EntmtpError("the base model gives no hidden states, which heads need; choose another model")

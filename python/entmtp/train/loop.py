@@ -98,8 +98,7 @@ class Trainer:
         self.texts, self.states = texts, states
         self.folder, self.digest = folder, digest
         self.path = folder / "checkpoint.safetensors"
-        scale = float(np.sqrt(np.mean(states.hidden[:4096].astype(np.float64) ** 2)))
-        self.state: State = initial(shape, teacher.output, scale, settings.seed)
+        self.state = self.begin()
         for tensor in self.state.values():
             tensor.requires_grad_(True)
         matrices = [t for t in self.state.values() if t.dim() > 1]
@@ -115,6 +114,11 @@ class Trainer:
         # when the last checkpoint was there, and what writing it took
         self.saved, self.saving = time.monotonic(), 0.0
         self.dtype = torch.bfloat16 if settings.bf16 else torch.float32
+
+    def begin(self) -> State:
+        """The state before the first step."""
+        scale = float(np.sqrt(np.mean(self.states.hidden[:4096].astype(np.float64) ** 2)))
+        return initial(self.shape, self.teacher.output, scale, self.settings.seed)
 
     #
     # batches
@@ -163,12 +167,7 @@ class Trainer:
         s, shape = self.settings, self.shape
         n = batch.tokens.shape[1]
         place = torch.arange(n)
-        hidden = batch.hidden
-        if s.noise > 0:  # NEFTune, arXiv 2310.05914, on hidden states as in Hydra's appendix
-            g = torch.Generator().manual_seed(s.seed * 1_000_003 + self.step)
-            size = s.noise / math.sqrt(float(batch.lengths.float().mean()) * shape.n_embd)
-            hidden = hidden + (torch.rand(hidden.shape, generator=g) * 2 - 1) * size
-
+        hidden = self.noisy(batch.hidden, batch)
         seen = hidden
         with torch.autocast("cpu", torch.bfloat16, enabled=bool(s.bf16)):
             if shape.prefix:
@@ -197,6 +196,15 @@ class Trainer:
         if leaf.grad is not None:
             seen.backward(leaf.grad.to(seen.dtype))
         return tuple(losses)
+
+    def noisy(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """NEFTune, arXiv 2310.05914, on hidden states as in Hydra's appendix."""
+        s = self.settings
+        if s.noise <= 0:
+            return hidden
+        g = torch.Generator().manual_seed(s.seed * 1_000_003 + self.step)
+        size = s.noise / math.sqrt(float(batch.lengths.float().mean()) * self.shape.n_embd)
+        return hidden + (torch.rand(hidden.shape, generator=g) * 2 - 1) * size
 
     def targets(self, batch: Batch, at: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What heads shall say of the token after position t: the base model's distribution, or the text's token."""

@@ -23,6 +23,8 @@ EPILOG = """examples:
   python -m entmtp.train --model model.gguf --preset quick -o heads.gguf
   # from your documents and prompts
   python -m entmtp.train --model model.gguf --preset good --data notes/ prompts.jsonl -o heads.gguf
+  # an EAGLE-3 layer, three guesses in a row
+  python -m entmtp.train --model model.gguf --arch eagle3 --heads 3 -o eagle3.gguf
   # go on after Ctrl-C, a crash or a power cut
   python -m entmtp.train --model model.gguf --preset good -o heads.gguf --resume
   # how good are they, and is it worth while to go on?
@@ -203,7 +205,8 @@ class Options(Settings):
     arch: str = option(
         "--arch", "heads",
         "medusa: heads see the hidden state; hydra: and the tokens drafted before; hydra++: and, through a layer of "
-        "attention, the text so far", "hydra", type=str, choices=("medusa", "hydra", "hydra++"),
+        "attention, the text so far; eagle3: no heads but a layer that sees inside the model, and goes on by itself",
+        "hydra", type=str, choices=("medusa", "hydra", "hydra++", "eagle3"),
     )  # fmt: skip
     n_heads: int = option("--heads", "heads", "tokens guessed ahead", 4, type=_positive, metavar="N")
     n_layers: int = option("--layers", "heads", "residual blocks per head", 1, type=_positive, metavar="N")
@@ -284,8 +287,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m entmtp.train",
-        description="Train Medusa or Hydra draft heads for a GGUF model, on this machine. Needs PyTorch: "
-        "pip install entmtp[train]",
+        description="Train Medusa or Hydra draft heads, or an EAGLE-3 layer, for a GGUF model, on this machine. "
+        "Needs PyTorch: pip install entmtp[train]",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from ..common.errors import ModelError
 from ..models.base import BaseModel, files_of, read_base
 from .choice import MOST
 from .data import Data, read_data
+from .eagle3 import ARCH, Layer, layer_for
 from .heads import Shape
 from .loss import PIECE_BYTES
-from .options import Options, Settings
+from .options import Options
 from .states import VERSION as STATES_VERSION
 from .states import Layout
 
@@ -46,7 +48,7 @@ class Plan:
 
     options: Options
     facts: BaseModel
-    shape: Shape
+    shape: Shape | Layer
     data: Data
     work: Path
     n_tokens: int
@@ -64,9 +66,11 @@ class Plan:
         return needs(self.shape, self.options, self.layout, self.facts.n_vocab, self.n_draft)
 
     @property
-    def outputs(self) -> tuple[Path, Path]:
-        """The heads file, and the folder of the published layout."""
+    def outputs(self) -> tuple[Path, Path | None]:
+        """The heads file, and the folder of the published layout, which EAGLE-3 layers do not come in."""
         outfile = self.options.outfile
+        if isinstance(self.shape, Layer):
+            return outfile, None
         return outfile, self.options.torch_folder or outfile.with_suffix("")
 
 
@@ -78,26 +82,38 @@ def make(options: Options) -> Plan:
     """
     o = replace(options, bf16=_has_bf16() if options.bf16 is None else options.bf16)
     facts = read_base(o.model)
+    shape = _shape(o, facts)
+    inputs = shape.inputs if isinstance(shape, Layer) else ()
+    width = max(1, len(inputs)) * facts.n_embd
     data = read_data(o.data)
     n_draft = facts.n_vocab
     if o.draft_vocab is not None:
         n_draft = min(n_draft, MOST if isinstance(o.draft_vocab, str) else o.draft_vocab)
     k = min(o.k, facts.n_vocab)
-    per_token = Layout(1, facts.n_embd, k).bytes_per_token
+    per_token = Layout(1, width, k).bytes_per_token
     n_tokens = min(o.n_tokens, int(o.cache_gb * 1e9 / per_token) - o.seq_len)
     if n_tokens < 8 * o.seq_len:
         raise ModelError(f"--cache-gb {o.cache_gb:g} holds too few hidden states; give more")
     identity = (STATES_VERSION, facts.fingerprint, sum(file.stat().st_size for file in files_of(o.model)))
     of_text = digest(
-        *identity, data, n_tokens, o.seq_len, o.own, o.made_up, o.temps, o.n_held_out, o.seed, o.raw, k
-    )
+        *identity, data, n_tokens, o.seq_len, o.own, o.made_up, o.temps, o.n_held_out, o.seed, o.raw, k, *inputs
+    )  # fmt: skip
     work = o.work or o.outfile.with_name(o.outfile.name + ".train")
-    layout = Layout(n_tokens + o.seq_len, facts.n_embd, k)
-    is_open = "auto" in (o.draft_vocab, o.lm_head)
-    return Plan(o, facts, _shape(o, facts), data, work, n_tokens, layout, n_draft, is_open, of_text)
+    layout = Layout(n_tokens + o.seq_len, width, k)
+    is_open = o.draft_vocab == "auto" or (o.lm_head == "auto" and not isinstance(shape, Layer))
+    return Plan(o, facts, shape, data, work, n_tokens, layout, n_draft, is_open, of_text)
 
 
-def _shape(o: Options, facts: BaseModel) -> Shape:
+def _shape(o: Options, facts: BaseModel) -> Shape | Layer:
+    if o.arch == ARCH:
+        for flag, given in {
+            "--layers": o.n_layers != 1,
+            "--share-lm-head": o.share_lm_head,
+            "--torch-dir": o.torch_folder,
+        }.items():
+            if given:
+                raise ModelError(f"{flag} is not for an EAGLE-3 layer; leave it out")
+        return layer_for(facts, o.n_heads)
     layer: dict[str, Any] = {}  # the decoder layer's numbers, as the base model's own layers have them
     if o.arch == "hydra++":
         n_head = int(facts.get("attention.head_count"))
@@ -123,8 +139,10 @@ def _has_bf16() -> bool:
 #
 
 
-def n_parameters(shape: Shape, n_draft: int) -> int:
+def n_parameters(shape: Shape | Layer, n_draft: int) -> int:
     """Numbers that are trained."""
+    if isinstance(shape, Layer):
+        return sum(prod(size) for size in shape.shapes(n_draft).values())
     d, total = shape.n_embd, 0
     for i in range(shape.n_heads):
         for j in range(shape.n_layers):
@@ -153,7 +171,7 @@ class Needs:
         return self.cache + self.other
 
 
-def needs(shape: Shape, settings: Settings, layout: Layout, n_vocab: int, n_draft: int) -> Needs:
+def needs(shape: Shape | Layer, options: Options, layout: Layout, n_vocab: int, n_draft: int) -> Needs:
     """What a training takes on disk and in memory."""
     n = n_parameters(shape, n_draft)
     d = shape.n_embd
@@ -165,14 +183,18 @@ def needs(shape: Shape, settings: Settings, layout: Layout, n_vocab: int, n_draf
     fixed = 16 * n + 8 * n_draft * d + 4 * PIECE_BYTES + LIBRARIES
     # per token of a batch, as measured: the widest head's input in both types with what its gradient needs, and the
     # decoder layer's
-    numbers = 5 * d + (5 * shape.n_heads * d if shape.grounded else 0)
-    if shape.prefix:
-        numbers += 2 * (12 * d + 4 * shape.n_ff)
+    if isinstance(shape, Layer):
+        work = shape.floats(min(options.seq_len, options.batch_tokens), options.batch_tokens)
+    else:
+        numbers = 5 * d + (5 * shape.n_heads * d if shape.grounded else 0)
+        if shape.prefix:
+            numbers += 2 * (12 * d + 4 * shape.n_ff)
+        work = numbers * options.batch_tokens
     return Needs(
         layout.n_bytes,
         checkpoints + results + 8 * layout.n_tokens,
         TEXT * layout.n_tokens,
-        max(fixed + 4 * numbers * settings.batch_tokens, 16 * n + 2 * n + published),
+        max(fixed + 4 * work, 16 * n + 2 * n + published),
     )
 
 

@@ -43,6 +43,7 @@ def train(options: Options, progress: bool = True) -> Acceptance:
 
     from . import forecast, plan, stages
     from .base import Base, read_matrices
+    from .eagle3 import Layer
     from .export import writable
 
     screen, begin = Screen(progress), time.monotonic()
@@ -60,7 +61,8 @@ def train(options: Options, progress: bool = True) -> Acceptance:
     embedding, output = map(torch.from_numpy, read_matrices(options.model))
     without_base = plan.resident()
     training = forecast.training_rate(p, embedding, output)
-    base = Base(options.model, options.seq_len, options.n_threads, options.n_gpu_layers)
+    inputs = p.shape.inputs if isinstance(p.shape, Layer) else ()
+    base = Base(options.model, options.seq_len, options.n_threads, options.n_gpu_layers, inputs)
     try:
         rates = forecast.Rates(forecast.text_rate(base, p.layout.k), training)
         stages.announce(p, without_base, rates, screen)

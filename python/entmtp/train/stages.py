@@ -16,6 +16,9 @@ from ..common.errors import ModelError
 from ..convert.draft_vocab import ranked
 from . import choice, plan, record
 from .base import Base
+from .eagle3 import Layer
+from .eagle3_file import write_eagle3
+from .eagle3_loop import LayerTrainer, new_trainer
 from .evaluation import Acceptance, Teacher, acceptance
 from .export import export, rounded
 from .forecast import Rates, minutes
@@ -51,11 +54,12 @@ def announce(p: Plan, without_base: int, rates: Rates, screen: Screen) -> None:
         without_base: bytes of memory that the process had before the base model was loaded.
     """
     o, size, n_tokens = p.options, p.needs, p.n_tokens
+    what = "guesses in a row" if isinstance(p.shape, Layer) else "heads"
     memory = size.text + max(plan.resident(), without_base + size.training)
     bound = "at most " if p.is_open else ""
     writing, training = rates.seconds(o, n_tokens, read_texts(p.work).n_tokens)
     screen.say(
-        f"{o.arch}: {o.n_heads} heads, {bound}{plan.n_parameters(p.shape, p.n_draft) / 1e6:.1f}M parameters, "
+        f"{o.arch}: {o.n_heads} {what}, {bound}{plan.n_parameters(p.shape, p.n_draft) / 1e6:.1f}M parameters, "
         f"{p.n_steps} steps of {o.batch_tokens} tokens\n"
         f"text: {n_tokens / 1e6:.2f}M tokens, "
         + (f"from {p.data}" if o.data else "written by the model itself")
@@ -164,7 +168,7 @@ def train_heads(p: Plan, lesson: Lesson, teacher: Teacher, screen: Screen) -> Tr
     folder = p.work / f"{o.arch}-{digest}"
     folder.mkdir(exist_ok=True)
     record.begin(folder, p, lesson.draft_vocab)
-    trainer = Trainer(p.shape, o, p.n_steps, teacher, lesson.texts, lesson.states, folder, digest)
+    trainer = new_trainer(p.shape, o, p.n_steps, teacher, lesson.texts, lesson.states, folder, digest)
     if trainer.path.exists() and not o.resume:
         raise ModelError(
             f"{trainer.path}: this training was interrupted; go on with --resume, or begin anew with --restart"
@@ -215,8 +219,14 @@ def write_files(p: Plan, lesson: Lesson, trainer: Trainer, output: torch.Tensor)
         "tree16": round(final.tree, 4),
     }
     outfile, folder = p.outputs
-    export(folder, outfile, p.shape, state, o.model, name, output, lesson.draft_vocab, o.outtype, about)
-    record.finish(folder, p, trainer, judged)
+    if isinstance(trainer, LayerTrainer):
+        write_eagle3(
+            outfile, trainer.shape, halves, trainer.scale, facts, lesson.draft_vocab, o.outtype, about
+        )
+    else:
+        assert folder is not None and not isinstance(p.shape, Layer)
+        export(folder, outfile, p.shape, state, o.model, name, output, lesson.draft_vocab, o.outtype, about)
+        record.finish(folder, p, trainer, judged)
     return final
 
 
@@ -225,4 +235,5 @@ def summary(p: Plan, trainer: Trainer, seconds: float) -> str:
     outfile, folder = p.outputs
     size, n_steps = outfile.stat().st_size, trainer.step - trainer.began
     earlier = f" (after {trainer.began})" if trainer.began else ""
-    return f"{outfile} ({size / 1e6:.1f} MB) and {folder}, {n_steps} steps{earlier}, {seconds / 60:.1f} min"
+    both = f" and {folder}" if folder else ""
+    return f"{outfile} ({size / 1e6:.1f} MB){both}, {n_steps} steps{earlier}, {seconds / 60:.1f} min"
