@@ -22,7 +22,7 @@ from entmtp.train.forecast import JUDGING, Rates, minutes, text_rate  # noqa: E4
 from entmtp.train.heads import Shape, initial  # noqa: E402
 from entmtp.train.options import Options  # noqa: E402
 from entmtp.train.plan import n_parameters  # noqa: E402
-from entmtp.train.price import LM_HEADS, Prices, block_rows, measure_prices  # noqa: E402
+from entmtp.train.price import LM_HEADS, Prices, measure_prices  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -129,7 +129,7 @@ def test_what_is_trained_is_counted(arch: str, lm_head: str) -> None:
         matrices = [
             t for name, t in state.items() if t.dim() == 2 and name.startswith(tuple(f"{b}." for b in blocks))
         ]
-        assert block_rows(shape, head) == sum(t.numel() for t in matrices) // 64
+        assert shape.block_rows(head) == sum(t.numel() for t in matrices) // 64
 
 
 def test_prices_of_a_model(base: Base, tmp_path: Path) -> None:

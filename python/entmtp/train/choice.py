@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ..convert.draft_vocab import STEP
 from .heads import Shape
-from .price import Prices, block_rows
+from .price import Prices
 
 MOST = 32_768  # rows that `auto` considers
 ALIKE = 0.02  # of the speed
@@ -58,7 +58,7 @@ def chains(
     for i in range(min(shape.n_heads, len(curve) - 1)):
         p *= right[min(i, len(right) - 1)] * KEPT[lm_head] * coverage
         tokens += p
-        draft += prices.head(lm_head, i, n_rows, block_rows(shape, i))
+        draft += prices.head(lm_head, i, n_rows, shape.block_rows(i))
         found.append((tokens, float(curve[i + 1]) + draft))
     return found
 

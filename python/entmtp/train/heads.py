@@ -64,6 +64,11 @@ class Shape:
         """Name of a trained projection's matrix. A bias is each head's own."""
         return SHARED if self.lm_head == "shared" else f"{self.output(head)}.weight"
 
+    def block_rows(self, head: int) -> int:
+        """Rows of n_embd numbers in the matrices of a head's blocks."""
+        first = 2 * (head + 2) if self.grounded else 1
+        return self.n_embd * (first + self.n_layers - 1)
+
     def config(self, base: str) -> dict[str, object]:
         """config.json of the published layout."""
         if not self.grounded:

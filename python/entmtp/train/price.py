@@ -55,12 +55,6 @@ class Prices:
         return float(self.fixed[lm_head][head] + self.row[lm_head][head] * n_rows) + blocks
 
 
-def block_rows(shape: Shape, head: int) -> int:
-    """Rows of n_embd numbers that a head's blocks read."""
-    first = 2 * (head + 2) if shape.grounded else 1
-    return shape.n_embd * (first + shape.n_layers - 1)
-
-
 def measure_prices(
     base: Base,
     facts: BaseModel,

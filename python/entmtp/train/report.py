@@ -18,7 +18,7 @@ from ..bank.tree import PLAIN
 from ..measure import search
 from .heads import Shape
 from .loop import Measured
-from .price import Prices, block_rows
+from .price import Prices
 from .record import Record
 
 RANKS = 4  # guesses that are told of each level
@@ -44,7 +44,7 @@ def report(record: Record, prices: Prices) -> dict[str, Any]:
 
 def costs_of(prices: Prices, shape: Shape, n_rows: int) -> Costs:
     """Costs of steps with these heads; several paths on a level are taken to cost no more than one."""
-    heads = [prices.head(shape.lm_head, i, n_rows, block_rows(shape, i)) for i in range(shape.n_heads)]
+    heads = [prices.head(shape.lm_head, i, n_rows, shape.block_rows(i)) for i in range(shape.n_heads)]
     return Costs(prices.costs.verify, (0.0, *accumulate(heads)), tuple((us,) * 3 for us in heads))
 
 
