@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +48,20 @@ class Layer:
     inputs: tuple[int, int, int]
     n_ahead: int  # tokens guessed one after the other
 
+    lm_head = "own"  # as of a `Shape`
+    n_projections = 1
+
     @property
     def arch(self) -> str:
         return ARCH
+
+    @property
+    def n_heads(self) -> int:
+        return self.n_ahead
+
+    def block_rows(self, head: int) -> int:
+        """Rows of n_embd numbers that are read for a guess, besides those of the projection."""
+        return sum(prod(size) for size in self.shapes(0).values()) // self.n_embd
 
     def shapes(self, n_draft: int) -> dict[str, tuple[int, ...]]:
         """Tensors, rows first."""

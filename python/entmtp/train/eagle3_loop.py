@@ -9,11 +9,12 @@ import numpy.typing as npt
 import torch
 
 from ..bank.traces import MAX_RANK
-from .eagle3 import AT_ONCE, Layer, before_projection, initial, scale_of, unroll
-from .evaluation import Acceptance, Teacher, acceptance
-from .heads import State
+from .eagle3 import AT_ONCE, Layer, before_projection, initial, read_last, scale_of, unroll
+from .evaluation import HeldOut, Teacher
+from .heads import Shape, State
 from .loop import Batch, Trainer, filled
 from .loss import piece_rows, projected_loss
+from .options import Options
 
 SAMPLE = 8192  # tokens that scales are taken from
 
@@ -64,18 +65,26 @@ class LayerTrainer(Trainer):
             total.backward()
         return tuple(losses)
 
-    def evaluate(self, state: State | None = None) -> Acceptance:
-        """Tokens per step on the held-out texts, of `state` or the present one."""
+    def judge(self, state: State | None = None) -> HeldOut:
+        """As of heads, without a loss."""
         state = state or self.detached()
-        found = []
+        found = HeldOut([], [], ())
         for i in map(int, np.flatnonzero(self.texts.held_out)):
             given, start, n = int(self.texts.given[i]), int(self.texts.starts[i]), int(self.texts.lengths[i])
             if given < 1 or n - given <= self.shape.n_ahead + 1:
                 continue
             features = torch.from_numpy(self.states.hidden[start : start + n].astype(np.float32)) / self.scale
             tokens = torch.from_numpy(self.texts[i].astype(np.int64))
-            found.append(ranks_of(self.shape, state, self.teacher, features, tokens, given))
-        return acceptance(found)
+            found.ranks.append(ranks_of(self.shape, state, self.teacher, features, tokens, given))
+            found.temps.append(float(self.texts.temps[i]))
+        return found
+
+
+def new_trainer(shape: Shape | Layer, options: Options, *more: Any) -> Trainer:
+    """Of heads or of a layer; further arguments as `Trainer` has them."""
+    if isinstance(shape, Layer):
+        return LayerTrainer(read_last(options.model, shape), shape, options, *more)
+    return Trainer(shape, options, *more)
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from .base import Base
+from .eagle3_loop import new_trainer
 from .evaluation import Teacher
-from .loop import Trainer
 from .options import PRESETS, Options
 from .plan import Plan
 from .rows import rows_of
@@ -79,12 +79,12 @@ def training_rate(p: Plan, embedding: torch.Tensor, output: torch.Tensor) -> flo
         np.zeros(n_seqs, np.float32),
     )  # fmt: skip
     states = States(
-        rng.normal(size=(n, shape.n_embd)).astype(np.float16),
+        rng.normal(size=(n, p.layout.n_embd)).astype(np.float16),
         rng.integers(0, len(teacher.embedding), (n, k)).astype(np.int32),
         np.full((n, k + 1), 1 / (k + 1), np.float32),
     )
-    settings = replace(options.settings, noise=0.0)
-    trainer = Trainer(shape, settings, 1, teacher, texts, states, Path(), "")
+    settings = replace(options, noise=0.0)
+    trainer = new_trainer(shape, settings, 1, teacher, texts, states, Path(), "")
     batch = trainer.batch(np.arange(n_seqs))
     seconds: list[tuple[float, float]] = []
     for _ in range(2):  # the first compiles products, and takes memory

@@ -108,7 +108,7 @@ def _shape(o: Options, facts: BaseModel) -> Shape | Layer:
     if o.arch == ARCH:
         for flag, given in {
             "--layers": o.n_layers != 1,
-            "--share-lm-head": o.share_lm_head,
+            f"--lm-head {o.lm_head}": o.lm_head not in ("auto", "own"),
             "--torch-dir": o.torch_folder,
         }.items():
             if given:
@@ -177,7 +177,8 @@ def needs(shape: Shape | Layer, options: Options, layout: Layout, n_vocab: int, 
     d = shape.n_embd
     # a checkpoint holds parameters and two moments, and a new one is written before the old one goes
     checkpoints = 2 * 12 * n
-    published = 2 * n + 2 * n_vocab * d * max(1, shape.n_projections)  # f16, projections to all tokens
+    # f16, projections to all tokens; EAGLE-3 layers come in no published layout
+    published = 0 if isinstance(shape, Layer) else 2 * n + 2 * n_vocab * d * max(1, shape.n_projections)
     results = 2 * n + 2 * published
     # parameters, gradients and moments; a projection in bf16, and its gradient from one head
     fixed = 16 * n + 8 * n_draft * d + 4 * PIECE_BYTES + LIBRARIES

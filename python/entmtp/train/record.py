@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from ..common.atomic import atomic_path
 from ..common.errors import ModelError
 from .base import read_matrices
+from .eagle3 import Layer
 from .evaluation import HeldOut, Teacher, held_out
 from .heads import Shape
 from .loop import Measured, Trainer
@@ -56,6 +57,8 @@ def _about(p: Plan) -> dict[str, Any]:
 
 def begin(folder: Path, p: Plan, draft_vocab: npt.NDArray[np.int64] | None) -> None:
     """Say in `folder`, where the checkpoints will be, what is trained."""
+    if isinstance(p.shape, Layer):
+        return
     vocab = None if draft_vocab is None else draft_vocab.tolist()
     _write(folder / FILE, _about(p) | {"draft_vocab": vocab, "layout": asdict(p.layout)})
 
@@ -76,6 +79,8 @@ def read(p: Plan) -> Record:
     Raises:
         ModelError: there is none, or its files are damaged.
     """
+    if isinstance(p.shape, Layer):
+        raise ModelError("--report tells of heads, not yet of an EAGLE-3 layer; leave --arch eagle3 out")
     checkpoints = sorted(p.work.glob("*/checkpoint.safetensors"), key=lambda path: path.stat().st_mtime)
     outfile, folder = p.outputs
     try:

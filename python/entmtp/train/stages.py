@@ -22,6 +22,7 @@ from .eagle3_loop import LayerTrainer, new_trainer
 from .evaluation import Acceptance, Teacher, acceptance
 from .export import export, rounded
 from .forecast import Rates, minutes
+from .heads import Shape
 from .jobs import plan_jobs
 from .loop import Report, Trainer
 from .options import PRESETS
@@ -102,8 +103,13 @@ def choose_rows(
     else:
         lm_head, n_rows = p.shape.lm_head, p.n_draft
         screen.say(choice.covered(n_rows, coverage))
-    p = replace(p, shape=replace(p.shape, lm_head=lm_head), n_draft=n_rows, is_open=False)
+    p = replace(p, shape=_with(p.shape, lm_head), n_draft=n_rows, is_open=False)
     return p, None if n_rows == n_vocab else np.sort(order[:n_rows])
+
+
+def _with(shape: Shape | Layer, lm_head: str) -> Shape | Layer:
+    """An EAGLE-3 layer has a projection of its own."""
+    return shape if isinstance(shape, Layer) else replace(shape, lm_head=lm_head)
 
 
 def _choice(p: Plan, base: Base, coverage: npt.NDArray[np.float64], screen: Screen) -> tuple[str, int]:
@@ -114,12 +120,12 @@ def _choice(p: Plan, base: Base, coverage: npt.NDArray[np.float64], screen: Scre
     if path.exists():
         kept = json.loads(path.read_text("utf-8"))
     else:
-        kinds = LM_HEADS if o.lm_head == "auto" else (o.lm_head,)
+        kinds = (p.shape.lm_head,) if isinstance(p.shape, Layer) or o.lm_head != "auto" else LM_HEADS
         counts = choice.sizes(p.facts.n_vocab) if o.draft_vocab == "auto" else [p.n_draft]
         free = plan.available()
 
         def fits(lm_head: str, n_rows: int) -> bool:
-            size = plan.needs(replace(p.shape, lm_head=lm_head), o, p.layout, p.facts.n_vocab, n_rows)
+            size = plan.needs(_with(p.shape, lm_head), o, p.layout, p.facts.n_vocab, n_rows)
             return free is None or size.training < free + plan.resident()
 
         screen.say("measuring what heads cost here")
@@ -136,7 +142,7 @@ def _choice(p: Plan, base: Base, coverage: npt.NDArray[np.float64], screen: Scre
         said = [
             choice.why(prices, p.shape, best, coverage) if by_cost else choice.covered(best.n_rows, coverage)
         ]
-        said += [choice.compared(found, left)] if o.lm_head == "auto" else []
+        said += [choice.compared(found, left)] if len(kinds) > 1 else []
         kept = {"lm_head": best.lm_head, "n_rows": best.n_rows, "said": said}
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(kept), "utf-8")
