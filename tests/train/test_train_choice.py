@@ -45,13 +45,13 @@ def prices(us_per_row: float, cheaper: float = 1.0, n_heads: int = 3) -> Prices:
 
 def speed_by_hand(p: Prices, lm_head: str, n: int) -> float:
     """Tokens per second of the best chain of SHAPE, written out."""
-    a, b, c = (r * choice.KEPT[lm_head] * COVERAGE[n - 1] for r in choice.RIGHT["hydra"][:3])
+    a = choice.RIGHT["hydra"] * choice.KEPT[lm_head] * COVERAGE[n - 1]
     row, own = p.row[lm_head][0], p.row["own"][0]
     us = [5.0 + row * n + own * 64 * 2 * (i + 2) for i in range(3)]  # two matrices of (i + 2) 64 x 64
     return 1e6 * max(
         (1 + a) / (1100 + us[0]),
-        (1 + a + a * b) / (1200 + us[0] + us[1]),
-        (1 + a + a * b + a * b * c) / (1300 + sum(us)),
+        (1 + a + a**2) / (1200 + us[0] + us[1]),
+        (1 + a + a**2 + a**3) / (1300 + sum(us)),
     )
 
 
