@@ -89,14 +89,14 @@ def measure_prices(
             for key, heads in probes.items():
                 base.forget(0)
                 base.eval([int(rng.integers(base.n_vocab))], [0], [0])
-                row = []
+                took = []
                 for head in range(shape.n_heads):
                     path = rng.integers(0, base.n_vocab, (1, head + 1))
                     start = time.perf_counter()
                     heads.expand(head, hidden, path, min(K, key[1]))
-                    row.append((time.perf_counter() - start) * 1e6)
+                    took.append((time.perf_counter() - start) * 1e6)
                 if i > 0:  # graphs are new in the first round
-                    times[key].append(row)
+                    times[key].append(took)
             if i >= LEAST and time.perf_counter() - begin > seconds:
                 break
         base.forget(0)
