@@ -223,12 +223,9 @@ class _Reader:
                     heads.tensors.append((f"head.{i}.blk.{j}.{name}", tensor))
             if differ:
                 self.notes.append(f"the residual blocks of head {i} differ, so each is stored")
-            if one is not None:
-                pass
-            elif "weight" in head.output:
-                heads.tensors.append(
-                    (f"head.{i}.output.weight", self.expect(head.output["weight"], n_vocab, n_embd))
-                )
+            if "weight" in head.output:
+                own = self.expect(head.output["weight"], n_vocab, n_embd)
+                heads.tensors += [] if one else [(f"head.{i}.output.weight", own)]
             elif not self.shared:
                 raise self.missing(output_name.format(i=i, j=heads.n_blocks))
             if "bias" in head.output:

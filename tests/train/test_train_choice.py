@@ -16,13 +16,14 @@ torch.set_num_threads(1)  # xdist workers share the cores
 from entmtp.bank import Costs  # noqa: E402
 from entmtp.convert.draft_vocab import STEP  # noqa: E402
 from entmtp.models.base import read_base  # noqa: E402
-from entmtp.train import choice, price  # noqa: E402
-from entmtp.train.base import Base  # noqa: E402
-from entmtp.train.forecast import JUDGING, Rates, minutes, text_rate  # noqa: E402
+from entmtp.train import choice, forecast, plan, price  # noqa: E402
+from entmtp.train.base import Base, read_matrices  # noqa: E402
+from entmtp.train.forecast import JUDGING, Rates, minutes  # noqa: E402
 from entmtp.train.heads import Shape, initial  # noqa: E402
 from entmtp.train.options import Options  # noqa: E402
 from entmtp.train.plan import n_parameters  # noqa: E402
 from entmtp.train.price import LM_HEADS, Prices, measure_prices  # noqa: E402
+from helpers.training import SEQ_LEN  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -44,13 +45,13 @@ def prices(us_per_row: float, cheaper: float = 1.0, n_heads: int = 3) -> Prices:
 
 def speed_by_hand(p: Prices, lm_head: str, n: int) -> float:
     """Tokens per second of the best chain of SHAPE, written out."""
-    a, b, c = (r * choice.KEPT[lm_head] * COVERAGE[n - 1] for r in choice.RIGHT["hydra"][:3])
+    a = choice.RIGHT["hydra"] * choice.KEPT[lm_head] * COVERAGE[n - 1]
     row, own = p.row[lm_head][0], p.row["own"][0]
     us = [5.0 + row * n + own * 64 * 2 * (i + 2) for i in range(3)]  # two matrices of (i + 2) 64 x 64
     return 1e6 * max(
         (1 + a) / (1100 + us[0]),
-        (1 + a + a * b) / (1200 + us[0] + us[1]),
-        (1 + a + a * b + a * b * c) / (1300 + sum(us)),
+        (1 + a + a**2) / (1200 + us[0] + us[1]),
+        (1 + a + a**2 + a**3) / (1300 + sum(us)),
     )
 
 
@@ -153,7 +154,7 @@ def test_prices_of_a_model(base: Base, tmp_path: Path) -> None:
     base.forget(0)
 
 
-def test_forecast_of_the_stages(base: Base) -> None:
+def test_forecast_of_the_stages(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = Options(Path("m"), Path("h"), epochs=2.0, batch_tokens=1000, n_held_out=10, seq_len=100)
     writing, training = Rates(text=50.0, training=200.0).seconds(options, 10_000, n_done=4_000)
     assert writing == pytest.approx(6_000 / 50)
@@ -161,8 +162,20 @@ def test_forecast_of_the_stages(base: Base) -> None:
     whole = Rates(50.0, 200.0).preset(options, "quick")
     assert whole == Rates(50.0, 200.0).seconds(replace(options, n_tokens=350_000, epochs=2.0), 350_000)
     assert [minutes(s) for s in (30, 900, 7200)] == ["30 s", "15 min", "2.0 h"]
-    rate = text_rate(base, 8)
-    assert math.isfinite(rate) and rate > 0
+    # the clock stands at the number of passes: one second each
+    p = plan.make(Options(tiny, tmp_path / "h", n_tokens=3000, seq_len=SEQ_LEN, n_held_out=4, bf16=False))
+    with closing(Base(tiny, SEQ_LEN, n_threads=1)) as base:
+        passes = []
+        real = base.eval
+        monkeypatch.setattr(base, "eval", lambda *args: (passes.append(len(args[0])), real(*args))[1])
+        monkeypatch.setattr(forecast.time, "perf_counter", lambda: float(len(passes)))
+        rate = forecast.text_rate(p, base)
+        assert rate == pytest.approx(forecast.LATER * np.mean(passes[-forecast.N_PASSES :]), rel=0.3)
+        monkeypatch.undo()
+        embedding, output = map(torch.from_numpy, read_matrices(tiny))
+        assert 0 < forecast.training_rate(p, embedding, output) < math.inf
+        # nothing of it is left: the text begins as if it had not been
+        assert base.eval([5], [0], [0]).shape == (1, base.n_vocab)
 
 
 def test_rows_are_weighed_where_no_guess_pays() -> None:

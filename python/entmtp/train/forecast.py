@@ -12,17 +12,16 @@ import torch
 from .base import Base
 from .eagle3_loop import new_trainer
 from .evaluation import Teacher
+from .jobs import plan_jobs
 from .options import PRESETS, Options
 from .plan import Plan
-from .rows import rows_of
 from .states import States, Texts
+from .writing import write
 
-OF_PASSES = (
-    0.75  # so fast is text, measured against bare passes: prompts, sequences that end, longer contexts
-)
+LATER = 0.9  # of the speed at the beginning: contexts grow, and the last sequences stand alone
 JUDGING = 0.6  # a held-out token costs so much of one that is trained on
 PART = 2  # a step is timed on this part of a batch
-N_PASSES, SECONDS = 6, 3.0
+N_PASSES, SECONDS = 6, 4.0
 USUAL = 4096  # rows
 
 
@@ -47,22 +46,30 @@ class Rates:
         return self.seconds(o, o.n_tokens)
 
 
-def text_rate(base: Base, k: int) -> float:
-    """Tokens per second of text to come: passes over one token of every sequence."""
-    rng = np.random.default_rng(0)
-    seqs = list(range(base.n_seqs))
-    times: list[float] = []
-    begin = time.perf_counter()
-    for i in range(N_PASSES):
-        start = time.perf_counter()
-        logits = base.eval(rng.integers(0, base.n_vocab, base.n_seqs).tolist(), [i] * base.n_seqs, seqs)
-        rows_of(base.hidden(base.n_seqs), logits, k)
-        times.append(time.perf_counter() - start)
-        if i > 0 and time.perf_counter() - begin > SECONDS:
-            break
-    for seq in seqs:
+class _Enough(Exception):
+    """Enough was written."""
+
+
+def text_rate(p: Plan, base: Base) -> float:
+    """Tokens per second of text to come: its beginning is written, and forgotten again."""
+    o, written = p.options, 0
+    marks: list[tuple[float, int]] = []  # when there were so many tokens
+
+    def busy(n: int) -> None:
+        marks.append((time.perf_counter(), written + n))
+        if len(marks) > N_PASSES and marks[-1][0] - marks[0][0] > SECONDS:
+            raise _Enough
+
+    jobs = plan_jobs(p.data, base, p.n_tokens, o.n_held_out, o.temps, o.own, o.made_up, o.seed, o.raw)
+    try:
+        for sequence in write(base, jobs, 0, o.seed, p.layout.k, busy):
+            written += len(sequence.tokens)
+    except _Enough:
+        pass
+    for seq in range(base.n_seqs):
         base.forget(seq)
-    return OF_PASSES * base.n_seqs / float(np.median(times[1:]))  # graphs are new in the first
+    (begin, before), (end, after) = marks[1], marks[-1]  # graphs are new in the first
+    return LATER * (after - before) / (end - begin)
 
 
 def training_rate(p: Plan, embedding: torch.Tensor, output: torch.Tensor) -> float:

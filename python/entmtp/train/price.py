@@ -22,7 +22,7 @@ from ..convert.layout import Heads as HeadsFile
 from ..convert.writer import Origin, write_heads
 from ..measure.at_load import quick
 from ..models.base import BaseModel
-from ..models.formats.tensors import SourceTensor, Storage
+from ..models.formats.tensors import Rows, SourceTensor, Storage
 from ..native.heads import Heads
 from .base import Base
 from .heads import Shape
@@ -84,19 +84,19 @@ def measure_prices(
             for kind, n in times
         }
         costs = quick(base.llm)
-        begin, base_pos = time.perf_counter(), 0
+        begin = time.perf_counter()
         for i in range(MOST + 1):
             for key, heads in probes.items():
                 base.forget(0)
-                base.eval([int(rng.integers(base.n_vocab))], [base_pos], [0])
-                row = []
+                base.eval([int(rng.integers(base.n_vocab))], [0], [0])
+                took = []
                 for head in range(shape.n_heads):
                     path = rng.integers(0, base.n_vocab, (1, head + 1))
                     start = time.perf_counter()
                     heads.expand(head, hidden, path, min(K, key[1]))
-                    row.append((time.perf_counter() - start) * 1e6)
+                    took.append((time.perf_counter() - start) * 1e6)
                 if i > 0:  # graphs are new in the first round
-                    times[key].append(row)
+                    times[key].append(took)
             if i >= LEAST and time.perf_counter() - begin > seconds:
                 break
         base.forget(0)
@@ -124,7 +124,7 @@ def _probe(
         "shared": ["output.weight"],
         "base": [],
     }
-    tensors: list[tuple[str, SourceTensor | object]] = [
+    tensors: list[tuple[str, SourceTensor | Rows]] = [
         (name, SourceTensor(name, "float16", (n_rows, d), (1, 1), 0, 2, storage)) for name in names[lm_head]
     ]
     vocab = None if n_rows == facts.n_vocab else np.arange(n_rows, dtype=np.int64)

@@ -64,7 +64,7 @@ def train(options: Options, progress: bool = True) -> Acceptance:
     inputs = p.shape.inputs if isinstance(p.shape, Layer) else ()
     base = Base(options.model, options.seq_len, options.n_threads, options.n_gpu_layers, inputs)
     try:
-        rates = forecast.Rates(forecast.text_rate(base, p.layout.k), training)
+        rates = forecast.Rates(forecast.text_rate(p, base), training)
         stages.announce(p, without_base, rates, screen)
         texts, states = stages.write_text(p, base, screen)
         p, vocab = stages.choose_rows(p, base, texts, screen)
