@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..convert.draft_vocab import STEP
+from .eagle3 import Layer
 from .heads import Shape
 from .price import Prices
 
@@ -44,7 +45,7 @@ class Choice:
 
 
 def chains(
-    prices: Prices, shape: Shape, lm_head: str, n_rows: int, coverage: float
+    prices: Prices, shape: Shape | Layer, lm_head: str, n_rows: int, coverage: float
 ) -> list[tuple[float, float]]:
     """Of steps with a chain of one guess, two, ...: tokens that are foreseen, and microseconds."""
     right = RIGHT.get(shape.arch, RIGHT["hydra"]) * KEPT[lm_head] * coverage
@@ -59,14 +60,14 @@ def chains(
     return found
 
 
-def foreseen(prices: Prices, shape: Shape, lm_head: str, n_rows: int, coverage: float) -> float:
+def foreseen(prices: Prices, shape: Shape | Layer, lm_head: str, n_rows: int, coverage: float) -> float:
     """Tokens per second with the chain of the best length."""
     return max(1e6 * tokens / us for tokens, us in chains(prices, shape, lm_head, n_rows, coverage))
 
 
 def choose(
     prices: Prices,
-    shape: Shape,
+    shape: Shape | Layer,
     coverage: npt.NDArray[np.float64],
     lm_heads: Sequence[str],
     sizes: Sequence[int],
@@ -114,7 +115,7 @@ def covered(n_rows: int, coverage: npt.NDArray[np.float64]) -> str:
     return f"draft vocabulary: {n_rows} of {len(coverage)} tokens, {coverage[n_rows - 1]:.1%} of the text"
 
 
-def why(prices: Prices, shape: Shape, choice: Choice, coverage: npt.NDArray[np.float64]) -> str:
+def why(prices: Prices, shape: Shape | Layer, choice: Choice, coverage: npt.NDArray[np.float64]) -> str:
     """What the next rows would cost and bring, in one sentence."""
     n_vocab, n = len(coverage), choice.n_rows
     said = covered(n, coverage)

@@ -25,6 +25,7 @@ from ..models.base import BaseModel
 from ..models.formats.tensors import Rows, SourceTensor, Storage
 from ..native.heads import Heads
 from .base import Base
+from .eagle3 import Layer
 from .heads import Shape
 
 LM_HEADS = ("own", "shared", "base")
@@ -58,7 +59,7 @@ class Prices:
 def measure_prices(
     base: Base,
     facts: BaseModel,
-    shape: Shape,
+    shape: Shape | Layer,
     outtype: str,
     lm_heads: Sequence[str],
     seconds: float = SECONDS,

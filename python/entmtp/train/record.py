@@ -83,6 +83,7 @@ def read(p: Plan) -> Record:
         raise ModelError("--report tells of heads, not yet of an EAGLE-3 layer; leave --arch eagle3 out")
     checkpoints = sorted(p.work.glob("*/checkpoint.safetensors"), key=lambda path: path.stat().st_mtime)
     outfile, folder = p.outputs
+    assert folder is not None
     try:
         if checkpoints:
             return _interrupted(p, checkpoints[-1])
