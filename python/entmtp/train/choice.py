@@ -21,8 +21,8 @@ from .price import Prices
 MOST = 32_768  # rows that `auto` considers
 ALIKE = 0.02  # of the speed
 
-# Share of guesses that are right where those before were: with 0.41 a chain of four makes 1.675 tokens per step, as Hydra
-# heads of SmolLM2-135M-Instruct do; the others stand to it as the demo's heads do (docs/train.md)
+# Share of guesses that are right where those before were: with 0.41 a chain of four makes 1.675 tokens per step, as
+# Hydra heads of SmolLM2-135M-Instruct do; the others stand to it as the demo's heads do (docs/train.md)
 RIGHT = {"medusa": 0.29, "hydra": 0.41, "hydra++": 0.47}
 # of that with other projections, same text and steps (docs/train.md)
 KEPT = {"own": 1.0, "shared": 0.98, "base": 0.88}
