@@ -42,7 +42,7 @@ def cheapen(
                 f"{base.path}: the base model has no output projection of {base.n_vocab} tokens that heads could "
                 "share; leave --share-lm-head out"
             )
-        own = [t for name, t in tensors if name.endswith(".output.weight") and isinstance(t, SourceTensor)]
+        own = [t for name, t in tensors if _is_projection(name) and isinstance(t, SourceTensor)]
         differences = [difference(base, tensor) for tensor in own]
         known = [d for d in differences if d is not None]
         if len(known) < len(own):
@@ -56,16 +56,21 @@ def cheapen(
         tensors = [
             (name, t)
             for name, t in tensors
-            if not name.endswith(".output.weight") and not (name.endswith(".output.bias") and _is_zero(t))
+            if not _is_projection(name) and not (name.endswith(".output.bias") and _is_zero(t))
         ]
     ids = None
     if draft_vocab is not None:
         ids = check_vocab(draft_vocab, base)
         tensors = [
-            (name, Rows(t, ids) if ".output." in name and isinstance(t, SourceTensor) else t)
+            (name, Rows(t, ids) if "output" in name.split(".")[-2:] and isinstance(t, SourceTensor) else t)
             for name, t in tensors
         ]
     return replace(heads, tensors=tensors, notes=notes, draft_vocab=ids, shared_output=share_lm_head)
+
+
+def _is_projection(name: str) -> bool:
+    """Of a head, or of all."""
+    return name.split(".")[-2:] == ["output", "weight"]
 
 
 def _is_zero(tensor: SourceTensor | Rows) -> bool:
@@ -93,7 +98,7 @@ def difference(base: BaseModel, own: SourceTensor) -> float | None:
     if info is None:
         return None
     index = np.unique(np.linspace(0, base.n_vocab - 1, _N_COMPARED).astype(np.int64))
-    stored = np.memmap(base.path, np.uint8, "r", info.offset, (info.nbytes,)).reshape(base.n_vocab, -1)
+    stored = np.memmap(info.path, np.uint8, "r", info.offset, (info.nbytes,)).reshape(base.n_vocab, -1)
     try:
         theirs = quants.dequantize(_as_stored(stored[index], info.type), info.type).reshape(len(index), -1)
     except NotImplementedError:  # a type that the gguf package cannot read

@@ -45,17 +45,16 @@ class DraftVocab:
     source: str  # the text it was chosen by, in words
 
 
-def choose_vocab(
-    text: Sequence[int] | npt.NDArray[Any], n_vocab: int, size: int | None, source: str
-) -> DraftVocab:
-    """The most frequent tokens of a text.
+def ranked(
+    text: Sequence[int] | npt.NDArray[Any], n_vocab: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Tokens by their frequency in a text, and the share of unseen text that the first 1, 2, ... of them make up.
 
     Tokens that the text lacks follow those it has, lower ids first: merges of a byte-pair vocabulary are numbered by
     their frequency.
 
-    Args:
-        text: tokens.
-        size: how many to keep; None: the smallest multiple of STEP that covers COVERAGE of the tokens of unseen text.
+    Returns:
+        Tokens [n_vocab] and shares [n_vocab].
 
     Raises:
         ConvertError: a text too short to measure anything by.
@@ -69,13 +68,27 @@ def choose_vocab(
     half = np.arange(len(tokens)) // PIECE % 2
     counts = [np.bincount(tokens[half == h], minlength=n_vocab) for h in (0, 1)]
     curves = [np.cumsum(counts[1 - h][_by_frequency(counts[h])]) / counts[1 - h].sum() for h in (0, 1)]
-    curve = (curves[0] + curves[1]) / 2
+    return _by_frequency(counts[0] + counts[1]), (curves[0] + curves[1]) / 2
+
+
+def choose_vocab(
+    text: Sequence[int] | npt.NDArray[Any], n_vocab: int, size: int | None, source: str
+) -> DraftVocab:
+    """The most frequent tokens of a text, as `ranked` has them.
+
+    Args:
+        text: tokens.
+        size: how many to keep; None: the smallest multiple of STEP that covers COVERAGE of the tokens of unseen text.
+
+    Raises:
+        ConvertError: a text too short to measure anything by.
+    """
+    order, curve = ranked(text, n_vocab)
     if size is None:
         enough = int(np.searchsorted(curve, COVERAGE)) + 1
         size = -(-enough // STEP) * STEP
     size = min(size, n_vocab)
-    kept = np.sort(_by_frequency(counts[0] + counts[1])[:size])
-    return DraftVocab(kept, float(curve[size - 1]), source)
+    return DraftVocab(np.sort(order[:size]), float(curve[size - 1]), source)
 
 
 def _by_frequency(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

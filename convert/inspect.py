@@ -50,7 +50,7 @@ class HeadsFile:
     path: Path
     keys: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    parameters: dict[str, int]  # "head.0" ... and "prefix", where there is one
+    parameters: dict[str, int]  # "head.0" ..., and "prefix" and "output", where there is one
 
 
 class _Checker:
@@ -114,6 +114,9 @@ class _Checker:
         shared = self.keys.get(f"{arch}.shared_output", False)
         if not isinstance(shared, bool):
             raise self.fail(f"the key '{arch}.shared_output' is neither true nor false")
+        if not shared and "output.weight" in self.left:  # one for all heads
+            self.tensor("output.weight", n_embd, n_draft)
+            shared = True
         for i in range(n_heads):
             self.head(i, n_embd, n_draft, n_blocks, grounded, shared)
         if prefix:
@@ -174,7 +177,8 @@ def inspect_heads(path: str | os.PathLike[str]) -> HeadsFile:
     parameters: dict[str, int] = {}
     for name, info in header.tensors.items():
         if name != "d2t":
-            owner = ".".join(name.split(".")[:2]) if name.startswith("head.") else "prefix"
+            first, second = name.split(".")[:2]
+            owner = f"{first}.{second}" if first == "head" else first
             parameters[owner] = parameters.get(owner, 0) + prod(info.shape)
     return HeadsFile(path, header.keys, header.tensors, parameters)
 
@@ -185,11 +189,11 @@ def projections(heads: HeadsFile) -> str:
     n_vocab = heads.keys[f"{arch}.vocab_size"]
     n_draft = heads.tensors["d2t"].shape[0] if "d2t" in heads.tensors else n_vocab
     drafted = f"all {n_vocab:,} tokens" if n_draft == n_vocab else f"{n_draft:,} of {n_vocab:,} tokens"
-    owner = (
-        "the base model's projection"
-        if heads.keys.get(f"{arch}.shared_output")
-        else "projections of their own"
-    )
+    owner = "projections of their own"
+    if heads.keys.get(f"{arch}.shared_output"):
+        owner = "the base model's projection"
+    elif "output.weight" in heads.tensors:
+        owner = "one projection for all heads"
     return f"drafts {drafted} with {owner}\n"
 
 

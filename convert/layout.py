@@ -180,9 +180,20 @@ class _Reader:
                 f"{base.n_vocab}; {mend}"
             )
 
+    def one_projection(self, n_heads: int) -> SourceTensor | None:
+        """The projection of all heads, if they have several and these are equal."""
+        weights = [self.heads[i].output.get("weight") for i in range(n_heads)]
+        first, *others = weights
+        if first is None or not others:
+            return None
+        return first if all(t is not None and equal(first, t) for t in others) else None
+
     def emit(self, heads: Heads, block_name: str, output_name: str) -> None:
         """Check all tensors of all heads and add them to `heads`, a repeated block once."""
         n_embd, n_vocab = self.base.n_embd, self.base.n_vocab
+        one = self.one_projection(heads.n_heads)
+        if one is not None:
+            heads.tensors.append(("output.weight", self.expect(one, n_vocab, n_embd)))
         for i in range(heads.n_heads):
             head = self.heads[i]
             last: dict[str, SourceTensor] = {}
@@ -213,9 +224,8 @@ class _Reader:
             if differ:
                 self.notes.append(f"the residual blocks of head {i} differ, so each is stored")
             if "weight" in head.output:
-                heads.tensors.append(
-                    (f"head.{i}.output.weight", self.expect(head.output["weight"], n_vocab, n_embd))
-                )
+                own = self.expect(head.output["weight"], n_vocab, n_embd)
+                heads.tensors += [] if one else [(f"head.{i}.output.weight", own)]
             elif not self.shared:
                 raise self.missing(output_name.format(i=i, j=heads.n_blocks))
             if "bias" in head.output:

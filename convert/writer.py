@@ -126,7 +126,7 @@ def write_heads(
         writer = GGUFWriter(temporary, heads.arch)
         try:
             _add_keys(writer, heads, origin, base, int(file_type))
-            _add_provenance(writer, provenance or {})
+            add_provenance(writer, provenance or {})
             if heads.draft_vocab is not None:
                 shape = heads.draft_vocab.shape
                 writer.add_tensor_info("d2t", shape, np.dtype(np.int64), heads.draft_vocab.nbytes)
@@ -192,7 +192,8 @@ def _add_keys(writer: GGUFWriter, heads: Heads, origin: Origin, base: BaseModel,
         writer.add_uint32("hydra.feed_forward_length", heads.prefix.n_ff)
 
 
-def _add_provenance(writer: GGUFWriter, provenance: Mapping[str, Value]) -> None:
+def add_provenance(writer: GGUFWriter, provenance: Mapping[str, Value]) -> None:
+    """Keys `entmtp.train.<name>`."""
     for name, value in provenance.items():
         if not re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)*", name):
             raise ConvertError(

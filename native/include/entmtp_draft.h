@@ -33,6 +33,13 @@ ENTMTP_API double entmtp_draft_model_cost(const struct entmtp_draft_model * draf
 // serves no other. NULL: none does.
 ENTMTP_API int32_t entmtp_decoder_set_draft_model(struct entmtp_decoder * dec, struct entmtp_draft_model * draft);
 
+// What an EAGLE-3 layer is trained on: the inputs of a layer of the model, which this context gives with every pass from now
+// on. The model's graph must have them (llama's has).
+ENTMTP_API int32_t entmtp_follow_layer(struct llama_context * ctx, int32_t layer);
+
+// those of the last pass over tokens, of a layer that was followed then: [n_tokens][n_embd] in the order of its batch
+ENTMTP_API const float * entmtp_layer_inputs(struct llama_context * ctx, int32_t layer);
+
 #ifdef __cplusplus
 }
 #endif

@@ -4,6 +4,9 @@
 
 #include "entmtp_draft.h"
 
+#include "../src/llama-ext.h" // inputs of layers: C++ only so far
+#include "llama.h"
+
 using entmtp::fail;
 using entmtp::guarded;
 
@@ -37,4 +40,18 @@ int32_t entmtp_decoder_set_draft_model(entmtp_decoder * dec, entmtp_draft_model 
         d.set_draft_model(draft ? &draft->impl : nullptr);
         return (int32_t) ENTMTP_OK;
     });
+}
+
+int32_t entmtp_follow_layer(llama_context * ctx, int32_t layer) {
+    return guarded([&] {
+        if (!ctx || layer < 0 || layer >= llama_model_n_layer(llama_get_model(ctx))) {
+            return fail("no context, or the model has no such layer");
+        }
+        llama_set_embeddings_layer_inp(ctx, (uint32_t) layer, true);
+        return (int32_t) ENTMTP_OK;
+    });
+}
+
+const float * entmtp_layer_inputs(llama_context * ctx, int32_t layer) {
+    return llama_get_embeddings_layer_inp(ctx, (uint32_t) layer);
 }

@@ -128,7 +128,7 @@ struct heads::loader {
     std::vector<int32_t> d2t_ids;               // empty: all tokens
 
     const ggml_tensor * base_output  = nullptr; // the base model's projection, if it is shared
-    ggml_tensor *       output       = nullptr; // what the heads then multiply with
+    ggml_tensor *       output       = nullptr; // what the heads multiply with, if it is one for all
     bool                copy_output  = false;   // it is a copy
     const ggml_tensor * embd_to_copy = nullptr; // the base model's, where the heads' device cannot read them
 
@@ -251,11 +251,17 @@ struct heads::loader {
         h.d2t = ggml_new_tensor_2d(h.ctx_weights.get(), GGML_TYPE_I32, 1, h.n_draft);
     }
 
-    // the projection, where it is the base model's
+    // the projection, where it is the base model's, or one for all heads
     void share_projection() {
         h.select = false;
+
+        const bool for_all = file.tensor("output.weight") != nullptr;
         if (!file.flag(arch + ".shared_output")) {
+            output = for_all ? get("output.weight", h.n_embd, h.n_draft) : nullptr;
             return;
+        }
+        if (for_all) {
+            file.fail(" says that the base model's projection is shared, and has a tensor output.weight");
         }
         base_output    = base_projection(model, h.n_embd, h.n_vocab);
         const auto how = choose_sharing(base_output, h.backend.get(), d2t_ids);
@@ -296,7 +302,9 @@ struct heads::loader {
                 layer.blocks.push_back(block);
             }
             if (output && file.tensor(p + "output.weight")) {
-                file.fail(" says that the base model's projection is shared, and has a tensor " + p + "output.weight");
+                file.fail(std::string(base_output ? " says that the base model's projection is shared"
+                                                  : " has one projection for all heads, output.weight") +
+                          ", and has a tensor " + p + "output.weight");
             }
             layer.output      = output ? output : get(p + "output.weight", h.n_embd, h.n_draft);
             layer.output_bias = get(p + "output.bias", h.n_draft, 1, true);

@@ -40,7 +40,7 @@ static std::vector<float> reference(const tiny::file & f, int32_t i, int32_t n_b
         }
     }
 
-    std::vector<float> res = matmul(f.values.at(p + "output.weight"), x);
+    std::vector<float> res = matmul(f.values.at((f.values.count("output.weight") ? "" : p) + "output.weight"), x);
     if (f.values.count(p + "output.bias")) {
         for (size_t k = 0; k < res.size(); ++k) {
             res[k] += f.values.at(p + "output.bias")[k];
@@ -62,6 +62,7 @@ static void test_logits() {
             o.grounded         = kind == 2;
             o.n_blocks         = n_blocks;
             o.bias             = n_blocks % 2;
+            o.one              = n_blocks == 2 || kind == 2;
             const tiny::file f = tiny::make_heads(o);
             const heads_ptr  h = load(f.write(dir / "heads.gguf"));
             CHECK(h);

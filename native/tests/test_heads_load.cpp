@@ -226,6 +226,33 @@ static void test_wrong_sharing() {
     };
     refused("neither shared nor its own", o, { "has no tensor head.0.output.weight" });
 
+    o.change = [](tiny::file & f) {
+        f.set("medusa.shared_output", true);
+        f.add("output.weight", GGML_TYPE_F32, tiny::n_embd, tiny::n_vocab, 1.0f);
+    };
+    refused("the base model's and one for all heads", o, { "shared", "has a tensor output.weight" });
+
+    o        = {};
+    o.one    = true;
+    o.change = [](tiny::file & f) {
+        f.add("head.1.output.weight", GGML_TYPE_F32, tiny::n_embd, tiny::n_vocab, 1.0f);
+    };
+    refused("one for all heads and another", o, { "one projection for all heads", "head.1.output.weight" });
+    o.change = nullptr;
+    o.skip   = { "output.weight" };
+    refused("the one for all heads is missing", o, { "has no tensor head.0.output.weight" });
+    o     = {};
+    o.one = true;
+    o.d2t = { 5, 1, 2 };
+    CHECK(load(o));
+    o.d2t    = {};
+    o.change = [](tiny::file & f) {
+        f.add_raw<int64_t>("d2t", GGML_TYPE_I64, { 8 }, { 1, 2, 3, 4, 5, 6, 7, 8 });
+    };
+    refused("a d2t that does not fit the one for all heads", o, { "tensor output.weight has shape" });
+
+    o        = {};
+    o.shared = true;
     o.change = nullptr;
     o.bias   = true;
     o.d2t    = { 1, 2, 3 };

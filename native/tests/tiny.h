@@ -204,6 +204,7 @@ struct head_options {
     bool      equal    = false;         // all blocks of a head are equal
     bool      bias     = false;         // of the output
     bool      shared   = false;         // no projections: the base model's
+    bool      one      = false;         // one projection for all heads
     ggml_type type     = GGML_TYPE_F32; // of the matrices
 
     std::vector<int64_t> d2t;           // empty: the whole vocabulary
@@ -262,12 +263,15 @@ inline file make_heads(const head_options & o, uint32_t seed = 2) {
                 add(b + "res.bias", GGML_TYPE_F32, n_embd, 1, s);
             }
         }
-        if (!o.shared) {
+        if (!o.shared && !o.one) {
             add(p + "output.weight", o.type, n_embd, n_draft, 2.0f * s);
         }
         if (o.bias) {
             add(p + "output.bias", GGML_TYPE_F32, n_draft, 1, s);
         }
+    }
+    if (o.one) {
+        add("output.weight", o.type, n_embd, n_draft, 2.0f * s);
     }
     if (!o.d2t.empty()) {
         f.add_raw("d2t", GGML_TYPE_I64, { n_draft }, o.d2t);

@@ -26,7 +26,7 @@ COMMANDS = {
     "convert": Command("convert", "turn published Medusa or Hydra heads into a heads file",
                        "entmtp convert hf:owner/heads --base model.gguf"),
     "train": Command("train", "train heads for your own model",
-                     "entmtp train --model model.gguf --arch hydra -o heads.gguf"),
+                     "entmtp train --model model.gguf --preset quick -o heads.gguf"),
     "tune": Command("tune", "find trees for your task, model and machine",
                     "entmtp tune --model model.gguf --heads heads.gguf --prompts my.jsonl"),
     "bench": Command("bench", "measure plain decoding, static trees and EntMTP side by side",

@@ -78,6 +78,38 @@ def test_shared_projection_is_left_out(tmp_path, checkpoint, base, ids, capsys):
     assert "note: these heads have projections of their own" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("ids", [None, IDS])
+@pytest.mark.parametrize("kind", ["medusa", "hydra", "hydra++"])
+def test_equal_projections_are_stored_once(tmp_path, base, kind, ids, capsys):
+    state, config = LAYOUTS[kind]
+    names = [n for n, a in state.items() if a.shape == (N_VOCAB, N_EMBD) and "embed" not in n]
+    assert len(names) == 3
+    one = state | dict.fromkeys(names, state[names[0]])
+    full = read_heads(
+        convert(write_checkpoint(tmp_path / "a", state, config), base, tmp_path / "a.gguf").outfile
+    )
+    folder = write_checkpoint(tmp_path / "b", one, config)
+    out = convert(folder, base, tmp_path / "b.gguf", draft_vocab=ids).outfile
+    heads = read_heads(out)
+    first = full.tensors["head.0.output.weight"]
+    np.testing.assert_array_equal(
+        heads.tensors["output.weight"], first if ids is None else first[sorted(ids)]
+    )
+    assert not any(name.endswith(".output.weight") for name in heads.tensors)
+    inspect_heads(out)
+    assert main(["--inspect", str(out)]) == 0
+    assert "one projection for all heads" in capsys.readouterr().out
+    # all but one equal: each is stored
+    almost = one | {names[2]: state[names[2]]}
+    heads = read_heads(
+        convert(write_checkpoint(tmp_path / "c", almost, config), base, tmp_path / "c.gguf").outfile
+    )
+    assert {f"head.{i}.output.weight" for i in range(3)} <= set(heads.tensors)
+    # and left out with the base's
+    out = convert(folder, base, tmp_path / "d.gguf", share_lm_head=True).outfile
+    assert not any(name.split(".")[-2:] == ["output", "weight"] for name in read_heads(out).tensors)
+
+
 @pytest.mark.parametrize("type", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
 def test_no_note_about_heads_trained_to_share(tmp_path, type):
     """Their checkpoint holds the base's projection before it was quantised."""

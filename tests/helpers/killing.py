@@ -222,7 +222,7 @@ def _train(folder: Path) -> list[object]:
     return _module(
         "train", "--model", model_path("llama"), "-o", folder / "heads.gguf", "--arch", "medusa", "--tokens", 3000,
         "--seq-len", 64, "--epochs", 6, "--batch-tokens", 256, "--save-every", 10, "--held-out", 6, "--threads", 1,
-        "--outtype", "f32", "--resume",
+        "--outtype", "f32", "--draft-vocab", "all", "--lm-head", "own", "--resume",
     )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class Spec:
     )
     nextn: int = 0  # prediction layers
     tied: bool = False  # the embeddings are the output projection, too
+    n_vocab: int = N_VOCAB
     types: tuple[
         tuple[str, str], ...
     ] = ()  # of matrices by a part of their names, the first that fits; else f32
@@ -127,10 +128,10 @@ class Weights:
         self.writer.add_tensor(name, rng.normal(0.0, 0.3, shape).astype(np.float32))
 
 
-def add_vocab(w: gguf.GGUFWriter) -> None:
+def add_vocab(w: gguf.GGUFWriter, n_vocab: int = N_VOCAB) -> None:
     tokens = [*byte_tokens(), "th", "<|end|>"]
     kinds = [gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL]
-    while len(tokens) < N_VOCAB:
+    while len(tokens) < n_vocab:
         tokens.append(f"<|{len(tokens)}|>")
         kinds.append(gguf.TokenType.UNUSED)
     w.add_tokenizer_model("gpt2")
@@ -212,10 +213,10 @@ def _add_mamba(w: gguf.GGUFWriter, t: Weights, s: Spec, prefix: str) -> None:
     t.normal(f"{prefix}.ssm_out.weight", s.n_embd, d_inner)
 
 
-def write_model(path: Path, spec: Spec, seed: int = 1) -> Path:
-    """Write a model of shape `spec` to `path`."""
+def write_model(path: Path, spec: Spec, seed: int = 1, split: int = 0) -> Path:
+    """Write a model of shape `spec` to `path`, or with `split` tensors in each part; returns the file, or the first."""
     s = spec
-    w = gguf.GGUFWriter(path, s.arch)
+    w = gguf.GGUFWriter(path, s.arch, split_max_tensors=split)
     t = Weights(w, seed, s.types)
 
     w.add_name(f"random {s.arch}")
@@ -224,8 +225,8 @@ def write_model(path: Path, spec: Spec, seed: int = 1) -> Path:
     w.add_block_count(s.n_layer + s.nextn)
     w.add_feed_forward_length(s.n_ff)
     w.add_layer_norm_rms_eps(1e-6)
-    w.add_vocab_size(N_VOCAB)
-    add_vocab(w)
+    w.add_vocab_size(s.n_vocab)
+    add_vocab(w, s.n_vocab)
     if s.arch == "mamba":
         w.add_head_count(0)
         w.add_ssm_conv_kernel(4)
@@ -261,10 +262,10 @@ def write_model(path: Path, spec: Spec, seed: int = 1) -> Path:
         w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
 
     # embeddings of size 1, except where the architecture scales them itself
-    t.normal("token_embd.weight", N_VOCAB, s.n_embd, gain=1.0 if s.arch == "gemma3" else s.n_embd**0.5)
+    t.normal("token_embd.weight", s.n_vocab, s.n_embd, gain=1.0 if s.arch == "gemma3" else s.n_embd**0.5)
     t.norm("output_norm.weight", s.n_embd)
     if not s.tied:
-        t.normal("output.weight", N_VOCAB, s.n_embd, gain=2.0)
+        t.normal("output.weight", s.n_vocab, s.n_embd, gain=2.0)
     for i in range(s.n_layer + s.nextn):
         prefix = f"blk.{i}"
         if i >= s.n_layer:
@@ -283,7 +284,7 @@ def write_model(path: Path, spec: Spec, seed: int = 1) -> Path:
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
-    return path
+    return next(path.parent.glob(f"{path.stem}-00001-of-*.gguf")) if split else path
 
 
 @functools.cache

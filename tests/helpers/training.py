@@ -15,6 +15,16 @@ from entmtp.train.text import gather
 
 SEQ_LEN = 64  # of the tiny model's sequences
 
+TINY = (
+    "--tokens", "3000", "--seq-len", "64", "--held-out", "6", "--batch-tokens", "300", "--heads", "2",
+    "--draft-vocab", "all", "--lm-head", "own",
+)  # fmt: skip
+
+
+def arguments(model: Path, outfile: Path, *more: str) -> list[str]:
+    """A command line of the trainer for a tiny model."""
+    return ["--model", str(model), "-o", str(outfile), "--threads", "1", *TINY, *more]
+
 
 def opened(*args: Any, **settings: Any) -> Any:
     """A model, closed at the end of a block."""

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,13 @@ import entmtp  # noqa: E402
 from entmtp.bank.bank import Bank  # noqa: E402
 from entmtp.bank.tree import PLAIN, Tree  # noqa: E402
 from entmtp.convert import convert  # noqa: E402
+from entmtp.train import choice, plan, stages  # noqa: E402
 from entmtp.train.cli import main  # noqa: E402
 from helpers.disks import in_small_disk, need_mount  # noqa: E402
-from helpers.models import write_encoder  # noqa: E402
+from helpers.models import SPECS, write_encoder, write_model  # noqa: E402
+from helpers.training import arguments  # noqa: E402
 
 pytestmark = pytest.mark.torch
-
-TINY = ("--tokens", "3000", "--seq-len", "64", "--held-out", "6", "--batch-tokens", "300", "--heads", "2")
-
-
-def arguments(model: Path, outfile: Path, *more: str) -> list[str]:
-    return ["--model", str(model), "-o", str(outfile), "--threads", "1", *TINY, *more]
 
 
 def start(model: Path, outfile: Path, *more: str) -> subprocess.Popen[str]:
@@ -105,16 +102,69 @@ def test_training_helps(models: dict[str, Path], tmp_path: Path, capsys: pytest.
     outfile = tmp_path / "heads.gguf"
     argv = [
         "--model", str(models["q8_0"]), "-o", str(outfile), "--arch", "hydra", "--threads", "1", "--tokens", "16k",
-        "--held-out", "12", "--seq-len", "128", "--batch-tokens", "512", "--epochs", "2",
+        "--held-out", "12", "--seq-len", "128", "--batch-tokens", "512", "--epochs", "2", "--draft-vocab", "all",
+        "--lm-head", "own",
     ]  # fmt: skip
     assert main(argv) == 0
     chain = float(gguf.GGUFReader(outfile).fields["entmtp.train.chain"].contents())
     assert chain > 1.2
 
 
+@pytest.mark.parametrize("arch", ["medusa", "hydra"])
+def test_projections_of_every_kind(
+    tiny: Path, tmp_path: Path, arch: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each head's own, one for all, and the base's: what the file holds, what the screen counts, and they draft. The
+    same text and states serve all."""
+    outfile, work = tmp_path / "heads.gguf", tmp_path / "work"
+    options = ("--work", str(work), "--keep-work", "--arch", arch, "--epochs", "1", "--draft-vocab", "64")
+    n_blocks = 2 * 64 * 65 if arch == "medusa" else 2 * 64 * (128 + 1 + 192 + 1)
+    bias = 0 if arch == "medusa" else 2 * 64
+    settings: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    wide = Bank("wide", (PLAIN, Tree.from_paths("wide", [[i] for i in range(48)])))
+    with closing(entmtp.Llama(tiny, **settings)) as llm:
+        plain = list(islice(llm.generate([5, 6, 7], temp=0.0), 40))
+    written = None
+    for lm_head, projections, n in (
+        ("own", {"head.0.output.weight", "head.1.output.weight"}, n_blocks + bias + 2 * 64 * 64),
+        ("shared", {"output.weight"}, n_blocks + bias + 64 * 64),
+        ("base", set(), n_blocks),
+    ):
+        capsys.readouterr()
+        assert main(arguments(tiny, outfile, *options, "--lm-head", lm_head)) == 0
+        assert f"training {n / 1e6:.1f}M parameters" in capsys.readouterr().err
+        found = tensors(outfile)
+        assert {name for name in found if name.endswith("output.weight")} == projections
+        assert found["d2t"].shape == (64,)
+        assert gguf.GGUFReader(outfile).fields["entmtp.train.lm_head"].contents() == lm_head
+        drafting = {"draft": "entmtp", "heads": outfile, "policy": "static", "trees": wide}
+        with closing(entmtp.Llama(tiny, **settings, **drafting)) as llm:
+            assert list(islice(llm.generate([5, 6, 7], temp=0.0), 40)) == plain
+            assert llm.draft_stats.n_drafted > 0
+        times = {p.name: p.stat().st_mtime_ns for p in work.glob("text-*")}
+        assert written is None or times == written, "the text was written again"
+        written = times
+
+
+def test_another_draft_vocabulary_uses_the_same_text(tiny: Path, tmp_path: Path) -> None:
+    outfile, work = tmp_path / "heads.gguf", tmp_path / "work"
+    options = ("--work", str(work), "--keep-work", "--epochs", "1")
+    written = None
+    for vocab in ("100", "64", "auto"):
+        assert main(arguments(tiny, outfile, *options, "--draft-vocab", vocab)) == 0
+        times = {p.name: p.stat().st_mtime_ns for p in [*work.glob("text-*"), *work.glob("states.hidden")]}
+        assert written is None or times.keys() == written.keys()
+        assert (
+            all(times[name] == written[name] for name in times if name.startswith("text"))
+            if written
+            else times
+        )
+        written = times
+
+
 def test_draft_vocabulary_and_shared_projection(tiny: Path, tmp_path: Path) -> None:
     outfile = tmp_path / "heads.gguf"
-    assert main(arguments(tiny, outfile, "--draft-vocab", "100", "--share-lm-head", "--epochs", "1")) == 0
+    assert main(arguments(tiny, outfile, "--draft-vocab", "100", "--lm-head", "base", "--epochs", "1")) == 0
     found = tensors(outfile)
     assert found["d2t"].shape == (100,)
     assert not any("output" in name for name in found)
@@ -166,6 +216,95 @@ def test_killed_at_any_point_and_resumed(tiny: Path, tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert np.array_equal(value, theirs[name]), name
+
+
+STAGES = {  # where the run is stopped: what it had begun then is done anew, and nothing else
+    "before the text": "plan_jobs", "before the draft vocabulary": "choose_rows", "before the training": "Trainer",
+    "before the files": "write_files", "among the files": "export",
+}  # fmt: skip
+
+
+def test_resumed_after_any_stage(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The heads are those of an undisturbed training, and what was measured of the machine is not measured again."""
+    options = ("--epochs", "2", "--outtype", "f32", "--draft-vocab", "auto", "--lm-head", "auto")
+
+    def stop(*args: Any, **more: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def fixed(*args: Any, **more: Any) -> Any:
+        measured.append(1)
+        return real(*args, **more)
+
+    measured: list[int] = []
+    real = stages.measure_prices
+    stopped = tmp_path / "stopped.gguf"
+    monkeypatch.setattr(stages, "measure_prices", fixed)
+    for name in STAGES.values():
+        with monkeypatch.context() as m:
+            m.setattr(stages, name, stop)
+            assert main(arguments(tiny, stopped, *options, "--resume")) == 130, name
+        assert not stopped.exists()
+    assert main(arguments(tiny, stopped, *options, "--resume")) == 0
+    assert len(measured) == 1
+    calm = tmp_path / "calm.gguf"
+    ours = tensors(stopped)
+    lm_head = gguf.GGUFReader(stopped).fields["entmtp.train.lm_head"].contents()
+    vocab = str(len(ours["d2t"])) if "d2t" in ours else "all"
+    given = ("--draft-vocab", vocab, "--lm-head", lm_head)
+    assert main(arguments(tiny, calm, "--epochs", "2", "--outtype", "f32", *given)) == 0
+    theirs = tensors(calm)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert np.array_equal(value, theirs[name]), name
+
+
+def test_split_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model of several files: the same heads as of one."""
+    whole = write_model(tmp_path / "whole.gguf", SPECS["llama"])
+    first = write_model(tmp_path / "parts.gguf", SPECS["llama"], split=1)
+    assert first.name.startswith("parts-00001-of-000")
+    options = ("--epochs", "1", "--outtype", "f32", "--draft-vocab", "100")
+    found = []
+    for model in (whole, first):
+        out = tmp_path / f"{model.stem}.heads.gguf"
+        assert main(arguments(model, out, *options)) == 0
+        found.append(tensors(out))
+    assert found[0].keys() == found[1].keys()
+    assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])
+    last = sorted(tmp_path.glob("parts-*"))[-1]
+    last.unlink()
+    said = failed(capsys, *arguments(first, tmp_path / "no.gguf"))
+    assert f"{last.name} is missing" in said
+
+
+@pytest.mark.slow
+def test_a_large_tied_vocabulary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gemma 3's shape and vocabulary: memory is said first, by default few rows are trained, and all of them only where
+    there is room."""
+    spec = replace(SPECS["gemma3"], n_vocab=262_144, tied=True, types=(("token_embd", "Q8_0"),))
+    model = write_model(tmp_path / "gemma.gguf", spec)
+    out = tmp_path / "heads.gguf"
+    argv = [
+        "--model", str(model), "-o", str(out), "--threads", "1", "--tokens", "1200", "--seq-len", "64",
+        "--held-out", "4", "--batch-tokens", "300", "--heads", "4", "--epochs", "1",
+    ]  # fmt: skip
+    monkeypatch.setattr(plan, "available", lambda: 1_000_000_000)
+    # four times 262,144 rows of 64, 16 bytes each in training, are more
+    said = failed(capsys, *argv, "--draft-vocab", "all", "--lm-head", "own")
+    assert re.search(r"training takes 1\.\d GB of memory and 1\.0 GB are free; give --draft-vocab auto", said)
+    assert main(argv) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"memory: at most \d+ MB", said.split("text :")[0])
+    rows = int(re.findall(r"draft vocabulary: (\d+) of 262144 tokens", said)[0])
+    found = tensors(out)
+    assert len(found["d2t"]) == rows <= choice.MOST
+    with closing(entmtp.Llama(model, n_ctx=128, n_threads=1, verbose=False)) as llm:
+        plain = list(islice(llm.generate([5, 6, 7], temp=0.0), 20))
+    drafting: dict[str, Any] = {"draft": "entmtp", "heads": out, "drafters": "heads", "calibrate": False}
+    with closing(entmtp.Llama(model, n_ctx=128, n_threads=1, verbose=False, **drafting)) as llm:
+        assert list(islice(llm.generate([5, 6, 7], temp=0.0), 20)) == plain
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGINT to send on Windows")
@@ -263,7 +402,9 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in (
         [], ["--model", "m.gguf"], ["--model", "m", "-o", "h", "--temps", "x"],
         ["--model", "m", "-o", "h", "--tokens", "many"], ["--model", "m", "-o", "h", "--own", "2"],
-        ["--model", "m", "-o", "h", "--outtype", "q3"], ["--model", "m", "-o", "h", "--resume", "--restart"],
+        ["--model", "m", "-o", "h", "--preset", "fast"], ["--model", "m", "-o", "h", "--json"],
+        ["--model", "m", "-o", "h", "--lm-head", "one"], ["--model", "m", "-o", "h", "--outtype", "q3"],
+        ["--model", "m", "-o", "h", "--resume", "--restart"],
     ):  # fmt: skip
         with pytest.raises(SystemExit) as e:
             main(argv)
@@ -361,7 +502,7 @@ def test_disk_and_memory_are_as_said(models: dict[str, Path], tmp_path: Path, ar
     argv = [
         "--model", str(models["q8_0"]), "-o", str(tmp_path / "heads.gguf"), "--arch", arch, "--threads", "1",
         "--tokens", "20k", "--held-out", "12", "--seq-len", "256", "--epochs", "1", "--work", str(work), "--keep-work",
-        "--save-every", "2",
+        "--save-every", "2", "--draft-vocab", "all", "--lm-head", "own",
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", PEAK, *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from entmtp.train import Options
-from entmtp.train.options import Settings, options_of, setup_arg_parser
+from entmtp.train.options import PRESETS, Settings, options_of, setup_arg_parser
+from entmtp.train.options import parse as parse_line
 
 NEEDED = ("--model", "m.gguf", "-o", "h.gguf")
 
@@ -16,7 +17,7 @@ NEEDED = ("--model", "m.gguf", "-o", "h.gguf")
 FLAGS = {
     "--torch-dir": ("torch_folder", "folder", Path("folder")), "--outtype": ("outtype", "q4_0", "q4_0"),
     "--arch": ("arch", "medusa", "medusa"), "--heads": ("n_heads", "2", 2), "--layers": ("n_layers", "3", 3),
-    "--draft-vocab": ("draft_vocab", "100", 100), "--share-lm-head": ("share_lm_head", None, True),
+    "--draft-vocab": ("draft_vocab", "100", 100), "--lm-head": ("lm_head", "shared", "shared"),
     "--data": ("data", "a.txt", ("a.txt",)), "--tokens": ("n_tokens", "500k", 500_000),
     "--seq-len": ("seq_len", "64", 64), "--own": ("own", "0.5", 0.5), "--temps": ("temps", "0,1", (0.0, 1.0)),
     "--raw": ("raw", None, True), "--made-up": ("made_up", "0.25", 0.25),
@@ -62,6 +63,20 @@ def test_all_fields_are_flags() -> None:
     }  # fmt: skip
     text = setup_arg_parser().format_help()
     assert all(f"  {flag}" in text for flag in FLAGS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name: str, model: Path) -> None:
+    """A preset is its options; those given beside it are preferred, wherever they stand."""
+    expected = Options(model, Path("h.gguf"), **PRESETS[name])
+    assert options_of(parse_line([*NEEDED, "--preset", name])) == expected != parse()
+    own = parse_line(["--tokens", "5k", *NEEDED, "--preset", name, "--arch", "medusa"])
+    assert options_of(own) == replace(expected, n_tokens=5000, arch="medusa")
+
+
+def test_the_name_of_before(model: Path) -> None:
+    assert parse("--share-lm-head").lm_head == "base"
+    assert parse("--draft-vocab", "all").draft_vocab is None and parse().draft_vocab == "auto"
 
 
 def test_the_loops_part(model: Path) -> None:

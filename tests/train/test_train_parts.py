@@ -20,7 +20,7 @@ from entmtp.train import heads as train_heads  # noqa: E402
 from entmtp.train import loss as train_loss  # noqa: E402
 from entmtp.train.base import Base, read_matrices  # noqa: E402
 from entmtp.train.data import Data  # noqa: E402
-from entmtp.train.evaluation import Teacher, acceptance, ranks_of  # noqa: E402
+from entmtp.train.evaluation import HeldOut, Teacher, acceptance, held_out, judge  # noqa: E402
 from entmtp.train.export import export, rounded  # noqa: E402
 from entmtp.train.heads import Shape, before_projection, initial, prefix_layer  # noqa: E402
 from entmtp.train.jobs import plan_jobs  # noqa: E402
@@ -34,9 +34,9 @@ pytestmark = pytest.mark.torch
 ARCHS = ("medusa", "hydra", "hydra++")
 
 
-def shape_of(arch: str, share: bool = False, n_layers: int = 2, n_embd: int = 64) -> Shape:
+def shape_of(arch: str, lm_head: str = "own", n_layers: int = 2, n_embd: int = 64) -> Shape:
     return Shape(
-        arch, 3, n_layers, n_embd, share, n_head=4, n_head_kv=2, n_ff=96, rms_eps=1e-5, rope_base=10000.0
+        arch, 3, n_layers, n_embd, lm_head, n_head=4, n_head_kv=2, n_ff=96, rms_eps=1e-5, rope_base=10000.0
     )
 
 
@@ -110,6 +110,51 @@ def test_loss_where_nothing_is_left_to_the_rest() -> None:
     assert torch.isfinite(x.grad).all()
 
 
+@pytest.mark.parametrize("unknown", [0.0, 0.4, 1.0])
+def test_loss_of_logits(unknown: float) -> None:
+    """Of each row what `projected_loss` gives of it."""
+    g = torch.Generator().manual_seed(5)
+    n, d, v, k = 21, 12, 50, 5
+    x, weight = torch.randn(n, d, generator=g), torch.randn(v, d, generator=g)
+    ids = torch.stack([torch.randperm(v, generator=g)[:k] for _ in range(n)])
+    p = torch.softmax(torch.randn(n, k + 1, generator=g), 1)
+    cut = torch.rand(n, k, generator=g) < unknown
+    ids[cut], p[:, :-1][cut] = -1, 0.0
+    rows = [
+        train_loss.projected_loss(x[i : i + 1], weight, None, ids[i : i + 1], p[i : i + 1]) for i in range(n)
+    ]
+    torch.testing.assert_close(
+        train_loss.loss_of(x @ weight.T, ids, p), torch.stack(rows), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_held_out_loss(prepared: Any) -> None:
+    """Of every head the mean over the tokens that the model wrote, by the formula written out."""
+    texts, states, teacher = prepared
+    shape = shape_of("hydra")
+    state = shaken(shape, teacher.output)
+    found = held_out(shape, state, teacher, texts, states)
+    assert found.temps == [float(t) for t in texts.temps[texts.held_out]]
+    sums, counts = np.zeros(3), np.zeros(3)
+    for i in map(int, np.flatnonzero(texts.held_out)):
+        start, n, given = int(texts.starts[i]), int(texts.lengths[i]), int(texts.given[i])
+        tokens = torch.from_numpy(texts[i].astype(np.int64))
+        for head in range(3):
+            for root in range(given, n - 1 - head):
+                hidden = torch.from_numpy(states.hidden[start + root - 1].astype(np.float32))
+                x = torch.cat([hidden, *teacher.embedding[tokens[root : root + head + 1]]])
+                x = before_projection(shape, state, head, x[None])
+                row = slice(start + root + head, start + root + head + 1)
+                ids, p = (
+                    torch.from_numpy(states.ids[row].astype(np.int64)),
+                    torch.from_numpy(states.p[row].copy()),
+                )
+                weight, bias = teacher.projection(shape, state, head)
+                sums[head] += float(plain_loss(x, weight, bias, ids, p))
+                counts[head] += 1
+    np.testing.assert_allclose(found.losses, sums / counts, rtol=1e-4)
+
+
 def test_half_precision_products_are_close() -> None:
     g = torch.Generator().manual_seed(4)
     x, weight = torch.randn(64, 32, generator=g), torch.randn(100, 32, generator=g)
@@ -181,11 +226,12 @@ def prepared(base: Base, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any,
     return texts, states, Teacher(embedding, output, None)
 
 
+@pytest.mark.parametrize("lm_head", ["own", "shared", "base"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_gradients_of_a_step(prepared: Any, tmp_path: Path, arch: str) -> None:
+def test_gradients_of_a_step(prepared: Any, tmp_path: Path, arch: str, lm_head: str) -> None:
     """Heads one after the other give the gradient of the weighted sum, written out for single tokens."""
     texts, states, teacher = prepared
-    shape = shape_of(arch, n_layers=1)
+    shape = shape_of(arch, lm_head, n_layers=1)
     trainer = Trainer(shape, Settings(batch_tokens=150), 1, teacher, texts, states, tmp_path, "d")
     state = shaken(shape, teacher.output)
     with torch.no_grad():
@@ -220,14 +266,14 @@ def test_gradients_of_a_step(prepared: Any, tmp_path: Path, arch: str) -> None:
         torch.testing.assert_close(t.grad, plain[name].grad, rtol=2e-3, atol=2e-6, msg=name)
 
 
-@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("lm_head", ["own", "shared", "base"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_exported_heads_are_the_trained_ones(
-    base: Base, prepared: Any, tmp_path: Path, arch: str, share: bool
+    base: Base, prepared: Any, tmp_path: Path, arch: str, lm_head: str
 ) -> None:
     """GGUF, read by the library: the same logits as in training, and so the same acceptance."""
     texts, states, teacher = prepared
-    shape = shape_of(arch, share)
+    shape = shape_of(arch, lm_head)
     state = rounded(shaken(shape, teacher.output))
     model = Path(base.llm.model_path)
     folder, outfile = tmp_path / "heads", tmp_path / "heads.gguf"
@@ -266,7 +312,7 @@ def test_acceptance_against_traces(load: Any, models: dict[str, Path], tmp_path:
         models["f32"], n_ctx=256, type_k=0, type_v=0, n_threads=1, n_threads_batch=1, verbose=False
     ) as llm:
         embedding, output = map(torch.from_numpy, read_matrices(models["f32"]))
-        shape = Shape(arch, 3, 1, 256, False, 4, 2, 768, 1e-5, 10000.0)
+        shape = Shape(arch, 3, 1, 256, "own", 4, 2, 768, 1e-5, 10000.0)
         g = torch.Generator().manual_seed(8)
         state = initial(shape, output, 1.0, 0)
         state = rounded({k: t + 0.01 * torch.randn(t.shape, generator=g) for k, t in state.items()})
@@ -295,7 +341,7 @@ def test_acceptance_against_traces(load: Any, models: dict[str, Path], tmp_path:
     finally:
         base.close()
     plain = {k: t.float() for k, t in state.items()}
-    ranks = ranks_of(
+    ranks, _ = judge(
         shape, plain, Teacher(embedding, output, None), hidden, torch.from_numpy(tokens).long(), len(prompt)
     )
     n = min(len(ranks), len(trace.ranks)) - 3
@@ -307,7 +353,8 @@ def test_acceptance_against_traces(load: Any, models: dict[str, Path], tmp_path:
 
 def test_acceptance_of_known_ranks() -> None:
     one = np.array([[0, 0], [0, 5], [3, 0], [0, 0], [0, -1], [-1, -1]], dtype=np.int32)
-    found = acceptance([one, one])
+    found = acceptance(HeldOut([one, one], [0.0, 0.0], (1.0, 2.0)))
+    assert found.losses == (1.0, 2.0)
     assert found.by_depth == (0.75, 0.5)
     assert found.chain == pytest.approx(2.25)
     # every path that came true is in a tree of 16 nodes: all of them are accepted, as far as they are whole

@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType
 
 from ..common.errors import ConvertError
 from .formats.gguf_header import GGUFHeader, TensorInfo, read_gguf_header, read_gguf_keys
+from .hub import parts
 
 _PLAIN = {
     GGMLQuantizationType.F32: "f32", GGMLQuantizationType.F16: "f16", GGMLQuantizationType.BF16: "bf16"
@@ -70,8 +71,30 @@ def _matrix_type(header: GGUFHeader) -> str:
     return _PLAIN_FILE_TYPES.get(header.keys.get("general.file_type", 1), "q8_0")
 
 
+def files_of(path: Path) -> list[Path]:
+    """All parts of a split GGUF; of another the file itself.
+
+    Raises ConvertError when a part is missing.
+    """
+    files = [path.with_name(name) for name in parts(path.name)]
+    if missing := next((file for file in files if not file.is_file()), None):
+        raise ConvertError(
+            f"{path}: it is split into {len(files)} parts, and {missing.name} is missing; get it too"
+        )
+    return files
+
+
+def read_header(path: Path) -> GGUFHeader:
+    """Keys of a GGUF, and the tensors of all its parts. Raises ConvertError when it is damaged or not whole."""
+    first, *others = files_of(path)
+    header = read_gguf_header(first)
+    for other in others:
+        header.tensors.update(read_gguf_header(other).tensors)
+    return header
+
+
 def read_base(path: Path) -> BaseModel:
-    """Read the base model's GGUF file at `path`.
+    """Read the base model's GGUF file at `path`, the first part of a split one.
 
     Raises ConvertError when it is missing, damaged, or not a language model with a vocabulary.
     """
@@ -79,7 +102,7 @@ def read_base(path: Path) -> BaseModel:
         raise ConvertError(
             f"{path}: there is no such base model file; give the base model's GGUF with --base"
         )
-    header = read_gguf_header(path)
+    header = read_header(path)
     keys = header.keys
     arch = keys.get("general.architecture")
     tokens = keys.get("tokenizer.ggml.tokens")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.errors import ConvertError
-from .formats.gguf_header import GGUFHeader, TensorInfo, read_gguf_header, read_gguf_keys
-from .hub import parts
+from .base import read_header
+from .formats.gguf_header import GGUFHeader, TensorInfo, read_gguf_keys
 
 # Architectures whose prediction layers the pinned llama.cpp has a graph for, and tensors of such a layer that it ends
 # the process without (src/models/*.cpp: GGML_ASSERT), beside those that all need.
@@ -55,10 +55,7 @@ def prediction_layers(model: Path) -> Prediction | None:
         said = read_gguf_keys(model, lambda key: key.endswith(".nextn_predict_layers"), 1)
         if not said:
             return None
-        header = read_gguf_header(model)
-        tensors = dict(header.tensors)
-        for name in parts(model.name)[1:]:
-            tensors |= read_gguf_header(model.with_name(name)).tensors
+        header = read_header(model)
     except (ConvertError, OSError):
         return None
     architecture = str(header.keys.get("general.architecture"))
@@ -66,9 +63,9 @@ def prediction_layers(model: Path) -> Prediction | None:
     if type(n) is not int or type(n_all) is not int or not 0 < n < n_all:
         return None
     blocks = range(n_all - n, n_all)
-    if not any(name.startswith(tuple(f"blk.{i}." for i in blocks)) for name in tensors):
+    if not any(name.startswith(tuple(f"blk.{i}." for i in blocks)) for name in header.tensors):
         return None  # the file was made without them, as many are
-    return Prediction(n, _problem(header, tensors, architecture, blocks))
+    return Prediction(n, _problem(header, header.tensors, architecture, blocks))
 
 
 def _problem(header: GGUFHeader, tensors: dict[str, TensorInfo], architecture: str, blocks: range) -> str:

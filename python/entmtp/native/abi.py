@@ -275,6 +275,12 @@ draft_model_broken = _bind("entmtp_draft_model_broken", c_char_p, c_void_p)
 # double entmtp_draft_model_cost(const struct entmtp_draft_model * draft);
 draft_model_cost = _bind("entmtp_draft_model_cost", c_double, c_void_p)
 
+# int32_t entmtp_follow_layer(struct llama_context * ctx, int32_t layer);
+follow_layer = _bind("entmtp_follow_layer", c_int32, c_void_p, c_int32)
+
+# const float * entmtp_layer_inputs(struct llama_context * ctx, int32_t layer);
+layer_inputs = _bind("entmtp_layer_inputs", POINTER(c_float), c_void_p, c_int32)
+
 # struct entmtp_corpus * entmtp_corpus_init(const int32_t * tokens, int64_t n);
 corpus_init = _bind("entmtp_corpus_init", c_void_p, c_void_p, c_int64)
 

@@ -10,10 +10,12 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFReader, quants
+from gguf import quants
 
 from ..common.errors import EntmtpError, ModelError
 from ..llama import Llama
+from ..models.base import read_header
+from ..models.formats.gguf_header import TensorInfo
 from ..native import abi as n
 from ..options.model import explained
 
@@ -33,12 +35,21 @@ class Base:
         seq_len: tokens of the longest sequence.
         n_threads: CPU threads; None: as `Llama`.
         n_gpu_layers: layers on the GPU.
+        layers: whose inputs are the hidden states that are kept, side by side; none: the input of the LM head is.
 
     Raises:
         ModelError: heads cannot be trained for this model; the text says why.
     """
 
-    def __init__(self, path: Path, seq_len: int, n_threads: int | None = None, n_gpu_layers: int = 0):
+    def __init__(
+        self,
+        path: Path,
+        seq_len: int,
+        n_threads: int | None = None,
+        n_gpu_layers: int = 0,
+        layers: Sequence[int] = (),
+    ):
+        self.layers = tuple(layers)
         self._stack = contextlib.ExitStack()
         threads: dict[str, Any] = (
             {} if n_threads is None else {"n_threads": n_threads, "n_threads_batch": n_threads}
@@ -87,7 +98,11 @@ class Base:
         if not self.ctx:
             raise ModelError("no memory for the base model's context; choose a smaller --seq-len")
         self._stack.callback(llama_cpp.llama_free, self.ctx)
-        n.llama_set_embeddings_out(self.ctx, True)
+        if self.layers:
+            for layer in self.layers:
+                n.check(n.follow_layer(self.ctx, layer))
+        else:
+            n.llama_set_embeddings_out(self.ctx, True)
         self.memory = llama_cpp.llama_get_memory(self.ctx)
         self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
         self._stack.callback(llama_cpp.llama_batch_free, self._batch)
@@ -138,7 +153,11 @@ class Base:
         return np.ctypeslib.as_array(logits, (size, self.n_vocab))
 
     def hidden(self, size: int) -> npt.NDArray[np.float32]:
-        """Hidden states [size, n_embd] of the last pass, the input of the LM head."""
+        """Hidden states of the last pass: [size, n_embd], the input of the LM head; or [size, n_layers n_embd], inputs
+        of the layers that were asked for."""
+        if self.layers:
+            inputs = (n.layer_inputs(self.ctx, layer) for layer in self.layers)
+            return np.concatenate([np.ctypeslib.as_array(x, (size, self.n_embd)) for x in inputs], 1)
         rows = llama_cpp.llama_get_embeddings(self.ctx)
         if not rows:
             raise EntmtpError("the base model gives no hidden states, which heads need; choose another model")
@@ -158,20 +177,19 @@ def read_matrices(path: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.f
     Raises:
         ModelError: the file does not hold them.
     """
-    tensors = {
-        t.name: t for t in GGUFReader(path).tensors if t.name in ("token_embd.weight", "output.weight")
-    }
+    tensors = read_header(path).tensors
     if "token_embd.weight" not in tensors:
-        raise ModelError(
-            f"{path}: it has no tensor token_embd.weight, so it cannot have draft heads (is it one part of a split "
-            "GGUF? merge it with llama-gguf-split)"
-        )
+        raise ModelError(f"{path}: it has no tensor token_embd.weight, so it cannot have draft heads")
+    embedding = _matrix(tensors["token_embd.weight"])
+    return embedding, _matrix(tensors["output.weight"]) if "output.weight" in tensors else embedding
 
-    def get(name: str) -> npt.NDArray[np.float32]:
-        values = quants.dequantize(tensors[name].data, tensors[name].tensor_type).astype(
-            np.float32, copy=False
-        )
-        return values if values.flags.writeable else values.copy()  # f32 is the file itself, mapped
 
-    embedding = get("token_embd.weight")
-    return embedding, get("output.weight") if "output.weight" in tensors else embedding
+def _matrix(info: TensorInfo) -> npt.NDArray[np.float32]:
+    """A tensor [n_cols, n_rows] of a GGUF as float32 [n_rows, n_cols]; a few rows at a time in between."""
+    n_cols, n_rows = info.shape
+    stored = np.memmap(info.path, np.uint8, "r", info.offset, (info.nbytes,)).reshape(n_rows, -1)
+    out = np.empty((n_rows, n_cols), np.float32)
+    for first in range(0, n_rows, 4096):
+        part = slice(first, first + 4096)
+        out[part] = quants.dequantize(np.array(stored[part]), info.type)
+    return out

@@ -6,22 +6,25 @@ import sys
 from collections.abc import Sequence
 
 from ..common.errors import ConvertError, EntmtpError
-from .options import options_of, setup_arg_parser
-from .run import train
+from .options import options_of, parse, setup_arg_parser
+from .run import report, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, 1 on failure, 2 on wrong usage, 130 on Ctrl-C."""
     from ..convert.writer import OUTTYPES
 
-    parser = setup_arg_parser()
-    args = parser.parse_args(argv)
+    args = parse(argv)
     if args.outtype not in (*OUTTYPES, "auto"):
-        parser.error(f"--outtype {args.outtype!r} is not known; use one of {', '.join(OUTTYPES)} or auto")
-    if args.resume and args.restart:
-        parser.error("--resume and --restart exclude each other")
+        setup_arg_parser().error(
+            f"--outtype {args.outtype!r} is not known; use one of {', '.join(OUTTYPES)} or auto"
+        )
     try:
-        train(options_of(args))
+        options = options_of(args)
+        if args.report:
+            report(options, args.json)
+        else:
+            train(options)
         return 0
     except (EntmtpError, ConvertError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
@@ -33,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except MemoryError:
         print(
-            "error: not enough memory; lower --batch-tokens, or train with --draft-vocab or --share-lm-head",
+            "error: not enough memory; lower --batch-tokens, or train with a smaller --draft-vocab or --lm-head base",
             file=sys.stderr,
         )
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ import torch
 from ..bank.traces import MAX_RANK
 from ..measure import search
 from .heads import Shape, State, before_projection, prefix_layer
+from .loss import loss_of
 from .states import States, Texts
 
 TREE_NODES = 16
@@ -27,6 +28,7 @@ class Acceptance:
     chain: float
     tree: float
     by_depth: tuple[float, ...]  # share of steps in which the chain was right at least so deep
+    losses: tuple[float, ...] = ()  # of each head, nats per token
 
     def __str__(self) -> str:
         return f"{self.chain:.3f} in a chain, {self.tree:.3f} in a tree of {TREE_NODES}"
@@ -52,9 +54,9 @@ class Teacher:
 
     def projection(self, shape: Shape, state: State, head: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias of a head's projection to the vocabulary."""
-        if shape.share:
+        if shape.lm_head == "base":
             return self.output, None
-        return state[f"{shape.output(head)}.weight"], state.get(f"{shape.output(head)}.bias")
+        return state[shape.weight(head)], state.get(f"{shape.output(head)}.bias")
 
     def rows(self, ids: torch.Tensor, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens as rows of `output`, -1 those that heads cannot propose, whose probability is 0 then.
@@ -71,19 +73,29 @@ class Teacher:
 
 
 @torch.no_grad()
-def ranks_of(
-    shape: Shape, state: State, teacher: Teacher, hidden: torch.Tensor, tokens: torch.Tensor, given: int
-) -> npt.NDArray[np.int32]:
-    """Ranks that the heads give to a text's real tokens, as `Traces.ranks` has them: [n, n_heads].
+def judge(
+    shape: Shape,
+    state: State,
+    teacher: Teacher,
+    hidden: torch.Tensor,
+    tokens: torch.Tensor,
+    given: int,
+    ids: torch.Tensor | None = None,
+    p: torch.Tensor | None = None,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
+    """Ranks that the heads give to a text's real tokens, as `Traces.ranks` has them: [n, n_heads]; and with the base
+    model's distributions the sum of each head's loss, nats [n_heads].
 
     Args:
         hidden: of the whole text, [n_tokens, n_embd].
         given: tokens at the beginning that the base model did not write; n = n_tokens - given.
+        ids, p: of the whole text, [n_tokens, k] and [n_tokens, k + 1].
     """
     n = len(tokens) - given
     if shape.prefix:
         hidden = prefix_layer(shape, state, hidden[None])[0]
     ranks = np.full((n, shape.n_heads), -1, dtype=np.int32)
+    losses = np.zeros(shape.n_heads)
     for i in range(min(shape.n_heads, n - 1)):
         roots = torch.arange(given, len(tokens) - 1 - i)  # root, then i + 1 tokens
         x = hidden[roots - 1]
@@ -102,28 +114,54 @@ def ranks_of(
             own = z.gather(1, t.clamp_min(0)[:, None])
             rank = (z > own).sum(1).clamp_max(MAX_RANK)
             ranks[rows.numpy(), i] = torch.where(t < 0, MAX_RANK, rank).numpy()
-    return ranks
+            if ids is not None and p is not None:
+                at = roots[rows] + i  # whose next token this head guesses
+                losses[i] += float(loss_of(z, *teacher.rows(ids[at], p[at])).sum())
+    return ranks, losses
 
 
-def evaluate(shape: Shape, state: State, teacher: Teacher, texts: Texts, states: States) -> Acceptance:
-    """Tokens per step on the held-out texts; the tree is grown from half of them and judged on the others."""
+@dataclass(frozen=True)
+class HeldOut:
+    """What heads say of the held-out texts that are long enough.
+
+    Attributes:
+        ranks: of each text, [n, n_heads].
+        temps: that it was written at.
+        losses: of each head, nats per token.
+    """
+
+    ranks: list[npt.NDArray[np.int32]]
+    temps: list[float]
+    losses: tuple[float, ...]
+
+
+def held_out(shape: Shape, state: State, teacher: Teacher, texts: Texts, states: States) -> HeldOut:
+    """Judge heads by the held-out texts."""
     starts = texts.starts
-    found: list[npt.NDArray[np.int32]] = []
+    found = HeldOut([], [], ())
+    losses, counts = np.zeros(shape.n_heads), np.zeros(shape.n_heads)
     for i in map(int, np.flatnonzero(texts.held_out)):
         given, n = int(texts.given[i]), int(texts.lengths[i])
         if n - given <= shape.n_heads + 1:
             continue
-        hidden = torch.from_numpy(states.hidden[starts[i] : starts[i + 1]].astype(np.float32))
+        part = slice(int(starts[i]), int(starts[i + 1]))
+        hidden = torch.from_numpy(states.hidden[part].astype(np.float32))
         tokens = torch.from_numpy(texts[i].astype(np.int64))
-        found.append(ranks_of(shape, state, teacher, hidden, tokens, given))
-    return acceptance(found)
+        ids, p = torch.from_numpy(states.ids[part].astype(np.int64)), torch.from_numpy(states.p[part].copy())
+        ranks, sums = judge(shape, state, teacher, hidden, tokens, given, ids, p)
+        found.ranks.append(ranks)
+        found.temps.append(float(texts.temps[i]))
+        losses += sums
+        counts += (ranks >= 0).sum(0)
+    return HeldOut(found.ranks, found.temps, tuple((losses / np.maximum(counts, 1)).tolist()))
 
 
-def acceptance(ranks: list[npt.NDArray[np.int32]]) -> Acceptance:
-    """Of ranks [n, n_heads] of several texts. Steps near the end of a text, where not all is known, do not count."""
-    if len(ranks) < 2:
-        return Acceptance(float("nan"), float("nan"), ())
-    whole = [r[(r >= 0).all(axis=1)] for r in ranks]
+def acceptance(found: HeldOut) -> Acceptance:
+    """Tokens per step; the tree is grown from half of the texts and judged on the others. Steps near the end of a text,
+    where not all is known, do not count."""
+    if len(found.ranks) < 2:
+        return Acceptance(float("nan"), float("nan"), (), found.losses)
+    whole = [r[(r >= 0).all(axis=1)] for r in found.ranks]
     hits = np.logical_and.accumulate(np.concatenate(whole) == 0, axis=1).mean(axis=0)
     order = np.random.default_rng(0).permutation(len(whole))  # texts of several temperatures stand in turn
     half = len(whole) // 2
@@ -135,4 +173,5 @@ def acceptance(ranks: list[npt.NDArray[np.int32]]) -> Acceptance:
         1.0 + float(hits.sum()),
         1.0 + search.expected(tree, judged),
         tuple(round(float(x), 4) for x in hits),
+        found.losses,
     )

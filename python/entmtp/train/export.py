@@ -13,7 +13,7 @@ import torch
 from ..common.atomic import atomic_path
 from ..common.errors import ModelError
 from ..convert import convert
-from .heads import Shape, State
+from .heads import SHARED, Shape, State
 
 
 def rounded(state: State) -> State:
@@ -26,23 +26,25 @@ def published(
 ) -> State:
     """A state with projections to the whole vocabulary, as the published code wants them.
 
-    Tokens that heads were not trained to propose have the base model's rows. A shared projection is stored once.
+    Tokens that heads were not trained to propose have the base model's rows. One projection of all is stored once.
 
     Args:
         output: the base model's whole projection [n_vocab, n_embd].
     """
     state = dict(state)
     whole = output.to(torch.float16)
+    rows = None if draft_vocab is None else torch.from_numpy(draft_vocab)
+
+    def filled(matrix: torch.Tensor) -> torch.Tensor:
+        return matrix if rows is None else whole.index_copy(0, rows, matrix)
+
+    one = {"base": whole, "shared": filled(state.pop(SHARED)) if SHARED in state else None}.get(shape.lm_head)
     for i in range(shape.n_heads):
         name = shape.output(i)
-        if shape.share:
-            state[f"{name}.weight"] = whole
-        elif draft_vocab is not None:
-            rows = torch.from_numpy(draft_vocab)
-            state[f"{name}.weight"] = whole.index_copy(0, rows, state[f"{name}.weight"])
-            if f"{name}.bias" in state:
-                bias = torch.zeros(len(whole), dtype=torch.float16)
-                state[f"{name}.bias"] = bias.index_copy(0, rows, state[f"{name}.bias"])
+        state[f"{name}.weight"] = filled(state[f"{name}.weight"]) if one is None else one
+        if rows is not None and f"{name}.bias" in state:
+            bias = torch.zeros(len(whole), dtype=torch.float16)
+            state[f"{name}.bias"] = bias.index_copy(0, rows, state[f"{name}.bias"])
         if shape.grounded and f"{name}.bias" not in state:
             state[f"{name}.bias"] = torch.zeros(len(whole), dtype=torch.float16)
     return state
@@ -85,7 +87,7 @@ def export(
         outtype,
         progress=False,
         draft_vocab=None if draft_vocab is None else draft_vocab.tolist(),
-        share_lm_head=shape.share,
+        share_lm_head=shape.lm_head == "base",
         provenance=about,
     )
 

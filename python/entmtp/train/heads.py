@@ -15,6 +15,7 @@ State = dict[str, torch.Tensor]
 
 PREFIX = "prefix_embeding_layer."  # spelt so in the published code
 LAYER = PREFIX + "layers.0."
+SHARED = "lm_head.weight"  # one projection of all heads; the published layout has it under the name of each
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Shape:
     n_heads: int
     n_layers: int
     n_embd: int
-    share: bool  # the base model's projection is used as it is
+    lm_head: str  # projections: "own" of each head, one "shared" by all, or the "base" model's as it is
     n_head: int = 0
     n_head_kv: int = 0
     n_ff: int = 0
@@ -41,6 +42,11 @@ class Shape:
     def prefix(self) -> bool:
         return self.arch == "hydra++"
 
+    @property
+    def n_projections(self) -> int:
+        """That are trained."""
+        return {"own": self.n_heads, "shared": 1, "base": 0}[self.lm_head]
+
     def block(self, head: int, layer: int) -> str:
         """Name of a residual block."""
         if not self.grounded:
@@ -49,10 +55,19 @@ class Shape:
         return f"hydra_mlp.{head}.{2 * layer + 1 if self.prefix else layer}"
 
     def output(self, head: int) -> str:
-        """Name of a projection to the vocabulary."""
+        """Name of a projection to the vocabulary in the published layout."""
         if not self.grounded:
             return f"{head}.{self.n_layers}"
         return f"hydra_lm_head.{head}.1" if self.prefix else f"hydra_lm_head.{head}"
+
+    def weight(self, head: int) -> str:
+        """Name of a trained projection's matrix. A bias is each head's own."""
+        return SHARED if self.lm_head == "shared" else f"{self.output(head)}.weight"
+
+    def block_rows(self, head: int) -> int:
+        """Rows of n_embd numbers in the matrices of a head's blocks."""
+        first = 2 * (head + 2) if self.grounded else 1
+        return self.n_embd * (first + self.n_layers - 1)
 
     def config(self, base: str) -> dict[str, object]:
         """config.json of the published layout."""
@@ -95,8 +110,9 @@ def initial(shape: Shape, output: torch.Tensor, scale: float, seed: int) -> Stat
             if wide:
                 state[f"{name}.res_connection.weight"] = torch.cat([torch.eye(d), noise(d, n_in - d)], 1)
                 state[f"{name}.res_connection.bias"] = torch.zeros(d)
-        if not shape.share:
-            state[f"{shape.output(i)}.weight"] = output.clone()
+        if shape.lm_head != "base":
+            if shape.weight(i) not in state:
+                state[shape.weight(i)] = output.clone()
             if shape.grounded:
                 state[f"{shape.output(i)}.bias"] = torch.zeros(len(output))
     if shape.prefix:

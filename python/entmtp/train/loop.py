@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 from ..common.atomic import atomic_path
 from ..common.errors import ModelError
-from .evaluation import Acceptance, Teacher, evaluate
+from .evaluation import Acceptance, HeldOut, Teacher, acceptance, held_out
 from .heads import Shape, State, before_projection, initial, prefix_layer
 from .loss import piece_rows, projected_loss
 from .options import Settings
@@ -39,6 +40,22 @@ class Report:
     losses: tuple[float, ...]  # of each head
     n_tokens: int  # of this step
     acceptance: Acceptance | None  # when it was measured
+
+
+class Measured(NamedTuple):
+    """A measurement on the way.
+
+    Attributes:
+        loss: mean of the steps since the one before, weighted as it is trained.
+        held_out: the same on held-out text.
+        chain, tree: tokens per step there.
+    """
+
+    step: int
+    loss: float
+    held_out: float
+    chain: float
+    tree: float
 
 
 @dataclass(frozen=True)
@@ -81,8 +98,7 @@ class Trainer:
         self.texts, self.states = texts, states
         self.folder, self.digest = folder, digest
         self.path = folder / "checkpoint.safetensors"
-        scale = float(np.sqrt(np.mean(states.hidden[:4096].astype(np.float64) ** 2)))
-        self.state: State = initial(shape, teacher.output, scale, settings.seed)
+        self.state = self.begin()
         for tensor in self.state.values():
             tensor.requires_grad_(True)
         matrices = [t for t in self.state.values() if t.dim() > 1]
@@ -93,11 +109,16 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=BETAS, fused=True)
         self.step = self.began = 0  # where the run is, and where it went on
-        self.saved, self.saving = (
-            time.monotonic(),
-            0.0,
-        )  # when the last checkpoint was there, and what writing it took
+        self.history: list[Measured] = []
+        self._losses: list[float] = []  # since the last measurement
+        # when the last checkpoint was there, and what writing it took
+        self.saved, self.saving = time.monotonic(), 0.0
         self.dtype = torch.bfloat16 if settings.bf16 else torch.float32
+
+    def begin(self) -> State:
+        """The state before the first step."""
+        scale = float(np.sqrt(np.mean(self.states.hidden[:4096].astype(np.float64) ** 2)))
+        return initial(self.shape, self.teacher.output, scale, self.settings.seed)
 
     #
     # batches
@@ -146,12 +167,7 @@ class Trainer:
         s, shape = self.settings, self.shape
         n = batch.tokens.shape[1]
         place = torch.arange(n)
-        hidden = batch.hidden
-        if s.noise > 0:  # NEFTune, arXiv 2310.05914, on hidden states as in Hydra's appendix
-            g = torch.Generator().manual_seed(s.seed * 1_000_003 + self.step)
-            size = s.noise / math.sqrt(float(batch.lengths.float().mean()) * shape.n_embd)
-            hidden = hidden + (torch.rand(hidden.shape, generator=g) * 2 - 1) * size
-
+        hidden = self.noisy(batch.hidden, batch)
         seen = hidden
         with torch.autocast("cpu", torch.bfloat16, enabled=bool(s.bf16)):
             if shape.prefix:
@@ -180,6 +196,15 @@ class Trainer:
         if leaf.grad is not None:
             seen.backward(leaf.grad.to(seen.dtype))
         return tuple(losses)
+
+    def noisy(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """NEFTune, arXiv 2310.05914, on hidden states as in Hydra's appendix."""
+        s = self.settings
+        if s.noise <= 0:
+            return hidden
+        g = torch.Generator().manual_seed(s.seed * 1_000_003 + self.step)
+        size = s.noise / math.sqrt(float(batch.lengths.float().mean()) * self.shape.n_embd)
+        return hidden + (torch.rand(hidden.shape, generator=g) * 2 - 1) * size
 
     def targets(self, batch: Batch, at: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What heads shall say of the token after position t: the base model's distribution, or the text's token."""
@@ -232,8 +257,11 @@ class Trainer:
                 self.update()
                 self.step += 1
                 last = None
-                if self.step % s.eval_every == 0 or self.step == self.n_steps:
+                self._losses.append(total)
+                every = s.eval_every or max(1, self.n_steps // 10)
+                if self.step % every == 0 or self.step == self.n_steps:
                     last = self.evaluate()
+                    self.note(last)
                 due = time.monotonic() > self.saved + max(SAVE_WITHIN, 10 * self.saving)
                 if due or self.step % s.save_every == 0 or self.step == self.n_steps:
                     self.save()
@@ -243,8 +271,20 @@ class Trainer:
             raise
         return last or self.evaluate()
 
-    def evaluate(self) -> Acceptance:
-        return evaluate(self.shape, self.detached(), self.teacher, self.texts, self.states)
+    def note(self, found: Acceptance) -> None:
+        """Add to the history."""
+        weighted = sum(x * self.settings.head_decay**i for i, x in enumerate(found.losses or (math.nan,)))
+        mean = float(np.mean(self._losses))
+        self.history.append(Measured(self.step, mean, weighted, found.chain, found.tree))
+        self._losses = []
+
+    def judge(self, state: State | None = None) -> HeldOut:
+        """What `state`, or the present one, says of the held-out texts."""
+        return held_out(self.shape, state or self.detached(), self.teacher, self.texts, self.states)
+
+    def evaluate(self, state: State | None = None) -> Acceptance:
+        """Tokens per step on the held-out texts, of `state` or the present one."""
+        return acceptance(self.judge(state))
 
     def detached(self) -> State:
         return {k: v.detach() for k, v in self.state.items()}
@@ -258,7 +298,8 @@ class Trainer:
         for name, t in self.state.items():
             if moments := self.optimizer.state.get(t):
                 tensors |= {f"{m}/{name}": moments[m] for m in MOMENTS}
-        about = {"run": json.dumps({"step": self.step, "digest": self.digest})}
+        run = {"step": self.step, "digest": self.digest, "history": self.history, "losses": self._losses}
+        about = {"run": json.dumps(run)}
         begun = time.monotonic()
         with atomic_path(self.path) as temporary:
             try:
@@ -291,7 +332,9 @@ class Trainer:
                             moments = {m: file.get_tensor(f"{m}/{name}") for m in MOMENTS}
                             self.optimizer.state[t] = {"step": torch.tensor(float(step)), **moments}
                 self.step = self.began = step
-        except (SafetensorError, ValueError, KeyError, RuntimeError) as e:
+                self.history = [Measured(*row) for row in about["history"]]
+                self._losses = about["losses"]
+        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:
             if isinstance(e, ModelError):
                 raise
             raise ModelError(

@@ -88,6 +88,23 @@ class _ProjectedLoss(torch.autograd.Function):
         return dx, dw, db, None, None, None, None
 
 
+def loss_of(z: torch.Tensor, ids: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """The same of logits that are there, without a gradient: nats, [n].
+
+    Args:
+        z: [n, n_vocab]
+        ids, p: as `projected_loss`.
+    """
+    width = z.shape[1]
+    zk = z.gather(1, ids.clamp_min(0))
+    top = z.amax(1, keepdim=True)
+    e = torch.cat([(z - top).exp_(), torch.zeros_like(top)], 1)  # whatever is no row stands in a last column
+    total = e.sum(1)
+    rest = e.scatter_(1, torch.where(ids < 0, width, ids), 0.0).sum(1).clamp_min_(TINY)
+    mass, r, top = p.sum(1), p[:, -1], top[:, 0]
+    return mass * (top + total.log()) - (p[:, :-1] * zk).sum(1) - r * (top + rest.log())
+
+
 def projected_loss(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -6,18 +6,34 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+# What --preset sets; what it takes here is said before it starts. Other options given beside it are preferred.
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {"n_tokens": 350_000, "epochs": 2.0},
+    "good": {"n_tokens": 1_300_000, "epochs": 3.0},
+    "best": {"n_tokens": 6_000_000, "epochs": 3.0, "arch": "hydra++", "cache_gb": 12.0},
+}
+
 EPILOG = """examples:
-  # Hydra heads, from text that the model writes by itself
-  entmtp train --model model.gguf --arch hydra -o heads.gguf
-  # from your documents and prompts, and cheap to draft with: the frequent tokens alone
-  entmtp train --model model.gguf --arch hydra --data notes/ prompts.jsonl --draft-vocab auto -o heads.gguf
+  # heads from text that the model writes by itself, in a quarter of an hour for a model of 135M on two cores
+  entmtp train --model model.gguf --preset quick -o heads.gguf
+  # from your documents and prompts
+  entmtp train --model model.gguf --preset good --data notes/ prompts.jsonl -o heads.gguf
+  # an EAGLE-3 layer, three guesses in a row
+  entmtp train --model model.gguf --arch eagle3 --heads 3 -o eagle3.gguf
   # go on after Ctrl-C, a crash or a power cut
-  entmtp train --model model.gguf --arch hydra -o heads.gguf --resume
+  entmtp train --model model.gguf --preset good -o heads.gguf --resume
+  # how good are they, and is it worth while to go on?
+  entmtp train --model model.gguf -o heads.gguf --report
+
+presets, and about how long they take for a model of 135M on two cores:
+  quick  350k tokens of text, 2 epochs                  15 minutes
+  good   1.3M tokens of text, 3 epochs                  an hour
+  best   6M tokens of text, 3 epochs, --arch hydra++    a night; 12 GB of disk
 
 Disk and memory are said before it starts. Some of the text is held out: the tokens per step in the progress line, of a
 chain and of a tree of 16 nodes, are measured on it. Prompts that you benchmark with should not be among the data."""
@@ -59,8 +75,8 @@ def _share(text: str) -> float:
     return value
 
 
-def _vocab(text: str) -> int | str:
-    return "auto" if text == "auto" else _positive(text)
+def _vocab(text: str) -> int | str | None:
+    return {"auto": "auto", "all": None}[text] if text in ("auto", "all") else _positive(text)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -144,9 +160,10 @@ class Settings:
         metavar="{auto,on,off}",
     )  # fmt: skip
     seed: int = option("--seed", "training", "of everything that is drawn", 0, type=int)
-    eval_every: int = option(
-        "--eval-every", "training", "steps between two measurements", 200, type=_positive, metavar="N"
-    )
+    eval_every: int | None = option(
+        "--eval-every", "training", "steps between two measurements", None, "a tenth of all", type=_positive,
+        metavar="N",
+    )  # fmt: skip
     save_every: int = option(
         "--save-every",
         "training",
@@ -188,7 +205,8 @@ class Options(Settings):
     arch: str = option(
         "--arch", "heads",
         "medusa: heads see the hidden state; hydra: and the tokens drafted before; hydra++: and, through a layer of "
-        "attention, the text so far", "hydra", type=str, choices=("medusa", "hydra", "hydra++"),
+        "attention, the text so far; eagle3: no heads but a layer that sees inside the model, and goes on by itself",
+        "hydra", type=str, choices=("medusa", "hydra", "hydra++", "eagle3"),
     )  # fmt: skip
     n_heads: int = option("--heads", "heads", "tokens guessed ahead", 4, type=_positive, metavar="N")
     n_layers: int = option("--layers", "heads", "residual blocks per head", 1, type=_positive, metavar="N")
@@ -223,12 +241,14 @@ class Options(Settings):
     )  # fmt: skip
     draft_vocab: int | str | None = option(
         "--draft-vocab", "heads",
-        "propose the N most frequent tokens only; auto: as many as make up 99%% of the text", None, "all",
-        type=_vocab, metavar="N|auto",
+        "propose the N most frequent tokens only; auto: by what a token costs a draft here and brings; all", "auto",
+        type=_vocab, metavar="N|auto|all",
     )  # fmt: skip
-    share_lm_head: bool = option(
-        "--share-lm-head", "heads",
-        "train the residual blocks alone; the base model's own projection serves all heads", False,
+    lm_head: str = option(
+        "--lm-head", "heads",
+        "projections to the vocabulary: each head's own, one shared by all heads, or the base model's, which is not "
+        "trained; auto: what is forecast to be fastest here", "auto", type=str,
+        choices=("auto", "own", "shared", "base"),
     )  # fmt: skip
     outtype: str = option(
         "--outtype", "", "type of the heads file's matrices, as for entmtp.convert", "auto", type=str
@@ -267,11 +287,19 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
         prog="entmtp train",
-        description="Train Medusa or Hydra draft heads for a GGUF model, on this machine. Needs PyTorch: "
-        "pip install entmtp[train]",
+        description="Train Medusa or Hydra draft heads, or an EAGLE-3 layer, for a GGUF model, on this machine. "
+        "Needs PyTorch: pip install entmtp[train]",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="how long to train: sets the amount of text and epochs, see below"
+    )
+    parser.add_argument(
+        "--report", action="store_true",
+        help="train nothing: how good are the heads of a training, finished or interrupted; should it go on?",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="with --report: as JSON, on stdout")
     groups = {name: parser.add_argument_group(name) for name in ("heads", "text", "training", "files")}
     inherited = {f.name for f in fields(Settings)}
     for f in sorted(fields(Options), key=lambda f: f.name in inherited):  # the model comes first
@@ -279,7 +307,25 @@ def setup_arg_parser() -> argparse.ArgumentParser:
             group = groups.get(f.metadata["group"], parser)
             default = None if f.metadata["how"].get("required") else f.default
             group.add_argument(*f.metadata["flags"], dest=f.name, default=default, **f.metadata["how"])
+    groups["heads"].add_argument(  # its name of before
+        "--share-lm-head", dest="lm_head", action="store_const", const="base", default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )  # fmt: skip
     return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """A command line; what it does not give is the preset's, if it names one."""
+    parser = setup_arg_parser()
+    args = parser.parse_args(argv)
+    if args.preset:
+        parser.set_defaults(**PRESETS[args.preset])
+        args = parser.parse_args(argv)
+    if args.resume and args.restart:
+        parser.error("--resume and --restart exclude each other")
+    if args.json and not args.report:
+        parser.error("--json is for --report")
+    return args
 
 
 def options_of(args: argparse.Namespace) -> Options:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import torch
 
 from ..common.atomic import atomic_path
 from ..common.errors import ModelError
-from ..models.base import BaseModel, read_base
+from ..models.base import BaseModel, files_of, read_base
+from .choice import MOST
 from .data import Data, read_data
+from .eagle3 import ARCH, Layer, layer_for
 from .heads import Shape
 from .loss import PIECE_BYTES
-from .options import Options, Settings
+from .options import Options
+from .states import VERSION as STATES_VERSION
 from .states import Layout
 
 MARGIN = 64 << 20  # bytes of disk to leave free
@@ -36,18 +40,21 @@ class Plan:
         work: folder of cache and checkpoints.
         n_tokens: of text that will be made, at least; the last sequence may go beyond.
         layout: of the hidden states, with room for that.
-        n_draft: tokens that heads can propose, as far as it is known before there is text.
+        shape: before there is text with projections that need most memory, if that is for this program to choose.
+        n_draft: tokens that heads can propose, alike.
+        is_open: number and kind of the projections' rows are chosen when there is text.
         text_digest: of all that the text depends on.
     """
 
     options: Options
     facts: BaseModel
-    shape: Shape
+    shape: Shape | Layer
     data: Data
     work: Path
     n_tokens: int
     layout: Layout
     n_draft: int
+    is_open: bool
     text_digest: str
 
     @property
@@ -59,9 +66,11 @@ class Plan:
         return needs(self.shape, self.options, self.layout, self.facts.n_vocab, self.n_draft)
 
     @property
-    def outputs(self) -> tuple[Path, Path]:
-        """The heads file, and the folder of the published layout."""
+    def outputs(self) -> tuple[Path, Path | None]:
+        """The heads file, and the folder of the published layout, which EAGLE-3 layers do not come in."""
         outfile = self.options.outfile
+        if isinstance(self.shape, Layer):
+            return outfile, None
         return outfile, self.options.torch_folder or outfile.with_suffix("")
 
 
@@ -73,23 +82,38 @@ def make(options: Options) -> Plan:
     """
     o = replace(options, bf16=_has_bf16() if options.bf16 is None else options.bf16)
     facts = read_base(o.model)
+    shape = _shape(o, facts)
+    inputs = shape.inputs if isinstance(shape, Layer) else ()
+    width = max(1, len(inputs)) * facts.n_embd
     data = read_data(o.data)
-    n_draft = o.draft_vocab if isinstance(o.draft_vocab, int) else facts.n_vocab
+    n_draft = facts.n_vocab
+    if o.draft_vocab is not None:
+        n_draft = min(n_draft, MOST if isinstance(o.draft_vocab, str) else o.draft_vocab)
     k = min(o.k, facts.n_vocab)
-    per_token = Layout(1, facts.n_embd, k).bytes_per_token
+    per_token = Layout(1, width, k).bytes_per_token
     n_tokens = min(o.n_tokens, int(o.cache_gb * 1e9 / per_token) - o.seq_len)
     if n_tokens < 8 * o.seq_len:
         raise ModelError(f"--cache-gb {o.cache_gb:g} holds too few hidden states; give more")
-    identity = (facts.fingerprint, o.model.stat().st_size)
+    identity = (STATES_VERSION, facts.fingerprint, sum(file.stat().st_size for file in files_of(o.model)))
     of_text = digest(
-        *identity, data, n_tokens, o.seq_len, o.own, o.made_up, o.temps, o.n_held_out, o.seed, o.raw, k
-    )
+        *identity, data, n_tokens, o.seq_len, o.own, o.made_up, o.temps, o.n_held_out, o.seed, o.raw, k, *inputs
+    )  # fmt: skip
     work = o.work or o.outfile.with_name(o.outfile.name + ".train")
-    layout = Layout(n_tokens + o.seq_len, facts.n_embd, k)
-    return Plan(o, facts, _shape(o, facts), data, work, n_tokens, layout, n_draft, of_text)
+    layout = Layout(n_tokens + o.seq_len, width, k)
+    is_open = o.draft_vocab == "auto" or (o.lm_head == "auto" and not isinstance(shape, Layer))
+    return Plan(o, facts, shape, data, work, n_tokens, layout, n_draft, is_open, of_text)
 
 
-def _shape(o: Options, facts: BaseModel) -> Shape:
+def _shape(o: Options, facts: BaseModel) -> Shape | Layer:
+    if o.arch == ARCH:
+        for flag, given in {
+            "--layers": o.n_layers != 1,
+            f"--lm-head {o.lm_head}": o.lm_head not in ("auto", "own"),
+            "--torch-dir": o.torch_folder,
+        }.items():
+            if given:
+                raise ModelError(f"{flag} is not for an EAGLE-3 layer; leave it out")
+        return layer_for(facts, o.n_heads)
     layer: dict[str, Any] = {}  # the decoder layer's numbers, as the base model's own layers have them
     if o.arch == "hydra++":
         n_head = int(facts.get("attention.head_count"))
@@ -100,7 +124,8 @@ def _shape(o: Options, facts: BaseModel) -> Shape:
             "rms_eps": float(facts.get("attention.layer_norm_rms_epsilon")),
             "rope_base": float(facts.keys.get("rope.freq_base") or 10000.0),
         }
-    return Shape(o.arch, o.n_heads, o.n_layers, facts.n_embd, o.share_lm_head, **layer)
+    lm_head = "own" if o.lm_head == "auto" else o.lm_head
+    return Shape(o.arch, o.n_heads, o.n_layers, facts.n_embd, lm_head, **layer)
 
 
 def _has_bf16() -> bool:
@@ -114,15 +139,18 @@ def _has_bf16() -> bool:
 #
 
 
-def n_parameters(shape: Shape, n_draft: int) -> int:
+def n_parameters(shape: Shape | Layer, n_draft: int) -> int:
     """Numbers that are trained."""
+    if isinstance(shape, Layer):
+        return sum(prod(size) for size in shape.shapes(n_draft).values())
     d, total = shape.n_embd, 0
     for i in range(shape.n_heads):
         for j in range(shape.n_layers):
             wide = shape.grounded and j == 0
             total += (d * (i + 2) + 1) * d * 2 if wide else (d + 1) * d
-        if not shape.share:
-            total += n_draft * (d + 1 if shape.grounded else d)
+        if shape.grounded and shape.n_projections:
+            total += n_draft  # bias
+    total += shape.n_projections * n_draft * d
     if shape.prefix:
         kv = d // shape.n_head * shape.n_head_kv
         total += 2 * d * d + 2 * d * kv + 3 * d * shape.n_ff + 3 * d
@@ -143,25 +171,31 @@ class Needs:
         return self.cache + self.other
 
 
-def needs(shape: Shape, settings: Settings, layout: Layout, n_vocab: int, n_draft: int) -> Needs:
+def needs(shape: Shape | Layer, options: Options, layout: Layout, n_vocab: int, n_draft: int) -> Needs:
     """What a training takes on disk and in memory."""
     n = n_parameters(shape, n_draft)
     d = shape.n_embd
     # a checkpoint holds parameters and two moments, and a new one is written before the old one goes
     checkpoints = 2 * 12 * n
-    results = 2 * n + 2 * (2 * n + 2 * n_vocab * d)
+    # f16, projections to all tokens; EAGLE-3 layers come in no published layout
+    published = 0 if isinstance(shape, Layer) else 2 * n + 2 * n_vocab * d * max(1, shape.n_projections)
+    results = 2 * n + 2 * published
     # parameters, gradients and moments; a projection in bf16, and its gradient from one head
     fixed = 16 * n + 8 * n_draft * d + 4 * PIECE_BYTES + LIBRARIES
     # per token of a batch, as measured: the widest head's input in both types with what its gradient needs, and the
     # decoder layer's
-    numbers = 5 * d + (5 * shape.n_heads * d if shape.grounded else 0)
-    if shape.prefix:
-        numbers += 2 * (12 * d + 4 * shape.n_ff)
+    if isinstance(shape, Layer):
+        work = shape.floats(min(options.seq_len, options.batch_tokens), options.batch_tokens)
+    else:
+        numbers = 5 * d + (5 * shape.n_heads * d if shape.grounded else 0)
+        if shape.prefix:
+            numbers += 2 * (12 * d + 4 * shape.n_ff)
+        work = numbers * options.batch_tokens
     return Needs(
         layout.n_bytes,
         checkpoints + results + 8 * layout.n_tokens,
         TEXT * layout.n_tokens,
-        fixed + 4 * numbers * settings.batch_tokens,
+        max(fixed + 4 * work, 16 * n + 2 * n + published),
     )
 
 
@@ -173,6 +207,27 @@ def check_disk(need: int, folder: Path) -> None:
             f"{folder}: {need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; free some, or give another "
             "--work, or fewer --tokens"
         )
+
+
+def check_memory(p: Plan) -> None:
+    """Raises ModelError if there is too little to train with, where that does not depend on what is chosen later."""
+    free, need = available(), p.needs.training
+    if not p.is_open and free is not None and need > free:
+        raise ModelError(
+            f"training takes {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; give --draft-vocab auto, "
+            "--lm-head shared or base, or fewer --batch-tokens"
+        )
+
+
+def available() -> int | None:
+    """Bytes of memory that a program can have without others' being driven out; None where it cannot be known."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
 
 
 def folder_bytes(folder: Path) -> int:

@@ -24,7 +24,7 @@ class Screen:
     def phase(self, name: str, total: int) -> Iterator[Callable[[int, str], None]]:
         """Yields what is called with the work done so far and a text beside it."""
         begin = time.monotonic()
-        said, first = begin, -1  # work that was there already tells nothing about speed
+        said, first, ended = begin, -1, False  # work that was there already tells nothing about speed
         columns = (
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
@@ -33,12 +33,12 @@ class Screen:
             task = bar.add_task(name, total=total, text="")
 
             def advance(done: int, text: str = "") -> None:
-                nonlocal said, first
+                nonlocal said, first, ended
                 first = done if first < 0 else first
                 bar.update(task, completed=done, text=text)
                 now = time.monotonic()
-                if not self.live and (now - said > 20 or done >= total):
-                    said = now
+                if not self.live and not ended and (now - said > 20 or done >= total):
+                    said, ended = now, done >= total
                     left = (now - begin) * (total - done) / max(done - first, 1)
                     self.say(f"{name}: {100 * done // max(total, 1)}% {text} ({left / 60:.1f} min left)")
 

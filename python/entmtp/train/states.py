@@ -9,7 +9,7 @@ Per token, in the order of the texts:
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import numpy.typing as npt
 
 from ..common.atomic import atomic_path
 from .writing import Written
+
+VERSION = 2  # of the files
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,18 @@ class Texts:
         lengths: tokens of each sequence, [n_seqs].
         given: how many of them are not the model's answer, [n_seqs].
         held_out: not trained on, [n_seqs].
+        temps: that the model wrote at, NaN where it did not, f4 [n_seqs].
     """
 
     tokens: npt.NDArray[np.int32]
     lengths: npt.NDArray[np.int64]
     given: npt.NDArray[np.int64]
     held_out: npt.NDArray[np.bool_]
+    temps: npt.NDArray[np.float32]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
 
     @property
     def starts(self) -> npt.NDArray[np.int64]:
@@ -75,6 +83,35 @@ class States:
     p: npt.NDArray[np.float32]
 
 
+def mapped(folder: Path, layout: Layout, n_tokens: int) -> States:
+    """The files' first so many rows."""
+    maps: dict[str, Any] = {
+        name: np.memmap(folder / f"states.{name}", dtype, "r", shape=(n_tokens, width))
+        for name, (dtype, width) in layout.files().items()
+    }
+    return States(**maps)
+
+
+def _shards(folder: Path) -> tuple[list[Texts], int]:
+    """The texts on disk, and the index of the first job that none of them tells of."""
+    found, upcoming = [], 0
+    for path in sorted(folder.glob("text-*.npz")):
+        with np.load(path, allow_pickle=False) as a:
+            found.append(Texts(*(a[f.name] for f in fields(Texts))))
+            upcoming = int(a["next"])
+    return found, upcoming
+
+
+def _joined(shards: list[Texts]) -> Texts:
+    return Texts(*(np.concatenate([getattr(t, f.name) for t in shards]) for f in fields(Texts)))
+
+
+def read_texts(folder: Path) -> Texts:
+    """All texts that were saved in a folder, which may be none."""
+    none = Texts(*(np.empty(0, kind) for kind in ("i4", "i8", "i8", "?", "f4")))
+    return _joined([none, *_shards(folder)[0]])
+
+
 class Store:
     """Sequences on disk: files of rows, and shards that say which tokens they are of.
 
@@ -90,12 +127,7 @@ class Store:
 
     def __init__(self, folder: Path, layout: Layout):
         self.folder, self.layout = folder, layout
-        self.shards: list[Texts] = []
-        self.upcoming = 0  # index of the first job that no shard tells of
-        for path in sorted(folder.glob("text-*.npz")):
-            with np.load(path, allow_pickle=False) as a:
-                self.shards.append(Texts(a["tokens"], a["lengths"], a["given"], a["held_out"]))
-                self.upcoming = int(a["next"])
+        self.shards, self.upcoming = _shards(folder)
         self.n_tokens = sum(len(t.tokens) for t in self.shards)
         self._unsaved: list[Written] = []
         self._files: dict[str, int] = {}
@@ -123,6 +155,7 @@ class Store:
             np.array([len(s.tokens) for s in new], dtype=np.int64),
             np.array([s.n_given for s in new], dtype=np.int64),
             np.array([s.job.held_out for s in new], dtype=bool),
+            np.array([np.nan if s.job.temp is None else s.job.temp for s in new], dtype=np.float32),
         )
         path = self.folder / f"text-{len(self.shards):05}.npz"
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -132,15 +165,8 @@ class Store:
 
     def opened(self) -> tuple[Texts, States]:
         """All that was saved."""
-        done = self.shards
-        names = ("tokens", "lengths", "given", "held_out")
-        texts = Texts(*(np.concatenate([getattr(t, name) for t in done]) for name in names))
-        shape = {name: (len(texts.tokens), width) for name, (_, width) in self.layout.files().items()}
-        maps: dict[str, Any] = {
-            name: np.memmap(self.folder / f"states.{name}", dtype, "r", shape=shape[name])
-            for name, (dtype, _) in self.layout.files().items()
-        }
-        return texts, States(**maps)
+        texts = _joined(self.shards)
+        return texts, mapped(self.folder, self.layout, len(texts.tokens))
 
     def close(self) -> None:
         for fd in self._files.values():

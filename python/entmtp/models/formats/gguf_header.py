@@ -36,6 +36,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    path: Path  # the file, which of a split GGUF may be any part
 
 
 @dataclass(frozen=True)
@@ -153,5 +154,5 @@ def _parse(path: Path, cursor: _Cursor) -> GGUFHeader:
             raise ValueError(f"tensor {name!r} comes twice")
         if (shape and shape[0] % block) or data_start + offset + nbytes > cursor.end:
             raise ValueError(f"tensor {name!r} reaches beyond the end of the file or breaks its blocks")
-        tensors[name] = TensorInfo(name, dtype, shape, data_start + offset, nbytes)
+        tensors[name] = TensorInfo(name, dtype, shape, data_start + offset, nbytes, path)
     return GGUFHeader(path, keys, types, tensors)
