@@ -76,11 +76,12 @@ static void hook_pack(ggml_tensor * t, const void * data) {
     give_back_file(data, ggml_nbytes(t));
 }
 
-// llama.cpp asks by the operator that a tensor's part of the model is for, and a matrix's ".scale" (NVFP4, Gemma 4's
-// experts) has its matrix's, though it is multiplied by element.
+// llama.cpp asks by the operator that a tensor's part of the model is for. A matrix's ".scale" (NVFP4, Gemma 4's experts)
+// has its matrix's, though it is multiplied by element; and RWKV-6 reshapes one matrix, which no panel can follow.
 static bool is_matrix(const ggml_tensor * w) {
     const size_t n = strlen(w->name), n_end = strlen(".weight");
-    return w->ne[1] > 1 || (n >= n_end && strcmp(w->name + n - n_end, ".weight") == 0);
+    const bool   is_weight = n >= n_end && strcmp(w->name + n - n_end, ".weight") == 0;
+    return (w->ne[1] > 1 || is_weight) && !(w->ne[2] > 1 && strstr(w->name, "time_mix_w2"));
 }
 
 // Weights that are loaded stay ours; whether new ones (without data yet) become ours is for the switch to say.

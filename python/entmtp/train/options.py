@@ -1,4 +1,4 @@
-"""The options of `python -m entmtp.train`, and from Python: fields of a class, from which the command line is made."""
+"""The options of `entmtp train`, and from Python: fields of a class, from which the command line is made."""
 
 # ruff: noqa: RUF009  (`option` makes a field)
 
@@ -20,13 +20,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 EPILOG = """examples:
   # heads from text that the model writes by itself, in a quarter of an hour for a model of 135M on two cores
-  python -m entmtp.train --model model.gguf --preset quick -o heads.gguf
+  entmtp train --model model.gguf --preset quick -o heads.gguf
   # from your documents and prompts
-  python -m entmtp.train --model model.gguf --preset good --data notes/ prompts.jsonl -o heads.gguf
+  entmtp train --model model.gguf --preset good --data notes/ prompts.jsonl -o heads.gguf
   # go on after Ctrl-C, a crash or a power cut
-  python -m entmtp.train --model model.gguf --preset good -o heads.gguf --resume
+  entmtp train --model model.gguf --preset good -o heads.gguf --resume
   # how good are they, and is it worth while to go on?
-  python -m entmtp.train --model model.gguf -o heads.gguf --report
+  entmtp train --model model.gguf -o heads.gguf --report
 
 presets, and about how long they take for a model of 135M on two cores:
   quick  350k tokens of text, 2 epochs                  15 minutes
@@ -283,7 +283,7 @@ class Options(Settings):
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m entmtp.train",
+        prog="entmtp train",
         description="Train Medusa or Hydra draft heads for a GGUF model, on this machine. Needs PyTorch: "
         "pip install entmtp[train]",
         epilog=EPILOG,
