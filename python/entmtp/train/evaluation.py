@@ -15,7 +15,7 @@ import torch
 from ..bank.traces import MAX_RANK
 from ..measure import search
 from .heads import Shape, State, before_projection, prefix_layer
-from .loss import loss_of
+from .loss import loss_of, piece_rows
 from .states import States, Texts
 
 TREE_NODES = 16
@@ -106,7 +106,7 @@ def judge(
         target = tokens[roots + i + 1]
         if teacher.draft_index is not None:
             target = teacher.draft_index[target]
-        for rows in torch.arange(len(x)).split(1024):
+        for rows in torch.arange(len(x)).split(piece_rows(len(weight))):
             z = x[rows] @ weight.T
             if bias is not None:
                 z += bias

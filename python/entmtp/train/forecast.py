@@ -14,7 +14,7 @@ from .eagle3_loop import new_trainer
 from .evaluation import Teacher
 from .jobs import plan_jobs
 from .options import PRESETS, Options
-from .plan import Plan
+from .plan import Plan, give_back
 from .states import States, Texts
 from .writing import write
 
@@ -100,6 +100,8 @@ def training_rate(p: Plan, embedding: torch.Tensor, output: torch.Tensor) -> flo
         middle = time.perf_counter()
         trainer.update()
         seconds.append((middle - start, time.perf_counter() - middle))
+    del trainer, batch
+    give_back()
     gradients, update = seconds[-1]
     return options.batch_tokens / (gradients * options.batch_tokens / n + update)
 

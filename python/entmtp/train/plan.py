@@ -3,9 +3,12 @@ its files together."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
 import json
 import shutil
+import sys
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
@@ -244,6 +247,13 @@ def resident() -> int:
     except OSError:
         pass
     return 0
+
+
+def give_back() -> None:
+    """Let the system have memory that was freed, where the C library can be told to; it would keep much for later."""
+    gc.collect()  # an optimizer and its tensors hold each other
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 #

@@ -1,4 +1,4 @@
-"""`python -m entmtp.train --report`: how good heads are, what they will bring here, and whether to go on training."""
+"""`entmtp train --report`: how good heads are, what they will bring here, and whether to go on training."""
 
 from __future__ import annotations
 

@@ -70,6 +70,7 @@ def train(options: Options, progress: bool = True) -> Acceptance:
         p, vocab = stages.choose_rows(p, base, texts, screen)
     finally:
         base.close()
+    plan.give_back()
 
     lesson = stages.lesson(p, texts, states, vocab)
     teacher = stages.teacher(embedding, output, vocab)
