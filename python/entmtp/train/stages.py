@@ -104,9 +104,11 @@ def train_heads(p: Plan, lesson: Lesson, teacher: Teacher, screen: Screen) -> Tr
     digest = plan.digest(lesson.digest, p.shape, p.n_steps, settings, p.facts.name)
     folder = p.work / f"{o.arch}-{digest}"
     folder.mkdir(exist_ok=True)
-    what = (p.shape, o, p.n_steps, teacher, lesson.texts, lesson.states, folder, digest)
+    rest = (o, p.n_steps, teacher, lesson.texts, lesson.states, folder, digest)
     trainer = (
-        LayerTrainer(read_last(o.model, p.shape), *what) if isinstance(p.shape, Layer) else Trainer(*what)
+        LayerTrainer(read_last(o.model, p.shape), p.shape, *rest)
+        if isinstance(p.shape, Layer)
+        else Trainer(p.shape, *rest)
     )
     if trainer.path.exists() and not o.resume:
         raise ModelError(
