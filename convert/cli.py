@@ -1,4 +1,4 @@
-"""`python -m entmtp.convert`."""
+"""`entmtp convert`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from entmtp.models.names import resolve
 
 EPILOG = """examples:
   # heads from the Hugging Face Hub, for a base model on disk
-  python -m entmtp.convert hf:FasterDecoding/medusa-vicuna-7b-v1.3 --base vicuna-7b-v1.3-q4_k_m.gguf
+  entmtp convert hf:FasterDecoding/medusa-vicuna-7b-v1.3 --base vicuna-7b-v1.3-q4_k_m.gguf
   # a folder with config.json and hydra_lm_head.pt, heads in 4 bits
-  python -m entmtp.convert ./hydra-vicuna-7b --base vicuna-7b.gguf --outfile hydra-q4_0.gguf --outtype q4_0
+  entmtp convert ./hydra-vicuna-7b --base vicuna-7b.gguf --outfile hydra-q4_0.gguf --outtype q4_0
   # smaller and faster: 4 bits, and only the frequent tokens of a text (or of what the model itself writes)
-  python -m entmtp.convert ./hydra-vicuna-7b --base vicuna-7b.gguf --outtype q4_k --draft-vocab auto --draft-text my.txt
+  entmtp convert ./hydra-vicuna-7b --base vicuna-7b.gguf --outtype q4_k --draft-vocab auto --draft-text my.txt
   # what is in a heads file?
-  python -m entmtp.convert --inspect hydra-q4_0.gguf
+  entmtp convert --inspect hydra-q4_0.gguf
 
 The base model is only read for its vocabulary and shapes: any quantisation of it will do. With --draft-vocab and no
 --draft-text it also writes a text of 8192 tokens, so it must run here.
@@ -54,7 +54,7 @@ class Converted:
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m entmtp.convert",
+        prog="entmtp convert",
         description="Convert published Medusa or Hydra draft heads to a GGUF heads file.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

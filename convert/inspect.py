@@ -90,7 +90,7 @@ class _Checker:
         if arch not in ("medusa", "hydra") or "entmtp.format_version" not in self.keys:
             raise ConvertError(
                 f"{self.path}: this is no heads file (general.architecture is {arch!r}); heads files are written by "
-                "python -m entmtp.convert"
+                "entmtp convert"
             )
         version = self.keys["entmtp.format_version"]
         if version != FORMAT_VERSION:
@@ -168,9 +168,7 @@ def inspect_heads(path: str | os.PathLike[str]) -> HeadsFile:
     """Read a heads file and check it against the format. Raises ConvertError when it breaks it."""
     path = Path(path)
     if not path.is_file():
-        raise ConvertError(
-            f"{path}: there is no such file; give a heads file written by python -m entmtp.convert"
-        )
+        raise ConvertError(f"{path}: there is no such file; give a heads file written by entmtp convert")
     header = read_gguf_header(path)
     _Checker(header).check()
     parameters: dict[str, int] = {}

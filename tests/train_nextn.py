@@ -1,9 +1,9 @@
 """Train a prediction layer (NextN) for a Llama-like model, so that drafting with one can be tested and measured.
 
 The model comes out under the name of an architecture that has such layers (helpers/nextn.py). Text and states are those
-of `python -m entmtp.train --keep-work`.
+of `entmtp train --keep-work`.
 
-    python -m entmtp.train -m base.gguf -o heads.gguf --data prompts.jsonl --tokens 400k --heads 1 --keep-work
+    entmtp train -m base.gguf -o heads.gguf --data prompts.jsonl --tokens 400k --heads 1 --keep-work
     python tests/train_nextn.py base.gguf heads.gguf.train nextn.gguf
 """
 

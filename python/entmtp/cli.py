@@ -30,7 +30,7 @@ COMMANDS = {
     "tune": Command("tune", "find trees for your task, model and machine",
                     "entmtp tune --model model.gguf --heads heads.gguf --prompts my.jsonl"),
     "bench": Command("bench", "measure plain decoding, static trees and EntMTP side by side",
-                     "entmtp bench --model model.gguf --heads heads.gguf --prompts my.jsonl"),
+                     "entmtp bench run --model model.gguf --heads heads.gguf --prompts my.jsonl"),
     "demo": Command("demo", "all of it on a small bundled model", "entmtp demo"),
     "doctor": Command("doctor", "check this installation, a model and its heads; say what to mend",
                       "entmtp doctor -m model.gguf"),

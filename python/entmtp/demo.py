@@ -1,4 +1,4 @@
-"""`python -m entmtp.demo`: a small chat model answers three questions, and every method is timed on the same answers.
+"""`entmtp demo`: a small chat model answers three questions, and every method is timed on the same answers.
 
 The model is SmolLM2-135M-Instruct, fetched once; without a network it is the bundled toy.
 """
@@ -168,7 +168,7 @@ def run(args: argparse.Namespace, console: Console) -> bool:
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m entmtp.demo",
+        prog="entmtp demo",
         description="A small chat model answers three questions; then every method answers them in turn and is timed: "
         "llama-cpp-python, its prompt lookup, our plain loop, fixed trees, and EntMTP.",
         epilog="entmtp bench run compares the same on a model and prompts of yours.",

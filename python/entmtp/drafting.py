@@ -199,5 +199,5 @@ def check_heads(policy: str, has_heads: bool) -> None:
     if policy in NEED_HEADS and not has_heads:
         raise ValueError(
             f'policy "{policy}" needs draft heads, and there are none for this model; the policy "auto" drafts from '
-            "the text, or make heads with python -m entmtp.train or entmtp.convert"
+            "the text, or make heads with entmtp train or entmtp convert"
         )

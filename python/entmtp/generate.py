@@ -1,4 +1,4 @@
-"""`python -m entmtp.generate`: text for one prompt, or a file of answers for a file of prompts.
+"""`entmtp generate`: text for one prompt, or a file of answers for a file of prompts.
 
 A batch (`--prompts`) writes an answer per line as soon as it has it. Started again with the same settings it goes on
 where it stopped, be it by Ctrl-C, a kill or a power cut.
@@ -349,11 +349,11 @@ def summary(speeds: list[Speed]) -> str:
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m entmtp.generate",
+        prog="entmtp generate",
         description="Answer a question, or a file of them. A model without a chat template goes on with the text.",
-        epilog="examples: python -m entmtp.generate -m model.gguf 'Why is the sky blue?' --stats; "
-        "python -m entmtp.generate -m model.gguf --raw 'def fibonacci(n):'; "
-        "python -m entmtp.generate -m model.gguf --prompts questions.jsonl -o answers.jsonl. "
+        epilog="examples: entmtp generate -m model.gguf 'Why is the sky blue?' --stats; "
+        "entmtp generate -m model.gguf --raw 'def fibonacci(n):'; "
+        "entmtp generate -m model.gguf --prompts questions.jsonl -o answers.jsonl. "
         "Without a prompt it is read from stdin. A batch that was stopped goes on when the same command is given "
         "again.",
     )

@@ -21,11 +21,11 @@ PORT = 50052  # llama.cpp's own
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m entmtp.rpc_server",
+        prog="entmtp rpc-server",
         description="Compute layers of a model that another machine runs with --rpc. llama.cpp's RPC server, with the "
         "GPUs of this machine, or its CPU if it has none.",
-        epilog="example: python -m entmtp.rpc_server --host 192.168.1.7; then, on the other machine: "
-        "python -m entmtp.chat -m model.gguf --rpc 192.168.1.7:50052. There is neither a password nor encryption: "
+        epilog="example: entmtp rpc-server --host 192.168.1.7; then, on the other machine: "
+        "entmtp chat -m model.gguf --rpc 192.168.1.7:50052. There is neither a password nor encryption: "
         "whoever reaches the port can take over this process. Keep it in a network that you trust, or use a tunnel "
         "(docs/rpc.md).",
     )

@@ -23,6 +23,7 @@ from llama_cpp import _logger
 from llama_cpp.llama_grammar import json_schema_to_gbnf
 
 from .common.json_schema import check_schema
+from .models.tokenizer import Tokenizer, check_tokens
 
 # What of `llama_cpp.Llama` is used, and what for.
 NEEDS = {
@@ -187,6 +188,8 @@ class Upstream(llama_cpp.Llama):
         # asked also where an answer was cancelled before its first token
         if stops := kwargs.get("stopping_criteria"):
             kwargs["stopping_criteria"] = lambda tokens, logits: len(tokens) > 0 and stops(tokens, logits)
+        if processors := kwargs.get("logits_processor"):
+            kwargs["logits_processor"] = Processors(processors)
         return super().create_completion(prompt, *args, **kwargs)
 
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
@@ -198,16 +201,13 @@ class Upstream(llama_cpp.Llama):
 
     def detokenize(self, tokens: Any, *args: Any, **kwargs: Any) -> bytes:
         """As `llama_cpp.Llama.detokenize`; a token that is none is a ValueError, not the end of the process."""
-        self.check_tokens(tokens)
+        if not isinstance(self.tokenizer_, Tokenizer):  # ours looks at tokens that are new to it
+            self.check_tokens(tokens)
         return bytes(super().detokenize(tokens, *args, **kwargs))
 
     def check_tokens(self, tokens: Any) -> None:
         """Raise ValueError unless all are tokens of this vocabulary."""
-        for token in tokens:
-            if not 0 <= token < self._n_vocab:
-                raise ValueError(
-                    f"token {token} is none of this model's, which go from 0 to {self._n_vocab - 1}"
-                )
+        check_tokens(tokens, self._n_vocab)
 
     def warn_once(self, text: str) -> None:
         """A warning, the first time that this model has a reason for it."""
@@ -226,6 +226,13 @@ class Upstream(llama_cpp.Llama):
     def end_chain(self) -> None:
         """The generation is over: `sample` must not go on with its seed, biases and grammar."""
         self._sampler = None
+
+
+class Processors(llama_cpp.LogitsProcessorList):
+    """Several, which a logit bias joins: llama-cpp-python takes what `extend` returns for all of them."""
+
+    def extend(self, others: Any) -> Any:
+        return Processors([*self, *others])
 
 
 def is_readable_grammar(model: Any, grammar: Any) -> bool:

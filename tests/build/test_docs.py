@@ -7,6 +7,7 @@ marked, with the reason: ```sh no-run: needs a GPU. What RULES names is left out
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import re
@@ -17,11 +18,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from entmtp.cli import COMMANDS
 from entmtp.models.assets import assets
+from entmtp.serve.cli import spelled
 from helpers.hub_server import hub_environment, serve
 from helpers.rpc import rpc_server
 from helpers.settings import prompts
@@ -197,12 +201,67 @@ def run_script(
     assert done.returncode == 0, f"{block.text}\n{done.stdout}\n{done.stderr}"
 
 
+def commands_named(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every `entmtp COMMAND` of a page, in blocks and in running text: where it stands, and its words."""
+    found = [
+        (f"{page.name}:{b.line}", c) for b in blocks(page) if b.info.split(" ")[0] == "sh" for c in b.commands
+    ]
+    prose = re.sub(r"```.*?```", lambda m: "\n" * m[0].count("\n"), page.read_text("utf-8"), flags=re.DOTALL)
+    for span in re.finditer(r"`([^`]+)`", prose):
+        found.append((f"{page.name}:{prose.count(chr(10), 0, span.start()) + 1}", " ".join(span[1].split())))
+    for where, command in found:
+        for part in re.split(r"\|\||&&|[|;]|\$\(", command):
+            words = part.partition("  #")[0].split()
+            if "entmtp" in words[:2]:  # behind VARIABLE=value
+                yield where, words[words.index("entmtp") + 1 :]
+
+
+def options_of(words: list[str]) -> set[str]:
+    """The options of a command, as `entmtp COMMAND --help` has them; for bench, of its subcommand."""
+    parser = import_module(f"entmtp.{COMMANDS[words[0]].module}").setup_arg_parser()
+    if words[0] == "bench":
+        (sub,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        if words[1:] and not words[1].startswith("-"):
+            assert words[1] in sub.choices, f"there is no entmtp bench {words[1]}"
+            parser = sub.choices[words[1]]
+    return set(parser._option_string_actions)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_and_options_are_those_of_today(page: Path) -> None:
+    """Also where a block is not run. Old spellings go on working, but no page teaches them."""
+    for where, words in commands_named(page):
+        if not words or words[0] in ("COMMAND", "-h", "--help", "--version"):
+            continue
+        assert words[0] in COMMANDS, f"{where}: there is no entmtp {words[0]}"
+        if words[1:2] == ["…"]:
+            continue
+        given = [w.partition("=")[0] for w in words[1:] if re.match(r"--?[a-zA-Z]", w)]
+        given = spelled(given) if words[0] == "serve" else given
+        unknown = set(given) - options_of(words)
+        assert not unknown, f"{where}: entmtp {words[0]} has no {unknown}"
+    for block in blocks(page):
+        assert "python -m entmtp." not in block.text, f"{page.name}:{block.line}: say entmtp COMMAND"
+
+
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
         text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_layout_page_has_every_room() -> None:
+    """Rooms in the table, and in the picture those that hold code, but for doors that only lead to another name."""
+    text = (ROOT / "docs" / "layout.md").read_text("utf-8")
+    picture = " ".join(re.findall(r'\["(.*?)"\]', text))
+    rooms = {p.name for p in (ROOT / "python" / "entmtp").iterdir() if not p.name.startswith(("_", "."))}
+    for room in rooms | {"convert", "trees"}:
+        name = room.removesuffix(".py")
+        assert f"`{room}" in text or f"entmtp.{name}`" in text, f"docs/layout.md does not say what {room} is"
+        if name not in ("assets", "trees", "cache", "heads_study", "kernels"):
+            assert re.search(rf"\b{name}\b", picture), f"the picture in docs/layout.md has no {name}"
 
 
 def test_the_api_page_is_current() -> None:

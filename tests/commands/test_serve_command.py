@@ -190,7 +190,7 @@ def test_missing_packages() -> None:
 def test_help_teaches() -> None:
     result = run("--help")
     assert result.returncode == 0
-    assert "example:\n  python -m entmtp.serve --model model.gguf --heads heads.gguf" in result.stdout
+    assert "example:\n  entmtp serve --model model.gguf --heads heads.gguf" in result.stdout
     assert "--n_gpu_layers" in result.stdout
 
 

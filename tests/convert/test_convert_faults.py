@@ -398,7 +398,7 @@ def test_usage_errors(args, capsys):
     with pytest.raises(SystemExit) as info:
         main(args)
     assert info.value.code == 2
-    assert "usage: python -m entmtp.convert" in capsys.readouterr().err
+    assert "usage: entmtp convert" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys):

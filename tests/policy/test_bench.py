@@ -19,7 +19,7 @@ from entmtp.bench import cli, inputs, run
 from entmtp.measure.compare import LEAST, Comparison, remark
 from entmtp.measure.methods import ENTMTP, generic
 from entmtp.measure.turns import Answer, Prompt, answering, decode, in_turn
-from entmtp.report.tables import figure, spread, table
+from entmtp.report.tables import cell, table
 from helpers.loaded import Loaded, every_model
 from helpers.settings import prompts
 
@@ -126,7 +126,8 @@ def test_pairs_are_of_the_same_prompt_and_long_enough() -> None:
     assert fast["overall"] == pytest.approx(20 / 6, abs=1e-4)
     assert (fast["identical"], fast["answers"], fast["pairs"]) == (3, 5, 2)
     assert plain["ratio"] == [1.0, 1.0, 1.0]
-    assert remark(2, 5).startswith("Speeds are of the 2 of 5 prompts") and remark(5, 5) == ""
+    assert remark([plain, fast]).startswith("Speeds are of the 2 of 5 prompts")
+    assert remark([plain | {"pairs": 5}, fast]) == remark([fast]) and remark([fast | {"pairs": 5}]) == ""
 
 
 def test_a_third_method_takes_its_prompt_out_for_all() -> None:
@@ -147,7 +148,10 @@ def test_nothing_to_compare_is_said() -> None:
     )
     assert "time_split" not in row and (row["identical"], row["pairs"]) == (1, 0)
     text = run.markdown("t", run.judged(found, ["plain", "EntMTP"]))
-    assert "| EntMTP | – | – | – | – – | – – | 1.00 |" in text and "nan" not in text.lower()
+    assert (
+        "| EntMTP | – | – | – | – – | – – |  |" in text and "| plain | – | – | – | – – | – – | 1.00 |" in text
+    )
+    assert "nan" not in text.lower()
     assert text.count("against plain") == 1, "the first method is the plain loop: no column twice"
     assert f"No prompt got more than {LEAST} tokens" in text
     json.dumps(row, allow_nan=False)
@@ -172,10 +176,15 @@ def test_shares_are_of_the_pairs(load: Callable[..., Llama]) -> None:
 
 
 def test_tables() -> None:
-    text = table(["a", "b"], [["x", "1"], ["y", "2"]])
+    text = table(
+        {"a": "{name}", "b": lambda r: str(r["n"] + 1)}, [{"name": "x", "n": 0}, {"name": "y", "n": 1}]
+    )
     assert text == "| a | b |\n| --- | --: |\n| x | 1 |\n| y | 2 |\n"
-    assert (figure(None), figure(1.234), spread(None)) == ("–", "1.23", "–")
-    assert spread([1.0, 0.5, 2.0], "{:.1f}", "×") == "1.0× (0.5–2.0)"
+    row = {"none": None, "x": 1.234, "all": [1.0, 0.5, 2.0], "parts": {"k": 0.5}}
+    forms = ["{none:.2f}", "{none[k]}", "{x:.2f}", "{all:.1f}×", "{all:.2f}", "{parts[k]:.0%}"]
+    told = ["–", "–", "1.23", "1.0 (0.5–2.0)×", "1.00 (0.50–2.00)", "50%"]
+    assert [cell(form, row) for form in forms] == told
+    assert cell("{x:.0f} of {missing}", row) == cell("{parts[none]}", row) == "", "what a row lacks"
 
 
 #
@@ -253,8 +262,8 @@ def test_curve_with_several_kernels(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found == {(k, c, n) for k in ("off", "portable") for c in (16, 32) for n in (1, 2, 4)}
     assert all(p["ms"] > 0 for p in curve["passes"]) and curve["model"] == "tiny:q8_0, random weights"
     text = capsys.readouterr().out
-    assert "| tokens, context 32 | off, ms | relative | memory | int8 | portable, ms |" in text
-    assert re.search(r"^\| 1 \| [\d.]+ ±\d+ % \| 1\.00 \|", text, re.MULTILINE)
+    assert "| tokens, context 32 | off, ms | off, relative | off, memory | off, int8 | portable, ms |" in text
+    assert re.search(r"^\| 1 \| [\d.]+ ±\d+% \| 1\.00 \|", text, re.MULTILINE)
     out.with_suffix(".png").unlink()
     assert cli.main(["--plot", str(out)]) == 0 and out.with_suffix(".png").exists()
 

@@ -95,6 +95,9 @@ def test_halves_alternate_by_the_prompts_of_a_task() -> None:
     assert same(second, traces.pick([2, 4]))
     three = replace(traces.pick([0, 2, 3]), prompt=(1, 2, 3))
     assert [half.prompt for half in three.split()] == [(1, 3), (2,)]
+    for one in (traces.pick([0, 1]), traces.pick([0, 4]), traces.pick([])):
+        with pytest.raises(ValueError, match="too few prompts: at least two of a task are needed"):
+            one.split()
 
 
 def test_joined_traces() -> None:

@@ -90,7 +90,7 @@ class Bank:
         """
         if self.costs is None:
             raise BankError(
-                f"bank {self.name} has no costs: only policy static can use it; python -m entmtp.tune makes a bank with"
+                f"bank {self.name} has no costs: only policy static can use it; entmtp tune makes a bank with"
             )
         return self.costs
 

@@ -116,7 +116,11 @@ class Traces:
         return self.pick([i for i, t in enumerate(self.task) if t == task])
 
     def split(self) -> tuple[Traces, Traces]:
-        """Training and held-out texts: every task's prompts alternate between the two."""
+        """Training and held-out texts: every task's prompts alternate between the two.
+
+        Raises:
+            ValueError: one of them would be empty.
+        """
         order: dict[str, list[int]] = {}
         for task, prompt in zip(self.task, self.prompt, strict=True):
             known = order.setdefault(task, [])
@@ -125,6 +129,10 @@ class Traces:
         side = [order[t].index(p) % 2 for t, p in zip(self.task, self.prompt, strict=True)]
         halves = ([i for i, s in enumerate(side) if s == k] for k in (0, 1))
         first, second = (self.pick(texts) for texts in halves)
+        if not len(first.n_tokens) or not len(second.n_tokens):
+            raise ValueError(
+                "the traces hold too few prompts: at least two of a task are needed, one to fit, one to judge"
+            )
         return first, second
 
     def save(self, path: str | Path) -> None:

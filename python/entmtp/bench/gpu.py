@@ -6,7 +6,6 @@ between host and device. Acceptance is replayed: from traces, and from figures o
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from ..bank import PLAIN, Bank, Costs, Traces, Tree
 from ..bank.costs import from_json
 from ..common.machine import cpu_name, free_memory
 from ..common.progress import stages
+from ..common.prompts import by_task
 from ..llama import Llama
 from ..measure.rollouts import record
 from ..measure.timing import measure, measure_rest
@@ -30,7 +30,7 @@ from ..measure.turns import Advance
 from ..models.shapes import SHAPES, cache_bytes, model_bytes
 from ..native.backends import backends
 from ..options import DEMO, load
-from ..report.tables import table
+from ..report.tables import Form, table
 from .inputs import changed, flat, model_of, shape_of, trace_files
 from .passes import bandwidth, time_steps, weights_per_pass
 from .whatif import replayed
@@ -42,12 +42,24 @@ SPEEDS = {
     "plain": "plain", "63 nodes": "published 63-node tree", "best single tree": "best single tree", "EntMTP": "entropy",
     "EntMTP, confidence": "confidence", "every depth known": None,
 }  # fmt: skip
-# columns of a step
-STEPS = {
+# tables: ms of a draft by depth, and of one head after 1, 2 and 4 paths
+DRAFTS: dict[str, Form] = {
+    "depth": "{depth}", "chain, ms": "{chain:.3f}", "its last head alone, 1 path": "{level[0]:.3f}",
+    "2 paths": "{level[1]:.3f}", "4 paths": "{level[2]:.3f}",
+}  # fmt: skip
+# where the time of a step goes, and what crosses between host and device in it
+STEPS: dict[str, Form] = {
     "step": "{nodes} nodes, {sampling}", "ms": "{ms:.3f}", "draft": "{split[draft]:.0%}",
-    "verify": "{split[verify]:.0%}", "besides": "{besides:.1%}", "bytes to host": "{traffic[to_host]:.0f}",
-    "to device": "{traffic[to_device]:.0f}", "on device": "{traffic[on_device]:.0f}",
-    "whole rows": "{traffic[n_rows]:.2f}", "waits": "{traffic[n_syncs]:.1f}", "graphs built": "{graphs:.2f}",
+    "verify": "{split[verify]:.0%}",
+    "besides": lambda s: f"{sum(s['split'][k] for k in ('sample', 'host', 'rest')):.1%}",
+    "bytes to host": "{traffic[to_host]:.0f}", "to device": "{traffic[to_device]:.0f}",
+    "on device": "{traffic[on_device]:.0f}", "whole rows": "{traffic[n_rows]:.2f}", "waits": "{traffic[n_syncs]:.1f}",
+    "graphs built": lambda s: f"{s['traffic']['n_graphs'] + s['traffic']['n_draft_graphs']:.2f}",
+}  # fmt: skip
+# tokens/s by replay
+REPLAYED: dict[str, Form] = {
+    "acceptance, context": "{source}, {context}", **{name: f"{{{name}:.1f}}" for name in SPEEDS},
+    "EntMTP / 63 nodes": lambda r: f"{max(r['EntMTP'], r.get('EntMTP, confidence', 0.0)) / r['63 nodes']:.2f}",
 }  # fmt: skip
 GB = 1e9
 HEADS_SHARE = 0.6  # what heads and buffers may take on top of a model, at most
@@ -130,14 +142,11 @@ def _cache_of(llm: Llama, n_ctx: int) -> int:
 
 def demo_traces(args: Namespace) -> Traces:
     """Greedy rollouts of the demo model with its Hydra heads."""
-    lines = (files("entmtp.trees") / "generic-prompts.jsonl").read_text("utf-8").splitlines()
-    items = [(item["task"], item["prompt"]) for item in map(json.loads, lines)]
-    tasks = list(dict.fromkeys(task for task, _ in items))
+    tasks = by_task(str(files("entmtp.trees") / "generic-prompts.jsonl"))
     each = max(2, -(-args.limit // len(tasks)))  # one of every task to fit, one to test
-    chosen = [item for task in tasks for item in [i for i in items if i[0] == task][:each]]
     demo = changed(args, model=DEMO, heads=None, n_gpu_layers=0, rpc=None, ctx=None)
     with closing(load(demo, policy="off", calibrate=False)) as llm:
-        asked = [(task, llm.tokenize(text.encode())) for task, text in chosen]
+        asked = [(task, llm.tokenize(q.text.encode())) for task, some in tasks.items() for q in some[:each]]
         return record(llm, asked, temps=(0.0,), n_tokens=args.tokens)
 
 
@@ -212,38 +221,14 @@ def passes(m: dict[str, Any], costs: Costs) -> str:
     for context in sorted(costs.verify):
         curve = costs.curve(context)
         read = (m["bytes"] + m["cache_bytes"][str(context)]) / (curve[0] / 1e6)
-        relative = [f"{curve[n - 1] / curve[0]:.2f}" for n in sizes]
-        share = f"{read / peak:.0%}" if peak else ""
-        rows.append([str(context), f"{curve[0] / 1e3:.3f}", *relative, f"{read / GB:.1f}", share])
-    head = ["context", "one token, ms", *(f"{n} nodes" for n in sizes), "GB/s", "of the device's"]
-    return table(head, rows)
-
-
-def drafts(costs: Costs) -> str:
-    """Cost of a draft by depth, and of one head after 1, 2 and 4 paths, ms."""
-    every = zip(costs.chain[1:], costs.level, strict=True)
-    rows = [[str(d), *(f"{us / 1e3:.3f}" for us in (chain, *row))] for d, (chain, row) in enumerate(every, 1)]
-    return table(["depth", "chain, ms", "its last head alone, 1 path", "2 paths", "4 paths"], rows)
-
-
-def steps(m: dict[str, Any]) -> str:
-    """Where the time of a step goes, and what crosses between host and device in it."""
-    cells = [[
-        form.format(**s, besides=sum(s["split"][k] for k in ("sample", "host", "rest")),
-                    graphs=s["traffic"]["n_graphs"] + s["traffic"]["n_draft_graphs"])
-        for form in STEPS.values()
-    ] for s in m["steps"]]  # fmt: skip
-    return table(list(STEPS), cells)
-
-
-def speeds(m: dict[str, Any]) -> str:
-    """Tokens/s by context and source of the acceptance."""
-    rows = []
-    for context, source, found in [(c, s, f) for c, by in m["speeds"].items() for s, f in by.items()]:
-        best = max(found["EntMTP"], found.get("EntMTP, confidence", 0.0))
-        cells = [f"{found[n]:.1f}" if n in found else "" for n in SPEEDS]
-        rows.append([f"{source}, {context}", *cells, f"{best / found['63 nodes']:.2f}"])
-    return table(["acceptance, context", *SPEEDS, "EntMTP / 63 nodes"], rows)
+        share = {"share": read / peak} if peak else {}
+        rows.append(
+            {"context": context, "ms": curve[0] / 1e3, "cost": [0, *curve / curve[0]], "gb": read / GB}
+            | share
+        )
+    columns: dict[str, Form] = {"context": "{context}", "one token, ms": "{ms:.3f}"}
+    columns |= {f"{n} nodes": f"{{cost[{n}]:.2f}}" for n in sizes}
+    return table(columns | {"GB/s": "{gb:.1f}", "of the device's": "{share:.0%}"}, rows)
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -251,12 +236,19 @@ def markdown(report: dict[str, Any]) -> str:
     parts = [f"Device: {report['device']}, {report['threads']} CPU threads.\n"]
     for m in report["gpu_study"]:
         costs = from_json(m["costs"], m["model"])
+        drafts = [
+            {"depth": d, "chain": us / 1e3, "level": [x / 1e3 for x in level]}
+            for d, (us, level) in enumerate(zip(costs.chain[1:], costs.level, strict=True), 1)
+        ]
+        speeds = [
+            found | {"context": c, "source": source} for c, by in m["speeds"].items() for source, found in by.items()
+        ]  # fmt: skip
         parts += [
             f"### {m['model']}\n",
             f"{m['bytes'] / GB:.3f} GB of weights in a pass, vocabulary {m['vocabulary']}, heads on {m['heads']}. "
             f"The device moves {m['bytes_per_second'] / GB:.1f} GB/s. {m['outputs']}.\n",
-            passes(m, costs), drafts(costs), steps(m),
+            passes(m, costs), table(DRAFTS, drafts), table(STEPS, m["steps"]),
             "Tokens/s, by replay; \"EntMTP\" under published acceptance is the best fixed depth, a lower bound:\n",
-            speeds(m),
+            table(REPLAYED, speeds),
         ]  # fmt: skip
     return "\n".join(parts + [f"Left out: {s['model']}: {s['why']}.\n" for s in report["skipped"]])

@@ -32,7 +32,7 @@ from ..measure.timing import measure, measure_rest
 from ..measure.turns import Advance, Prompt, answering, in_turn
 from ..models.base import read_base
 from ..options import load
-from ..report.tables import figure, spread, table
+from ..report.tables import Form, cell, table
 from .inputs import asked_of, changed, flat, load_plain, model_of, read_tasks
 
 TYPES = ("f16", "q8_0", "q4_0", "q4_k")
@@ -80,7 +80,7 @@ def measured(
     args: Namespace, plain: Llama, llm: Llama, costs: Costs, prompts: Sequence[tuple[str, list[int]]], advance: Advance
 ) -> dict[str, Any]:  # fmt: skip
     """Of one heads file: memory that it takes besides the base's, µs of a draft by depth; by replay tokens per step of
-    a chain of all heads, the fastest tree and its figures; and speeds side by side, None where answers were too short.
+    a chain of all heads, the fastest tree and its figures; and a row of speeds side by side.
 
     Args:
         prompts: (task, tokens) pairs; every other one fits the trees, and the rest is held out.
@@ -90,51 +90,43 @@ def measured(
     """
     llm.set_trees(Bank("off", (PLAIN,)), policy="off")
     fitted, held_out = record(llm, prompts, temps=args.temp, n_tokens=args.tokens).split()
-    if not len(held_out.n_tokens):
-        raise ValueError("too few prompts: at least two are needed, one to fit trees to, one to judge")
     tree = search.best_single(fitted, costs)
     deep = Tree.from_paths("chain", [[0] * (d + 1) for d in range(llm.draft_heads.n_heads)])
     best, chain, none = (search.static(held_out, t, costs) for t in (tree, deep, PLAIN))
     llm.set_trees(fit(fitted, costs), policy="entropy")
-    asked = [
-        Prompt(prompts[i][1], args.tokens, temp, seed=i)
-        for i in sorted(set(held_out.prompt))
-        for temp in args.temp
-    ]
+    held = sorted(set(held_out.prompt))
+    asked = [Prompt(prompts[i][1], args.tokens, temp, seed=i) for i in held for temp in args.temp]
     found = Comparison(in_turn({"plain": answering(plain), "EntMTP": answering(llm)}, asked, 1, advance))
     for prompt, turn in zip(asked, found.turns, strict=True):
         if turn["plain"].tokens != turn["EntMTP"].tokens:
             where = f"prompt {prompt.seed + 1}, temperature {prompt.temp:g}"
             raise EntmtpError(f"{where}: the text with heads is another than without")
     alone, live = (found.row(label, "plain") for label in ("plain", "EntMTP"))
-    mid, low, high = live["ratio"] or [None] * 3
-    plain_speed, speed = ((r["tokens_per_second"] or [None])[0] for r in (alone, live))
-    return {
+    row = live | dict(
+        zip(("speedup", "speedup_low", "speedup_high"), live["ratio"] or [None] * 3, strict=True)
+    )
+    for name, of in {"tokens_per_second": live, "plain_tokens_per_second": alone}.items():
+        row[name] = of["tokens_per_second"] and of["tokens_per_second"][0]
+    return row | {
         "memory": int(llm.draft_heads.info.n_bytes), "draft_us": [round(us, 1) for us in costs.chain[1:]],
         "chain": round(chain.tokens_per_step, 3), "tree": [list(p) for p in tree.paths],
         "tokens_per_step": round(best.tokens_per_step, 3), "predicted": round(none.us_total / best.us_total, 3),
-        "speedup": mid, "speedup_low": low, "speedup_high": high, "overall": live["overall"],
-        "tokens_per_second": speed, "plain_tokens_per_second": plain_speed,
-        "pairs": live["pairs"], "answers": live["answers"],
     }  # fmt: skip
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The study as a table."""
     depth = max(len(r["draft_us"]) for r in rows)
-    head = [
-        "checkpoint", "heads", "type", "fastest tree", "MB", "draft of 1, µs", f"of {depth}, µs",
-        f"chain of {depth}, tokens/step", "the tree's", "by replay, × plain", "EntMTP, × plain", "overall", "tokens/s",
-        "plain",
-    ]  # fmt: skip
-    cells = [[
-        r["checkpoint"], r["form"], r["type"], search.name(Tree.from_paths("", r["tree"])), f"{r['bytes'] / 1e6:.2f}",
-        f"{r['draft_us'][0]:.0f}", f"{r['draft_us'][-1]:.0f}", f"{r['chain']:.2f}", f"{r['tokens_per_step']:.2f}",
-        f"{r['predicted']:.2f}", spread([r[f"speedup{x}"] for x in ("", "_low", "_high")] if r["pairs"] else None),
-        figure(r["overall"]), *(figure(r[f"{x}tokens_per_second"], "{:.0f}") for x in ("", "plain_")),
-    ] for r in rows]  # fmt: skip
-    fewest = min(rows, key=lambda r: r["pairs"])
-    return table(head, cells, n_text=4) + remark(fewest["pairs"], fewest["answers"])
+    columns: dict[str, Form] = {
+        "checkpoint": "{checkpoint}", "heads": "{form}", "type": "{type}",
+        "fastest tree": lambda r: search.name(Tree.from_paths("", r["tree"])),
+        "MB": lambda r: f"{r['bytes'] / 1e6:.2f}",
+        "draft of 1, µs": "{draft_us[0]:.0f}", f"of {depth}, µs": lambda r: f"{r['draft_us'][-1]:.0f}",
+        f"chain of {depth}, tokens/step": "{chain:.2f}", "the tree's": "{tokens_per_step:.2f}",
+        "by replay, × plain": "{predicted:.2f}", "EntMTP, × plain": "{ratio:.2f}", "overall": "{overall:.2f}",
+        "tokens/s": "{tokens_per_second:.0f}", "plain": "{plain_tokens_per_second:.0f}",
+    }  # fmt: skip
+    return table(columns, rows, n_text=4) + remark(rows)
 
 
 def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
@@ -162,8 +154,8 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
                 costs = costs or own
                 row = {"checkpoint": name, "form": form, "type": kind, "bytes": file.stat().st_size}
                 rows.append(row | measured(args, plain, llm, own, prompts, advance))
-            done = f"{len(rows)}/{len(variants)} {name} {form} {kind}: {rows[-1]['tokens_per_step']:.2f} tokens/step"
-            print(f"{done}, {figure(rows[-1]['speedup'])}x plain", file=sys.stderr)
+            done = cell("{form} {type}: {tokens_per_step:.2f} tokens/step, {speedup:.2f}x plain", rows[-1])
+            print(f"{len(rows)}/{len(variants)} {name} {done}", file=sys.stderr)
     report |= {
         "heads": rows, "threads": plain.n_threads, "model": Path(args.model).name,
         "device": f"{cpu_name()}, {plain.n_threads} threads",

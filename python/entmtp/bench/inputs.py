@@ -69,6 +69,11 @@ def asked_of(llm: Llama, tasks: dict[str, list[Question]], args: Namespace) -> l
     return [(task, tokens_of(llm, question, args)) for task in tasks for question in tasks[task]]
 
 
+def prompts_of(llm: Llama, questions: Sequence[Question], args: Namespace, temp: float) -> list[Prompt]:
+    """Every turn of some questions, as they are answered at a temperature."""
+    return [Prompt(t, args.tokens, temp) for question in questions for t in turns_of(llm, question, args)]
+
+
 def trace_files(path: str) -> list[Path]:
     """The .npz files that `--traces` names: one, or a folder of them.
 
@@ -114,9 +119,14 @@ def changed(args: Namespace, **other: Any) -> Namespace:
     return Namespace(**(vars(args) | other))
 
 
+def undrafted(args: Namespace) -> Namespace:
+    """The options without anything that drafts."""
+    return changed(args, draft="off", heads=None, draft_model=None)
+
+
 def load_plain(args: Namespace, **more: Any) -> Llama:
     """The model that the options name, without heads."""
-    return load(changed(args, draft="off", heads=None, draft_model=None), **more)
+    return load(undrafted(args), **more)
 
 
 def shape_of(name: str) -> tuple[str, str] | None:
@@ -146,12 +156,7 @@ def model_of(
                 write_heads(heads, model, SHAPES[shape[0]], arch)
             yield changed(args, model=str(model), heads=str(heads) if drafts else None)
         return
-    own = (
-        changed(args, model=name)
-        if drafts
-        else changed(args, model=name, heads=None, draft_model=None, draft="off")
-    )
-    model, found = model_files(own)
+    model, found = model_files(changed(args if drafts else undrafted(args), model=name))
     if drafts and needs_heads and not found:
         raise no_heads("this", model)
     yield changed(args, model=str(model), heads=str(found) if found else None)

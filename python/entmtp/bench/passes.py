@@ -23,10 +23,13 @@ from ..llama import Llama
 from ..measure.compare import time_split
 from ..measure.turns import Advance, Prompt, decode
 from ..native import abi, kernels
-from ..report.tables import table
+from ..report.tables import Form, part, table
 from .inputs import flat, load_plain, model_of, shape_of
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 64)
+CELLS = {
+    "ms": "{ms:.2f} ±{spread:.0%}", "relative": "{relative:.2f}", "memory": "{memory:.0%}", "int8": "{int8:.0%}",
+}  # fmt: skip
 WARM_UP = 9  # tokens: a prompt as long as the tree is large takes the place of its graph
 
 
@@ -133,6 +136,12 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
             passes = time_passes(models, contexts, sizes, args.rounds, advance)
             report["threads"] = llm.n_threads
             read, macs = kernels.machine_peaks(llm.n_threads_batch)
+        base = {p["context"]: p["ms"] for p in passes if (p["kernels"], p["n"]) == (sets[0], sizes[0])}
+        for p in passes:
+            p["relative"] = p["ms"] / base[p["context"]]
+            # shares of what the machine can do
+            p |= {"memory": 1e3 * n_bytes / p["ms"] / read} if read else {}
+            p |= {"int8": 1e3 * n_macs * p["n"] / p["ms"] / macs} if macs else {}
         report["curves"].append({
             "model": f"{name}, random weights" if shape_of(name) else Path(found.model).stem, "passes": passes,
             "bytes": n_bytes, "macs": n_macs, "bytes_per_second": read, "macs_per_second": macs,
@@ -149,16 +158,11 @@ def markdown(curve: dict[str, Any]) -> str:
         f"This machine reads {read / 1e9:.0f} GB/s and does {peak / 1e9:.0f} G int8 multiply-adds/s.\n"
     )
     for depth in contexts:
-        by = {(p["kernels"], p["n"]): p for p in passes if p["context"] == depth}
-        base = by[sets[0], sizes[0]]["ms"]
-        head = [c for s in sets for c in (f"{s}, ms", "relative", "memory", "int8")]
-        rows = [[str(n), *(c for s in sets for c in _cells(by[s, n], base, curve))] for n in sizes]
-        text += "\n" + table([f"tokens, context {depth}", *head], rows, n_text=0)
+        rows: dict[int, dict[str, Any]] = {n: {"n": n} for n in sizes}
+        for p in passes:
+            if p["context"] == depth:
+                rows[p["n"]][p["kernels"]] = p
+        columns: dict[str, Form] = {f"tokens, context {depth}": "{n}"}
+        columns |= {f"{s}, {title}": part(s, form) for s in sets for title, form in CELLS.items()}
+        text += "\n" + table(columns, rows.values(), n_text=0)
     return text
-
-
-def _cells(p: dict[str, Any], base: float, curve: dict[str, Any]) -> list[str]:
-    """A pass: time, relative to `base`, and share of what the machine can do, where that is known."""
-    amounts = (curve["bytes"], curve["bytes_per_second"]), (curve["macs"] * p["n"], curve["macs_per_second"])
-    shares = [f"{1e5 * amount / p['ms'] / peak:.0f} %" if peak else "" for amount, peak in amounts]
-    return [f"{p['ms']:.2f} ±{100 * p['spread']:.0f} %", f"{p['ms'] / base:.2f}", *shares]

@@ -7,8 +7,9 @@ turns.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any
 
 from ..common.errors import UsageError
@@ -18,77 +19,59 @@ from ..llama import Llama
 from ..measure.baselines import LABELS, Baseline, baseline
 from ..measure.compare import Comparison, remark
 from ..measure.foreign import Driver, Server, warmed
-from ..measure.methods import (
-    CONFIDENCE,
-    ENTMTP,
-    ENTROPY,
-    HEADS_ALONE,
-    MODEL_ALONE,
-    PLAIN_LOOP,
-    TEXT_ALONE,
-    Method,
-    chains,
-    comparison,
-    generic,
-    published,
-)  # fmt: skip
+from ..measure.methods import PLAIN_LOOP, Method, comparison, methods_of, published
 from ..measure.rounding import Parting, parting
 from ..measure.stock import LOOKUP, STOCK, stock
 from ..measure.turns import Answering, Prompt, answering, in_turn
 from ..native import kernels
 from ..options import load
-from ..report.tables import figure, spread, table
-from .inputs import load_plain, model_of, read_tasks, turns_of
+from ..report.tables import Form, Row, cell, table
+from .inputs import load_plain, model_of, prompts_of, read_tasks
 
 GGML = Method("EntMTP, ggml's kernels", None, "auto")  # as ENTMTP, but for the CPU kernels
 
 
 def contestants(args: Namespace, stack: ExitStack) -> tuple[Llama, dict[str, Answering]]:
     """Our plain loop, and every method by label; their models are closed with the stack."""
+    plain = stack.enter_context(closing(load_plain(args, stats=False)))
+    own = kernels.current()
 
     def loaded(**more: Any) -> Llama:
         return stack.enter_context(closing(load(args, **more)))
 
-    plain = stack.enter_context(closing(load_plain(args, stats=False)))
-    own = kernels.current()
-    draft = loaded()
-    has_heads = draft.heads_path is not None
-    has_model = "model" in draft.drafters
-    learning = [TEXT_ALONE] * (has_heads or has_model) + [MODEL_ALONE] * has_model
-    learning += [HEADS_ALONE, ENTROPY, CONFIDENCE, ENTMTP] if has_heads else [ENTMTP]
-    fixed = [*published(), *(generic(draft.draft_heads.arch) if has_heads else ()), *comparison()]
-    fixed = [*chains(), *comparison()] if has_model and not has_heads else fixed
-    loops = [] if args.rpc else [STOCK, *LOOKUP, GGML.label]  # llama-cpp-python would need servers of its own
-    usual = [m for m in fixed if m not in (*published()[args.published :], *comparison())]
-    by_label = {m.label: m for m in (*fixed, *learning, PLAIN_LOOP)}
-    asked = args.methods or [*loops, *(m.label for m in (*usual, *learning))]
-    others = {m: theirs for m in asked if (theirs := baseline(m))}
-    if missing := [m for m in asked if m not in by_label and m not in loops and m not in others]:
-        known = ", ".join((*loops, *by_label))
-        raise UsageError(
-            f"there is no method {missing[0]}; there are {known}, and, once built, {', '.join(LABELS)}"
-        )
+    def of_stock(n_guesses: int) -> Answering:
+        devices = {"n_gpu_layers": args.n_gpu_layers or 0, "tensor_split": args.tensor_split}
+        other = stock(plain, n_guesses, flash_attn=bool(args.flash_attn), **devices)
+        return answering(stack.enter_context(closing(other)), kernels="off")
 
+    def of_learning(method: Method) -> Answering:  # with a model of its own
+        return answering(loaded(policy=method.policy, drafters=method.drafters), kernels=own)
+
+    draft = loaded()
+    arch = draft.draft_heads.arch if draft.heads_path else None
+    fixed, learning = methods_of(arch, "model" in draft.drafters)
+    makers: dict[str, Callable[[], Answering]] = {}
+    if not args.rpc:  # llama-cpp-python would need servers of its own
+        makers |= {label: partial(of_stock, n) for label, n in {STOCK: 0, **LOOKUP}.items()}
+        makers[GGML.label] = lambda: answering(loaded(kernels="off"), kernels="off")
+    usual = [m.label for m in fixed if m not in (*published()[args.published :], *comparison())]
+    asked = args.methods or [*makers, *usual, *(m.label for m in learning)]
+    makers[PLAIN_LOOP.label] = lambda: answering(plain, kernels=own)
+    loops = [label for label in makers if label in asked or label not in LOOKUP]
+    makers |= {m.label: partial(answering, draft, m, own) for m in fixed}
+    makers |= {m.label: partial(of_learning, m) for m in learning}
+    theirs = {label: other for label in asked if (other := baseline(label))}
+    if missing := [m for m in asked if m not in makers and m not in theirs]:
+        raise UsageError(
+            f"there is no method {missing[0]}; there are {', '.join(makers)}, and, once built, {', '.join(LABELS)}"
+        )
     found: dict[str, Answering] = {}
-    own_loops = [*loops[:1], *(m for m in asked if m in LOOKUP), *loops[-1:], PLAIN_LOOP.label]
-    for label in dict.fromkeys([*own_loops, *asked]):
-        if label == GGML.label:
-            found[label] = answering(loaded(kernels="off"), kernels="off")
-        elif label in loops:
-            devices = {"n_gpu_layers": args.n_gpu_layers or 0, "tensor_split": args.tensor_split}
-            other = stock(plain, LOOKUP.get(label, 0), flash_attn=bool(args.flash_attn), **devices)
-            stack.enter_context(closing(other))
-            found[label] = answering(other, kernels="off")
-        elif label == PLAIN_LOOP.label:
-            found[label] = answering(plain, kernels=own)
-        elif label in others:
-            with kernels.using(own):
-                found[label] = warmed(stack.enter_context(closing(foreign(others[label], plain, args))))
-        elif (method := by_label[label]) in learning:  # models of their own: they learn from answer to answer
-            one = loaded(policy=method.policy, drafters=method.drafters)
-            found[label] = answering(one, kernels=own)
+    for label in dict.fromkeys([*loops, *asked]):
+        if label in makers:
+            found[label] = makers[label]()
         else:
-            found[label] = answering(draft, method, own)
+            with kernels.using(own):
+                found[label] = warmed(stack.enter_context(closing(foreign(theirs[label], plain, args))))
     return plain, found
 
 
@@ -103,14 +86,18 @@ def foreign(method: Baseline, like: Llama, args: Namespace) -> Driver | Server:
 def judged(found: Comparison, labels: list[str]) -> list[dict[str, Any]]:
     """A row per method: speed against the first one and against our plain loop."""
     rows = []
-    cut = found.without_loops()
+    cut, bases = found.without_loops(), (labels[0], PLAIN_LOOP.label)
     for label in labels:
-        row = found.row(label, labels[0]) | {"ratio_plain": found.ratio(label, PLAIN_LOOP.label)}
-        row["overall_plain"] = found.row(label, PLAIN_LOOP.label)["overall"]
-        row["without_loops"] = [cut.row(label, base)["overall"] for base in (labels[0], PLAIN_LOOP.label)]
+        first, plain = (found.row(label, base) for base in bases)
         # kernels differ in rounding: texts are compared with those of a loop that has the same
         loop = STOCK if label == GGML.label or label in LOOKUP else PLAIN_LOOP.label
-        rows.append(row | {"identical": found.identical(label, loop)})
+        rows.append(first | {
+            "ratio_plain": plain["ratio"], "overall_plain": plain["overall"],
+            "without_loops": [cut.row(label, base)["overall"] for base in bases],
+            "identical": found.identical(label, loop),
+        })  # fmt: skip
+        if label in bases:
+            rows[-1]["tokens_per_step"] = 1.0  # loops without drafts
     return rows
 
 
@@ -121,33 +108,28 @@ def partings(llm: Llama, prompts: list[Prompt], found: Comparison, label: str) -
     return [p for p in each if p is not None]
 
 
-def alike(row: dict[str, Any]) -> str:
+def alike(row: Row) -> str:
     """How many answers are plain decoding's, and how many leave it where two tokens tie."""
-    ties = row.get("ties")
-    return f"{row['identical']}/{row['answers']}" + (f", {ties} part at a tie" if ties else "")
+    return cell("{identical}/{answers}", row) + (f", {row['ties']} part at a tie" if row.get("ties") else "")
 
 
 def markdown(title: str, rows: list[dict[str, Any]]) -> str:
     """A task's rows as a Markdown table."""
     bases = {rows[0]["method"]: "ratio", PLAIN_LOOP.label: "ratio_plain"}  # over RPC both are the plain loop
-    head = [
-        "method", "tokens/s", "overall", *(f"against {base}" for base in bases), "against both, overall", "loops cut",
-        "tokens/step", "draft", "verify", "sample", "host", "rest", "identical",
-    ]  # fmt: skip
-    cells = [[
-        r["method"], spread(r["tokens_per_second"], "{:.1f}"), figure(r["tokens_per_second_overall"], "{:.1f}"),
-        *(spread(r[key], unit="×") for key in bases.values()),
-        f"{figure(r['overall'])} {figure(r['overall_plain'])}", " ".join(figure(x) for x in r["without_loops"]),
-        figure(r.get("tokens_per_step", 1.0)),
-        *(f"{x:.0%}" for x in r.get("time_split", {}).values()), *([] if "time_split" in r else [""] * 5),
-        alike(r),
-    ] for r in rows]  # fmt: skip
-    notes = remark(rows[0]["pairs"], rows[0]["answers"])
+    columns: dict[str, Form] = {
+        "method": "{method}", "tokens/s": "{tokens_per_second:.1f}", "overall": "{tokens_per_second_overall:.1f}",
+        **{f"against {base}": f"{{{key}:.2f}}" for base, key in bases.items()},
+        "against both, overall": "{overall:.2f} {overall_plain:.2f}",
+        "loops cut": "{without_loops[0]:.2f} {without_loops[1]:.2f}", "tokens/step": "{tokens_per_step:.2f}",
+        **{part: f"{{time_split[{part}]:.0%}}" for part in ("draft", "verify", "sample", "host", "rest")},
+        "identical": alike,
+    }  # fmt: skip
+    notes = remark(rows)
     if any(other.server for r in rows if (other := baseline(r["method"]))):
         notes += (
             "llama.cpp's server rounds in ggml's ways: its texts need not be those of our plain decoding.\n"
         )
-    return f"### {title}\n\n{table(head, cells)}{notes}"
+    return f"### {title}\n\n{table(columns, rows)}{notes}"
 
 
 def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
@@ -158,7 +140,7 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
         plain, methods = contestants(args, stack)
         report["threads"] = plain.n_threads
         for task, temp in [(task, temp) for task in tasks for temp in args.temp]:
-            prompts = [Prompt(t, args.tokens, temp) for q in tasks[task] for t in turns_of(plain, q, args)]
+            prompts = prompts_of(plain, tasks[task], args, temp)
             with stages() as advance:
                 found = Comparison(in_turn(methods, prompts, args.rounds, advance))
             rows = judged(found, list(methods))

@@ -22,9 +22,9 @@ from ..measure.foreign import server_command
 from ..measure.methods import ENTMTP, PLAIN_LOOP
 from ..measure.turns import Prompt
 from ..options.table import OPTIONS
-from ..report.tables import figure, table
+from ..report.tables import Form, table
 from .clients import Load, Seen, ask, figures, lengths, under
-from .inputs import changed, load_plain, model_of, read_tasks, tokens_of
+from .inputs import changed, load_plain, model_of, read_tasks, tokens_of, undrafted
 
 DRAFTS, PLAIN = f"{ENTMTP.label} serve", f"{PLAIN_LOOP.label} serve"
 SERVERS = {"drafts": DRAFTS, "plain": PLAIN, SERVER: SERVER}
@@ -35,7 +35,7 @@ def command(label: str, port: int, args: Namespace, slots: int) -> list[str]:
     if label == SERVER:
         words = ["--model", args.model, "--threads", str(args.threads), "--threads-batch", str(args.threads)]
         return server_command(port, [*words, "--n-gpu-layers", str(args.n_gpu_layers or 0)], args.ctx, slots)
-    args = args if label == DRAFTS else changed(args, draft="off", heads=None, draft_model=None)
+    args = args if label == DRAFTS else undrafted(args)
     words = []
     for option in OPTIONS:
         value = getattr(args, option.name)
@@ -115,14 +115,10 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A row for each load and server."""
-    head = ["load", "server", "tokens/s", "ms to the first, p50", "p95", "ms between, p50", "p95", "p99", "errors",
-            "same text"]  # fmt: skip
-    cells = []
-    for r in rows:
-        first, gap = r["first_ms"] or [None] * 3, r["gap_ms"] or [None] * 3
-        same = f"{r['identical']}/{r['requests']}" if "identical" in r else ""
-        cells.append([
-            r["load"], r["server"], f"{r['tokens_per_second']:.0f}", *(figure(x, "{:.0f}") for x in first[:2]),
-            *(figure(x, "{:.1f}") for x in gap), str(r["errors"]), same,
-        ])  # fmt: skip
-    return table(head, cells, n_text=2)
+    columns: dict[str, Form] = {
+        "load": "{load}", "server": "{server}", "tokens/s": "{tokens_per_second:.0f}",
+        "ms to the first, p50": "{first_ms[0]:.0f}", "first, p95": "{first_ms[1]:.0f}",
+        "ms between, p50": "{gap_ms[0]:.1f}", "p95": "{gap_ms[1]:.1f}", "p99": "{gap_ms[2]:.1f}",
+        "errors": "{errors}", "same text": "{identical}/{requests}",
+    }  # fmt: skip
+    return table(columns, rows, n_text=2)

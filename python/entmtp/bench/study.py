@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..measure.compare import Comparison, remark
 from ..measure.tuning import tune
 from ..measure.turns import Advance, Answer, Prompt, answering, in_turn
 from ..options import load
-from ..report.tables import figure, spread, table
+from ..report.tables import Form, cell, table
 from .inputs import asked_of, changed, load_plain, model_of, read_tasks
 
 PLAIN_LABEL, SINGLE, PUBLISHED_TREE = "plain", "best single tree", "published 63-node tree"
@@ -112,18 +113,17 @@ def study(
 
 def markdown(title: str, tables: dict[str, Any]) -> str:
     """One study as a Markdown table: speed against plain decoding, live and (in brackets) by replay."""
-    rows = []
-    for m in METHODS:
-        found = [of_task[m] for of_task in tables.values()]
-        cells = [spread(r["ratio"]) + (f" [{r['predicted']:.2f}]" if r["predicted"] else "") for r in found]
-        r = tables["all"][m]
-        cells += [figure(r["overall"]), figure(r["tokens_per_second_overall"], "{:.0f}")]
-        rows.append([m, *cells, figure(r.get("tokens_per_step")), f"{r['identical']}/{r['answers']}"])
-    oracle = [f"[{t['oracle']['predicted']:.2f}]" for t in tables.values()]
-    head = ["method", *tables, "overall", "tokens/s", "tokens/step", "identical"]
-    text = table(head, [*rows, ["oracle", *oracle, "", "", "", ""]])
-    plain = tables["all"][PLAIN_LABEL]
-    return f"#### {title}\n\n{text}{remark(plain['pairs'], plain['answers'])}"
+    rows: list[dict[str, Any]] = [{"name": name} | tables["all"][name] for name in (*METHODS, "oracle")]
+    for row in rows:
+        for task, of_task in tables.items():
+            live, replayed = cell("{ratio:.2f}", of_task[row["name"]]), of_task[row["name"]]["predicted"]
+            row[task] = live + (f" [{replayed:.2f}]" if replayed else "")
+    columns: dict[str, Form] = {
+        "method": "{name}", **{task: itemgetter(task) for task in tables},
+        "overall": "{overall:.2f}", "tokens/s": "{tokens_per_second_overall:.0f}",
+        "tokens/step": "{tokens_per_step:.2f}", "identical": "{identical}/{answers}",
+    }  # fmt: skip
+    return f"#### {title}\n\n{table(columns, rows)}{remark(rows[:1])}"
 
 
 def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:

@@ -17,8 +17,8 @@ from ..engine import Engine
 from ..measure.methods import ENTMTP, PLAIN_LOOP
 from ..measure.turns import Prompt
 from ..options import load_engine
-from ..report.tables import table
-from .inputs import changed, model_of, read_tasks, tokens_of
+from ..report.tables import Form, table
+from .inputs import model_of, read_tasks, tokens_of, undrafted
 
 
 class Told(NamedTuple):
@@ -26,12 +26,6 @@ class Told(NamedTuple):
 
     tokens: list[int]
     times: list[float]
-
-
-def engine_of(args: Namespace, drafts: bool) -> Engine:
-    return load_engine(
-        args if drafts else changed(args, draft="off", heads=None, draft_model=None), max(args.users)
-    )
 
 
 def serve(engine: Engine, prompts: list[Prompt], n_users: int) -> tuple[list[Told], float]:
@@ -88,7 +82,7 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
         todo = list(itertools.product(range(args.rounds), methods))
         for done, (_, label) in enumerate(todo):
             # one engine at a time: two teams of threads on the same processors wait for each other
-            with engine_of(args, methods[label]) as engine:
+            with load_engine(args if methods[label] else undrafted(args), max(args.users)) as engine:
                 prompts = [
                     Prompt(tokens_of(engine.host, q, args), args.tokens, temp, seed=7)
                     for temp in args.temp for task in tasks.values() for q in task
@@ -112,16 +106,11 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
         middle = {key: float(np.median([r[key] for r in rounds])) for key in rounds[0]}
         rows.append({"method": label, "users": n, "identical": same[label, n], **middle, "rounds": rounds})
     report["users"] = rows
-    alone = next(r["tokens_per_second"] for r in rows)
-    yield table(
-        ["", "users", "tokens/s", "of one plain user", "ms between tokens, p50", "p99", "ms to the first",
-         "texts a pass", "same text"],
-        [
-            [
-                r["method"], str(r["users"]), f"{r['tokens_per_second']:.0f}", f"{r['tokens_per_second'] / alone:.2f}",
-                f"{r['gap_p50_ms']:.1f}", f"{r['gap_p99_ms']:.1f}", f"{r['first_token_p50_ms']:.0f}",
-                f"{r['texts_per_pass']:.2f}", f"{r['identical']}/{len(prompts) * args.rounds}",
-            ]
-            for r in rows
-        ],
-    )  # fmt: skip
+    columns: dict[str, Form] = {
+        "": "{method}", "users": "{users}", "tokens/s": "{tokens_per_second:.0f}",
+        "of one plain user": lambda r: f"{r['tokens_per_second'] / rows[0]['tokens_per_second']:.2f}",
+        "ms between tokens, p50": "{gap_p50_ms:.1f}", "p99": "{gap_p99_ms:.1f}",
+        "ms to the first": "{first_token_p50_ms:.0f}", "texts a pass": "{texts_per_pass:.2f}",
+        "same text": f"{{identical}}/{len(prompts) * args.rounds}",
+    }  # fmt: skip
+    yield table(columns, rows)

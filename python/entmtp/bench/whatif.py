@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 from ..bank import PLAIN, Bank, Costs, Traces, Tree
@@ -22,7 +23,7 @@ from ..measure.replay import replay
 from ..measure.timing import measure
 from ..measure.turns import Advance
 from ..options import load
-from ..report.tables import table
+from ..report.tables import Form, table
 from .inputs import model_of, trace_files
 
 # Costs relative to a pass of one token, where a model of the shape cannot be run here. A draft of one level is a
@@ -37,8 +38,8 @@ CURVES: dict[str, tuple[dict[int, float], float]] = {
     "flat": ({1: 1, 64: 1.3}, 0.025),  # a GPU: a pass of 64 tokens costs hardly more than one
 }  # fmt: skip
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)  # passes that are timed
-POLICIES = ("entropy", "confidence")
-ROWS = ("best single tree", "published 63-node tree", *POLICIES, "oracle")
+SINGLE, POLICIES = "best single tree", ("entropy", "confidence")
+ROWS = (SINGLE, "published 63-node tree", *POLICIES, "oracle")
 
 
 def costs_of(args: Namespace, curve: str, arch: str, advance: Advance) -> Costs:
@@ -65,8 +66,6 @@ def priced(args: Namespace, curve: str, advance: Advance) -> Iterator[tuple[str,
 def replayed(traces: Traces, costs: Costs) -> tuple[Tree, dict[str, Any]]:
     """The best single tree, and what `judge` finds on the half of the prompts that nothing is fitted to."""
     fitted, held_out = traces.split()
-    if not len(fitted.n_tokens) or not len(held_out.n_tokens):
-        raise ValueError("the traces hold one prompt per task, and two are needed: to fit trees, and to test")
     single = search.best_single(fitted, costs)
     return single, judge(held_out, fit(fitted, costs), single)
 
@@ -89,20 +88,16 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
 
 def markdown(rows: list[dict[str, Any]], known: dict[str, Costs]) -> str:
     """Speeds against plain decoding, the policies against the best single tree in brackets; and the costs."""
-    cells = []
-    for r in rows:
-        single, published = r["best single tree"], r["published 63-node tree"]
-        policies = [f"{r[p]:.3f} ({r[p] / single:.3f})" for p in POLICIES]
-        rest = [f"{published:.3f}", *policies, f"{r['oracle']:.3f}"]
-        cells.append([r["traces"], f"{single:.3f} {r['single']}", *rest])
-    text = table(["traces", *ROWS], cells)
+    columns: dict[str, Form] = {"traces": "{traces}", **{row: f"{{{row}:.3f}}" for row in ROWS}}
+    columns[SINGLE] = f"{{{SINGLE}:.3f}} {{single}}"
+    columns |= {policy: f"{{{policy}:.3f}} ({{against[{policy}]:.3f}})" for policy in POLICIES}
+    text = table(columns, [r | {"against": {p: r[p] / r[SINGLE] for p in POLICIES}} for r in rows])
     for arch, c in known.items():
         one = c.curve()[0]
-        curves = [(n, us / row[1]) for row in c.verify.values() for n, us in sorted(row.items())]
-        passes = " ".join(f"{n}:{cost:.2f}" for n, cost in curves)
+        passes = [f"{n}:{us / row[1]:.2f}" for row in c.verify.values() for n, us in sorted(row.items())]
         text += (
-            f"\n{arch}: a pass of one token takes {one / 1e3:.1f} ms; relative to it, passes by tokens\n{passes}; "
-            f"drafts by depth {' '.join(f'{us / one:.3f}' for us in c.chain[1:])}\n"
+            f"\n{arch}: a pass of one token takes {one / 1e3:.1f} ms; relative to it, passes by tokens\n"
+            f"{' '.join(passes)}; drafts by depth {' '.join(f'{us / one:.3f}' for us in c.chain[1:])}\n"
         )
     return text
 
@@ -154,6 +149,6 @@ def ablate(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
                 speeds.setdefault(name, []).append(single / us)
                 advance(file, i, len(VARIANTS) + len(BINS))
     report |= {"ablation": speeds, "curve": curve}
-    rows = [[k, *(f"{x:.3f}" for x in (sum(v) / len(v), min(v), max(v)))] for k, v in speeds.items()]
-    text = table(["variant", "mean", "lowest", "highest"], rows)
-    yield f"Costs: {curve}; speed against the best single tree\n\n{text}"
+    rows = [{"variant": k, "mean": fmean(v), "lowest": min(v), "highest": max(v)} for k, v in speeds.items()]
+    columns = {"variant": "{variant}"} | {k: f"{{{k}:.3f}}" for k in ("mean", "lowest", "highest")}
+    yield f"Costs: {curve}; speed against the best single tree\n\n{table(columns, rows)}"

@@ -1,4 +1,4 @@
-"""`python -m entmtp.chat`: talk with a model in the terminal.
+"""`entmtp chat`: talk with a model in the terminal.
 
 Without a terminal it is a filter: a question per line comes in, answers go out.
 """
@@ -46,12 +46,12 @@ def filter_lines(chat: Chat) -> int:
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m entmtp.chat",
+        prog="entmtp chat",
         description="Talk with a model. Without arguments: with SmolLM2-135M-Instruct, which is fetched once. "
         "/help lists what can be typed.",
-        epilog="example: python -m entmtp.chat -m model.gguf --heads heads.gguf --show-drafts. "
+        epilog="example: entmtp chat -m model.gguf --heads heads.gguf --show-drafts. "
         "Ctrl-C stops an answer, Ctrl-D leaves. Where stdin or stdout is no terminal, every line of stdin is a "
-        "question, and only answers are printed: echo 'Tom has 3 boxes ...' | python -m entmtp.chat. "
+        "question, and only answers are printed: echo 'Tom has 3 boxes ...' | entmtp chat. "
         "The speed-up in the status line is against one pass per token, timed on this machine: docs/chat.md.",
     )
     options.add_model_options(parser)

@@ -275,7 +275,7 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
         yield ok("model", f"{model.name} loads")
         yield Check(
             "heads", "broken", found["heads_error"],
-            "give the heads of this model, or convert them again with python -m entmtp.convert --base and this model",
+            "give the heads of this model, or convert them again with entmtp convert --base and this model",
         )  # fmt: skip
         return
     if "model_error" in found:
@@ -318,7 +318,7 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
     if heads is None and drafter is None:
         yield Check(
             "heads", "note", "none named, and none that fit beside the model: drafts come from the text alone",
-            "give --heads, or make them with python -m entmtp.train or entmtp.convert",
+            "give --heads, or make them with entmtp train or entmtp convert",
         )  # fmt: skip
     if heads is None:
         return

@@ -1,4 +1,4 @@
-"""`python -m entmtp.doctor`: what is installed, does it work, and what to mend if not."""
+"""`entmtp doctor`: what is installed, does it work, and what to mend if not."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def reporter() -> Callable[[Check], None]:
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m entmtp.doctor",
+        prog="entmtp doctor",
         description="Check this installation and, if it is named, a model with its heads; say what to mend.",
-        epilog="example: python -m entmtp.doctor --model model.gguf --heads heads.gguf\n"
+        epilog="example: entmtp doctor --model model.gguf --heads heads.gguf\n"
         "Exit code 1 if something is broken. Notes are about what could be better.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -110,8 +110,9 @@ class Comparison:
         return row
 
 
-def remark(pairs: int, answers: int) -> str:
+def remark(rows: Sequence[dict[str, Any]]) -> str:
     """Which prompts the speeds of a table are of, if not of all."""
+    pairs, answers = min((r["pairs"], r["answers"]) for r in rows)
     if not pairs:
         return f"No prompt got more than {LEAST} tokens from every method: there are no speeds to compare.\n"
     these = f"Speeds are of the {pairs} of {answers} prompts that got more than {LEAST} tokens from every method.\n"

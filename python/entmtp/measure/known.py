@@ -46,7 +46,7 @@ def machine_key(llm: Subject) -> str:
 
 
 def tuned_path(key: str | None) -> Path:
-    """Where python -m entmtp.tune leaves the bank that Llama uses for a model, its heads and this machine."""
+    """Where entmtp tune leaves the bank that Llama uses for a model, its heads and this machine."""
     return cache_folder() / "banks" / f"{key}.json"
 
 

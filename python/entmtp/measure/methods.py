@@ -62,6 +62,20 @@ def chains(longest: int = 4) -> list[Method]:
     return [Method(f"chain of {n}", None, "static", chain=n) for n in range(1, longest + 1)]
 
 
+def methods_of(arch: str | None, has_model: bool) -> tuple[list[Method], list[Method]]:
+    """What a model can be asked to: methods that stay as they are, and those that learn from answer to answer.
+
+    Args:
+        arch: kind of its heads, None without.
+        has_model: another model drafts for it.
+    """
+    learning = [TEXT_ALONE] * (bool(arch) or has_model) + [MODEL_ALONE] * has_model
+    learning += [HEADS_ALONE, ENTROPY, CONFIDENCE, ENTMTP] if arch else [ENTMTP]
+    if has_model and not arch:
+        return [*chains(), *comparison()], learning
+    return [*published(), *(generic(arch) if arch else ()), *comparison()], learning
+
+
 def generic(arch: str) -> list[Method]:
     """Every tree of the generic bank, each as a static method."""
     bank = Bank.load(f"generic-{arch}")

@@ -111,8 +111,6 @@ def tune(
     threads = f"{llm.n_threads} threads ({llm.n_threads_batch} for larger passes)"
     costs = replace(costs, context=int(recorded.about.get("context", costs.context)))
     fitted, held_out = recorded.split()
-    if not len(fitted.n_tokens) or not len(held_out.n_tokens):
-        raise ValueError("the traces hold too few prompts: at least two of a task are needed")
     bank = fit_sizes(fitted, costs, sizes) if sizes else fit(fitted, costs, progress)
     single = search.best_single(fitted, costs)
     results = {"all": judge(held_out, bank, single)}
@@ -131,7 +129,7 @@ def tune(
     return replace(
         bank,
         name=name,
-        source=f"python -m entmtp.tune, {len(recorded.n_tokens)} rollouts, {n} tokens at temperatures "
+        source=f"entmtp tune, {len(recorded.n_tokens)} rollouts, {n} tokens at temperatures "
         f"{', '.join(f'{t:g}' for t in recorded.about.get('temps', temps))}",
         task=task,
         heads=f"{arch}: {Path(llm.heads_path or '').name}",

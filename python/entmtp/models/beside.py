@@ -100,7 +100,7 @@ def heads_of(model: str | Path, heads: str | Path | None) -> Path:
     if heads is None:
         raise ValueError(
             'draft="entmtp" needs heads=PATH, a heads file of this base model, and there is none beside it; '
-            "python -m entmtp.convert makes one from a Medusa or Hydra checkpoint"
+            "entmtp convert makes one from a Medusa or Hydra checkpoint"
         )
     if str(heads).startswith(hub.PREFIX):
         return resolve(heads, "heads")

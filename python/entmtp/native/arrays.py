@@ -133,7 +133,7 @@ class Arrays:
         elif policy in ("ladder", "hysteresis"):
             if score not in bank.published:
                 raise BankError(
-                    f"bank {bank.name} has no ladder for the score {score}: python -m entmtp.tune makes one"
+                    f"bank {bank.name} has no ladder for the score {score}: entmtp tune makes one"
                 )
             ladder = bank.published[score]
             edges, trees = list(ladder.edges), list(ladder.trees)
@@ -147,7 +147,7 @@ class Arrays:
         if policy == "confidence" and bank.calibration is None:
             raise BankError(
                 f"bank {bank.name} has no calibration of the heads: policy confidence needs one from "
-                "python -m entmtp.tune"
+                "entmtp tune"
             )
         if bank.calibration is not None and policy in ("confidence", "auto"):
             p.calibration = self.calibration(bank.calibration)

@@ -108,7 +108,7 @@ def no_heads(what: str, model: Path) -> ModelError:
     """The error of what needs heads that are not there."""
     return ModelError(
         f"{what} needs draft heads, and none beside {model} fit it; give --heads, or make them with "
-        "python -m entmtp.train or entmtp.convert"
+        "entmtp train or entmtp convert"
     )
 
 

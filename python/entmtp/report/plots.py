@@ -50,7 +50,7 @@ def plot_bank(bank: Bank, path: Path) -> list[Path]:
     """
     if not {"front", "text", "held_out"} <= set(bank.report):
         raise ValueError(
-            f"bank {bank.name} holds no report of the tuner: only banks by python -m entmtp.tune can be drawn"
+            f"bank {bank.name} holds no report of the tuner: only banks by entmtp tune can be drawn"
         )
     figures = {
         "costs": cost_curve(bank),

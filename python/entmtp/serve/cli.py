@@ -1,4 +1,4 @@
-"""`python -m entmtp.serve`: a server with OpenAI's, Ollama's and Anthropic's API."""
+"""`entmtp serve`: a server with OpenAI's, Ollama's and Anthropic's API."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STOP_WITHIN = (
 
 EXAMPLE = """\
 example:
-  python -m entmtp.serve --model model.gguf --heads heads.gguf --api-key SECRET
+  entmtp serve --model model.gguf --heads heads.gguf --api-key SECRET
   curl http://127.0.0.1:8000/v1/completions -H 'Authorization: Bearer SECRET' \\
     -H 'Content-Type: application/json' -d '{"prompt": "Once upon a time", "max_tokens": 32}'
 
@@ -34,8 +34,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     from .settings import ModelSettings, ServerSettings
 
     parser = argparse.ArgumentParser(
-        prog="python -m entmtp.serve",
-        usage="python -m entmtp.serve [options]",
+        prog="entmtp serve",
+        usage="entmtp serve [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Serve a model with OpenAI's, Ollama's and Anthropic's API, drafting with its heads. "
         "Without options: SmolLM2-135M-Instruct, fetched once.",
@@ -118,6 +118,7 @@ def run(argv: Sequence[str] | None) -> None:
         uvicorn_settings: dict[str, Any] = {
             "ssl_keyfile": server.ssl_keyfile,
             "ssl_certfile": server.ssl_certfile,
+            "access_log": False,  # ours says what a request is called
             "log_level": "info" if settings[0].verbose else "warning",
             "timeout_graceful_shutdown": STOP_WITHIN,
             "http": protocol(server.max_receive, room()),

@@ -1,4 +1,4 @@
-"""`python -m entmtp.train`: the command."""
+"""`entmtp train`: the command."""
 
 from __future__ import annotations
 

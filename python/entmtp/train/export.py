@@ -94,7 +94,7 @@ def _card(shape: Shape, base_name: str, about: Mapping[str, str | int | float]) 
     rows = "".join(f"| {key.replace('_', ' ')} | {value} |\n" for key, value in about.items())
     return (
         f"# {shape.arch.capitalize()} heads for {base_name}\n\n"
-        f"Made by `python -m entmtp.train`.\n\n| | |\n| --- | --- |\n{rows}"
+        f"Made by `entmtp train`.\n\n| | |\n| --- | --- |\n{rows}"
     )
 
 

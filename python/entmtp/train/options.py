@@ -1,4 +1,4 @@
-"""The options of `python -m entmtp.train`, and from Python: fields of a class, from which the command line is made."""
+"""The options of `entmtp train`, and from Python: fields of a class, from which the command line is made."""
 
 # ruff: noqa: RUF009  (`option` makes a field)
 
@@ -13,13 +13,13 @@ from typing import Any
 
 EPILOG = """examples:
   # Hydra heads, from text that the model writes by itself
-  python -m entmtp.train --model model.gguf --arch hydra -o heads.gguf
+  entmtp train --model model.gguf --arch hydra -o heads.gguf
   # from your documents and prompts, and cheap to draft with: the frequent tokens alone
-  python -m entmtp.train --model model.gguf --arch hydra --data notes/ prompts.jsonl --draft-vocab auto -o heads.gguf
+  entmtp train --model model.gguf --arch hydra --data notes/ prompts.jsonl --draft-vocab auto -o heads.gguf
   # an EAGLE-3 layer, three guesses in a row
-  python -m entmtp.train --model model.gguf --arch eagle3 --heads 3 --draft-vocab 6144 -o eagle3.gguf
+  entmtp train --model model.gguf --arch eagle3 --heads 3 --draft-vocab 6144 -o eagle3.gguf
   # go on after Ctrl-C, a crash or a power cut
-  python -m entmtp.train --model model.gguf --arch hydra -o heads.gguf --resume
+  entmtp train --model model.gguf --arch hydra -o heads.gguf --resume
 
 Disk and memory are said before it starts. Some of the text is held out: the tokens per step in the progress line, of a
 chain and of a tree of 16 nodes, are measured on it. Prompts that you benchmark with should not be among the data."""
@@ -269,7 +269,7 @@ class Options(Settings):
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m entmtp.train",
+        prog="entmtp train",
         description="Train Medusa or Hydra draft heads, or an EAGLE-3 layer, for a GGUF model, on this machine. "
         "Needs PyTorch: pip install entmtp[train]",
         epilog=EPILOG,

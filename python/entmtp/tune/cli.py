@@ -1,4 +1,4 @@
-"""`python -m entmtp.tune`: the command, its progress and its tables."""
+"""`entmtp tune`: the command, its progress and its tables."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ def show(console: Console, bank: Bank) -> None:
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m entmtp.tune",
+        prog="entmtp tune",
         description="Tune trees and policies for a base model and its heads, your prompts, and this machine.",
-        epilog="example: python -m entmtp.tune --model model.gguf --heads heads.gguf --prompts my.jsonl; Llama uses "
+        epilog="example: entmtp tune --model model.gguf --heads heads.gguf --prompts my.jsonl; Llama uses "
         "the result from then on. With -o bank.json it is written there instead: Llama(..., trees='bank.json'). "
-        "python -m entmtp.tune --plot bank.json draws it.",
+        "entmtp tune --plot bank.json draws it.",
     )
     options.add_model_options(parser, drafting=False, model=None, ctx=2048)
     parser.add_argument(
