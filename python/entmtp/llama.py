@@ -122,7 +122,9 @@ class Llama(Drafted):
         self._use = Use()
         # called with each sampled token, and which drafters had guessed it (bits of native.abi.SOURCES; 0: none)
         self.on_token: Callable[[int, int], None] | None = None
-        policy = policy or ("auto" if trees is None else "entropy")
+        # read before the model, which may take long to load
+        bank, tree = (None, None) if draft is None or trees is None else load_bank(trees)
+        policy = policy or ("auto" if trees is None or (bank and bank.is_for_auto) else "entropy")
         drafting.check(draft, heads, draft_model, policy, accept, kwargs)
         drafting.one_of("score", score, SCORES)
         outputs = outputs or os.environ.get("ENTMTP_OUTPUTS") or "auto"
@@ -139,9 +141,6 @@ class Llama(Drafted):
             drafting.check_lookup(lookup, policy, who)
         elif draft_model is not None:
             kwargs["draft_model"] = draft_model
-
-        # read before the model, which may take long to load
-        bank, tree = (None, None) if draft is None or trees is None else load_bank(trees)
 
         cpu_kernels.use(kernels)
         if rpc_servers:

@@ -27,7 +27,7 @@ SUBCOMMANDS = [name for name in cli.COMMANDS if name != "plot"]
 NEEDED = {
     "run": ["--prompts", "p.jsonl"], "study": ["--prompts", "p.jsonl"], "heads": ["folder", "--prompts", "p.jsonl"],
     "gpu": [], "curve": [], "load": ["--prompts", "p.jsonl"], "users": ["--prompts", "p.jsonl"],
-    "serve": ["--prompts", "p.jsonl"],
+    "serve": ["--prompts", "p.jsonl"], "mislead": [],
     "what-if": ["flat", "--traces", "t"], "ablate": ["flat", "--traces", "t"],
 }  # fmt: skip
 

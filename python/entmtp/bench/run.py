@@ -18,6 +18,7 @@ from ..llama import Llama
 from ..measure.baselines import LABELS, Baseline, baseline
 from ..measure.compare import Comparison, remark
 from ..measure.foreign import Driver, Server, warmed
+from ..measure.foretell import Foretelling
 from ..measure.methods import (
     CONFIDENCE,
     ENTMTP,
@@ -43,8 +44,8 @@ from .inputs import load_plain, model_of, read_tasks, turns_of
 GGML = Method("EntMTP, ggml's kernels", None, "auto")  # as ENTMTP, but for the CPU kernels
 
 
-def contestants(args: Namespace, stack: ExitStack) -> tuple[Llama, dict[str, Answering]]:
-    """Our plain loop, and every method by label; their models are closed with the stack."""
+def contestants(args: Namespace, stack: ExitStack) -> tuple[Llama, dict[str, Answering], Foretelling | None]:
+    """Our plain loop, every method by label, and what foretells EntMTP; their models are closed with the stack."""
 
     def loaded(**more: Any) -> Llama:
         return stack.enter_context(closing(load(args, **more)))
@@ -70,6 +71,7 @@ def contestants(args: Namespace, stack: ExitStack) -> tuple[Llama, dict[str, Ans
         )
 
     found: dict[str, Answering] = {}
+    foretold: Foretelling | None = None
     own_loops = [*loops[:1], *(m for m in asked if m in LOOKUP), *loops[-1:], PLAIN_LOOP.label]
     for label in dict.fromkeys([*own_loops, *asked]):
         if label == GGML.label:
@@ -87,9 +89,42 @@ def contestants(args: Namespace, stack: ExitStack) -> tuple[Llama, dict[str, Ans
         elif (method := by_label[label]) in learning:  # models of their own: they learn from answer to answer
             one = loaded(policy=method.policy, drafters=method.drafters)
             found[label] = answering(one, kernels=own)
+            if label == ENTMTP.label and args.replay:
+                foretold = Foretelling(one, draft, drafters_to_replay(one))
         else:
             found[label] = answering(draft, method, own)
-    return plain, found
+    return plain, found, foretold
+
+
+def drafters_to_replay(llm: Llama) -> list[str]:
+    """Who drafts.
+
+    Raises:
+        UsageError: a model does, which no replay can ask.
+    """
+    if "model" in llm.drafters:
+        raise UsageError("--replay: a model that drafts cannot be replayed; leave it out with --drafters")
+    return list(llm.drafters)
+
+
+def foretelling(found: Comparison, us: list[float], us_plain: float) -> dict[str, float] | None:
+    """Speed of EntMTP against our plain loop, all tokens over all seconds: as replay foretells it, and as measured.
+
+    Args:
+        us: of the passes and drafts of each answer, by replay.
+        us_plain: of a pass over one token. What plain decoding takes beside it is taken for each token of EntMTP, too.
+    """
+    told = [(t, x) for t, x in zip(found.turns, us, strict=True) if t in found.pairs]
+    n = sum(len(t[ENTMTP.label].tokens) - 1 for t, _ in told)
+    if not n:
+        return None
+    plain, ours = (1e6 * sum(t[k].seconds for t, _ in told) / n for k in (PLAIN_LOOP.label, ENTMTP.label))
+    rest = max(plain - us_plain, 0.0)
+    return {
+        "foretold": plain / (sum(x for _, x in told) / n + rest),
+        "measured": plain / ours,
+        "rest_us": rest,
+    }
 
 
 def foreign(method: Baseline, like: Llama, args: Namespace) -> Driver | Server:
@@ -150,12 +185,20 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
     return f"### {title}\n\n{table(head, cells)}{notes}"
 
 
+def replay_text(told: dict[str, float] | None) -> str:
+    if told is None:
+        return ""
+    off = told["foretold"] / told["measured"] - 1
+    both = f"{told['foretold']:.2f}, measured {told['measured']:.2f}"
+    return f"Replay foretells EntMTP's speed against plain decoding, overall: {both} ({off:+.1%}).\n"
+
+
 def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
     tasks = read_tasks(args)
     report["tasks"] = []
     with ExitStack() as stack:
         args = stack.enter_context(model_of(args, args.model, needs_heads=False))
-        plain, methods = contestants(args, stack)
+        plain, methods, foretold = contestants(args, stack)
         report["threads"] = plain.n_threads
         for task, temp in [(task, temp) for task in tasks for temp in args.temp]:
             prompts = [Prompt(t, args.tokens, temp) for q in tasks[task] for t in turns_of(plain, q, args)]
@@ -167,7 +210,13 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
                     left = partings(plain, prompts * args.rounds, found, row["method"])
                     row |= {"ties": sum(p.is_tie for p in left), "partings": [p._asdict() for p in left]}
             report["tasks"].append({"task": task, "temp": temp, "rows": rows})
-            yield markdown(f"{task}, temperature {temp:g}", rows)
+            text = markdown(f"{task}, temperature {temp:g}", rows)
+            if foretold is not None:
+                us = foretold.answers(prompts * args.rounds)
+                told = foretelling(found, us, foretold.us_plain())
+                report["tasks"][-1]["replay"] = told
+                text += replay_text(told)
+            yield text
     if (peak := peak_memory_mb()) is not None:
         report["peak_memory_mb"] = peak
         yield f"Peak memory of the process, with all instances of the model: {peak:.0f} MB\n"

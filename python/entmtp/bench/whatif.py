@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
 from ..bank import PLAIN, Bank, Costs, Traces, Tree
 from ..bank.costs import relative
 from ..common.progress import stages
-from ..measure import calibration, search
+from ..measure import calibration, learning, search
+from ..measure.chains import chains
 from ..measure.fitting import fit
 from ..measure.judge import judge
-from ..measure.replay import replay
+from ..measure.replay import replay, replay_auto
+from ..measure.rollouts import heads_identity
 from ..measure.timing import measure
 from ..measure.turns import Advance
 from ..options import load
-from ..report.tables import table
+from ..report.tables import figure, table
 from .inputs import model_of, trace_files
 
 # Costs relative to a pass of one token, where a model of the shape cannot be run here. A draft of one level is a
@@ -37,6 +39,9 @@ CURVES: dict[str, tuple[dict[int, float], float]] = {
     "flat": ({1: 1, 64: 1.3}, 0.025),  # a GPU: a pass of 64 tokens costs hardly more than one
 }  # fmt: skip
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)  # passes that are timed
+FIGURES = {"log_loss": "{:.4f}", "tokens_per_step": "{:.3f}", "speed": "{:.3f}"}
+CHAINS = ((4, 4), (2, 2))  # match and draft, tokens
+NO_HEADS = "none"  # kind of heads of traces without any
 POLICIES = ("entropy", "confidence")
 ROWS = ("best single tree", "published 63-node tree", *POLICIES, "oracle")
 
@@ -47,7 +52,10 @@ def costs_of(args: Namespace, curve: str, arch: str, advance: Advance) -> Costs:
         verify, level = CURVES[curve]
         return relative(verify, [level * d for d in range(5)])
     n_ctx = max(args.ctx or 0, 512)
-    with model_of(args, curve, arch=arch) as found, closing(load(found, policy="off", n_ctx=n_ctx)) as llm:
+    with (
+        model_of(args, curve, arch=arch, needs_heads=arch != NO_HEADS) as found,
+        closing(load(found, policy="off", n_ctx=n_ctx)) as llm,
+    ):
         return replace(measure(llm, SIZES, contexts=(64,), n_rounds=3, progress=advance), key=None)
 
 
@@ -64,6 +72,8 @@ def priced(args: Namespace, curve: str, advance: Advance) -> Iterator[tuple[str,
 
 def replayed(traces: Traces, costs: Costs) -> tuple[Tree, dict[str, Any]]:
     """The best single tree, and what `judge` finds on the half of the prompts that nothing is fitted to."""
+    if not traces.n_heads:
+        raise ValueError("these traces are of a model without heads, which only ablate can use")
     fitted, held_out = traces.split()
     if not len(fitted.n_tokens) or not len(held_out.n_tokens):
         raise ValueError("the traces hold one prompt per task, and two are needed: to fit trees, and to test")
@@ -143,17 +153,63 @@ def variants(fitted: Traces, held_out: Traces, costs: Costs) -> Iterator[tuple[s
 
 
 def ablate(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
-    """Speed of the variants against the best single tree: one figure per trace file."""
+    """Speed of the variants against the best single tree, one figure per trace file; then, of each file that holds
+    texts, what the inputs of the acceptance model are worth."""
     curve: str = args.curve or args.model
     speeds: dict[str, list[float]] = {}
+    tables: dict[str, list[dict[str, Any]]] = {}
     with stages() as advance:
         for file, traces, _, costs in priced(args, curve, advance):
             fitted, held_out = traces.split()
-            single = search.static(held_out, search.best_single(fitted, costs), costs).us
-            for i, (name, us) in enumerate(variants(fitted, held_out, costs), 1):
-                speeds.setdefault(name, []).append(single / us)
-                advance(file, i, len(VARIANTS) + len(BINS))
-    report |= {"ablation": speeds, "curve": curve}
-    rows = [[k, *(f"{x:.3f}" for x in (sum(v) / len(v), min(v), max(v)))] for k, v in speeds.items()]
-    text = table(["variant", "mean", "lowest", "highest"], rows)
-    yield f"Costs: {curve}; speed against the best single tree\n\n{text}"
+            if traces.n_heads:
+                single = search.static(held_out, search.best_single(fitted, costs), costs).us
+                for i, (name, us) in enumerate(variants(fitted, held_out, costs), 1):
+                    speeds.setdefault(name, []).append(single / us)
+                    advance(file, i, len(VARIANTS) + len(BINS))
+            if traces.texts is not None:
+                tables[file] = acceptance(args, fitted, held_out, costs, advance)
+    report |= {"ablation": speeds, "acceptance": tables, "curve": curve}
+    if speeds:
+        rows = [[k, *(f"{x:.3f}" for x in (sum(v) / len(v), min(v), max(v)))] for k, v in speeds.items()]
+        text = table(["variant", "mean", "lowest", "highest"], rows)
+        yield f"Costs: {curve}; speed against the best single tree\n\n{text}"
+    for file, found in tables.items():
+        cells = [[r["without"], *(figure(r.get(key), form) for key, form in FIGURES.items())] for r in found]
+        text = table(["left out", "log loss, nats", "tokens/step", "speed against plain"], cells)
+        yield f"#### policy auto, {file} ({', '.join(found[0]['drafters'])}), costs: {curve}\n\n{text}"
+
+
+def acceptance(
+    args: Namespace, fitted: Traces, held_out: Traces, costs: Costs, advance: Advance
+) -> list[dict[str, Any]]:
+    """A row for each input that the acceptance model is left without, and for fixed chains from matches in the text.
+    Heads draft if `--model` has those of the traces."""
+    with ExitStack() as stack:
+        heads = None
+        if fitted.n_heads:
+            own = stack.enter_context(model_of(args, args.model))
+            llm = stack.enter_context(closing(load(own, policy="off")))
+            heads = llm.draft_heads if heads_identity(llm) == fitted.about.get("heads") else None
+        model = calibration.fit(fitted, 8.0) if heads is not None else None
+        bank = Bank("", (PLAIN,), costs=costs, calibration=model)
+        who = ("text", "recycling", *(("heads",) if heads is not None else ()))
+        plain = replay_auto(held_out, bank, heads, drafters=()).us
+        rows = []
+        for name, loss, r in learning.ablate(fitted, held_out, bank, heads, who):
+            figures = {"log_loss": loss, "tokens_per_step": r.tokens_per_step, "speed": plain / r.us}
+            rows.append({"without": name, "drafters": who} | figures)
+            advance("acceptance model", len(rows), len(learning.PARTS) + 2)
+        loss = learning.told_temperature(fitted, held_out, bank, heads, drafters=who)
+        rows.append({"without": "nothing, and the temperature is told", "drafters": who, "log_loss": loss})
+        for match, draft in CHAINS:
+            r = chains(held_out, costs, match, draft)
+            name = f"all: always {draft} tokens after a match of {match}"
+            rows.append(
+                {
+                    "without": name,
+                    "drafters": who,
+                    "tokens_per_step": r.tokens_per_step,
+                    "speed": plain / r.us,
+                }
+            )
+        return rows
