@@ -212,6 +212,9 @@ class Llama(Drafted):
         if self._servers is not None:
             params.devices = ctypes.cast(self._servers.devices, ctypes.c_void_p)
         params.load_mtp = self._predicts
+        if self.heads_path is not None and cpu_kernels.current() == cpu_kernels.OFF:
+            # heads look tokens up in the base's embeddings, which cannot be done where ggml packs them (AMX)
+            params.use_extra_bufts = False
 
     def prepare_context(self, params: Any) -> None:
         params.n_rs_seq = drafting.CHAIN if self._drafts else 0  # none where llama.cpp cannot go back
