@@ -147,7 +147,7 @@ def test_run_says_what_replay_foretells(
     arguments = [
         "run",
         "-m",
-        models["q8_0"],
+        models["f32"],
         "--heads",
         models["hydra"],
         "--raw",

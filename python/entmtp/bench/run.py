@@ -110,19 +110,27 @@ def drafters_to_replay(llm: Llama) -> list[str]:
 def foretelling(found: Comparison, us: list[float], us_plain: float) -> dict[str, float] | None:
     """Speed of EntMTP against our plain loop, all tokens over all seconds: as replay foretells it, and as measured.
 
+    Passes and drafts are foretold, at the speed that the machine had in plain decoding; what a token takes beside them,
+    in sampling and in Python, is taken as it was measured, for both loops alike.
+
     Args:
         us: of the passes and drafts of each answer, by replay.
-        us_plain: of a pass over one token. What plain decoding takes beside it is taken for each token of EntMTP, too.
+        us_plain: of a pass over one token, by the same costs.
     """
     told = [(t, x) for t, x in zip(found.turns, us, strict=True) if t in found.pairs]
     n = sum(len(t[ENTMTP.label].tokens) - 1 for t, _ in told)
+    stats = [t[ENTMTP.label].stats for t, _ in told]
     if not n:
         return None
     plain, ours = (1e6 * sum(t[k].seconds for t, _ in told) / n for k in (PLAIN_LOOP.label, ENTMTP.label))
-    rest = max(plain - us_plain, 0.0)
+    inside = sum(s.time_split["draft"] + s.time_split["verify"] for s in stats if s is not None)
+    rest = ours - 1e6 * inside / n
+    speed = (plain - rest) / us_plain
+    passes = sum(x for _, x in told) / n
     return {
-        "foretold": plain / (sum(x for _, x in told) / n + rest),
+        "foretold": plain / (speed * passes + rest),
         "measured": plain / ours,
+        "speed": speed,
         "rest_us": rest,
     }
 

@@ -35,6 +35,8 @@ CURVES: dict[str, tuple[dict[int, float], float]] = {
     "cpu-q8_0": (
         {1: 1, 2: 1.26, 3: 1.51, 4: 1.77, 5: 2.41, 6: 2.63, 8: 2.28, 12: 2.97, 16: 3.8, 32: 7, 64: 14}, 0.05,
     ),
+    # 2 cores, our kernels, SmolLM2-135M-Instruct with its Hydra heads (docs/kernels.md)
+    "cpu-smollm2": ({1: 1, 2: 1.16, 3: 1.3, 4: 1.38, 6: 1.7, 8: 2.3, 16: 3.8, 32: 7.2, 64: 14}, 0.035),
     "roofline": ({1: 1, 4: 1.05, 8: 1.86, 16: 3.7, 64: 14.8}, 0.05),  # the same, bound by reading the weights once
     "flat": ({1: 1, 64: 1.3}, 0.025),  # a GPU: a pass of 64 tokens costs hardly more than one
 }  # fmt: skip
