@@ -76,12 +76,20 @@ static void hook_pack(ggml_tensor * t, const void * data) {
     give_back_file(data, ggml_nbytes(t));
 }
 
+// llama.cpp asks by the operator that a tensor's part of the model is for. A matrix's ".scale" (NVFP4, Gemma 4's experts)
+// has its matrix's, though it is multiplied by element; and RWKV-6 reshapes one matrix, which no panel can follow.
+static bool is_matrix(const ggml_tensor * w) {
+    const size_t n = strlen(w->name), n_end = strlen(".weight");
+    const bool   is_weight = n >= n_end && strcmp(w->name + n - n_end, ".weight") == 0;
+    return (w->ne[1] > 1 || is_weight) && !(w->ne[2] > 1 && strstr(w->name, "time_mix_w2"));
+}
+
 // Weights that are loaded stay ours; whether new ones (without data yet) become ours is for the switch to say.
 static bool hook_supports_op(const ggml_tensor * op) {
     const ggml_tensor * w = op->src[0];
     const bool is_product = op->op == GGML_OP_MUL_MAT_ID || (op->op == GGML_OP_MUL_MAT && op->op_params[1] == 0);
     return (g_enabled || w->data) && is_product && (packed_type(w->type) != W_COUNT || is_row_product(w->type)) &&
-           w->ne[3] == 1 && ggml_is_contiguous(w) && op->src[1]->type == GGML_TYPE_F32;
+           w->ne[3] == 1 && ggml_is_contiguous(w) && (w->data || is_matrix(w)) && op->src[1]->type == GGML_TYPE_F32;
 }
 
 static void compute_packed(const ggml_cpu_hook_task * task, ggml_tensor * op) {

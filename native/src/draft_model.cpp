@@ -18,16 +18,17 @@ static constexpr int32_t most_kept    = 256; // and that are kept afterwards; no
 static constexpr int32_t few          = 16;  // tokens that may all have rows of logits
 static constexpr double  rate         = 0.1; // of what a pass took, in what is believed of the next
 
-static bool is_eagle3(const llama_model * model) {
+static bool is_of(const llama_model * model, const char * architecture) {
     char name[32] = {};
     llama_model_meta_val_str(model, "general.architecture", name, sizeof(name));
-    return std::strcmp(name, "eagle3") == 0;
+    return std::strcmp(name, architecture) == 0;
 }
 
 draft_model::draft_model(llama_context * target, llama_model * model, llama_context_params params) :
-    target(target), kind(!model             ? what::layers
-                         : is_eagle3(model) ? what::eagle3
-                                            : what::model) {
+    target(target), kind(!model                             ? what::layers
+                         : is_of(model, "eagle3")           ? what::eagle3
+                         : is_of(model, "gemma4-assistant") ? what::assistant
+                                                            : what::model) {
     const llama_model * base = llama_get_model(target);
     if (!model) {
         model    = const_cast<llama_model *>(base);
@@ -41,6 +42,11 @@ draft_model::draft_model(llama_context * target, llama_model * model, llama_cont
     n_embd  = kind == what::eagle3 ? llama_model_n_embd(model) : llama_model_n_embd_out(base);
     n_state = n_embd;
     n_batch = (int32_t) std::min(llama_n_ctx_seq(target), 512u);
+
+    if (kind == what::assistant && llama_model_n_embd_out(model) != n_embd) {
+        throw std::runtime_error("draft model: it takes states of " + std::to_string(llama_model_n_embd_out(model)) +
+                                 " numbers, the model's have " + std::to_string(n_embd));
+    }
 
     params.n_ctx          = llama_n_ctx_seq(target);
     params.n_batch        = (uint32_t) n_batch;
@@ -58,9 +64,10 @@ draft_model::draft_model(llama_context * target, llama_model * model, llama_cont
     if (!llama_get_memory(ctx.get())) {
         throw std::runtime_error("draft model: it has no memory to decode with (an encoder?)");
     }
-    if (kind == what::layers) {
+    if (kind == what::layers || kind == what::assistant) {
         llama_set_embeddings_nextn(target, true, /*masked*/ false);
-    } else {
+    }
+    if (kind != what::layers) {
         check_vocabulary();
     }
     if (kind == what::eagle3) {
@@ -113,6 +120,17 @@ void draft_model::check_vocabulary() const {
 
 // what passes cost: of one token, and of each that comes along
 void draft_model::measure() {
+    if (!has_memory()) {
+        const auto time = [&] {
+            const int64_t t0 = ggml_time_us();
+            own.assign((size_t) n_embd, 0.0f);
+            ask(0, 0);
+            return (double) (ggml_time_us() - t0);
+        };
+        time();
+        t_pass = std::min({ time(), time(), time() });
+        return;
+    }
     const std::vector<int32_t> tokens(16, 0);
     const std::vector<float>   rows(from_states() ? tokens.size() * n_embd : 0, 0.0f);
     const auto                 time = [&](size_t n) {
@@ -176,35 +194,47 @@ const float * draft_model::run(int32_t pos0, const std::vector<int32_t> & tokens
         llama_batch_ext_clear(batch.get());
         for (int32_t j = 0; j < m; ++j) {
             const bool    output = is_last && (j == m - 1 || kind == what::eagle3);
-            const int32_t pos    = pos0 + i + j - shift();
-            if (llama_batch_ext_add_token(batch.get(), 0, tokens[i + j]) != j ||
-                !llama_batch_ext_set_pos(batch.get(), j, &pos) ||
-                !llama_batch_ext_set_output_logits(batch.get(), j, output) ||
-                (from_states() && !llama_batch_ext_set_embd_token(
-                                      batch.get(), j, { rows + (size_t) (i + j) * n_embd, 1, (size_t) n_embd }))) {
+            const float * row    = from_states() ? rows + (size_t) (i + j) * n_embd : nullptr;
+            if (!add(j, tokens[i + j], pos0 + i + j - shift(), row, output)) {
                 return nullptr;
             }
         }
-        const int32_t status = llama_process(ctx.get(), LLAMA_PROCESS_TYPE_DECODE, batch.get());
-        if (status != 0) {
+        if (!process(is_last ? m - 1 : -1)) {
             llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, std::max((int32_t) held.size() - shift(), 0), -1);
-            if (status < 0) {
-                why = "llama.cpp could not evaluate it (status " + std::to_string(status) + ")";
-            }
             return nullptr;
         }
         held.resize(pos0 + i, -1);
         held.insert(held.end(), tokens.begin() + i, tokens.begin() + i + m);
-        if (from_states() && is_last) {
-            const float * h = llama_get_embeddings_nextn_ith(ctx.get(), m - 1);
-            if (!h) {
-                why = "llama.cpp gives no states of its prediction layers";
-                return nullptr;
-            }
-            own.assign(h, h + n_embd);
-        }
     }
     return n > n_skip ? llama_get_logits_ith(ctx.get(), -1) : nullptr;
+}
+
+// the i-th token of a batch
+//   row  [n_embd] the hidden state before it, null: it takes none
+bool draft_model::add(int32_t i, int32_t token, int32_t pos, const float * row, bool output) {
+    return llama_batch_ext_add_token(batch.get(), 0, token) == i && llama_batch_ext_set_pos(batch.get(), i, &pos) &&
+           llama_batch_ext_set_output_logits(batch.get(), i, output) &&
+           (!row || llama_batch_ext_set_embd_token(batch.get(), i, { row, 1, (size_t) n_embd }));
+}
+
+// evaluate the batch; its own state after the token `last` is kept, -1: of none
+bool draft_model::process(int32_t last) {
+    const int32_t status = llama_process(ctx.get(), LLAMA_PROCESS_TYPE_DECODE, batch.get());
+    if (status != 0) {
+        if (status < 0) {
+            why = "llama.cpp could not evaluate it (status " + std::to_string(status) + ")";
+        }
+        return false;
+    }
+    if (from_states() && last >= 0) {
+        const float * h = llama_get_embeddings_nextn_ith(ctx.get(), last);
+        if (!h) {
+            why = "llama.cpp gives no states of it";
+            return false;
+        }
+        own.assign(h, h + n_embd);
+    }
+    return true;
 }
 
 // tokens of the text that are in its memory: what it drafted and was right is among them
@@ -240,7 +270,7 @@ const float * draft_model::go_on(const text_index & text, const std::vector<int3
 }
 
 //
-// prediction layers and EAGLE-3
+// prediction layers, EAGLE-3 and assistants
 //
 
 void draft_model::follow(const std::vector<int32_t> & tokens, int32_t pos0, const std::vector<int32_t> & rows) {
@@ -264,14 +294,27 @@ void draft_model::follow(const std::vector<int32_t> & tokens, int32_t pos0, cons
         }
         waiting.push_back(tokens[i]);
     }
-    if ((int32_t) waiting.size() >= most_waiting) {
+    if (!has_memory()) {
+        n_final += (int32_t) waiting.size();
+        waiting.clear();
+        drop_old_states();
+    } else if ((int32_t) waiting.size() >= most_waiting) {
         catch_up(-1);
+    }
+}
+
+// the last is before the token that comes next; more are kept, for the text may be cut back
+void draft_model::drop_old_states() {
+    const int32_t n_old = n_states() - most_kept;
+    if (n_old > most_kept) {
+        states.erase(states.begin(), states.begin() + (ptrdiff_t) n_old * n_state);
+        state0 += n_old;
     }
 }
 
 // the target's state after a token of its last pass goes to `states`
 bool draft_model::read_state(int32_t row) {
-    if (kind == what::layers) {
+    if (kind != what::eagle3) {
         const float * h = llama_get_embeddings_nextn_ith(target, row);
         states.insert(states.end(), h, h ? h + n_state : h);
         return h != nullptr;
@@ -336,14 +379,29 @@ const float * draft_model::catch_up(int32_t root) {
     if (logits) {
         n_final += (int32_t) waiting.size();
         waiting.clear();
-        // the last is before the token that comes next; more are kept, for the text may be cut back
-        const int32_t n_old = n_states() - most_kept;
-        if (n_old > most_kept) {
-            states.erase(states.begin(), states.begin() + (ptrdiff_t) n_old * n_state);
-            state0 += n_old;
-        }
+        drop_old_states();
     }
     return logits;
+}
+
+// an assistant: from the state before a token, `own`, and the target's keys and values before a position
+const float * draft_model::ask(int32_t token, int32_t pos) {
+    const std::vector<float> before = own;
+    llama_batch_ext_clear(batch.get());
+    return add(0, token, pos, before.data(), true) && process(0) ? llama_get_logits_ith(ctx.get(), 0) : nullptr;
+}
+
+const float * draft_model::look(const text_index & text, const std::vector<int32_t> & path) {
+    const int32_t pos = text.size() - 1; // of a path's tokens, too
+    if (!path.empty()) {
+        return ask(path.back(), pos);
+    }
+    const int32_t at = pos - 1 - state0;
+    if (at < 0 || at >= n_states()) {
+        return nullptr; // what came before was not followed
+    }
+    own.assign(states.begin() + (ptrdiff_t) at * n_state, states.begin() + (ptrdiff_t) (at + 1) * n_state);
+    return ask(text.back(), pos);
 }
 
 const float * draft_model::predict(const text_index & text, const std::vector<int32_t> & path) {
@@ -364,7 +422,7 @@ const float * draft_model::predict(const text_index & text, const std::vector<in
 // tokens that it would have to be run over to draft after a path of l tokens
 int32_t draft_model::n_new(const text_index & text, int32_t l) const {
     const int32_t n_old = from_states() ? n_final : in_common(text);
-    return l > 0 ? 1 : std::max(1, text.size() - n_old);
+    return l > 0 || !has_memory() ? 1 : std::max(1, text.size() - n_old);
 }
 
 double draft_model::cost(const text_index & text, int32_t l) const {
@@ -392,7 +450,7 @@ bool draft_model::expand(
     const int64_t t0    = ggml_time_us();
     const int32_t n_run = n_new(text, (int32_t) path.size());
 
-    const float * logits = from_states() ? predict(text, path) : go_on(text, path);
+    const float * logits = !has_memory() ? look(text, path) : from_states() ? predict(text, path) : go_on(text, path);
     if (!logits) {
         return false;
     }

@@ -1,5 +1,5 @@
-// A drafter with a memory of its own: a smaller model, an EAGLE-3 layer, or the layers for multi-token prediction that a model
-// brings along.
+// A model that drafts: a smaller one, an EAGLE-3 layer, the layers for multi-token prediction that a model brings along, or
+// Gemma 4's assistant.
 
 #pragma once
 
@@ -20,14 +20,16 @@ namespace entmtp {
 // Prediction layers (NextN; DeepSeek-V3, arXiv 2412.19437, section 2.2) take a token and the hidden state before it: of the
 // target for settled tokens, their own for drafted ones. So what they keep of drafts is void once these are settled. An
 // EAGLE-3 layer (arXiv 2503.01840) does the same with the inputs of three of the target's layers, put together by a matrix
-// of its own; it counts positions by the state, one less than by the token.
+// of its own; it counts positions by the state, one less than by the token. An assistant takes the same two, but looks at
+// the target's keys and values in place of own ones, and from the place of the first token for all of a path.
 class draft_model {
   public:
     static constexpr int32_t max_depth = 16;
 
     // throws std::runtime_error with one sentence
     //   target  context of the text that is drafted for, which outlives this
-    //   model   of the same vocabulary, or an EAGLE-3 layer, not owned; null: the prediction layers of the target's own
+    //   model   of the same vocabulary, an EAGLE-3 layer or an assistant, not owned; null: the prediction layers of the
+    //           target's own
     //   params  of the target's context
     draft_model(llama_context * target, llama_model * model, llama_context_params params);
 
@@ -55,9 +57,10 @@ class draft_model {
     double token_cost() const { return t_pass; }           // us of a pass over one token
 
   private:
-    enum class what { model, layers, eagle3 };
+    enum class what { model, layers, eagle3, assistant };
 
     bool    from_states() const { return kind != what::model; }
+    bool    has_memory() const { return kind != what::assistant; }
     int32_t shift() const { return kind == what::eagle3 ? 1 : 0; } // a token's position, less that in its memory
 
     void          follow_layers();
@@ -74,6 +77,11 @@ class draft_model {
     const float * go_on(const text_index & text, const std::vector<int32_t> & path);
     const float * predict(const text_index & text, const std::vector<int32_t> & path);
     const float * catch_up(int32_t root);
+    const float * ask(int32_t token, int32_t pos);
+    const float * look(const text_index & text, const std::vector<int32_t> & path);
+    void          drop_old_states();
+    bool          add(int32_t i, int32_t token, int32_t pos, const float * row, bool output);
+    bool          process(int32_t last);
 
     struct free_context {
         void operator()(llama_context * c) const { llama_free(c); }

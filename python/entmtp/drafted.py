@@ -12,7 +12,7 @@ from . import drafting
 from .bank import Bank, load_bank
 from .common.errors import EntmtpError
 from .models.corpus import corpus_tokens
-from .models.drafter_file import check_drafter, find_eagle3
+from .models.drafter_file import check_drafter, find_drafter
 from .models.names import resolve
 from .models.nextn import prediction_layers
 from .native.abi import vocab_fingerprint
@@ -59,7 +59,8 @@ class Drafted(Paced):
     def _find_draft_model(
         self, model: Path, named: str | Path | None, policy: str, drafters: str | Sequence[str]
     ) -> None:
-        """Which model drafts: one that is named, the model's own prediction layers, or an EAGLE-3 layer beside it."""
+        """Which model drafts: one that is named, the model's own prediction layers, or what was trained for it and lies
+        beside it: an EAGLE-3 layer or an assistant."""
         self._named = named is not None
         if named is not None:
             self.draft_model_path = str(resolve(named))
@@ -74,7 +75,7 @@ class Drafted(Paced):
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
             self._predicts = layers is not None and not layers.problem
             # found by itself it joins a grown tree; a fixed one stays that of who was named
-            if not self._predicts and policy == "auto" and (beside := find_eagle3(model)):
+            if not self._predicts and policy == "auto" and (beside := find_drafter(model)):
                 self.draft_model_path = str(beside)
 
     def _load_corpus(self, lookup: str | Path | Sequence[str | Path] | None) -> None:

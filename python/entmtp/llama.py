@@ -56,10 +56,10 @@ class Llama(Drafted):
         drafters: who drafts under policy `"auto"`: `"auto"` (all there are), or some of `"text"` (what followed when
             the last tokens came before), `"recycling"` (what the model held probable after a token last time) and
             `"heads"` and `"model"`.
-        draft_model: a smaller model with the same vocabulary that drafts, or an EAGLE-3 layer that was trained for the
-            model: a GGUF file, or its `hf:` name. None: the model's own layers for multi-token prediction (NextN, MTP),
-            if its file has any that llama.cpp can use, else an EAGLE-3 layer beside it. With draft=None a
-            `LlamaDraftModel`, as in llama-cpp-python.
+        draft_model: a smaller model with the same vocabulary that drafts, or an EAGLE-3 layer or an assistant (Gemma 4)
+            that was trained for the model: a GGUF file, or its `hf:` name. None: the model's own layers for multi-token
+            prediction (NextN, MTP), if its file has any that llama.cpp can use, else such a layer or assistant beside
+            it. With draft=None a `LlamaDraftModel`, as in llama-cpp-python.
         lookup: files or folders of your own texts or code to draft from besides the text itself, up to 32 MB. Their
             tokens are kept in the user's cache.
         score: what a published policy follows: `"entropy"`, `"top1"` or `"path"`.

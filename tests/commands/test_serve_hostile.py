@@ -273,21 +273,21 @@ def test_a_failure_in_one_answer_is_its_own(server: Server, expected: str) -> No
     [("/v1/completions", 1), ("/v1/completions", 2), ("/v1/responses", 1), ("/api/chat", 2)],
 )
 def test_a_server_that_ends_tells_its_streams(path: str, parallel: int) -> None:
-    messages = [{"role": "user", "content": "Tell me all."}]
-    chat = {
-        "messages": messages,
-        "input": "Tell me all.",
-        "max_tokens": 900,
-        "max_output_tokens": 900,
-        "temperature": 1.5,
-    }
-    asked = {**ASK, "min_tokens": 900, "max_tokens": 900} if path == "/v1/completions" else chat
-    logs = {"logit_bias": {"2": -100}}
+    endless = {"type": "array", "items": {"type": "integer"}, "minItems": 400}  # no answer may end early
+    asked = {
+        "/v1/completions": {"prompt": "The sea", "min_tokens": 900},
+        "/v1/responses": {
+            "input": "Count.",
+            "text": {"format": {"type": "json_schema", "name": "n", "schema": endless}},
+        },
+        "/api/chat": {"messages": [{"role": "user", "content": "Count."}], "format": endless},
+    }[path]
+    asked = {**asked, "max_tokens": 900, "max_output_tokens": 900, "options": {"num_predict": 900}}
     with Server(*OPTIONS, "--parallel", parallel) as server:
         streams = [Raw(server) for _ in range(3)]  # one or two are written, the others wait
         unread, late = Raw(server), Raw(server)
         for raw in streams:
-            raw.post(json.dumps({**asked, **logs, "stream": True}).encode(), path=path)
+            raw.post(json.dumps({**asked, "stream": True}).encode(), path=path)
         late.socket.sendall(late.head(100, path=path))  # its body is still to come
         assert streams[0].socket.recv(1000)  # it has begun
         begun = time.monotonic()

@@ -117,10 +117,10 @@ class Weights:
         else:
             self.writer.add_tensor(name, quantise(values, kind), raw_dtype=kind)
 
-    def norm(self, name: str, n: int) -> None:
-        """A norm's weights near 1, all different: a hidden state before the norm cannot pass for one after it."""
+    def norm(self, name: str, n: int, size: float = 1.0) -> None:
+        """A norm's weights near `size`, all different: a hidden state before the norm cannot pass for one after it."""
         rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
-        self.writer.add_tensor(name, rng.uniform(0.7, 1.3, n).astype(np.float32))
+        self.writer.add_tensor(name, (size * rng.uniform(0.7, 1.3, n)).astype(np.float32))
 
     def bias(self, name: str, *shape: int) -> None:
         rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])

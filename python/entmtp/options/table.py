@@ -132,7 +132,8 @@ OPTIONS = (
     ),
     Option(
         "draft_model", ("draft_model",), "files",
-        "a smaller model of the same family that drafts, or an EAGLE-3 layer: a GGUF file, or hf:owner/repo[/file]",
+        "a smaller model of the same family that drafts, an EAGLE-3 layer or Gemma 4's assistant: a GGUF file, or "
+        "hf:owner/repo[/file]",
         "the model's own prediction layers (MTP), if its file has any", metavar="FILE",
     ),
     Option(
