@@ -120,6 +120,7 @@ def test_the_command_measures_both_kinds(
     found = json.loads(out.read_text())["mislead"]
     assert [len(t["rows"]) for t in found] == [3, 3, 2]
     assert all(r["identical"] == r["answers"] for t in found for r in t["rows"])
+    assert all(0.5 < x < 2.0 for t in found[:2] for x in t["counted"].values())
     useless = found[-1]["rows"][1]
     assert useless["method"] == mislead.USELESS and useless["tokens_per_step"] < 1.1
     assert "### made to mislead, runs of 2 to 8 tokens, temperature 0.8" in capsys.readouterr().out

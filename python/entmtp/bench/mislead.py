@@ -10,15 +10,20 @@ from __future__ import annotations
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..bank import PLAIN as PLAIN_TREE
+from ..bank import Bank
+from ..bank.traces import join
 from ..common.progress import stages
 from ..measure.compare import Comparison, remark
+from ..measure.replay import replay_auto
+from ..measure.rollouts import forced, rollout
 from ..measure.turns import Answer, Answering, Prompt, answering, in_turn
 from ..options import load
 from ..report.tables import figure, spread, table
@@ -46,24 +51,36 @@ def misleading(n_vocab: int, n_tokens: int, shortest: int, longest: int, seed: i
 
 
 def forcing(llm: Any) -> Answering:
-    """Goes through the tokens of a prompt one by one, as if they had been drawn; the first START are there before."""
+    """Goes through the tokens of a prompt as if they had been drawn; the first START are there before."""
 
     def answer(prompt: Prompt) -> Answer:
-        first, rest = list(prompt.tokens[:START]), prompt.tokens[START : START + prompt.n_tokens]
         llm.reset()
         llm.set_seed(prompt.seed)
-        llm.eval(first)
-        llm.sample(temp=prompt.temp)
-        llm.eval(rest[:1])  # the clock starts with the second, as in `decode`
-        llm.reset_draft_stats()
-        times, start = [0.0], time.perf_counter()
-        for token in rest[1:]:
-            llm.sample(temp=prompt.temp)
-            llm.eval([token])
-            times.append(time.perf_counter() - start)
-        return Answer(list(rest), times[-1], llm.draft_stats, times)
+        times: list[float] = []
+        given = prompt.tokens[START : START + prompt.n_tokens]
+        for _ in forced(llm, prompt.tokens[:START], given, temp=prompt.temp):
+            times.append(time.perf_counter())
+            if len(times) == 1:
+                llm.reset_draft_stats()
+        return Answer(list(given), times[-1] - times[0], llm.draft_stats, [t - times[0] for t in times])
 
     return answer
+
+
+def counted(ours: Any, recording: Any, prompts: Sequence[Prompt]) -> float:
+    """Speed against plain decoding by replay: passes and drafts that are counted, at the costs of the bank. A model that
+    drafts is left out: no replay can ask it."""
+    done = []
+    who = [name for name in ours.drafters if name != "model"]
+    for p in prompts:
+        recording.set_seed(p.seed)
+        given = p.tokens[START : START + p.n_tokens]
+        done.append(
+            rollout(recording, p.tokens[:START], len(given), ranks_too=False, given=given, temp=p.temp)
+        )
+    texts, heads = join(done), ours.draft_heads if ours.heads_path else None
+    plain = replay_auto(texts, ours.bank, drafters=())
+    return plain.us / replay_auto(texts, ours.bank, heads, drafters=who).us
 
 
 def rows_of(turns: list[dict[str, Answer]]) -> list[dict[str, Any]]:
@@ -93,6 +110,9 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
             wrong = changed(args, heads=str(make_useless(args.heads, Path(folder) / "useless.gguf")))
             ours[USELESS] = stack.enter_context(closing(load(wrong, drafters=["heads"])))
 
+        recording = stack.enter_context(closing(load(args, policy="off")))
+        recording.set_trees(Bank("off", (PLAIN_TREE,)), policy="off")
+
         def measured(title: str, methods: dict[str, Answering], prompts: list[Prompt]) -> str:
             with stages() as advance:
                 rows = rows_of(in_turn(methods, prompts, args.rounds, advance))
@@ -106,8 +126,14 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
                     for seed in range(args.limit)
                 ]
                 asked = [Prompt(text, args.tokens, temp) for text in texts]
-                forced = {label: forcing(llm) for label, llm in ours.items()}
-                yield measured(f"made to mislead, {kind}, temperature {temp:g}", forced, asked)
+                methods = {label: forcing(llm) for label, llm in ours.items()}
+                text = measured(f"made to mislead, {kind}, temperature {temp:g}", methods, asked)
+                costs = {
+                    label: counted(llm, recording, asked) for label, llm in ours.items() if label != PLAIN
+                }
+                report["mislead"][-1]["counted"] = costs
+                text += "By counted cost, from the first token of the first text on: "
+                yield text + ", ".join(f"{label} {x:.3f}" for label, x in costs.items()) + "\n"
             if args.heads and (args.suite or args.prompts):
                 tasks = read_tasks(args)
                 asked = [

@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,16 @@ from ..bank.traces import MAX_RANK, Traces, join
 from ..native import abi as n
 from .subject import Subject
 
+
+def forced(llm: Subject, prompt: Sequence[int], given: Sequence[int], **sampling: Any) -> Iterator[int]:
+    """Goes through given tokens one by one, each after a draw, as if they had been drawn."""
+    llm.eval(prompt)
+    for token in given:
+        llm.sample(**sampling)
+        yield token
+        llm.eval([token])
+
+
 TEMP = 0.8  # of `Llama.generate`, if none is said
 
 
@@ -30,6 +40,7 @@ def rollout(
     task: str = "",
     index: int = 0,
     ranks_too: bool = True,
+    given: Sequence[int] | None = None,
     **sampling: Any,
 ) -> Traces:
     """One plain rollout, traced.
@@ -39,6 +50,7 @@ def rollout(
         prompt: tokens.
         n_tokens: to generate at most.
         ranks_too: False: only what the policy auto is replayed over, no ranks of the heads.
+        given: these tokens, whatever would be drawn.
         sampling: settings of `Llama.generate`.
     """
     heads, dec = llm.draft_heads if llm.heads_path else None, llm.decoder
@@ -58,7 +70,9 @@ def rollout(
     rows: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]] = []
     signals: list[tuple[float, float, float]] = []
     seen = n.Signals()
-    for token in llm.generate(prompt, **sampling):
+    for token in (
+        llm.generate(prompt, **sampling) if given is None else forced(llm, prompt, given, **sampling)
+    ):
         if heads is not None:
             hidden = dec.hidden()
             states.append(heads.prefix(hidden[None], llm.n_tokens - 1) if prefix else hidden.copy())
