@@ -68,8 +68,8 @@ def forcing(llm: Any) -> Answering:
 
 
 def counted(ours: Any, recording: Any, prompts: Sequence[Prompt]) -> float:
-    """Speed against plain decoding by replay: passes and drafts that are counted, at the costs of the bank. A model that
-    drafts is left out: no replay can ask it."""
+    """Speed against plain decoding by replay: passes and drafts that are counted, at the costs of the bank. A model
+    that drafts is left out: no replay can ask it."""
     done = []
     who = [name for name in ours.drafters if name != "model"]
     for p in prompts:
