@@ -19,9 +19,9 @@ struct entmtp_texts {
     // per generated token, texts one after the other: the distribution that it was drawn from
     const struct entmtp_signals * signals; // [n]
     int32_t                       n_best;
-    const int32_t *               best;   // [n][n_best] most probable tokens, the best first; -1: no more are known
-    const float *                 log_p;  // [n][n_best]
-    const float *                 states; // [n][n_embd] the hidden state; with a prefix layer, its output. NULL: heads do not draft
+    const int32_t *               best;    // [n][n_best] most probable tokens, the best first; -1: no more are known
+    const float *                 log_p;   // [n][n_best]
+    const float * states; // [n][n_embd] the hidden state; with a prefix layer, its output. NULL: heads do not draft
 };
 
 // A proposal of the drafters at a place that the text went through.
@@ -52,7 +52,7 @@ ENTMTP_API int64_t entmtp_replay_texts(const struct entmtp_texts *         texts
                                        uint32_t                            without,
                                        struct entmtp_step *                steps,
                                        int64_t                             n_max,
-                                       struct entmtp_proposal *              samples,
+                                       struct entmtp_proposal *            samples,
                                        int64_t *                           n_samples);
 
 // The k (at most 8) most probable tokens after the last evaluated one, and their ln p, the best first: what is recycled.

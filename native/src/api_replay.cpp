@@ -13,7 +13,7 @@ int64_t entmtp_replay_texts(const entmtp_texts *         texts,
                             uint32_t                     without,
                             entmtp_step *                steps,
                             int64_t                      n_max,
-                            entmtp_proposal *              samples,
+                            entmtp_proposal *            samples,
                             int64_t *                    n_samples) {
     int64_t       n      = 0;
     const int32_t status = entmtp::guarded([&] {

@@ -78,7 +78,7 @@ class decoder {
     entmtp_walk walk(entmtp_node * nodes, int32_t n_max) const;
 
     const std::vector<float> & acceptance_weights() const { return policy.learned().get(); }
-    void set_acceptance_weights(const float * weights) { policy.learned().set(weights); }
+    void                       set_acceptance_weights(const float * weights) { policy.learned().set(weights); }
 
     // no pass runs, and none begins, while a caller has this
     pass::hold hold() const { return { shared, seq }; }

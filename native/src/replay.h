@@ -29,7 +29,7 @@ int64_t replay_texts(const entmtp_texts *         texts,
                      uint32_t                     without,
                      entmtp_step *                steps,
                      int64_t                      n_max,
-                     entmtp_proposal *              samples,
+                     entmtp_proposal *            samples,
                      int64_t *                    n_samples);
 
 } // namespace entmtp

@@ -42,7 +42,7 @@ int64_t replay_texts(const entmtp_texts *         recorded,
                      uint32_t                     without,
                      entmtp_step *                steps,
                      int64_t                      n_max,
-                     entmtp_proposal *              samples,
+                     entmtp_proposal *            samples,
                      int64_t *                    n_samples) {
     check(recorded, params, true_costs ? true_costs : params ? params->costs : nullptr, steps);
     if (samples && !n_samples) {
@@ -73,7 +73,7 @@ int64_t replay_texts(const entmtp_texts *         recorded,
                 throw std::runtime_error("texts: more samples than there is room for");
             }
             entmtp_proposal & s = samples[n_seen++];
-            s                 = { (int32_t) n_steps, set, right ? 1 : 0, p, {} };
+            s                   = { (int32_t) n_steps, set, right ? 1 : 0, p, {} };
             std::copy(x, x + ENTMTP_N_INPUTS, s.inputs);
         }
     });
@@ -124,7 +124,7 @@ int64_t replay_texts(const entmtp_texts *         recorded,
 
             double     t_draft = 0.0;
             const auto expand  = [&](int32_t l, const std::vector<int32_t> & paths, int32_t n_paths, int32_t * best,
-                                    float * log_p) {
+                                     float * log_p) {
                 t_draft += truth.level(l, n_paths);
                 guessing->expand(l, { t.states + (begin + i) * n_embd, nullptr, { 0 } }, paths.data(), n_paths,
                                  mixer::n_guess, best, log_p);
@@ -133,11 +133,10 @@ int64_t replay_texts(const entmtp_texts *         recorded,
             const int32_t          id = policy.choose(s, running.get(), 0.0f, 1 << 20, { 1 }, { 0 });
 
             const std::vector<mixer::node> none;
-            const auto &                   nodes = id == scheduler::grow_tree ?
-                                                       policy.mix(text, rows, s, running.get(), 1 << 20, n_heads,
-                                                                  by_head && guessing->sees_path(), expand, {}) :
-                                                       none;
-            const int32_t                  size  = 1 + (int32_t) nodes.size();
+            const auto & nodes = id == scheduler::grow_tree ? policy.mix(text, rows, s, running.get(), 1 << 20, n_heads,
+                                                                         by_head && guessing->sees_path(), expand, {})
+                                                            : none;
+            const int32_t size = 1 + (int32_t) nodes.size();
 
             entmtp_step & out = steps[n_steps];
             out               = {};

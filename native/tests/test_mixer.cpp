@@ -308,7 +308,8 @@ static void test_odd_signals() {
 
 // other weights than the library's, samples as they were judged, and inputs that are left out
 static void test_weights_and_studies() {
-    std::vector<float> weights(acceptance::shipped(), acceptance::shipped() + acceptance::n_sets * acceptance::n_inputs);
+    std::vector<float> weights(acceptance::shipped(),
+                               acceptance::shipped() + acceptance::n_sets * acceptance::n_inputs);
     acceptance         model;
     CHECK(model.get() == weights);
     for (float & w : weights) {
@@ -322,7 +323,7 @@ static void test_weights_and_studies() {
     CHECK(std::isfinite(model.get()[7]));
 
     std::mt19937           rng(3);
-    const proposal_signals s = random_signals(rng);
+    const proposal_signals s    = random_signals(rng);
     float                  said = 0.0f;
     int32_t                n    = 0;
     model.study(0, [&](uint32_t set, const float * x, float p, bool right) {

@@ -51,7 +51,9 @@ def test_the_bank_is_whole_and_usable(
     rows = bank.report["held_out"]["all"]
     assert rows["plain"]["speed"] == 1.0
     # nobody who drafts from the heads alone beats their future; the policy auto has the text, too
-    assert rows["oracle"]["speed"] >= max(r["speed"] for k, r in rows.items() if not k.startswith("auto")) - 1e-6
+    assert (
+        rows["oracle"]["speed"] >= max(r["speed"] for k, r in rows.items() if not k.startswith("auto")) - 1e-6
+    )
     assert rows["auto"]["tokens_per_step"] > 1.0
     front = np.array(bank.report["front"])
     assert (np.diff(front[:, 1]) >= 0).all() and front[0].tolist()[:2] == [1, 1.0]
