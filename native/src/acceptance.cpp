@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
+#include <utility>
 
 namespace entmtp {
 
@@ -16,7 +18,7 @@ static constexpr float weights_max = 12.0f;
 // inputs: 1, length, share, rank, ln p and ln(1 - p) of the row, head, entropy, depth, hits of text, rows, heads; ln p and
 // ln(1 - p) of the model, its hits
 // Learned from 260 answers of SmolLM2-135M-Instruct to made prompts (docs/make_prompts.py), half of them at temperature 0.8
-static constexpr float shipped[acceptance::n_sets][acceptance::n_inputs] = {
+static constexpr float learned_before[acceptance::n_sets][acceptance::n_inputs] = {
     {},
     { 0.29f, 0.64f, 1.08f, -1.21f, 0, 0, 0, 0.02f, 0.19f, 1.48f, 0, 0 },                        // text
     { -1.55f, 0, 0, 0, 0.40f, -0.15f, 0, 0.02f, -0.78f, 0, 0.18f, 0 },                          // rows
@@ -37,14 +39,33 @@ static constexpr float shipped[acceptance::n_sets][acceptance::n_inputs] = {
 };
 
 acceptance::acceptance(const float * weights, bool adapt) : adapt(adapt) {
-    const float * from = weights ? weights : &shipped[0][0];
-    w.assign(from, from + n_sets * n_inputs);
+    set(weights ? weights : shipped());
+}
+
+const float * acceptance::shipped() {
+    return &learned_before[0][0];
+}
+
+void acceptance::set(const float * weights) {
+    if (!std::all_of(weights, weights + n_sets * n_inputs, [](float x) { return std::isfinite(x); })) {
+        throw std::runtime_error("acceptance: a weight is no number");
+    }
+    w.assign(weights, weights + n_sets * n_inputs);
     squares.assign(w.size(), start);
 }
 
-void acceptance::inputs(uint32_t sources, const proposal_signals & s, float * x) {
-    const bool text = sources & from_text, rows = sources & from_rows;
-    const bool heads = sources & from_heads, model = sources & from_model;
+void acceptance::study(uint32_t left_out, witness_fn witness) {
+    without = left_out;
+    sees    = std::move(witness);
+}
+
+uint32_t acceptance::set_of(uint32_t sources) const {
+    return without >> n_inputs & 1 ? sources & (0u - sources) : sources;
+}
+
+void acceptance::inputs(uint32_t set, const proposal_signals & s, float * x) const {
+    const bool text = set & from_text, rows = set & from_rows;
+    const bool heads = set & from_heads, model = set & from_model;
 
     x[0]  = 1.0f;
     x[1]  = text ? std::log2(std::max(s.length, 1.0f)) - 2.0f : 0.0f;
@@ -61,12 +82,16 @@ void acceptance::inputs(uint32_t sources, const proposal_signals & s, float * x)
     x[12] = model ? std::max(s.model, -9.0f) : 0.0f;
     x[13] = model ? std::log1p(-std::min(std::exp(s.model), 0.999f)) : 0.0f;
     x[14] = model ? s.hits[3] - 0.5f : 0.0f;
+    for (int32_t i = 0; i < n_inputs; ++i) {
+        x[i] = without >> i & 1 ? 0.0f : x[i];
+    }
 }
 
 float acceptance::probability(uint32_t sources, const proposal_signals & s) const {
-    float x[n_inputs];
-    inputs(sources, s, x);
-    const float * v = &w[(size_t) sources * n_inputs];
+    const uint32_t set = set_of(sources);
+    float          x[n_inputs];
+    inputs(set, s, x);
+    const float * v = &w[(size_t) set * n_inputs];
 
     float z = 0.0f;
     for (int32_t i = 0; i < n_inputs; ++i) {
@@ -76,15 +101,22 @@ float acceptance::probability(uint32_t sources, const proposal_signals & s) cons
 }
 
 void acceptance::observe(uint32_t sources, const proposal_signals & s, bool right) {
-    if (!adapt || sources == 0) {
+    if ((!adapt && !sees) || sources == 0) {
         return;
     }
-    const float e = (right ? 1.0f : 0.0f) - probability(sources, s);
-
-    float x[n_inputs];
-    inputs(sources, s, x);
-    float * v = &w[(size_t) sources * n_inputs];
-    float * g = &squares[(size_t) sources * n_inputs];
+    const float    p   = probability(sources, s);
+    const uint32_t set = set_of(sources);
+    float          x[n_inputs];
+    inputs(set, s, x);
+    if (sees) {
+        sees(set, x, p, right);
+    }
+    if (!adapt) {
+        return;
+    }
+    const float e = (right ? 1.0f : 0.0f) - p;
+    float *     v = &w[(size_t) set * n_inputs];
+    float *     g = &squares[(size_t) set * n_inputs];
     for (int32_t i = 0; i < n_inputs; ++i) {
         const float step = e * x[i];
         g[i]             = keep * g[i] + step * step;

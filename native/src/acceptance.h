@@ -5,6 +5,7 @@
 #include "entmtp.h"
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 namespace entmtp {
@@ -52,10 +53,22 @@ class acceptance {
 
     const std::vector<float> & get() const { return w; }
 
+    void set(const float * weights); // [n_sets][n_inputs]; throws std::runtime_error with one sentence
+
+    static const float * shipped();  // [n_sets][n_inputs]
+
+    // for studies: who sees every sample, as it was judged before it is learned from, and what is left out
+    //   without  bits of the inputs that are 0; bit n_inputs: a proposal counts for the first of its drafters alone
+    using witness_fn = std::function<void(uint32_t sources, const float * x, float p, bool right)>;
+    void study(uint32_t without, witness_fn sees);
+
   private:
-    static void inputs(uint32_t sources, const proposal_signals & s, float * x);
+    uint32_t set_of(uint32_t sources) const;
+    void     inputs(uint32_t set, const proposal_signals & s, float * x) const;
 
     bool               adapt;
+    uint32_t           without = 0;
+    witness_fn         sees;
     std::vector<float> w;       // [n_sets][n_inputs]
     std::vector<float> squares; // of the gradients, the same
 };

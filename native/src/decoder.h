@@ -78,6 +78,7 @@ class decoder {
     entmtp_walk walk(entmtp_node * nodes, int32_t n_max) const;
 
     const std::vector<float> & acceptance_weights() const { return policy.learned().get(); }
+    void                       set_acceptance_weights(const float * weights) { policy.learned().set(weights); }
 
     // no pass runs, and none begins, while a caller has this
     pass::hold hold() const { return { shared, seq }; }
@@ -113,6 +114,9 @@ class decoder {
 
     // of the distribution that `token` was drawn from
     entmtp_signals signals(int32_t token);
+
+    // its most probable tokens [k] and their ln p, the best first; returns how many are known
+    int32_t best(int32_t k, int32_t * best, float * log_p);
 
     const int32_t n_vocab;
 

@@ -85,6 +85,20 @@ entmtp_signals decoder::signals(int32_t token) {
     return { seen.entropy, std::exp(seen.log_max), out.logit(row, token) - seen.log_sum };
 }
 
+int32_t decoder::best(int32_t k, int32_t * best, float * log_p) {
+    if (!live) {
+        throw std::runtime_error("there is no evaluated token");
+    }
+    if (!is_seen) {
+        look();
+    }
+    const int32_t n = out.best(row, k, best, log_p);
+    for (int32_t i = 0; i < n; ++i) {
+        log_p[i] -= seen.log_sum;
+    }
+    return n;
+}
+
 int32_t decoder::sample(llama_sampler * sampler, int32_t * token) {
     if (!live) {
         error = "there are no logits to sample from: evaluate a token first";

@@ -12,8 +12,7 @@ static constexpr int32_t n_probe   = 4;    // drafts of one trial
 
 // all in plain steps
 static constexpr double streak_max = 12.0; // lost in a row before drafting pauses
-static constexpr double streak_new = 6.0;  // the same for heads that never won anything yet
-static constexpr double allowance  = 0.03; // a step may lose so much: chance alone must not end what pays a little
+static constexpr double streak_new = 4.0;  // the same for heads that never won anything yet
 static constexpr double probe_max  = 1.5;  // lost in one trial
 
 guard::guard() : wait(wait_min) {}

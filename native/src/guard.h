@@ -16,6 +16,9 @@ class guard {
   public:
     enum class verdict { free, must_not, must };
 
+    // a step may lose so much, in plain steps: chance alone must not end what pays a little
+    static constexpr double allowance = 0.03;
+
     // what the next step may do
     verdict next();
 

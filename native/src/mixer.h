@@ -97,6 +97,7 @@ class mixer {
     uint32_t sources_of(int32_t i) const { return nodes[i - 1].sources; }
 
     const acceptance & learned() const { return accept; }
+    acceptance &       learned() { return accept; }
 
   private:
     struct candidate {

@@ -155,7 +155,7 @@ int64_t replay(const entmtp_trace *         trace,
                entmtp_step *                steps,
                int64_t                      n_max) {
     if (params && params->policy == ENTMTP_POLICY_AUTO) {
-        throw std::runtime_error("replay: a trace holds no texts, which the auto policy drafts from");
+        throw std::runtime_error("replay: ranks alone do not tell what the auto policy drafts, texts do");
     }
     if (!trace || !params || !steps || (!truth && !params->costs)) {
         throw std::runtime_error("replay: a pointer is missing");

@@ -255,8 +255,10 @@ void scheduler::observe_each(int32_t n_nodes, const std::vector<int32_t> & path,
         const double own = is_heads ? t_heads : is_model ? all_drafters.model_cost() : 0.0;
         const bool   drafted =
             n_by[i] > 0 || (is_heads && all_drafters.heads_ran()) || (is_model && all_drafters.model_ran());
-        const double t = t_more * n_by[i] / std::max(n_nodes - 1, 1) + own;
-        now.keep_each[i].observe(drafted, n_accepted[i] - t / t_plain);
+        const double t      = t_more * n_by[i] / std::max(n_nodes - 1, 1) + own;
+        // one that ran and brought nothing into the tree has lost for certain, not by chance
+        const double margin = own > 0.0 && n_by[i] == 0 ? guard::allowance : 0.0;
+        now.keep_each[i].observe(drafted, n_accepted[i] - t / t_plain - margin);
     }
 }
 

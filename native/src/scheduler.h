@@ -106,6 +106,7 @@ class scheduler {
     bool mixes() const { return policy == ENTMTP_POLICY_AUTO; }
 
     const acceptance & learned() const { return all_drafters.learned(); }
+    acceptance &       learned() { return all_drafters.learned(); }
 
     float window() const { return ema_window; }
 

@@ -306,6 +306,54 @@ static void test_odd_signals() {
     CHECK(frozen.get() == weights);
 }
 
+// other weights than the library's, samples as they were judged, and inputs that are left out
+static void test_weights_and_studies() {
+    std::vector<float> weights(acceptance::shipped(),
+                               acceptance::shipped() + acceptance::n_sets * acceptance::n_inputs);
+    acceptance         model;
+    CHECK(model.get() == weights);
+    for (float & w : weights) {
+        w += 0.25f;
+    }
+    model.set(weights.data());
+    CHECK(model.get() == weights);
+    CHECK(acceptance(weights.data(), false).get() == weights);
+    weights[7] = NAN;
+    CHECK_THROWS(model.set(weights.data()), "no number");
+    CHECK(std::isfinite(model.get()[7]));
+
+    std::mt19937           rng(3);
+    const proposal_signals s    = random_signals(rng);
+    float                  said = 0.0f;
+    int32_t                n    = 0;
+    model.study(0, [&](uint32_t set, const float * x, float p, bool right) {
+        float z = 0.0f;
+        for (int32_t i = 0; i < acceptance::n_inputs; ++i) {
+            z += model.get()[(size_t) set * acceptance::n_inputs + i] * x[i];
+        }
+        CHECK(std::fabs(p - entmtp::sigmoid(z)) < 1e-6f); // of before it was learned from
+        CHECK(right);
+        said = p;
+        ++n;
+    });
+    const float before = model.probability(from_text | from_rows, s);
+    model.observe(from_text | from_rows, s, true);
+    CHECK_EQ(n, 1);
+    CHECK_EQ(said, before);
+    CHECK(model.probability(from_text | from_rows, s) > before);
+
+    // all inputs but the first: one answer to everything
+    model.study((1u << acceptance::n_inputs) - 2, nullptr);
+    CHECK_EQ(model.probability(from_text, random_signals(rng)), model.probability(from_text, random_signals(rng)));
+    // and no agreement: the first drafter's
+    model.study(1u << acceptance::n_inputs, nullptr);
+    proposal_signals text = random_signals(rng), both = text;
+    text.row  = -1.0f;
+    both.row  = -4.0f;
+    both.head = 2.0f;
+    CHECK_EQ(model.probability(from_text, text), model.probability(everyone, both));
+}
+
 int main() {
     test_rules();
     test_a_repeated_text_is_drafted_and_a_dear_pass_is_not();
@@ -314,5 +362,6 @@ int main() {
     test_a_model_is_asked_while_it_pays();
     test_it_learns();
     test_odd_signals();
+    test_weights_and_studies();
     return check_result("test_mixer");
 }

@@ -65,11 +65,11 @@ def who_drafts(drafters: str | Sequence[str], has_heads: bool, has_model: bool =
 
 def default_bank(llm: Subject) -> Bank:
     """The bank that was tuned for this model, its heads and this machine, else one for its kind of heads."""
-    if not llm.heads_path:
-        return Bank.without_heads()
     tuned = tuned_path(machine_key(llm))
     if tuned.is_file():
         return Bank.load(tuned)
+    if not llm.heads_path:
+        return Bank.without_heads()
     return Bank.load(f"generic-{llm.draft_heads.arch}").pruned(llm.draft_heads.n_heads)
 
 

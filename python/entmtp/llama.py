@@ -127,7 +127,9 @@ class Llama(Drafted):
         self._reading: Logprobs | None = None  # of the one whose prompt is being evaluated
         # called with each sampled token, and which drafters had guessed it (bits of native.abi.SOURCES; 0: none)
         self.on_token: Callable[[int, int], None] | None = None
-        policy = policy or ("auto" if trees is None else "entropy")
+        # read before the model, which may take long to load
+        bank, tree = (None, None) if draft is None or trees is None else load_bank(trees)
+        policy = policy or ("auto" if trees is None or (bank and bank.is_for_auto) else "entropy")
         drafting.check(draft, heads, draft_model, policy, accept, kwargs)
         drafting.one_of("score", score, SCORES)
         outputs = outputs or os.environ.get("ENTMTP_OUTPUTS") or "auto"
@@ -144,9 +146,6 @@ class Llama(Drafted):
             drafting.check_lookup(lookup, policy, who)
         elif draft_model is not None:
             kwargs["draft_model"] = draft_model
-
-        # read before the model, which may take long to load
-        bank, tree = (None, None) if draft is None or trees is None else load_bank(trees)
 
         cpu_kernels.use(kernels)
         if rpc_servers:
@@ -232,6 +231,9 @@ class Llama(Drafted):
         if self._servers is not None:
             params.devices = ctypes.cast(self._servers.devices, ctypes.c_void_p)
         params.load_mtp = self._predicts
+        if self.heads_path is not None and cpu_kernels.current() == cpu_kernels.OFF:
+            # heads look tokens up in the base's embeddings, which cannot be done where ggml packs them (AMX)
+            params.use_extra_bufts = False
 
     def prepare_context(self, params: Any) -> None:
         params.n_rs_seq = drafting.CHAIN if self._drafts else 0  # none where llama.cpp cannot go back

@@ -9,7 +9,7 @@ import numpy as np
 
 from entmtp import Bank, Llama
 from entmtp.bank import Costs
-from entmtp.native import abi
+from entmtp.bank.acceptance import N_INPUTS, N_SETS
 
 # a second for a pass of any size, so that nothing that drafts is too dear
 CHEAP = Costs(verify={64: {1: 1e6, 2: 1.001e6, 64: 1.01e6}}, chain=(0.0,), level=())
@@ -24,7 +24,7 @@ def draft_a_lot(llm: Llama, drafters: Sequence[str] | None = None, bias: float |
     llm._calibrate = False
     llm._settings |= {"adapt": False}
     if bias is not None:
-        weights = np.zeros((abi.N_SETS, abi.N_INPUTS), np.float32)
+        weights = np.zeros((N_SETS, N_INPUTS), np.float32)
         weights[:, 0] = bias
         llm._settings |= {"acceptance": weights}
     llm.set_trees(replace(Bank.without_heads(), costs=CHEAP), policy="auto", drafters=drafters)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from entmtp.bank.acceptance import N_INPUTS, SETS
 from entmtp.bank.bank import Bank, dumps, from_json, load_bank, names, to_json
 from entmtp.bank.tree import PLAIN, Tree
 from entmtp.common.errors import BankError
@@ -77,13 +78,36 @@ def test_round_trip() -> None:
     assert [bank.need_costs().step(t) for t in bank.trees] == pytest.approx([100, 220, 130])
 
 
+def test_weights_of_the_acceptance_model() -> None:
+    weights = {name: [0.5 * i + j for j in range(N_INPUTS)] for i, name in enumerate(SETS[1:])}
+    bank = from_json(GOOD | {"version": 3, "acceptance_model": weights}, "x")
+    assert bank.acceptance_model is not None
+    assert bank.acceptance_model[SETS.index("text+heads")][3] == weights["text+heads"][3]
+    assert from_json(json.loads(dumps(bank)), "x") == bank
+    # files of before have none, and are written anew with the version of now
+    old = from_json(GOOD, "x")
+    assert old.acceptance_model is None and to_json(old)["version"] == 3
+    for wrong in (
+        {**weights, "text": [1.0]},
+        {**weights, "text": ["x"] * N_INPUTS},
+        {**weights, "text": [1e9] * N_INPUTS},
+    ):
+        with pytest.raises(BankError, match="acceptance model in bank x: field text"):
+            from_json(GOOD | {"acceptance_model": wrong}, "x")
+    with pytest.raises(BankError, match="unknown field magic"):
+        from_json(GOOD | {"acceptance_model": weights | {"magic": [0.0] * N_INPUTS}}, "x")
+    del weights["model"]
+    with pytest.raises(BankError, match="field model"):
+        from_json(GOOD | {"acceptance_model": weights}, "x")
+
+
 def test_a_file_is_for_people_too() -> None:
     """Numbers, paths and their lists on one line; what there is nothing to say of is left out."""
     assert (
         dumps(Bank("tiny", (PLAIN, Tree.from_paths("a", [[0], [1], [0, 0]])), "here"))
         == """\
 {
- "version": 2,
+ "version": 3,
  "name": "tiny",
  "source": "here",
  "trees": [
@@ -294,7 +318,8 @@ def test_schema_file_lists_the_fields_that_the_reader_knows() -> None:
 
     schema = json.loads((files("entmtp") / "trees" / "bank.schema.json").read_text())
     generic = to_json(Bank.load("generic-hydra"))
-    assert set(schema["properties"]) == set(generic) | {"task"}
+    assert set(schema["properties"]) == set(generic) | {"task", "acceptance_model"}
+    assert set(schema["properties"]["acceptance_model"]["required"]) == set(SETS[1:])
     for part in ("costs", "calibration"):
         usual = {"key", "build"} if part == "costs" else set()  # that costs of no known machine leave out
         assert set(schema["properties"][part]["properties"]) == set(generic[part]) | usual

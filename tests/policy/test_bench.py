@@ -30,6 +30,7 @@ NEEDED = {
     "run": ["--prompts", "p.jsonl"], "study": ["--prompts", "p.jsonl"], "heads": ["folder", "--prompts", "p.jsonl"],
     "gpu": [], "curve": [], "load": ["--prompts", "p.jsonl"], "users": ["--prompts", "p.jsonl"],
     "serve": ["--prompts", "p.jsonl"], "memory": [], "accuracy": [],
+    "mislead": [],
     "what-if": ["flat", "--traces", "t"], "ablate": ["flat", "--traces", "t"],
 }  # fmt: skip
 

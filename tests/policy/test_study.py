@@ -43,7 +43,7 @@ def studied(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     ]  # fmt: skip
     with every_model() as made:
         assert main([*arguments, "--flash-attn"]) == 0
-    assert len(made) == 8, "to tune, and for every method"
+    assert len(made) == 9, "to tune, and for every method"
     assert {(m.n_ctx, m.threads, m.flash_attn) for m in made} == {(1024, (N_THREADS, N_THREADS), True)}
     return folder
 

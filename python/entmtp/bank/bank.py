@@ -18,12 +18,14 @@ import numpy.typing as npt
 
 from ..common.errors import BankError
 from ..common.fields import Fields, parse_json
+from . import acceptance as proposals
 from . import calibration, costs
 from .calibration import Calibration
 from .costs import Costs
 from .tree import PLAIN, Paths, Tree
 
-VERSION = 2
+VERSION = 3
+READABLE = (2, VERSION)  # 2: without an acceptance model
 MAX_TREES = 64
 
 
@@ -55,6 +57,8 @@ class Bank:
         criterion: how the entropy policy weighs tokens against time, `ratio` or `price`.
         costs: what passes and drafts cost on the machine the bank was tuned on.
         calibration: what the heads' probabilities are worth, for the confidence policy.
+        acceptance_model: weights that the acceptance model of the auto policy begins with, [N_SETS][N_INPUTS] as in
+            bank/acceptance.py; None: the library's.
         published: settings of the published policies, by score.
         report: what the tuner found, for people and plots.
     """
@@ -71,6 +75,7 @@ class Bank:
     criterion: str = "ratio"
     costs: Costs | None = None
     calibration: Calibration | None = None
+    acceptance_model: proposals.Weights | None = None
     published: dict[str, Ladder] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
 
@@ -93,6 +98,11 @@ class Bank:
                 f"bank {self.name} has no costs: only policy static can use it; entmtp tune makes a bank with"
             )
         return self.costs
+
+    @property
+    def is_for_auto(self) -> bool:
+        """It holds no trees to choose from, only what the policy auto begins with: tuned for a model without heads."""
+        return self.acceptance is None and self.acceptance_model is not None
 
     def index(self, tree: str) -> int:
         """Index of the tree called `tree`.
@@ -206,9 +216,10 @@ def from_json(data: Any, label: str) -> Bank:
     """
     f = Fields(data, label)
     f.only({"version", *Bank.__dataclass_fields__})
-    if f.data.get("version") != VERSION:
+    if f.data.get("version") not in READABLE:
+        known = " and ".join(map(str, READABLE))
         raise BankError(
-            f"bank {label}: field version is {f.data.get('version')!r}, this entmtp reads version {VERSION}"
+            f"bank {label}: field version is {f.data.get('version')!r}, this entmtp reads versions {known}"
         )
 
     raw = f.data.get("trees")
@@ -257,6 +268,9 @@ def from_json(data: Any, label: str) -> Bank:
         costs=costs.from_json(f.data["costs"], label) if f.data.get("costs") is not None else None,
         calibration=calibration.from_json(f.data["calibration"], label)
         if f.data.get("calibration") is not None
+        else None,
+        acceptance_model=proposals.from_json(f.data["acceptance_model"], label)
+        if f.data.get("acceptance_model") is not None
         else None,
         published=_published(f, len(trees)),
         report=report,
@@ -313,6 +327,8 @@ def to_json(bank: Bank) -> dict[str, Any]:
         data["costs"] = bank.costs.to_json()
     if bank.calibration is not None:
         data["calibration"] = bank.calibration.to_json()
+    if bank.acceptance_model is not None:
+        data["acceptance_model"] = proposals.to_json(bank.acceptance_model)
     if bank.published:
         data["published"] = {
             k: {"edges": list(v.edges), "trees": list(v.trees)} for k, v in bank.published.items()

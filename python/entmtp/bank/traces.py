@@ -18,7 +18,9 @@ import numpy.typing as npt
 
 from ..common.atomic import atomic_path
 from ..common.fields import parse_json
+from . import texts as texts_of
 from .calibration import N_GUESS, WIDTH
+from .texts import Texts
 
 MAX_RANK = 64  # a token that a head ranks lower counts as not guessed
 VERSION = 1
@@ -41,6 +43,8 @@ class Traces:
             and WIDTH rows for each other head; one row per head if heads do not see the path.
         sees_path: heads see the tokens drafted before (Hydra).
         about: how the traces were made.
+        texts: prompts, tokens and what else the auto policy looks at; None in traces of before, which it cannot be
+            replayed over.
     """
 
     n_tokens: npt.NDArray[np.int32]
@@ -51,6 +55,7 @@ class Traces:
     log_p: npt.NDArray[np.float32]
     sees_path: bool
     about: dict[str, Any] = field(default_factory=dict)
+    texts: Texts | None = None
 
     @property
     def n_heads(self) -> int:
@@ -112,6 +117,7 @@ class Traces:
             signals=self.signals[index],
             ranks=self.ranks[index],
             log_p=self.log_p[index],
+            texts=self.texts.pick(self.n_tokens, texts) if self.texts is not None else None,
         )
 
     def of_task(self, task: str) -> Traces:
@@ -140,9 +146,10 @@ class Traces:
     def save(self, path: str | Path) -> None:
         """Write to an .npz file."""
         header = {"version": VERSION, "task": self.task, "prompt": self.prompt, "about": self.about}
+        more = {f"text_{name}": array for name, array in vars(self.texts).items()} if self.texts else {}
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(
-                file,
+                file, **more,
                 n_tokens=self.n_tokens, signals=self.signals, ranks=self.ranks.astype(np.int8),
                 log_p=self.log_p.astype(np.float32), sees_path=np.array(self.sees_path),
                 text=np.frombuffer(json.dumps(header).encode(), "u1"),
@@ -171,6 +178,7 @@ class Traces:
                     log_p=np.ascontiguousarray(arrays["log_p"], dtype=np.float32),
                     sees_path=bool(arrays["sees_path"]),
                     about=dict(text["about"]),
+                    texts=_texts(data) if "text_tokens" in data else None,
                 )
                 version = text["version"]
         except OSError as e:
@@ -187,7 +195,7 @@ class Traces:
         rows = (1 + WIDTH * (h - 1)) if self.sees_path else h
         ok = (
             version == VERSION
-            and 1 <= h <= 64
+            and 0 <= h <= 64
             and len(self.task) == len(self.prompt) == len(self.n_tokens)
             and (self.n_tokens >= 1).all()
             and self.signals.shape == (n, 3)
@@ -196,13 +204,22 @@ class Traces:
             and np.isfinite(self.signals).all()
             and np.isfinite(self.log_p).all()
             and (self.log_p <= 1e-3).all()
+            and (self.texts is None or self.texts.fit(self.n_tokens))
         )
         if not ok:
             raise ValueError(f"{label}: these traces are damaged or of another version; record them again")
 
 
+def _texts(data: Any) -> Texts:
+    """The texts in an .npz file."""
+    kinds = {name: np.int32 for name in ("n_prompt", "tokens", "best")}
+    kinds |= {name: np.float32 for name in ("temp", "log_p", "states")}
+    return Texts(**{name: np.ascontiguousarray(data[f"text_{name}"], kind) for name, kind in kinds.items()})
+
+
 def join(traces: Sequence[Traces]) -> Traces:
     """Several traces of the same heads as one."""
+    kept = [t.texts for t in traces if t.texts is not None]
     return replace(
         traces[0],
         n_tokens=np.concatenate([t.n_tokens for t in traces]),
@@ -211,4 +228,5 @@ def join(traces: Sequence[Traces]) -> Traces:
         signals=np.concatenate([t.signals for t in traces]),
         ranks=np.concatenate([t.ranks for t in traces]),
         log_p=np.concatenate([t.log_p for t in traces]),
+        texts=texts_of.join(kept) if len(kept) == len(traces) else None,
     )

@@ -20,7 +20,7 @@ from ..native.backends import llama_commit
 from ..options import DEMO, add_model_options
 from ..report.plots import draw
 from ..report.tables import write
-from . import accuracy, gpu, heads, load, memory, passes, run, serve, study, users, whatif
+from . import accuracy, gpu, heads, load, memory, mislead, passes, run, serve, study, users, whatif
 from .inputs import SUITES, context_lengths, some_of
 
 SHAPE = f"random weights by shape ({', '.join(SHAPES)}) and type ({', '.join(QUANTS)}), as 1b:q4_k"
@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--rounds": {"type": int, "metavar": "N", "help": "how often everything is measured"},
     "--methods": {"nargs": "+", "metavar": "NAME", "help": "methods besides the plain loops (default: all "
                   "but llama.cpp's own, as 'llama.cpp ngram-mod', which `make baselines` builds)"},
+    "--replay": {"action": "store_true", "help": "say how fast replay foretells EntMTP to be"},
     "--busy": {"type": int, "nargs": "+", "metavar": "N", "help": "busy programs beside it"},
     "--users": {"type": int, "nargs": "+", "metavar": "N", "help": "users at a time, 1 the first"},
     "--clients": {"type": int, "nargs": "*", "metavar": "N", "help": "clients at a time, each of whom asks again when "
@@ -100,7 +101,7 @@ COMMANDS = {
     "run": Command(
         run.run, "llama-cpp-python, our plain loop, static trees and EntMTP side by side",
         "entmtp bench run -m model.gguf --suite paper --temp 0 0.8 -o bench.json",
-        ANSWERS | {"--methods": None, "--published": 1},
+        ANSWERS | {"--methods": None, "--published": 1, "--replay": False},
     ),
     "load": Command(
         load.run, "numbers of threads beside busy programs, fixed ones and the one that follows the machine",
@@ -122,6 +123,10 @@ COMMANDS = {
         study.run, "tune on half of the prompts, then compare policies on the other half, live and by replay",
         "entmtp bench study -m model.gguf --prompts code.jsonl --limit 20 --traces traces -o study.json",
         ANSWERS | {"--more-models": [], "--more-heads": [], "--traces": None, "--banks": None},
+    ),
+    "mislead": Command(
+        mislead.run, "what drafting costs where it brings nothing: texts made to mislead, heads sure of wrong tokens",
+        "entmtp bench mislead -m model.gguf --limit 6 --suite paper -o mislead.json", ANSWERS | {"--limit": 6},
     ),
     "heads": Command(
         heads.run, "heads of several forms and types: size, draft time, acceptance, tokens per second",

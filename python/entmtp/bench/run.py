@@ -19,7 +19,8 @@ from ..llama import Llama
 from ..measure.baselines import LABELS, Baseline, baseline
 from ..measure.compare import Comparison, remark
 from ..measure.foreign import Driver, Server, warmed
-from ..measure.methods import PLAIN_LOOP, Method, comparison, methods_of, published
+from ..measure.foretell import Foretelling
+from ..measure.methods import ENTMTP, PLAIN_LOOP, Method, comparison, methods_of, published
 from ..measure.rounding import Parting, parting
 from ..measure.stock import LOOKUP, STOCK, stock
 from ..measure.turns import Answering, Prompt, answering, in_turn
@@ -31,8 +32,8 @@ from .inputs import load_plain, model_of, prompts_of, read_tasks
 GGML = Method("EntMTP, ggml's kernels", None, "auto")  # as ENTMTP, but for the CPU kernels
 
 
-def contestants(args: Namespace, stack: ExitStack) -> tuple[Llama, dict[str, Answering]]:
-    """Our plain loop, and every method by label; their models are closed with the stack."""
+def contestants(args: Namespace, stack: ExitStack) -> tuple[Llama, dict[str, Answering], Foretelling | None]:
+    """Our plain loop, every method by label, and what foretells EntMTP; their models are closed with the stack."""
     plain = stack.enter_context(closing(load_plain(args, stats=False)))
     own = kernels.current()
 
@@ -44,8 +45,14 @@ def contestants(args: Namespace, stack: ExitStack) -> tuple[Llama, dict[str, Ans
         other = stock(plain, n_guesses, flash_attn=bool(args.flash_attn), **devices)
         return answering(stack.enter_context(closing(other)), kernels="off")
 
+    foretold: Foretelling | None = None
+
     def of_learning(method: Method) -> Answering:  # with a model of its own
-        return answering(loaded(policy=method.policy, drafters=method.drafters), kernels=own)
+        nonlocal foretold
+        one = loaded(policy=method.policy, drafters=method.drafters)
+        if method == ENTMTP and args.replay:
+            foretold = Foretelling(one, draft, drafters_to_replay(one))
+        return answering(one, kernels=own)
 
     draft = loaded()
     arch = draft.draft_heads.arch if draft.heads_path else None
@@ -72,7 +79,46 @@ def contestants(args: Namespace, stack: ExitStack) -> tuple[Llama, dict[str, Ans
         else:
             with kernels.using(own):
                 found[label] = warmed(stack.enter_context(closing(foreign(theirs[label], plain, args))))
-    return plain, found
+    return plain, found, foretold
+
+
+def drafters_to_replay(llm: Llama) -> list[str]:
+    """Who drafts.
+
+    Raises:
+        UsageError: a model does, which no replay can ask.
+    """
+    if "model" in llm.drafters:
+        raise UsageError("--replay: a model that drafts cannot be replayed; leave it out with --drafters")
+    return list(llm.drafters)
+
+
+def foretelling(found: Comparison, us: list[float], us_plain: float) -> dict[str, float] | None:
+    """Speed of EntMTP against our plain loop, all tokens over all seconds: as replay foretells it, and as measured.
+
+    Passes and drafts are foretold, at the speed that the machine had in plain decoding; what a token takes beside them,
+    in sampling and in Python, is taken as it was measured, for both loops alike.
+
+    Args:
+        us: of the passes and drafts of each answer, by replay.
+        us_plain: of a pass over one token, by the same costs.
+    """
+    told = [(t, x) for t, x in zip(found.turns, us, strict=True) if t in found.pairs]
+    n = sum(len(t[ENTMTP.label].tokens) - 1 for t, _ in told)
+    stats = [t[ENTMTP.label].stats for t, _ in told]
+    if not n:
+        return None
+    plain, ours = (1e6 * sum(t[k].seconds for t, _ in told) / n for k in (PLAIN_LOOP.label, ENTMTP.label))
+    inside = sum(s.time_split["draft"] + s.time_split["verify"] for s in stats if s is not None)
+    rest = ours - 1e6 * inside / n
+    speed = (plain - rest) / us_plain
+    passes = sum(x for _, x in told) / n
+    return {
+        "foretold": plain / (speed * passes + rest),
+        "measured": plain / ours,
+        "speed": speed,
+        "rest_us": rest,
+    }
 
 
 def foreign(method: Baseline, like: Llama, args: Namespace) -> Driver | Server:
@@ -132,12 +178,20 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
     return f"### {title}\n\n{table(columns, rows)}{notes}"
 
 
+def replay_text(told: dict[str, float] | None) -> str:
+    if told is None:
+        return ""
+    off = told["foretold"] / told["measured"] - 1
+    both = f"{told['foretold']:.2f}, measured {told['measured']:.2f}"
+    return f"Replay foretells EntMTP's speed against plain decoding, overall: {both} ({off:+.1%}).\n"
+
+
 def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
     tasks = read_tasks(args)
     report["tasks"] = []
     with ExitStack() as stack:
         args = stack.enter_context(model_of(args, args.model, needs_heads=False))
-        plain, methods = contestants(args, stack)
+        plain, methods, foretold = contestants(args, stack)
         report["threads"] = plain.n_threads
         for task, temp in [(task, temp) for task in tasks for temp in args.temp]:
             prompts = prompts_of(plain, tasks[task], args, temp)
@@ -149,7 +203,13 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
                     left = partings(plain, prompts * args.rounds, found, row["method"])
                     row |= {"ties": sum(p.is_tie for p in left), "partings": [p._asdict() for p in left]}
             report["tasks"].append({"task": task, "temp": temp, "rows": rows})
-            yield markdown(f"{task}, temperature {temp:g}", rows)
+            text = markdown(f"{task}, temperature {temp:g}", rows)
+            if foretold is not None:
+                us = foretold.answers(prompts * args.rounds)
+                told = foretelling(found, us, foretold.us_plain())
+                report["tasks"][-1]["replay"] = told
+                text += replay_text(told)
+            yield text
     if (peak := peak_memory_mb()) is not None:
         report["peak_memory_mb"] = peak
         yield f"Peak memory of the process, with all instances of the model: {peak:.0f} MB\n"

@@ -27,6 +27,8 @@ from ..common.errors import UsageError
 from ..common.progress import stages
 from ..common.prompts import Question
 from ..measure.compare import Comparison, remark
+from ..measure.judge import AUTO, AUTO_LEARNED
+from ..measure.methods import ENTMTP
 from ..measure.tuning import tune
 from ..measure.turns import Advance, Answer, Prompt, answering, in_turn
 from ..options import load
@@ -36,7 +38,8 @@ from .inputs import asked_of, changed, load_plain, model_of, read_tasks
 PLAIN_LABEL, SINGLE, PUBLISHED_TREE = "plain", "best single tree", "published 63-node tree"
 ENTROPY, CONFIDENCE = "EntMTP, entropy", "EntMTP, confidence"
 UNTUNED, USELESS = "EntMTP, untuned", "EntMTP, useless heads"
-METHODS = (PLAIN_LABEL, PUBLISHED_TREE, SINGLE, ENTROPY, CONFIDENCE, UNTUNED, USELESS)
+REPLAYED = (PLAIN_LABEL, PUBLISHED_TREE, SINGLE, ENTROPY, CONFIDENCE, ENTMTP.label)
+METHODS = (*REPLAYED, UNTUNED, USELESS)
 
 
 def make_useless(heads: str | Path, target: Path) -> Path:
@@ -60,6 +63,7 @@ def answers(
     settings: dict[str, dict[str, Any]] = {
         PUBLISHED_TREE: {"trees": Bank.load("mc_sim_7b_63").pruned(held_out.n_heads), "policy": "static"},
         SINGLE: {"trees": one_tree, "policy": "static"} if single.paths else {"policy": "off"},
+        ENTMTP.label: {"trees": bank, "policy": "auto"},
         ENTROPY: {"trees": bank, "policy": "entropy"}, CONFIDENCE: {"trees": bank, "policy": "confidence"},
         UNTUNED: {"policy": "entropy"},
         USELESS: {"trees": bank, "policy": "entropy", "heads": make_useless(args.heads, folder / "useless.gguf")},
@@ -78,8 +82,9 @@ def predictions(judged: dict[str, Any], costs: Costs) -> dict[str, float]:
     plain = 1e6 / judged["plain"]["tokens_per_second"]  # us per token
     per_token = costs.sample + costs.token
     ideal = (plain - costs.host - per_token) / judged["oracle"]["speed"] + per_token
-    names = {PLAIN_LABEL: "plain", ENTROPY: "entropy", CONFIDENCE: "confidence"}
-    us = {m: 1e6 / judged[names.get(m, m)]["tokens_per_second"] for m in METHODS[:5]} | {"oracle": ideal}
+    auto = AUTO_LEARNED if AUTO_LEARNED in judged else AUTO
+    names = {PLAIN_LABEL: "plain", ENTROPY: "entropy", CONFIDENCE: "confidence", ENTMTP.label: auto}
+    us = {m: 1e6 / judged[names.get(m, m)]["tokens_per_second"] for m in REPLAYED} | {"oracle": ideal}
     return {method: round(plain / x, 4) for method, x in us.items()}
 
 

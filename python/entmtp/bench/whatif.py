@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -16,10 +16,12 @@ from typing import Any
 from ..bank import PLAIN, Bank, Costs, Traces, Tree
 from ..bank.costs import relative
 from ..common.progress import stages
-from ..measure import calibration, search
+from ..measure import calibration, learning, search
+from ..measure.chains import chains
 from ..measure.fitting import fit
 from ..measure.judge import judge
-from ..measure.replay import replay
+from ..measure.replay import replay, replay_auto
+from ..measure.rollouts import heads_identity
 from ..measure.timing import measure
 from ..measure.turns import Advance
 from ..options import load
@@ -34,10 +36,18 @@ CURVES: dict[str, tuple[dict[int, float], float]] = {
     "cpu-q8_0": (
         {1: 1, 2: 1.26, 3: 1.51, 4: 1.77, 5: 2.41, 6: 2.63, 8: 2.28, 12: 2.97, 16: 3.8, 32: 7, 64: 14}, 0.05,
     ),
+    # 2 cores, our kernels, SmolLM2-135M-Instruct with its Hydra heads (docs/kernels.md)
+    "cpu-smollm2": ({1: 1, 2: 1.16, 3: 1.3, 4: 1.38, 6: 1.7, 8: 2.3, 16: 3.8, 32: 7.2, 64: 14}, 0.035),
     "roofline": ({1: 1, 4: 1.05, 8: 1.86, 16: 3.7, 64: 14.8}, 0.05),  # the same, bound by reading the weights once
     "flat": ({1: 1, 64: 1.3}, 0.025),  # a GPU: a pass of 64 tokens costs hardly more than one
 }  # fmt: skip
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)  # passes that are timed
+CHAINS = ((4, 4), (2, 2))  # match and draft, tokens
+NO_HEADS = "none"  # kind of heads of traces without any
+ACCEPTANCE: dict[str, Form] = {
+    "left out": "{without}", "log loss, nats": "{log_loss:.4f}", "tokens/step": "{tokens_per_step:.3f}",
+    "speed against plain": "{speed:.3f}",
+}  # fmt: skip
 SINGLE, POLICIES = "best single tree", ("entropy", "confidence")
 ROWS = (SINGLE, "published 63-node tree", *POLICIES, "oracle")
 
@@ -48,7 +58,10 @@ def costs_of(args: Namespace, curve: str, arch: str, advance: Advance) -> Costs:
         verify, level = CURVES[curve]
         return relative(verify, [level * d for d in range(5)])
     n_ctx = max(args.ctx or 0, 512)
-    with model_of(args, curve, arch=arch) as found, closing(load(found, policy="off", n_ctx=n_ctx)) as llm:
+    with (
+        model_of(args, curve, arch=arch, needs_heads=arch != NO_HEADS) as found,
+        closing(load(found, policy="off", n_ctx=n_ctx)) as llm,
+    ):
         return replace(measure(llm, SIZES, contexts=(64,), n_rounds=3, progress=advance), key=None)
 
 
@@ -65,6 +78,8 @@ def priced(args: Namespace, curve: str, advance: Advance) -> Iterator[tuple[str,
 
 def replayed(traces: Traces, costs: Costs) -> tuple[Tree, dict[str, Any]]:
     """The best single tree, and what `judge` finds on the half of the prompts that nothing is fitted to."""
+    if not traces.n_heads:
+        raise ValueError("these traces are of a model without heads, which only ablate can use")
     fitted, held_out = traces.split()
     single = search.best_single(fitted, costs)
     return single, judge(held_out, fit(fitted, costs), single)
@@ -138,17 +153,64 @@ def variants(fitted: Traces, held_out: Traces, costs: Costs) -> Iterator[tuple[s
 
 
 def ablate(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
-    """Speed of the variants against the best single tree: one figure per trace file."""
+    """Speed of the variants against the best single tree, one figure per trace file; then, of each file that holds
+    texts, what the inputs of the acceptance model are worth."""
     curve: str = args.curve or args.model
     speeds: dict[str, list[float]] = {}
+    tables: dict[str, list[dict[str, Any]]] = {}
     with stages() as advance:
         for file, traces, _, costs in priced(args, curve, advance):
             fitted, held_out = traces.split()
-            single = search.static(held_out, search.best_single(fitted, costs), costs).us
-            for i, (name, us) in enumerate(variants(fitted, held_out, costs), 1):
-                speeds.setdefault(name, []).append(single / us)
-                advance(file, i, len(VARIANTS) + len(BINS))
-    report |= {"ablation": speeds, "curve": curve}
-    rows = [{"variant": k, "mean": fmean(v), "lowest": min(v), "highest": max(v)} for k, v in speeds.items()]
-    columns = {"variant": "{variant}"} | {k: f"{{{k}:.3f}}" for k in ("mean", "lowest", "highest")}
-    yield f"Costs: {curve}; speed against the best single tree\n\n{table(columns, rows)}"
+            if traces.n_heads:
+                single = search.static(held_out, search.best_single(fitted, costs), costs).us
+                for i, (name, us) in enumerate(variants(fitted, held_out, costs), 1):
+                    speeds.setdefault(name, []).append(single / us)
+                    advance(file, i, len(VARIANTS) + len(BINS))
+            if traces.texts is not None:
+                tables[file] = acceptance(args, fitted, held_out, costs, advance)
+    report |= {"ablation": speeds, "acceptance": tables, "curve": curve}
+    if speeds:
+        rows = [
+            {"variant": k, "mean": fmean(v), "lowest": min(v), "highest": max(v)} for k, v in speeds.items()
+        ]
+        columns = {"variant": "{variant}"} | {k: f"{{{k}:.3f}}" for k in ("mean", "lowest", "highest")}
+        yield f"Costs: {curve}; speed against the best single tree\n\n{table(columns, rows)}"
+    for file, found in tables.items():
+        title = f"#### policy auto, {file} ({', '.join(found[0]['drafters'])}), costs: {curve}"
+        yield f"{title}\n\n{table(ACCEPTANCE, found)}"
+
+
+def acceptance(
+    args: Namespace, fitted: Traces, held_out: Traces, costs: Costs, advance: Advance
+) -> list[dict[str, Any]]:
+    """A row for each input that the acceptance model is left without, and for fixed chains from matches in the text.
+    Heads draft if `--model` has those of the traces."""
+    with ExitStack() as stack:
+        heads = None
+        if fitted.n_heads:
+            own = stack.enter_context(model_of(args, args.model))
+            llm = stack.enter_context(closing(load(own, policy="off")))
+            heads = llm.draft_heads if heads_identity(llm) == fitted.about.get("heads") else None
+        model = calibration.fit(fitted, 8.0) if heads is not None else None
+        bank = Bank("", (PLAIN,), costs=costs, calibration=model)
+        who = ("text", "recycling", *(("heads",) if heads is not None else ()))
+        plain = replay_auto(held_out, bank, heads, drafters=()).us
+        rows = []
+        for name, loss, r in learning.ablate(fitted, held_out, bank, heads, who):
+            figures = {"log_loss": loss, "tokens_per_step": r.tokens_per_step, "speed": plain / r.us}
+            rows.append({"without": name, "drafters": who} | figures)
+            advance("acceptance model", len(rows), len(learning.PARTS) + 2)
+        loss = learning.told_temperature(fitted, held_out, bank, heads, drafters=who)
+        rows.append({"without": "nothing, and the temperature is told", "drafters": who, "log_loss": loss})
+        for match, draft in CHAINS:
+            r = chains(held_out, costs, match, draft)
+            name = f"all: always {draft} tokens after a match of {match}"
+            rows.append(
+                {
+                    "without": name,
+                    "drafters": who,
+                    "tokens_per_step": r.tokens_per_step,
+                    "speed": plain / r.us,
+                }
+            )
+        return rows

@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,27 +15,51 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bank.calibration import N_GUESS, WIDTH, expanded_parent, expanded_path
+from ..bank.texts import N_BEST, Texts
 from ..bank.traces import MAX_RANK, Traces, join
 from ..native import abi as n
 from .subject import Subject
 
 
+def forced(llm: Subject, prompt: Sequence[int], given: Sequence[int], **sampling: Any) -> Iterator[int]:
+    """Goes through given tokens one by one, each after a draw, as if they had been drawn."""
+    llm.eval(prompt)
+    for token in given:
+        llm.sample(**sampling)
+        yield token
+        llm.eval([token])
+
+
+TEMP = 0.8  # of `Llama.generate`, if none is said
+
+
 def rollout(
-    llm: Subject, prompt: Sequence[int], n_tokens: int, task: str = "", index: int = 0, **sampling: Any
+    llm: Subject,
+    prompt: Sequence[int],
+    n_tokens: int,
+    task: str = "",
+    index: int = 0,
+    ranks_too: bool = True,
+    given: Sequence[int] | None = None,
+    **sampling: Any,
 ) -> Traces:
     """One plain rollout, traced.
 
     Args:
-        llm: a model with heads; policy off.
+        llm: a model, policy off. Without heads there are no ranks, only what the text and its rows say.
         prompt: tokens.
         n_tokens: to generate at most.
+        ranks_too: False: only what the policy auto is replayed over, no ranks of the heads.
+        given: these tokens, whatever would be drawn.
         sampling: settings of `Llama.generate`.
     """
-    heads, dec = llm.draft_heads, llm.decoder
-    prefix, sees_path, n_heads = bool(heads.info.prefix), bool(heads.info.grounded), heads.n_heads
+    heads, dec = llm.draft_heads if llm.heads_path else None, llm.decoder
+    prefix = heads is not None and bool(heads.info.prefix)
+    sees_path = heads is not None and bool(heads.info.grounded)
+    n_heads = heads.n_heads if heads is not None else 0
 
     llm.reset()
-    if prefix:
+    if heads is not None and prefix:
         # the layer reads every state of the prompt: evaluate it token by token
         for i, token in enumerate(prompt):
             llm.eval([token])
@@ -43,21 +67,27 @@ def rollout(
 
     tokens: list[int] = []
     states: list[npt.NDArray[np.float32]] = []
+    rows: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]] = []
     signals: list[tuple[float, float, float]] = []
     seen = n.Signals()
-    for token in llm.generate(prompt, **sampling):
-        hidden = dec.hidden()
-        states.append(heads.prefix(hidden[None], llm.n_tokens - 1) if prefix else hidden.copy())
+    for token in (
+        llm.generate(prompt, **sampling) if given is None else forced(llm, prompt, given, **sampling)
+    ):
+        if heads is not None:
+            hidden = dec.hidden()
+            states.append(heads.prefix(hidden[None], llm.n_tokens - 1) if prefix else hidden.copy())
         n.check(n.decoder_signals(dec._ptr, token, ctypes.byref(seen)))
         signals.append((seen.entropy, seen.top1, seen.log_root))
+        rows.append(dec.best(N_BEST))
         tokens.append(token)
         if len(tokens) >= n_tokens or token == llm.token_eos() or llm.n_tokens >= llm.n_ctx() - 1:
             break
 
     n_rows = 1 + WIDTH * (n_heads - 1) if sees_path else n_heads
     ranks = np.full((len(tokens), n_heads), -1, dtype=np.int32)
-    log_p = np.empty((len(tokens), n_rows, N_GUESS), dtype=np.float32)
-    for i, state in enumerate(states):
+    log_p = np.zeros((len(tokens), n_rows, N_GUESS), dtype=np.float32)
+    for i, state in enumerate(states if ranks_too else ()):
+        assert heads is not None
         log_p[i] = _guesses(heads, state, tokens[i])
         for h in range(min(n_heads, len(tokens) - 1 - i)):
             guesses = heads.expand(
@@ -65,6 +95,14 @@ def rollout(
             )[0][0]
             at = np.flatnonzero(guesses == tokens[i + h + 1])
             ranks[i, h] = at[0] if len(at) else MAX_RANK
+    texts = Texts(
+        n_prompt=np.array([len(prompt)], np.int32),
+        temp=np.array([sampling.get("temp", TEMP)], np.float32),
+        tokens=np.array([*prompt, *tokens], np.int32),
+        best=np.stack([best for best, _ in rows]),
+        log_p=np.stack([log_p for _, log_p in rows]),
+        states=np.array(states, np.float32).reshape(len(tokens), -1),
+    )
     return Traces(
         n_tokens=np.array([len(tokens)], dtype=np.int32),
         task=(task,),
@@ -73,6 +111,7 @@ def rollout(
         ranks=ranks,
         log_p=log_p,
         sees_path=sees_path,
+        texts=texts,
     )
 
 
@@ -118,7 +157,7 @@ def record(
     texts = [list(tokens) for _, tokens in prompts]
     facts = [[task for task, _ in prompts], texts, list(temps), n_tokens, seed, sampling, heads_identity(llm)]
     about = {
-        "digest": hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:20],
+        "digest": hashlib.sha256(json.dumps([facts, "texts"], default=str).encode()).hexdigest()[:20],
         "temps": list(temps),
         "tokens": n_tokens,
         "seed": seed,
@@ -155,7 +194,8 @@ def record(
 
 def heads_identity(llm: Subject) -> list[Any]:
     """What ties traces to a base model and its heads: vocabulary, head count, kind, sizes of the files."""
-    return [
-        n.vocab_fingerprint(llm.model), llm.draft_heads.arch, llm.draft_heads.n_heads,
-        Path(llm.model_path).stat().st_size, Path(llm.heads_path or "").stat().st_size,
-    ]  # fmt: skip
+    own = [n.vocab_fingerprint(llm.model), Path(llm.model_path).stat().st_size]
+    if not llm.heads_path:
+        return [own[0], "none", 0, own[1], 0]
+    heads = llm.draft_heads
+    return [own[0], heads.arch, heads.n_heads, own[1], Path(llm.heads_path).stat().st_size]

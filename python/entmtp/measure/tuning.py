@@ -1,11 +1,13 @@
-"""Trees and their calibration for one base model, its heads, a task and this machine.
+"""Trees, their calibration and the acceptance model for one base model, its heads, a task and this machine.
 
 Two measurements, then a search without the model:
 
 1. what passes and drafts cost here (measure/timing.py),
 2. rank traces: plain rollouts of the prompts with all that policies and heads would have said (measure/rollouts.py),
 3. trees for every entropy bin, the best single tree, and a calibration of the heads' probabilities, fitted to half of
-   the prompts by replay (measure/search.py, fitting.py, calibration.py), and judged on the other half (judge.py).
+   the prompts by replay (measure/search.py, fitting.py, calibration.py), and judged on the other half (judge.py),
+4. weights of the acceptance model for the policy auto, from the same texts (measure/learning.py); of a model without
+   heads this is all there is to tune.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from ..common.machine import cpu_name
 from . import search
 from .fitting import fit, fit_sizes
 from .judge import judge
+from .learning import learn
 from .replay import replay
 from .rollouts import heads_identity, record
 from .subject import Subject
@@ -65,11 +68,12 @@ def tune(
     progress: Report | None = None,
     sampling: dict[str, Any] | None = None,
     sizes: Sequence[int] | None = None,
+    drafters: Sequence[str] = ("text", "recycling", "heads"),
 ) -> Bank:
-    """A bank tuned for a base model, its heads, a task and this machine. See the module's text for how.
+    """A bank tuned for a base model, its heads if it has any, a task and this machine. See the module's text for how.
 
     Args:
-        llm: the model with its heads, policy off; its trees are others afterwards.
+        llm: the model with its heads, if it has any, policy off; its trees are others afterwards.
         prompts: (task, tokens) pairs; every other one is held out.
         temps: sampling temperatures of the rollouts.
         n_tokens: tokens per rollout.
@@ -79,10 +83,13 @@ def tune(
         n_rounds: how often each is timed.
         sampling: other sampling settings of the rollouts, as for `Llama.generate`.
         sizes: trees of these sizes instead of those that pay on this machine.
+        drafters: who drafts under the policy auto.
 
     Raises:
         ValueError: too few prompts, or traces of other heads.
     """
+    if not llm.decoder.can_tree():
+        raise ValueError("tuning replays trees, which the memory of this model cannot hold")
     if len(prompts) < 2:
         raise ValueError("at least two prompts are needed: one to fit, one to judge")
     sampling = sampling or {}
@@ -107,24 +114,29 @@ def tune(
             advance=lambda i: progress("rollouts", i, len(prompts) * len(temps)) if progress else None,
             **sampling,
         )  # fmt: skip
-    arch = llm.draft_heads.arch
     threads = f"{llm.n_threads} threads ({llm.n_threads_batch} for larger passes)"
     costs = replace(costs, context=int(recorded.about.get("context", costs.context)))
     fitted, held_out = recorded.split()
-    bank = fit_sizes(fitted, costs, sizes) if sizes else fit(fitted, costs, progress)
-    single = search.best_single(fitted, costs)
-    results = {"all": judge(held_out, bank, single)}
+    heads = llm.draft_heads if llm.heads_path else None
+    if heads is None:
+        bank, single = replace(Bank.without_heads(), costs=costs), PLAIN
+    else:
+        bank = fit_sizes(fitted, costs, sizes) if sizes else fit(fitted, costs, progress)
+        single = search.best_single(fitted, costs)
+    if fitted.texts is not None:
+        bank = learn(fitted, bank, heads, drafters=drafters)
     tasks = sorted(set(held_out.task))
+    results = {"all": judge(held_out, bank, single, heads, drafters)}
     if len(tasks) > 1:
-        results |= {t: judge(held_out.of_task(t), bank, single) for t in tasks}
-    probabilities = search.node_probabilities(fitted.ranks)
-    report = {
-        "held_out": results,
-        "single": [list(p) for p in single.paths],
-        "front": [[n, round(t, 4), round(s, 2)] for n, t, s in search.pareto(probabilities, costs)],
-        "text": sample_text(held_out, bank),
-        "spread": costs.spread,
-    }
+        results |= {t: judge(held_out.of_task(t), bank, single, heads, drafters) for t in tasks}
+    report: dict[str, Any] = {"held_out": results, "spread": costs.spread}
+    if heads is not None:
+        front = search.pareto(search.node_probabilities(fitted.ranks), costs)
+        report |= {
+            "single": [list(p) for p in single.paths],
+            "front": [[n, round(t, 4), round(s, 2)] for n, t, s in front],
+            "text": sample_text(held_out, bank),
+        }
     n = len(recorded.signals)
     return replace(
         bank,
@@ -132,7 +144,7 @@ def tune(
         source=f"entmtp tune, {len(recorded.n_tokens)} rollouts, {n} tokens at temperatures "
         f"{', '.join(f'{t:g}' for t in recorded.about.get('temps', temps))}",
         task=task,
-        heads=f"{arch}: {Path(llm.heads_path or '').name}",
+        heads=f"{heads.arch}: {Path(llm.heads_path or '').name}" if heads is not None else None,
         device=f"{cpu_name()} ({platform.machine()}), {threads}; {Path(llm.model_path).name}",
         report=report,
     )

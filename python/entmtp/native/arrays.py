@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from ..bank import Bank, Calibration, Costs, Traces, Tree
+from ..bank.acceptance import as_array
 from ..bank.calibration import N_GUESS
 from ..common.errors import BankError
 from . import abi as n
+from . import abi_replay
 
 POLICIES = tuple(n.POLICIES)
 SCORES = tuple(n.SCORES)
@@ -56,9 +58,29 @@ class Arrays:
         arrays = (traces.n_tokens, traces.signals, traces.ranks, traces.log_p)
         self._kept += arrays
         n_tokens, signals, rank, log_p = (a.ctypes.data for a in arrays)
-        return n.Trace(
+        return abi_replay.Trace(
             n_texts=len(traces.n_tokens), n_tokens=n_tokens, n_heads=traces.n_heads, n_guess=N_GUESS,
             signals=signals, rank=rank, log_p=log_p, sees_path=traces.sees_path,
+        )  # fmt: skip
+
+    def texts(self, traces: Traces) -> Any:
+        """`struct entmtp_texts` of traces that hold their texts."""
+        texts = traces.texts
+        assert texts is not None
+        arrays = (
+            texts.n_prompt,
+            traces.n_tokens,
+            texts.tokens,
+            traces.signals,
+            texts.best,
+            texts.log_p,
+            texts.states,
+        )
+        self._kept += arrays
+        n_prompt, n_tokens, tokens, signals, best, log_p, states = (a.ctypes.data for a in arrays)
+        return abi_replay.Texts(
+            n_texts=len(traces.n_tokens), n_prompt=n_prompt, n_tokens=n_tokens, tokens=tokens, signals=signals,
+            n_best=texts.best.shape[1], best=best, log_p=log_p, states=states if texts.states.size else None,
         )  # fmt: skip
 
     def costs(self, costs: Costs, trees: Sequence[Tree], context: int | None = None) -> Any:
@@ -111,7 +133,8 @@ class Arrays:
             score: what a published policy follows: `entropy`, `top1` or `path`.
             adapt: costs and acceptance follow what is seen, and drafting stops where it loses (entropy, confidence).
             drafters: who drafts (auto), names of `abi.SOURCES`.
-            acceptance: weights of the acceptance model to begin with, [N_SETS, N_INPUTS] (auto); None: the library's.
+            acceptance: weights of the acceptance model to begin with, [N_SETS, N_INPUTS] (auto); None: the bank's, or
+                the library's.
             context: depth that costs are taken for; None: the bank's own.
 
         Raises:
@@ -153,6 +176,8 @@ class Arrays:
             p.calibration = self.calibration(bank.calibration)
         if policy == "auto":
             p.drafters = sum(n.SOURCES[name] for name in drafters)
+            if acceptance is None and bank.acceptance_model is not None:
+                acceptance = as_array(bank.acceptance_model)
             if acceptance is not None:
                 p.acceptance = self._floats(acceptance)
         self._kept.append(p)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..bank.acceptance import N_INPUTS, N_SETS
 from ..bank.bank import Bank
 from ..bank.costs import Costs
 from ..common.errors import EntmtpError
@@ -168,10 +169,24 @@ class Decoder:
         n.decoder_forget(self._ptr)
 
     def acceptance(self) -> npt.NDArray[np.float32]:
-        """Weights of the acceptance model as they are now, [N_SETS, N_INPUTS]."""
-        weights = np.zeros((n.N_SETS, n.N_INPUTS), dtype=np.float32)
+        """Weights of the acceptance model as they are now, [N_SETS, N_INPUTS] as in bank/acceptance.py."""
+        weights = np.zeros((N_SETS, N_INPUTS), dtype=np.float32)
         n.check(n.decoder_get_acceptance(self._ptr, weights.ctypes.data))
         return weights
+
+    def set_acceptance(self, weights: npt.NDArray[np.float32]) -> None:
+        """Have the acceptance model go on from other weights, [N_SETS, N_INPUTS]."""
+        given = np.ascontiguousarray(weights, dtype=np.float32)
+        if given.shape != (N_SETS, N_INPUTS):
+            raise ValueError(f"weights are {given.shape}, must be {(N_SETS, N_INPUTS)}")
+        n.check(n.decoder_set_acceptance(self._ptr, given.ctypes.data))
+
+    def best(self, k: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """The k (at most 8) most probable tokens after the last evaluated one, the best first, and their ln p. Where
+        fewer are known, the last ones are -1."""
+        tokens, log_p = np.full(k, -1, dtype=np.int32), np.zeros(k, dtype=np.float32)
+        n.check(min(n.decoder_best(self._ptr, k, tokens.ctypes.data, log_p.ctypes.data), 0))
+        return tokens, log_p
 
     def settle(self) -> None:
         """Leave in the context's memory what plain decoding would have there."""

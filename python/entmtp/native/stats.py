@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import numpy.typing as npt
 
-DRAFTERS = ("text", "recycling", "heads", "model")  # enum entmtp_source, in its order
+from ..bank.acceptance import DRAFTERS, N_INPUTS
 
 # struct entmtp_node
 NODE_DTYPE = np.dtype(
@@ -33,6 +33,17 @@ STEP_DTYPE = np.dtype(
         ("t_sample_us", "i4"),
         ("t_host_us", "i4"),
         ("n_by", "i4", (len(DRAFTERS),)),  # accepted tokens by drafter
+    ]
+)
+
+# struct entmtp_proposal
+PROPOSAL_DTYPE = np.dtype(
+    [
+        ("step", "i4"),
+        ("sources", "u4"),  # bits of abi.SOURCES
+        ("right", "i4"),
+        ("p", "f4"),  # that it is right, as it was believed
+        ("inputs", "f4", (N_INPUTS,)),  # as in bank/acceptance.py
     ]
 )
 

@@ -21,13 +21,14 @@ from ..common.cache import cache_folder
 from ..common.errors import EntmtpError
 from ..common.progress import stages
 from ..common.prompts import FORMS, Question, read_questions
+from ..measure.judge import AUTO, AUTO_LEARNED
 from ..measure.known import tuned_path
 from ..measure.tuning import tune
 from ..models.templates import fitting_tokens
 
 
-def show(console: Console, bank: Bank) -> None:
-    """The bank and what it is worth, as tables."""
+def show_trees(console: Console, bank: Bank) -> None:
+    """The trees of a bank, what they cost and accept."""
     costs = bank.need_costs()
     expected = bank.expected()
     table = Table(title=f"bank {bank.name}", title_justify="left", header_style="bold")
@@ -47,6 +48,12 @@ def show(console: Console, bank: Bank) -> None:
         f"entropy bins split at {edges} nats; window {bank.ema_window:g} tokens; criterion {bank.criterion}; "
         f"spread of the timings {100 * costs.spread:.0f} %\n"
     )
+
+
+def show(console: Console, bank: Bank) -> None:
+    """The bank and what it is worth, as tables."""
+    if bank.acceptance is not None:
+        show_trees(console, bank)
     results = bank.report["held_out"]
     table = Table(title="held-out prompts, by replay", title_justify="left", header_style="bold")
     table.add_column("policy")
@@ -59,6 +66,22 @@ def show(console: Console, bank: Bank) -> None:
             name, *(f"{results[t][name]['speed']:.3f}" for t in results), "" if tau is None else f"{tau:.2f}"
         )
     console.print(table)
+    console.print(gain(bank), end="")
+
+
+def gain(bank: Bank) -> str:
+    """What the learned acceptance model is worth on held-out prompts, in one sentence."""
+    rows = bank.report["held_out"]["all"]
+    if AUTO not in rows:
+        return ""
+    if AUTO_LEARNED not in rows:
+        return "Acceptance model: weights fitted to these prompts gain nothing over the library's, which are kept.\n"
+    before, after = rows[AUTO], rows[AUTO_LEARNED]
+    old, new = (row["tokens_per_step"] for row in (before, after))
+    faster = after["speed"] / before["speed"] - 1
+    nothing = "" if faster > 0 else ": nothing is gained"
+    tokens = f"{new:.3f} tokens/step with weights for the task, {old:.3f} with the library's"
+    return f"Acceptance model: {tokens}; speed by replay {faster:+.1%}{nothing}\n"
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -116,7 +139,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 def _kept(args: argparse.Namespace, questions: list[tuple[str, Question]]) -> Path | None:
     """Where this very command keeps its rollouts until its bank is written; None if the cache cannot hold them."""
-    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in (Path(args.model), Path(args.heads))]
+    paths = [Path(p) for p in (args.model, args.heads) if p]
+    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     asked = {k: v for k, v in vars(args).items() if k not in ("outfile", "name", "task", "plot")}
     facts = json.dumps([files, asked, questions], default=str, sort_keys=True)
     path = cache_folder() / "traces" / f"{hashlib.sha256(facts.encode()).hexdigest()[:20]}.npz"
@@ -143,16 +167,16 @@ def main(argv: list[str] | None = None) -> int:
         questions = [(Path(p).stem, q) for p in args.prompts for q in read_questions(p, args.limit)]
         name = args.name or (Path(args.outfile).stem if args.outfile else "tuned")
         model, heads = options.model_files(args)
-        if heads is None:
-            raise options.no_heads("tuning", model)
-        args.model, args.heads = str(model), str(heads)
+        args.model, args.heads = str(model), str(heads) if heads else None
         kept = args.traces or _kept(args, questions)
         with contextlib.closing(options.load(args, policy="off")) as llm, stages() as advance:
+            drafters = [name for name in llm.drafters if name != "model"]  # which no replay can ask
             room = llm.n_ctx() - args.tokens - 1
             prompts = [(task, fitting_tokens(llm, q, room, args.raw)) for task, q in questions]
             bank = tune(
                 llm, prompts, name=name, task=args.task, temps=args.temp, n_tokens=args.tokens, seed=args.seed,
                 traces=kept, contexts=args.contexts, n_rounds=args.rounds, sizes=args.sizes, progress=advance,
+                drafters=drafters,
                 sampling={"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p},
             )  # fmt: skip
         costs = bank.need_costs()
@@ -172,8 +196,5 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 130
     show(console, bank)
-    print(
-        f"wrote {out}"
-        + ("" if args.outfile else ": Llama uses it for this model and these heads from now on")
-    )
+    print(f"wrote {out}" + ("" if args.outfile else ": Llama uses it for this model from now on"))
     return 0
