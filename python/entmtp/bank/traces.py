@@ -212,7 +212,7 @@ class Traces:
 
 def _texts(data: Any) -> Texts:
     """The texts in an .npz file."""
-    kinds = {name: np.int32 for name in ("n_prompt", "tokens", "best")}
+    kinds: dict[str, Any] = {name: np.int32 for name in ("n_prompt", "tokens", "best")}
     kinds |= {name: np.float32 for name in ("temp", "log_p", "states")}
     return Texts(**{name: np.ascontiguousarray(data[f"text_{name}"], kind) for name, kind in kinds.items()})
 

@@ -260,10 +260,10 @@ draft_model_broken = bind("entmtp_draft_model_broken", c_char_p, c_void_p)
 draft_model_cost = bind("entmtp_draft_model_cost", c_double, c_void_p)
 
 # int32_t entmtp_follow_layer(struct llama_context * ctx, int32_t layer);
-follow_layer = _bind("entmtp_follow_layer", c_int32, c_void_p, c_int32)
+follow_layer = bind("entmtp_follow_layer", c_int32, c_void_p, c_int32)
 
 # const float * entmtp_layer_inputs(struct llama_context * ctx, int32_t layer);
-layer_inputs = _bind("entmtp_layer_inputs", POINTER(c_float), c_void_p, c_int32)
+layer_inputs = bind("entmtp_layer_inputs", POINTER(c_float), c_void_p, c_int32)
 
 # struct entmtp_corpus * entmtp_corpus_init(const int32_t * tokens, int64_t n);
 corpus_init = bind("entmtp_corpus_init", c_void_p, c_void_p, c_int64)
@@ -343,7 +343,7 @@ decoder_invalidate = bind("entmtp_decoder_invalidate", None, c_void_p, c_int32)
 decoder_logits = bind("entmtp_decoder_logits", POINTER(c_float), c_void_p)
 
 # const float * entmtp_decoder_all_logits(struct entmtp_decoder * dec);
-decoder_all_logits = _bind("entmtp_decoder_all_logits", POINTER(c_float), c_void_p)
+decoder_all_logits = bind("entmtp_decoder_all_logits", POINTER(c_float), c_void_p)
 
 # const float * entmtp_decoder_hidden(struct entmtp_decoder * dec);
 decoder_hidden = bind("entmtp_decoder_hidden", POINTER(c_float), c_void_p)
@@ -447,10 +447,10 @@ kernels_current = bind("entmtp_kernels_current", c_char_p)
 kernels_name = bind("entmtp_kernels_name", c_char_p, c_int32)
 
 # void entmtp_kernels_hold(int32_t embeddings, int32_t locked);
-kernels_hold = _bind("entmtp_kernels_hold", None, c_int32, c_int32)
+kernels_hold = bind("entmtp_kernels_hold", None, c_int32, c_int32)
 
 # uint64_t entmtp_kernels_unlocked(void);
-kernels_unlocked = _bind("entmtp_kernels_unlocked", c_uint64)
+kernels_unlocked = bind("entmtp_kernels_unlocked", c_uint64)
 
 # int32_t entmtp_kernels_of(int32_t type);
 kernels_of = bind("entmtp_kernels_of", c_int32, c_int32)
