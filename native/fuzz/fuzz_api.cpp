@@ -1,124 +1,15 @@
 // The C interface with calls in any order, against a model of what must hold: which text is evaluated, which status a call
 // has, and that the logits are those of plain llama.cpp over the same text. An input is a list of decisions.
 
-#include "entmtp.h"
-#include "entmtp_corpus.h"
-#include "entmtp_draft.h"
-#include "entmtp_group.h"
+#include "api_session.h"
 #include "entmtp_walk.h"
-
-#include "fuzz.h"
-#include "plain_text.h"
 #include "policy_of.h"
-#include "tiny.h"
-
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <map>
-#include <memory>
-#include <string>
-#include <vector>
-
-using tokens = std::vector<int32_t>;
-
-static constexpr int32_t n_batch = 128;
 
 namespace {
 
-// models, heads files, and contexts
-struct setting {
-    tiny::folder                dir;
-    tiny::model_ptr             base, small;
-    std::unique_ptr<plain_text> plain;
-
-    std::map<std::pair<int32_t, int32_t>, tiny::context_ptr>
-        contexts; // by sequences and n_ubatch; making one takes long
-
-    setting() {
-        tiny::be_quiet();
-        MUST(entmtp_kernels_enable(nullptr) == ENTMTP_OK);
-        base  = tiny::load_base(tiny::write_base(dir / "base.gguf", 1));
-        small = tiny::load_base(tiny::write_base(dir / "small.gguf", 7));
-        MUST(base && small);
-        plain = std::make_unique<plain_text>(base.get());
-
-        tiny::head_options o;
-        tiny::write_heads(dir / "1.gguf", o);
-        o.d2t = { 3, 39, 20, 0, 17, 5, 8, 30, 12, 22 };
-        tiny::write_heads(dir / "2.gguf", o);
-        o          = {};
-        o.arch     = "hydra";
-        o.grounded = true;
-        tiny::write_heads(dir / "3.gguf", o);
-        o.prefix = true;
-        tiny::write_heads(dir / "4.gguf", o);
-    }
-};
-
-// a decoder, and what is known of it
-struct member {
-    entmtp_decoder * dec = nullptr;
-
-    tokens  text;              // in the memory; -1: put there by others
-    bool    live      = false; // the last token can be sampled after
-    bool    cancelled = false; // the next evaluation is
-    int32_t n_trees   = 1;
-    int32_t n_ctx     = 0;
-
-    bool known() const { return std::find(text.begin(), text.end(), -1) == text.end(); }
-};
-
-struct heads_deleter {
-    void operator()(entmtp_heads * p) { entmtp_heads_free(p); }
-};
-struct group_deleter {
-    void operator()(entmtp_group * p) { entmtp_group_free(p); }
-};
-struct corpus_deleter {
-    void operator()(entmtp_corpus * p) { entmtp_corpus_free(p); }
-};
-struct draft_deleter {
-    void operator()(entmtp_draft_model * p) { entmtp_draft_model_free(p); }
-};
-
-// decoders on one context, and the calls that are made
-class session {
+class calls : public session {
   public:
-    session(setting & s, decisions & d) : s(s), d(d) {
-        const int32_t kind = d.between(0, 9);
-        n_seq              = kind > 7 ? 2 : 1;
-
-        const int32_t n_ubatch = d.rarely() ? 4 : n_batch;
-
-        params           = llama_context_default_params();
-        params.n_ctx     = 256;
-        params.n_batch   = n_batch;
-        params.n_ubatch  = n_ubatch;
-        params.n_threads = params.n_threads_batch = 1;
-        params.type_k = params.type_v = GGML_TYPE_F32;
-        params.flash_attn_type        = LLAMA_FLASH_ATTN_TYPE_DISABLED;
-        params.n_seq_max              = n_seq;
-        params.kv_unified             = true;
-        auto & kept                   = s.contexts[{ n_seq, n_ubatch }];
-        if (!kept) {
-            kept.reset(llama_init_from_model(s.base.get(), params));
-        }
-        ctx = kept.get();
-        MUST(ctx);
-        llama_memory_clear(llama_get_memory(ctx), true);
-        llama_set_n_threads(ctx, 1, 1);
-
-        const int32_t which = kind > 7 ? (kind - 8) * 3 : kind % 5;
-        if (which > 0) {
-            heads.reset(entmtp_heads_load((s.dir / (std::to_string(which) + ".gguf")).c_str(), s.base.get(), 1));
-            MUST(heads);
-        }
-        members.resize(n_seq);
-        begin();
-    }
-
-    ~session() { end(); }
+    using session::session;
 
     void run() {
         while (!d.over()) {
@@ -132,91 +23,6 @@ class session {
     }
 
   private:
-    void begin() {
-        if (n_seq > 1) {
-            group.reset(entmtp_group_init(ctx, heads.get(), n_seq, 128));
-            MUST(group);
-            entmtp_group_set_stall(group.get(), 1.0);
-        }
-        for (int32_t i = 0; i < n_seq; ++i) {
-            member & m = members[i];
-            m          = {};
-            m.n_ctx    = n_seq > 1 ? 128 : (int32_t) llama_n_ctx_seq(ctx);
-            m.dec      = n_seq > 1 ? entmtp_group_decoder(group.get(), i) : entmtp_decoder_init(ctx, heads.get());
-            MUST(m.dec);
-        }
-    }
-
-    void end() {
-        if (n_seq == 1) {
-            entmtp_decoder_free(members[0].dec);
-        }
-        group.reset();
-        draft.reset();
-    }
-
-    //
-    // what must hold
-    //
-
-    void check(const member & m) const {
-        MUST(entmtp_decoder_n_evaluated(m.dec) == (m.live ? (int32_t) m.text.size() : -1));
-    }
-
-    void check_logits(member & m) {
-        const float * row = entmtp_decoder_logits(m.dec);
-        MUST((row != nullptr) == m.live);
-        if (row && m.known()) {
-            const auto & want = s.plain->logits(m.text);
-            for (int32_t t = 0; t < tiny::n_vocab; ++t) {
-                MUST(std::fabs(row[t] - want[t]) < 1e-3f);
-            }
-        }
-        MUST((entmtp_decoder_hidden(m.dec) != nullptr) == (m.live && heads));
-    }
-
-    // of the plain model over the same text, as far as rounding lets it be told
-    void check_greedy(member & m, int32_t token) {
-        if (m.known()) {
-            const auto & want = s.plain->logits(m.text);
-            MUST(want[token] > *std::max_element(want.begin(), want.end()) - 1e-3f);
-        }
-    }
-
-    void eval(member & m, const tokens & t, int32_t past, bool all = false) {
-        const auto n = (int32_t) t.size();
-        const bool valid =
-            n > 0 && std::all_of(t.begin(), t.end(), [](int32_t x) { return x >= 0 && x < tiny::n_vocab; });
-        const bool placed = past >= 0 && past <= (int32_t) m.text.size() && n <= n_batch;
-
-        const int32_t status = entmtp_decoder_eval(m.dec, t.data(), n, past, all);
-        if (!valid) {
-            MUST(status == ENTMTP_ERROR);
-        } else if (m.cancelled) {
-            MUST(status == ENTMTP_CANCELLED);
-            m.cancelled = false;
-        } else if (!placed) {
-            MUST(status == ENTMTP_ERROR);
-        } else if (status == ENTMTP_OK) {
-            MUST(past + n <= m.n_ctx || !m.known());
-            m.text.resize(past);
-            m.text.insert(m.text.end(), t.begin(), t.end());
-            m.live = true;
-        } else {
-            // of a text that is known, only the room can be missing
-            MUST(status == ENTMTP_CONTEXT_FULL ? past + n > m.n_ctx : status == ENTMTP_ERROR && !m.known());
-            m.text.resize(past);
-            m.live = false;
-        }
-        if (status != ENTMTP_OK) {
-            MUST(strlen(entmtp_last_error()) > 3);
-        }
-    }
-
-    //
-    // calls
-    //
-
     int32_t token() { return d.rarely() ? d.between(0, 255) - 100 : d.between(0, tiny::n_vocab - 1); }
 
     tokens some_tokens(int32_t n) {
@@ -653,25 +459,6 @@ class session {
             }
         }
     }
-
-    setting &   s;
-    decisions & d;
-
-    int32_t              n_seq = 1;
-    llama_context_params params;
-    llama_context *      ctx;
-
-    std::unique_ptr<entmtp_heads, heads_deleter> heads;
-    std::unique_ptr<entmtp_group, group_deleter> group;
-
-    std::vector<std::unique_ptr<entmtp_corpus, corpus_deleter>> corpora; // which outlive the decoders
-    std::unique_ptr<entmtp_draft_model, draft_deleter>          draft;
-
-    std::vector<member>  members;
-    std::vector<uint8_t> state;
-    tokens               state_text;
-
-    tiny::sampler_ptr greedy{ llama_sampler_init_greedy() }, drawing{ llama_sampler_init_dist(3) };
 };
 
 } // namespace
@@ -682,6 +469,6 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
         return 0;
     }
     decisions d(data, size);
-    session(s, d).run();
+    calls(s, d).run();
     return 0;
 }
