@@ -38,8 +38,8 @@ AUDIT     := $(RUN) pip-audit==2.10.1 --strict --disable-pip
 PLATFORMS := x86_64-manylinux2014 aarch64-manylinux2014 aarch64-apple-darwin x86_64-pc-windows-msvc
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-tsan test-arm soak kill-matrix fuzz-server \
-	build install baselines wheel wheel-check wheel-install bump bump-tools sbom audit lint format clean distclean
+.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-tsan test-arm soak soak-serve kill-matrix fuzz-server \
+	build install baselines archs wheel wheel-check wheel-install bump bump-tools sbom audit lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -72,6 +72,9 @@ test-gpu: install ## run the tests that need a GPU; with CUDA=1, METAL=1 or VULK
 
 soak: install ## random calls to a drafting model and a plain twin, 1000000 tokens or TOKENS=n
 	$(PY) tests/soak.py --tokens $(or $(TOKENS),1000000)
+
+soak-serve: install ## a server under 16 clients, some of whom leave or read slowly, for 10 minutes or MINUTES=n
+	$(PY) tests/soak_serve.py --minutes $(or $(MINUTES),10) $(SOAK_ARGS)
 
 kill-matrix: install ## kill every long command 50 times, or KILLS=n, and give it again
 	$(PY) tests/kill_matrix.py --kills $(or $(KILLS),50)
@@ -141,6 +144,11 @@ wheel-install: $(VENV)/.uv ## Linux: make the wheel in dist/ a manylinux one, an
 baselines: install ## build what is compared with: llama.cpp's own server and its drafting (about ten minutes)
 	@$(PY) native/llama_cpp.py baselines $(if $(LLAMA_CPP_DIR),--llama-dir $(abspath $(LLAMA_CPP_DIR))) \
 		--libraries "$$($(PY) -c 'from entmtp.native.library import library_folder; print(library_folder())')"
+
+archs: install ## small random models of all architectures of llama.cpp: the same bits and texts, drafting and not
+	$(PY) tests/archs.py --kinds $(or $(KINDS),F32 Q4_K_M) --program "$$($(PY) native/llama_cpp.py archs \
+		$(if $(LLAMA_CPP_DIR),--llama-dir $(abspath $(LLAMA_CPP_DIR))) \
+		--libraries "$$($(PY) -c 'from entmtp.native.library import library_folder; print(library_folder())')")"
 
 bump: $(VENV)/.tools ## see whether the patches apply to the newest llama-cpp-python, or to VERSION=x.y.z
 	@$(PY) native/llama_cpp.py bump $(if $(VERSION),--version $(VERSION))

@@ -8,12 +8,13 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from native.llama_build import DEFAULT_FLAGS, Tools, configure, default_jobs, find_tools, named, run_step
 from native.llama_cache import BuildError, file_lock, log, make_key, sha256_file
 from native.llama_source import prepare_source
 
-SERVER, DRIVER = "llama-server", "entmtp-speculative"
+SERVER, DRIVER, MODELS = "llama-server", "entmtp-speculative", "entmtp-archs"
 DRIVER_SOURCE = Path(__file__).resolve().parent / "baselines"
 BUILD = Path(__file__).resolve().parents[1] / "build" / "baselines"  # what is compiled, for the next time
 
@@ -72,11 +73,7 @@ def build_baselines(
     Raises:
         BuildError: the libraries were built from another source, or a step failed.
     """
-    info = json.loads((libraries / "build-info.json").read_text(encoding="utf-8"))
-    patched, key_of_source = prepare_source(cache, pin, patches, llama_dir)
-    prefix = cache / "build" / info["key"]
-    if info["source"] != key_of_source or not prefix.is_dir():
-        raise BuildError(f"the libraries in {libraries} are not of this source; run make install first")
+    info, patched, prefix = _of_libraries(cache, pin, patches, libraries, llama_dir)
     folder = cache / "baselines" / info["key"]
     tools = tools or find_tools()
     with file_lock(cache / "baselines" / f".{info['key']}.lock"):
@@ -91,14 +88,44 @@ def build_baselines(
         stamp = folder / "driver.key"
         if not stamp.exists() or stamp.read_text() != sources:
             log("building the driver of llama.cpp's drafting (minutes at first)")
-            compilers = {k: v for k, v in flags_of(info).items() if re.match("CMAKE_(C|CXX)_(COMP|FLAGS)", k)}
-            definitions = {
-                "LLAMA_SOURCE": str(patched),
-                "LLAMA_PREFIX": str(prefix),
-                "CMAKE_BUILD_TYPE": "Release",
-            }
-            definitions |= {**compilers, **named(info["commit"])}
-            keep(build_target(tools, DRIVER_SOURCE, f"driver-{info['key']}", DRIVER, definitions), folder)
+            keep(_driver(tools, info, patched, prefix, DRIVER), folder)
             stamp.write_text(sources)
     log(f"the baselines are built: {folder}")
     return folder
+
+
+def build_archs(
+    cache: Path,
+    pin: dict[str, str],
+    patches: Sequence[Path],
+    libraries: Path,
+    llama_dir: Path | None = None,
+    tools: Tools | None = None,
+) -> Path:
+    """llama.cpp's own test of its architectures on the libraries: it writes a small random model of each (`-o FOLDER`).
+
+    Raises:
+        BuildError: as `build_baselines`.
+    """
+    info, patched, prefix = _of_libraries(cache, pin, patches, libraries, llama_dir)
+    return _driver(tools or find_tools(), info, patched, prefix, MODELS)
+
+
+def _of_libraries(
+    cache: Path, pin: dict[str, str], patches: Sequence[Path], libraries: Path, llama_dir: Path | None
+) -> tuple[dict[str, Any], Path, Path]:
+    """What libraries say of their build, the patched source that they are of, and where they were installed."""
+    info = json.loads((libraries / "build-info.json").read_text(encoding="utf-8"))
+    patched, key_of_source = prepare_source(cache, pin, patches, llama_dir)
+    prefix = cache / "build" / info["key"]
+    if info["source"] != key_of_source or not prefix.is_dir():
+        raise BuildError(f"the libraries in {libraries} are not of this source; run make install first")
+    return info, patched, prefix
+
+
+def _driver(tools: Tools, info: dict[str, Any], patched: Path, prefix: Path, target: str) -> Path:
+    """A program of native/baselines/ on the libraries in `prefix`."""
+    compilers = {k: v for k, v in flags_of(info).items() if re.match("CMAKE_(C|CXX)_(COMP|FLAGS)", k)}
+    definitions = {"LLAMA_SOURCE": str(patched), "LLAMA_PREFIX": str(prefix), "CMAKE_BUILD_TYPE": "Release"}
+    definitions |= {**compilers, **named(info["commit"])}
+    return build_target(tools, DRIVER_SOURCE, f"driver-{info['key']}", target, definitions)

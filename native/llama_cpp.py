@@ -5,6 +5,7 @@
     python native/llama_cpp.py source                     path of the patched source tree
     python native/llama_cpp.py build [-DGGML_CUDA=ON ..]  path of the built libraries and headers
     python native/llama_cpp.py baselines --libraries DIR  path of llama.cpp's own server and our driver of its drafting
+    python native/llama_cpp.py archs --libraries DIR      path of the program that writes a model of every architecture
     python native/llama_cpp.py bump [--version X.Y.Z]     how the patches fare on another version
 
 The source is the copy inside the llama-cpp-python source distribution, pinned by version and SHA-256 in
@@ -32,7 +33,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the package `native` is
 
-from native.llama_baselines import build_baselines
+from native.llama_baselines import build_archs, build_baselines
 from native.llama_build import build_libraries
 from native.llama_bump import bump
 from native.llama_cache import BuildError, default_cache
@@ -55,11 +56,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llama_cpp.py", description="Fetch, patch, build and cache llama.cpp."
     )
-    parser.add_argument("command", choices=("sdist", "source", "build", "baselines", "bump"))
+    parser.add_argument("command", choices=("sdist", "source", "build", "baselines", "archs", "bump"))
     parser.add_argument("-D", dest="definitions", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--cache", type=Path, help="default: $ENTMTP_CACHE or the user's cache directory")
     parser.add_argument("--llama-dir", type=Path, help="build from this llama.cpp directory (it is copied)")
-    parser.add_argument("--libraries", type=Path, help="baselines: folder of the libraries to compare with")
+    parser.add_argument("--libraries", type=Path, help="baselines, archs: folder of the libraries")
     parser.add_argument("--patches", type=Path, default=PATCH_DIR)
     parser.add_argument("--version", help="bump: of llama-cpp-python; default: the newest")
     parser.add_argument("--cmake", help="path of cmake")
@@ -81,12 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "bump":
             return 0 if bump(cache, pin, list_patches(args.patches), args.version) else 1
         llama_dir = args.llama_dir.expanduser().resolve() if args.llama_dir else None
-        if args.command == "baselines":
+        if args.command in ("baselines", "archs"):
             if not args.libraries:
                 raise BuildError(
-                    "baselines: --libraries is missing, the folder of libentmtp; or run make baselines"
+                    f"{args.command}: --libraries is missing, the folder of libentmtp; or run make {args.command}"
                 )
-            print(build_baselines(cache, pin, list_patches(args.patches), args.libraries, llama_dir))
+            build = build_baselines if args.command == "baselines" else build_archs
+            print(build(cache, pin, list_patches(args.patches), args.libraries, llama_dir))
             return 0
         source, key = prepare_source(cache, pin, list_patches(args.patches), llama_dir)
         if args.command == "source":

@@ -14,6 +14,7 @@ from entmtp.convert import convert
 from entmtp.models.assets import assets
 from entmtp.models.gguf_expand import expand
 from entmtp.options.demo import demo_files
+from helpers.growth import give_back
 from helpers.settings import F32
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to other tests
@@ -42,9 +43,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def load(models: dict[str, Path]) -> Iterator[Callable[..., entmtp.Llama]]:
-    """load(base="f32", heads=None, **settings): a model, closed at the end; equal calls share one."""
+    """load(base="f32", heads=None, **settings): a model; equal calls in a file share one, closed at the file's end."""
     loaded: dict[str, entmtp.Llama] = {}
 
     def get(base: str = "f32", heads: str | None = None, **settings: object) -> entmtp.Llama:
@@ -57,6 +58,7 @@ def load(models: dict[str, Path]) -> Iterator[Callable[..., entmtp.Llama]]:
     yield get
     for llm in loaded.values():
         llm.close()
+    give_back()
 
 
 @pytest.fixture(scope="session")

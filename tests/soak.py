@@ -9,21 +9,24 @@ from the first fifth of the run (after a warm-up) to the last.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import math
 import random
-import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import Any
-
-import psutil
 
 from entmtp import Llama
 from entmtp.models.assets import assets
 from entmtp.options.demo import demo_files
+from helpers.adapter import write_adapter
+from helpers.growth import Growth
 
 GRAMMARS = (
     'root ::= ("yes" | "no") " because " [a-z ]+ "."',
@@ -31,18 +34,30 @@ GRAMMARS = (
 )
 WARM = 0.2  # of the run: allocators and graphs settle,
 FILLED = 80_000  # tokens until the logs of the last 65,536 steps are full
+LOOK = 500  # tokens between two looks at the memory, at least: they take some, too
 
 
 class Twins:
-    """The same calls to a drafting model and a plain one, drawn by a seed."""
+    """The same calls to a drafting model and a plain one, drawn by a seed.
 
-    def __init__(self, drafting: Llama, plain: Llama, texts: list[str], seed: int):
-        from llama_cpp import LlamaGrammar  # after entmtp, which says where the library is
+    Args:
+        adapter: file of a LoRA adapter of the model.
+    """
+
+    def __init__(self, drafting: Llama, plain: Llama, texts: list[str], adapter: Path, seed: int):
+        from llama_cpp import (
+            LlamaGrammar,
+            llama_adapter_lora_init,
+        )  # after entmtp, which says where the library is
 
         self.models, self.texts, self.rng = (drafting, plain), texts, random.Random(seed)
         self.n_tokens = self.n_accepted = 0
         self.calls: Counter[str] = Counter()
         self.grammars = [LlamaGrammar.from_string(g, verbose=False) for g in GRAMMARS]
+        # they are freed with the models
+        self.adapters = [llama_adapter_lora_init(llm.model, str(adapter).encode()) for llm in self.models]
+        if not all(self.adapters):
+            raise AssertionError("the adapter was not loaded")
 
     def prompt(self) -> str:
         text = self.rng.choice(self.texts)
@@ -119,6 +134,33 @@ class Twins:
         self.same("states", found)
         self.n_tokens += len(found[0])
 
+    def long_prompt(self) -> None:
+        """As long as the context has room for, or longer, which is refused."""
+        text = "".join(self.rng.choice(self.texts) for _ in range(8))
+        prompt, settings = self.models[0].tokenize(text.encode()), self.settings()
+        prompt = prompt[: self.rng.randrange(300, 900)]
+        found: list[Any] = []
+        for llm in self.models:
+            try:
+                answer = llm.create_completion(prompt, **settings)
+            except ValueError as e:
+                found.append(str(e))
+            else:
+                found.append((answer["choices"], answer["usage"]))
+                self.n_tokens += answer["usage"]["completion_tokens"] if llm is self.models[0] else 0
+        self.same("long prompt", found)
+
+    def adapter(self) -> None:
+        """Another model from now on, or the first again."""
+        from llama_cpp import llama_adapter_lora_p_ctypes, llama_set_adapters_lora
+
+        scale = self.rng.choice((0.0, 0.0, 0.5, 1.0))
+        for llm, adapter in zip(self.models, self.adapters, strict=True):
+            llm.reset()  # what is in the memory was evaluated by another one
+            few = (llama_adapter_lora_p_ctypes * 1)(adapter)
+            if llama_set_adapters_lora(llm.ctx, few, int(scale > 0), (ctypes.c_float * 1)(scale)):
+                raise AssertionError("the adapter was not set")
+
     def to_the_end_of_the_context(self) -> None:
         prompt = self.prompt()
         answers = [llm.create_completion(prompt, max_tokens=None, temperature=0.0) for llm in self.models]
@@ -143,15 +185,17 @@ class Twins:
         kinds: list[tuple[int, Callable[[], None]]] = [
             (10, self.complete), (4, self.stream_left_early), (3, self.cancelled), (2, self.with_grammar),
             (2, self.states), (1, self.to_the_end_of_the_context), (2, self.reset), (1, self.other_policy),
-            (1, self.threads),
+            (1, self.threads), (1, self.long_prompt), (1, self.adapter),
         ]  # fmt: skip
         kind = self.rng.choices([k for _, k in kinds], [w for w, _ in kinds])[0]
         kind()
         self.calls[kind.__name__] += 1
 
 
-def soak(n_tokens: int, seed: int = 1, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Run until so many tokens came; figures of the run.
+def soak(
+    n_tokens: int, seed: int = 1, say: Callable[[str], None] = lambda text: None, seconds: float = math.inf
+) -> dict[str, Any]:  # fmt: skip
+    """Run until so many tokens came, or the time is over; figures of the run.
 
     Raises:
         AssertionError: the twins' tokens differ; the text says in which call.
@@ -163,29 +207,26 @@ def soak(n_tokens: int, seed: int = 1, say: Callable[[str], None] = lambda text:
     ]  # fmt: skip
     model, heads = demo_files()
     how: dict[str, Any] = {"n_ctx": 768, "verbose": False, "n_threads": 1, "n_threads_batch": 1}
-    process = psutil.Process()
     with (
+        tempfile.TemporaryDirectory() as folder,
         closing(Llama(model, draft="entmtp", heads=heads, calibrate=False, **how)) as drafting,
         closing(Llama(model, **how)) as plain,
     ):
-        twins, samples, said = Twins(drafting, plain, texts, seed), [], time.monotonic()
+        adapter = write_adapter(model, Path(folder) / "adapter.gguf")
+        twins, growth, said = Twins(drafting, plain, texts, adapter, seed), Growth(), time.monotonic()
         begin = said
-        while twins.n_tokens < n_tokens:
+        while twins.n_tokens < n_tokens and time.monotonic() - begin < seconds:
             twins.step()
-            if twins.n_tokens >= max(WARM * n_tokens, min(FILLED, 0.5 * n_tokens)):
-                samples.append(
-                    (process.memory_info().rss, process.num_fds() if hasattr(process, "num_fds") else 0)
-                )
+            if twins.n_tokens // LOOK > len(growth.samples):
+                growth.look(twins.n_tokens)
             if time.monotonic() - said > 30:
                 said = time.monotonic()
-                say(f"{twins.n_tokens} of {n_tokens} tokens, {process.memory_info().rss / 1e6:.0f} MB")
+                say(f"{twins.n_tokens} of {n_tokens} tokens, {growth.megabytes:.0f} MB")
         accepted = twins.n_accepted + drafting.draft_stats.n_accepted
-    fifth = max(len(samples) // 5, 1)
-    rss = [statistics.median(s[0] for s in part) for part in (samples[:fifth], samples[-fifth:])]
     return {
         "tokens": twins.n_tokens, "calls": dict(twins.calls), "seconds": round(time.monotonic() - begin, 1),
-        "memory_mb": [round(m / 1e6, 1) for m in rss], "growth": round(rss[1] / rss[0] - 1, 4),
-        "files": [samples[0][1], samples[-1][1]], "accepted_drafts": accepted,
+        "accepted_drafts": accepted,
+        **growth.figures(since=max(WARM * twins.n_tokens, min(FILLED, 0.5 * twins.n_tokens))),
     }  # fmt: skip
 
 
@@ -194,9 +235,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens to generate (default: 1000000)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="at most (default: until they came)")
     parser.add_argument("--seed", type=int, default=1, help="of the calls (default: 1)")
     args = parser.parse_args()
-    found = soak(args.tokens, args.seed, lambda text: print(text, file=sys.stderr, flush=True))
+    found = soak(
+        args.tokens, args.seed, lambda text: print(text, file=sys.stderr, flush=True), 60 * args.minutes
+    )
     print(json.dumps(found, indent=1))
     if found["growth"] > 0.01 or found["files"][1] > found["files"][0]:
         print("soak: memory or open files grew", file=sys.stderr)

@@ -295,6 +295,10 @@ ENTMTP_API void entmtp_decoder_invalidate(struct entmtp_decoder * dec, int32_t n
 ENTMTP_API const float * entmtp_decoder_logits(struct entmtp_decoder * dec);
 ENTMTP_API const float * entmtp_decoder_hidden(struct entmtp_decoder * dec);
 
+// Logits [n, n_vocab] of all n tokens of the last entmtp_decoder_eval() that asked for them, NULL if the last one did not.
+// Valid until the next.
+ENTMTP_API const float * entmtp_decoder_all_logits(struct entmtp_decoder * dec);
+
 // What a policy sees of the distribution that the next token is drawn from.
 struct entmtp_signals {
     float entropy;  // nats

@@ -284,6 +284,15 @@ const float * entmtp_decoder_logits(entmtp_decoder * dec) {
     return res && !dec->impl.servers.lost() ? res : nullptr;
 }
 
+const float * entmtp_decoder_all_logits(entmtp_decoder * dec) {
+    const float * res = nullptr;
+    guarded(dec, [&](entmtp::decoder & d) {
+        res = d.all_logits();
+        return (int32_t) ENTMTP_OK;
+    });
+    return res && !dec->impl.servers.lost() ? res : nullptr;
+}
+
 const float * entmtp_decoder_hidden(entmtp_decoder * dec) {
     const float * res = nullptr;
     guarded(dec, [&](entmtp::decoder & d) {

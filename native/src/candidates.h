@@ -23,4 +23,9 @@ int32_t candidates_needed(llama_sampler * chain, int32_t most);
 //   n_row   tokens in the row
 bool candidates_suffice(std::vector<llama_token_data> & candidates, int32_t needed, int32_t n_row);
 
+// The same of a row in the host's memory, which may be looked at again: the tokens that stand in for it, in the order of the
+// row, are left in `tokens`; false: it takes the whole row. Besides the rules above, penalties that make no token more
+// probable may come first: then the largest logits and some more decide, as long as they are above all others afterwards.
+bool shortlist(llama_sampler * chain, const float * row, int32_t n_row, std::vector<llama_token_data> & tokens);
+
 } // namespace entmtp

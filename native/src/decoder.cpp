@@ -202,10 +202,14 @@ int32_t decoder::eval(const int32_t * toks, int32_t n, int32_t past, bool all_ou
         error     = "cancelled";
         return ENTMTP_CANCELLED;
     }
+    has_all  = false;
+    all_rows = {};
     if (n == 1 && live && past == n_past + (int32_t) path.size()) {
         return advance(toks[0]);
     }
-    return eval_prompt(toks, n, past, all_outputs);
+    const int32_t status = eval_prompt(toks, n, past, all_outputs);
+    has_all              = all_outputs && status == ENTMTP_OK;
+    return status;
 }
 
 // one more token: follow the tree, or start the next step

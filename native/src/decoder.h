@@ -109,6 +109,7 @@ class decoder {
 
     const float * logits();
     const float * hidden();
+    const float * all_logits(); // of the last prompt, if they were asked for
 
     // of the distribution that `token` was drawn from
     entmtp_signals signals(int32_t token);
@@ -176,6 +177,9 @@ class decoder {
     bool    live   = false;               // the outputs of the context belong to the last evaluated token
     int32_t row    = -1;                  // its index in the last pass, or the name of a row that was kept
     part    work;                         // of this sequence in the last pass
+
+    bool               has_all = false;   // the last eval gave logits of all its tokens
+    std::vector<float> all_rows;          // [n, n_vocab] of them, in company: the next pass may begin at any time
 
     // the verified tree, while it is being walked
     int32_t               tree_id = -1; // in the bank; n_trees: the grown one; -1: none

@@ -77,6 +77,10 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
             }
             return status;
         }
+        for (int32_t k = 0; k < m && all_outputs && shared.n_seq > 1; ++k) {
+            const float * l = out.logits(work.at[k]);
+            all_rows.insert(all_rows.end(), l, l + n_vocab);
+        }
         if (drafting) {
             drafting->follow(work.tokens, work.pos0, work.at);
         }

@@ -18,6 +18,10 @@ const float * decoder::logits() {
     return live ? out.logits(row) : nullptr;
 }
 
+const float * decoder::all_logits() {
+    return !has_all ? nullptr : shared.n_seq > 1 ? all_rows.data() : llama_get_logits(ctx);
+}
+
 const float * decoder::hidden() {
     return live && draft_heads ? out.hidden(row) : nullptr;
 }

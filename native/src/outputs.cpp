@@ -371,10 +371,12 @@ bool outputs::from_candidates(llama_sampler * sampler, int32_t i) {
 }
 
 int32_t outputs::sample(llama_sampler * sampler, int32_t i) {
-    if (at_host && in_pass(i)) {
-        return llama_sampler_sample(sampler, ctx, i);
+    if (at_host && in_pass(i) &&
+        (llama_get_sampled_token_ith(ctx, i) != LLAMA_TOKEN_NULL || llama_get_sampled_logits_ith(ctx, i) ||
+         llama_get_sampled_probs_ith(ctx, i))) {
+        return llama_sampler_sample(sampler, ctx, i); // the context has a sampler of its own
     }
-    if (!in_pass(i) || !from_candidates(sampler, i)) {
+    if (at_host || !in_pass(i) || !from_candidates(sampler, i)) {
         const float * l = logits(i);
         if (!l) {
             throw std::runtime_error("there are no logits to sample from");
@@ -388,9 +390,11 @@ int32_t outputs::sample(llama_sampler *                 sampler,
                         const float *                   logits,
                         int32_t                         n_vocab,
                         std::vector<llama_token_data> & candidates) {
-    candidates.resize(n_vocab);
-    for (int32_t t = 0; t < n_vocab; ++t) {
-        candidates[t] = { t, logits[t], 0.0f };
+    if (!shortlist(sampler, logits, n_vocab, candidates)) {
+        candidates.resize(n_vocab);
+        for (int32_t t = 0; t < n_vocab; ++t) {
+            candidates[t] = { t, logits[t], 0.0f };
+        }
     }
     return apply(sampler, candidates);
 }

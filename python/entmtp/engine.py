@@ -117,7 +117,7 @@ class Engine:
         self._stack = contextlib.ExitStack()
         self._closed = False
         self._free = threading.Condition()
-        self._reserved: dict[Slot, int] = {}
+        self._reserved: dict[Slot, range] = {}  # tokens that its text may have
         self._pace = threading.Lock()
         with contextlib.ExitStack() as failed:
             failed.callback(self._stack.close)
@@ -183,24 +183,30 @@ class Engine:
                 f"the text may come to {n} tokens, but all texts together have room for {self.kv_tokens} (kv_tokens); "
                 "ask for fewer, or create the engine with more"
             )
+        own = range(n)
         with self._free:
-            self._free.wait_for(lambda: sum(self._reserved.values()) + n <= self.kv_tokens or self._closed)
+            self._reserved.pop(slot, None)  # an older text of the slot, which was left, not closed
+            self._free.wait_for(lambda: self._taken() + n <= self.kv_tokens or self._closed)
             if self._closed:
                 raise EntmtpError(CLOSED)
-            self._reserved[slot] = n
+            self._reserved[slot] = own
             self._give_way(slot)
         self.group.set_active(slot.number, True)
         try:
             yield
         finally:
-            self.group.set_active(slot.number, False)
-            with self._free:
-                del self._reserved[slot]
-                self._free.notify_all()
+            if self._reserved.get(slot) is own:  # no other text of the slot began since
+                self.group.set_active(slot.number, False)
+                with self._free:
+                    del self._reserved[slot]
+                    self._free.notify_all()
+
+    def _taken(self) -> int:
+        return sum(map(len, self._reserved.values()))
 
     def _give_way(self, slot: Slot) -> None:
         """What idle slots keep of their texts goes where there is no room for it, the oldest first."""
-        room = self.kv_tokens - sum(self._reserved.values())
+        room = self.kv_tokens - self._taken()
         kept = [s for s in self._idle if s is not slot and s not in self._reserved]
         while sum(s.n_tokens for s in kept) > room:
             kept.pop(0).forget()

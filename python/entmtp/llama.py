@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .bank import Bank, load_bank
 from .common.errors import BusyError, Cancelled, EntmtpError
 from .common.use import Use
 from .drafted import Drafted
+from .logprobs import Logprobs
 from .models.beside import find_heads, heads_of
 from .models.hub import PREFIX as HUB
 from .models.known import is_known
@@ -27,6 +28,8 @@ from .native.decoder import Decoder, sample
 from .native.heads import Heads
 from .native.rpc import Servers
 from .upstream import is_readable_grammar
+
+READ_AT_ONCE = 64  # tokens of a prompt whose logits are wanted; rows may have 1 MB
 
 
 class Llama(Drafted):
@@ -120,6 +123,8 @@ class Llama(Drafted):
         self.begin_drafting(drafts=draft is not None and policy in (None, "auto"))
         self._servers: Servers | None = None
         self._use = Use()
+        self._record: Logprobs | None = None  # of the next `generate`
+        self._reading: Logprobs | None = None  # of the one whose prompt is being evaluated
         # called with each sampled token, and which drafters had guessed it (bits of native.abi.SOURCES; 0: none)
         self.on_token: Callable[[int, int], None] | None = None
         policy = policy or ("auto" if trees is None else "entropy")
@@ -236,6 +241,39 @@ class Llama(Drafted):
         if self._servers is not None:
             self._servers.check()
 
+    def create_completion(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `llama_cpp.Llama.create_completion`; `logprobs` need no logits_all."""
+        n = kwargs.get("logprobs")
+        if n is None or self.logits_all or self._decoder is None:
+            return super().create_completion(prompt, *args, **kwargs)
+        if n < 0:
+            raise ValueError(f"logprobs is {n}, it must be 0 or more")
+        stream = bool(kwargs.get("stream"))
+        record = Logprobs(self, n, bool(kwargs.get("echo")) and not stream, len(prompt))
+        with self._recording(record):
+            answer = super().create_completion(prompt, *args, **{**kwargs, "logprobs": None})
+        if stream:  # nothing was generated yet
+            return self._recorded(record, answer)
+        answer["choices"][0]["logprobs"] = record.all(self._has_text)
+        return answer
+
+    @contextlib.contextmanager
+    def _recording(self, record: Logprobs) -> Iterator[None]:
+        """The next `generate` is that of the record."""
+        self._record = record
+        try:
+            yield
+        finally:
+            self._record = None
+
+    def _recorded(self, record: Logprobs, chunks: Iterator[Any]) -> Iterator[Any]:
+        with self._recording(record):
+            yield from record.streamed(chunks)
+
+    def _has_text(self, token: int) -> bool:
+        vocab = llama_cpp.llama_model_get_vocab(self.model)
+        return token != self.token_bos() and not llama_cpp.llama_vocab_is_eog(vocab, token)
+
     def cancel(self) -> None:
         """Stop the running generation within one pass of the model, from any thread. What was generated stays."""
         if self._decoder:
@@ -262,11 +300,19 @@ class Llama(Drafted):
                     f"the context is full: {self.n_tokens} tokens are in it and {len(tokens)} more do not fit into "
                     f"{self.n_ctx()}; shorten the prompt, or create the model with a larger n_ctx"
                 )
-            for i in range(0, len(tokens), self.n_batch):
-                batch = tokens[i : i + self.n_batch]
+            reading = self._reading
+            n_batch = self.n_batch if reading is None else min(self.n_batch, READ_AT_ONCE)
+            for i in range(0, len(tokens), n_batch):
+                batch = tokens[i : i + n_batch]
                 first, last = self.n_tokens, self.n_tokens + len(batch)
-                self._decoder.eval(batch, first, self.logits_all)
+                self._decoder.eval(batch, first, self.logits_all or reading is not None)
                 self.input_ids[first:last] = batch
+                if reading is not None:
+                    one = len(batch) == 1  # it went on from the last
+                    rows = self._decoder.logits(self.vocab_size)[None] if one else None
+                    reading.see(
+                        self._decoder.all_logits(len(batch), self.vocab_size) if rows is None else rows
+                    )
                 if self.logits_all:
                     one = len(batch) == 1  # a drafted token's row need not be the last batch's only one
                     self.scores[first:last] = (
@@ -306,8 +352,8 @@ class Llama(Drafted):
 
     def _sample(self, settings: dict[str, Any], idx: int | None) -> int:
         if self._decoder is None:
-            chain = self.chain(**settings)
-            return sample(self.ctx, chain.sampler, -1 if idx is None else idx - self.n_tokens)
+            with self.chain(**settings) as chain:
+                return sample(self.ctx, chain.sampler, -1 if idx is None else idx - self.n_tokens)
         if idx is not None and idx != self.n_tokens - 1:
             # an earlier token of the last batch, as after tokens that were sent into generate()
             if not self.logits_all:
@@ -316,8 +362,6 @@ class Llama(Drafted):
                 )
             return super().sample(**settings, idx=idx)
 
-        # outside of generate() there is no sampler that lives on, as in llama_cpp
-        chain = self.chain(**settings)
         temp = settings["temp"]
         if self._accept == "typical" and temp > 0.0:
             asked = [k for k in ("grammar", "logits_processor") if settings[k] is not None]
@@ -325,10 +369,13 @@ class Llama(Drafted):
             asked += ["repeat_penalty"] if settings["repeat_penalty"] != 1.0 else []
             asked += ["mirostat_mode"] if settings["mirostat_mode"] else []
             if not asked:
-                return self._tell(self._decoder.sample_typical(chain.sampler, temp, *self._typical))
+                with self.chain(**settings) as chain:
+                    return self._tell(self._decoder.sample_typical(chain.sampler, temp, *self._typical))
             self.warn_once(f'accept="typical" does not know {asked[0]}: accepting losslessly')
 
-        return self._tell(self._decoder.sample(chain.sampler))
+        # outside of generate() there is no sampler that lives on, as in llama_cpp
+        with self.chain(**settings) as chain:
+            return self._tell(self._decoder.sample(chain.sampler))
 
     def _tell(self, token: int) -> int:
         if self.on_token is not None and self._decoder is not None:
@@ -348,6 +395,7 @@ class Llama(Drafted):
             BusyError: another thread is in a call of this model, or another generation began after this one.
         """
         tokens, grammar = list(tokens), kwargs.get("grammar")
+        record, self._record = self._record, None
         if grammar is not None and not is_readable_grammar(self.model, grammar):
             raise ValueError(
                 "the grammar cannot be read: it is not GBNF, has no rule named root, or leads to too much"
@@ -357,17 +405,25 @@ class Llama(Drafted):
             if self._decoder is not None:
                 self._decoder.resume()  # a cancellation after the end of the last generation is not meant for this one
                 self._look_at_prompt(tokens, args[6] if len(args) > 6 else kwargs.get("reset", True))
+            if record is not None and record.echo:  # all of it
+                self.reset()
+                record.read(tokens, self.token_bos())
+                self._reading = record
             inner = super().generate(tokens, *args, **kwargs)
         sent: Sequence[int] | None = None
         try:
             while True:
                 with self._use.of(turn):
                     token = inner.send(sent)
+                    if record is not None and self._decoder is not None:
+                        record.draw(self._decoder.logits(self.vocab_size), token)
+                        self._reading = None
                 sent = yield token
         except (Cancelled, StopIteration):
             return
         finally:
             with contextlib.suppress(BusyError), self._use.of(turn):
+                self._reading = None
                 self.end_chain()
                 self._settle()
                 self.warn_of_draft_model()

@@ -63,7 +63,7 @@ class Slot(Llama):
 
     def create_completion(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         limit = kwargs.get("max_tokens", 16)
-        self.expected = self.n_ctx() if limit is None or limit < 0 else limit
+        self.expected = self.n_ctx() if limit is None or limit <= 0 else limit
         with self._own_limit():
             answer = super().create_completion(prompt, *args, **kwargs)
         return self._stream(answer) if isinstance(answer, Iterator) else answer

@@ -15,6 +15,8 @@ class Stream:
     Attributes:
         finish_reason: why the text ended: `"stop"`, `"length"`, `"tool_calls"`; None while it is written, and where it
             was cancelled before it began.
+        logprobs: of the pieces so far, where they were asked for, as `create_completion` (lists by token) or
+            `create_chat_completion` (`content`) has them.
     """
 
     def __init__(self) -> None:
@@ -26,6 +28,7 @@ class Stream:
         self._done = False
         self._error: Exception | None = None
         self.finish_reason: str | None = None
+        self.logprobs: dict[str, list[Any]] = {}
 
     # -- for the writer --
 
@@ -37,7 +40,7 @@ class Stream:
             for chunk in () if self._cancelled else chunks:
                 choice = chunk["choices"][0]
                 piece = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
-                self._add(piece, choice.get("finish_reason"))
+                self._add(piece, choice.get("finish_reason"), choice.get("logprobs") or {})
                 if self._cancelled:
                     break
         finally:
@@ -49,8 +52,11 @@ class Stream:
         """The text cannot be written, or not to its end: readers get the error."""
         self._end(error)
 
-    def _add(self, piece: str, finish_reason: str | None) -> None:
+    def _add(self, piece: str, finish_reason: str | None, logprobs: dict[str, Any]) -> None:
         with self._changed:
+            for name, values in logprobs.items():
+                if isinstance(values, list):
+                    self.logprobs.setdefault(name, []).extend(values)
             if piece:
                 self._pieces.append(piece)
             self.finish_reason = finish_reason or self.finish_reason

@@ -7,6 +7,7 @@ missing, and this file is what has to be looked at.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -14,6 +15,7 @@ import random
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import llama_cpp
@@ -23,12 +25,13 @@ from llama_cpp import _logger
 from llama_cpp.llama_grammar import json_schema_to_gbnf
 
 from .common.json_schema import check_schema
+from .models.tokenizer import Tokenizer, check_tokens
 
 # What of `llama_cpp.Llama` is used, and what for.
 NEEDS = {
     "input_ids": "tokens evaluated so far, [n_ctx]: `generate` compares a prompt with them",
     "n_tokens": "how many there are",
-    "scores": "logits by token with logits_all, [n_ctx, n_vocab]: logprobs are read from them",
+    "scores": "logits by token with logits_all, [n_ctx, n_vocab]: logprobs are read from them; part of a state",
     "n_batch": "tokens that one call may evaluate",
     "tokenizer_": "replaced by one that does not detokenise the same text again and again",
     "_requires_eval": "the last token's logits are not there: `generate` must not sample before it evaluates",
@@ -41,7 +44,7 @@ NEEDS = {
     "_is_recurrent": "the memory holds a state, not cells",
     "_is_hybrid": "it holds both",
     "_stack": "what is freed with the object",
-    "_sampler": "the sampler chain of the running `generate`, with its pointer `sampler`",
+    "_sampler": "the sampler chain of the running `generate`, with its pointer `sampler` and close()",
     "_init_sampler": "makes such a chain from the arguments of `sample`",
 }
 
@@ -110,6 +113,9 @@ class Upstream(llama_cpp.Llama):
             self.input_ids = np.zeros(self.n_ctx(), dtype=np.intc)
             if self.logits_all:
                 self.scores = np.zeros((self.n_ctx(), self.vocab_size), dtype=np.single)
+        if not self.logits_all:
+            # none are kept; llama-cpp-python has a row for every token of a batch, and copies as many into each state
+            self.scores = np.zeros((1, self.vocab_size), dtype=np.single)
 
     def begin_as(self, other: Upstream, n_ctx: int) -> None:
         """Share the model and the context of another, in place of `__init__`, for a text of up to n_ctx tokens."""
@@ -174,6 +180,12 @@ class Upstream(llama_cpp.Llama):
         """Rows of logits up to the last token; its last row is read even where there is none."""
         return self.scores[: max(self.n_tokens, 1)]
 
+    def load_state(self, state: llama_cpp.LlamaState) -> None:
+        if not self.logits_all and len(state.scores) > 1:
+            state = copy.copy(state)  # of a model that keeps them, or of llama-cpp-python's
+            state.scores = state.scores[:1]
+        super().load_state(state)
+
     @property
     def vocab_size(self) -> int:
         """Width of a row of logits."""
@@ -187,6 +199,8 @@ class Upstream(llama_cpp.Llama):
         # asked also where an answer was cancelled before its first token
         if stops := kwargs.get("stopping_criteria"):
             kwargs["stopping_criteria"] = lambda tokens, logits: len(tokens) > 0 and stops(tokens, logits)
+        if processors := kwargs.get("logits_processor"):
+            kwargs["logits_processor"] = Processors(processors)
         return super().create_completion(prompt, *args, **kwargs)
 
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
@@ -198,16 +212,13 @@ class Upstream(llama_cpp.Llama):
 
     def detokenize(self, tokens: Any, *args: Any, **kwargs: Any) -> bytes:
         """As `llama_cpp.Llama.detokenize`; a token that is none is a ValueError, not the end of the process."""
-        self.check_tokens(tokens)
+        if not isinstance(self.tokenizer_, Tokenizer):  # ours looks at tokens that are new to it
+            self.check_tokens(tokens)
         return bytes(super().detokenize(tokens, *args, **kwargs))
 
     def check_tokens(self, tokens: Any) -> None:
         """Raise ValueError unless all are tokens of this vocabulary."""
-        for token in tokens:
-            if not 0 <= token < self._n_vocab:
-                raise ValueError(
-                    f"token {token} is none of this model's, which go from 0 to {self._n_vocab - 1}"
-                )
+        check_tokens(tokens, self._n_vocab)
 
     def warn_once(self, text: str) -> None:
         """A warning, the first time that this model has a reason for it."""
@@ -219,13 +230,27 @@ class Upstream(llama_cpp.Llama):
         """Logits of the last batch of n tokens, [n, n_vocab]; valid until the next."""
         return np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n, self._n_vocab))
 
-    def chain(self, **settings: Any) -> Any:
+    @contextlib.contextmanager
+    def chain(self, **settings: Any) -> Iterator[Any]:
         """The sampler chain of the running generation, or, outside of one, a new one; `.sampler` is its pointer."""
-        return self._sampler if self._sampler is not None else self._init_sampler(**settings)
+        if self._sampler is not None:
+            yield self._sampler
+        else:
+            with contextlib.closing(self._init_sampler(**settings)) as chain:
+                yield chain
 
     def end_chain(self) -> None:
         """The generation is over: `sample` must not go on with its seed, biases and grammar."""
+        if self._sampler is not None:
+            self._sampler.close()  # it refers to itself: it would stay until garbage is collected
         self._sampler = None
+
+
+class Processors(llama_cpp.LogitsProcessorList):
+    """Several, which a logit bias joins: llama-cpp-python takes what `extend` returns for all of them."""
+
+    def extend(self, others: Any) -> Any:
+        return Processors([*self, *others])
 
 
 def is_readable_grammar(model: Any, grammar: Any) -> bool:

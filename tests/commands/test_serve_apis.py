@@ -106,7 +106,7 @@ def test_ollama_says_what_there_is(server: Server) -> None:
     with server.http() as http:
         assert http.get("/api/version").json() == {"version": entmtp.__version__}
         [model] = http.get("/api/tags").json()["models"]
-    assert model["name"] == DEMO.stem and model["size"] == DEMO.stat().st_size
+    assert model["name"] == f"{DEMO.stem}:latest" and model["size"] == DEMO.stat().st_size
     shown = post(server, "/api/show", model=f"{DEMO.stem}:latest").json()
     assert shown["details"]["format"] == "gguf" and shown["details"]["family"]
     assert shown["model_info"]["general.architecture"] == shown["details"]["family"]
@@ -176,6 +176,53 @@ def test_events_of_a_message(server: Server) -> None:
     assert ended["delta"]["stop_reason"] == "max_tokens" and ended["usage"] == whole["usage"]
 
 
+TOOLS: Any = [
+    {"name": name, "description": name, "input_schema": {
+        "type": "object", "properties": {"n": {"enum": values}}, "required": ["n"]}}
+    for name, values in (("count", [1, 2]), ("weigh", [3, 4]))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "weigh"}])
+def test_a_message_calls_a_tool(server: Server, choice: dict[str, str]) -> None:
+    asked = {**MESSAGE, "tools": TOOLS, "tool_choice": choice, "max_tokens": 64}
+    whole = post(server, "/v1/messages", **asked).json()
+    [block] = whole["content"]
+    assert block["type"] == "tool_use" and whole["stop_reason"] == "tool_use"
+    assert block["input"]["n"] in {"count": [1, 2], "weigh": [3, 4]}[block["name"]]
+    assert choice.get("name", block["name"]) == block["name"]
+    found = events(post(server, "/v1/messages", stream=True, **asked))
+    [begun] = [data["content_block"] for name, data in found if name == "content_block_start"]
+    pieces = [data["delta"]["partial_json"] for name, data in found if name == "content_block_delta"]
+    assert begun["name"] == block["name"] and json.loads("".join(pieces)) == block["input"]
+    # the same chat as OpenAI's, with the call's result: the text that answers it
+    result = [{"type": "tool_result", "tool_use_id": "c", "content": [{"type": "text", "text": "seven"}]}]
+    said = [
+        *QUESTION,
+        {"role": "assistant", "content": [{**block, "id": "c"}]},
+        {"role": "user", "content": result},
+    ]
+    answer = post(server, "/v1/messages", **{**MESSAGE, "messages": said, "tools": TOOLS}).json()
+    call = {"name": block["name"], "arguments": json.dumps(block["input"])}
+    same = [
+        *QUESTION,
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "c", "type": "function", "function": call}],
+        },
+        {"role": "tool", "tool_call_id": "c", "content": "seven"},
+    ]
+    functions = [
+        {
+            "type": "function",
+            "function": {**{k: t[k] for k in ("name", "description")}, "parameters": t["input_schema"]},
+        }
+        for t in TOOLS
+    ]
+    assert answer["content"][0]["text"] == chat(server, same, tools=functions)
+
+
 def test_a_sequence_stops_a_message(server: Server) -> None:
     text = post(server, "/v1/messages", **MESSAGE).json()["content"][0]["text"]
     word = text.split()[1]
@@ -188,7 +235,9 @@ def test_a_sequence_stops_a_message(server: Server) -> None:
     ("body", "says"),
     [
         ({"max_tokens": None}, "max_tokens"),
-        ({"tools": [{"name": "f", "input_schema": {}}]}, "tools"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools"),
+        ({"tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "some"}}, "tool_choice"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
         ({"messages": "Hello"}, "messages"),
         ({"temperature": -1}, "temperature"),
     ],

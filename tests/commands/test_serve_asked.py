@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,6 +154,85 @@ def test_a_schema_in_openais_form(server: Server) -> None:
 def test_values_that_cannot_be(server: Server, name: str, value: Any) -> None:
     error = refused(server, TEXT, **{"prompt": "x", name: value})
     assert error["param"] == name and name in error["message"]
+
+
+def test_a_bias_beside_a_least_length(server: Server) -> None:
+    """llama-cpp-python forgets both where there are both."""
+    with server.http() as http:
+        token = http.post("/tokenize", json={"input": " sea"}).json()["tokens"][-1]
+    biased = {"prompt": "The", "logit_bias": {str(token): 100}, "repeat_penalty": 1.0}
+    plain = said(ask(server, TEXT, prompt="The", repeat_penalty=1.0))
+    assert said(ask(server, TEXT, min_tokens=3, **biased)) == said(ask(server, TEXT, **biased)) != plain
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [({"logprobs": True}, 1), ({"logprobs": True, "top_logprobs": 3}, 3), ({"logprobs": False}, 0), ({}, 0)],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_a_chat(server: Server, asked: dict[str, Any], wanted: int, stream: bool) -> None:
+    """Also where nothing is said of how many: the token's own."""
+    messages = [{"role": "user", "content": "The sea"}]
+    if stream:
+        chunks = server.client().chat.completions.create(
+            model="x", messages=messages, stream=True, **asked, **SETTINGS
+        )  # type: ignore[call-overload]
+        told = [t for c in chunks for t in (c.choices[0].logprobs.content if c.choices[0].logprobs else [])]
+    else:
+        choice = ask(server, CHAT, messages=messages, **asked)["choices"][0]
+        told = [
+            openai.types.chat.ChatCompletionTokenLogprob(**t)
+            for t in (choice["logprobs"] or {"content": []})["content"]
+        ]
+    assert bool(told) == bool(wanted) and all(len(t.top_logprobs) in (wanted, wanted + 1) for t in told)
+    assert all(t.logprob <= 0 for t in told)
+
+
+def test_one_of_several_functions_has_to_be_called(server: Server) -> None:
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": {
+            "type": "object", "properties": {"n": {"enum": values}}, "required": ["n"]}}}
+        for name, values in (("count", [1, 2]), ("weigh", [3, 4]))
+    ]  # fmt: skip
+    asked: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "The sea"}],
+        "tools": tools,
+        "max_tokens": 64,
+    }
+    choice = ask(server, CHAT, tool_choice="required", **asked)["choices"][0]
+    [call] = choice["message"]["tool_calls"]
+    values = {"count": [1, 2], "weigh": [3, 4]}[call["function"]["name"]]
+    assert json.loads(call["function"]["arguments"])["n"] in values
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    # cut off, it is no call
+    cut = ask(server, CHAT, tool_choice="required", **{**asked, "max_tokens": 3})["choices"][0]
+    assert cut["finish_reason"] == "length" and "tool_calls" not in cut["message"]
+    forced = {"type": "function", "function": {"name": "count"}}
+    cut = ask(server, CHAT, tool_choice=forced, **{**asked, "max_tokens": 1})["choices"][0]
+    assert cut["finish_reason"] == "length"
+    for wrong in ([], [{"type": "function"}], "count"):
+        error = refused(server, CHAT, **{**asked, "tools": wrong, "tool_choice": "required"})
+        assert error["param"] in ("tools", "tool_choice")
+
+
+def test_messages_as_they_were_answered(server: Server) -> None:
+    """Clients send back what they had as an answer, with all its fields."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "The sea", "name": None},
+        {
+            "role": "assistant",
+            "content": None,
+            "refusal": None,
+            "audio": None,
+            "function_call": None,
+            "tool_calls": [call],
+        },
+        {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "calm"}]},
+        {"role": "assistant", "content": "It is calm.", "annotations": [], "tool_calls": None},
+        {"role": "user", "content": "And now?"},
+    ]
+    assert said(ask(server, CHAT, messages=messages))
 
 
 def test_null_is_as_if_left_out(server: Server) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from entmtp.serve.answer import Pipe
+from entmtp.serve.answer import PING, Pipe
 from entmtp.serve.requests import ServedRequest
 from helpers.serving import Server
 from helpers.typed import DEMO
@@ -89,6 +89,37 @@ def test_a_slow_reader_makes_the_writer_wait() -> None:
         while len(found) < 7:
             found += await pipe.get()
         assert found == [3, 4, 5, 6, 7, 8, 9]
+
+    asyncio.run(read())
+
+
+def test_a_silence_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("entmtp.serve.answer.PING_AFTER", 0.1)
+
+    async def read() -> list[Any]:
+        pipe, quiet = Pipe(pings=True), Pipe()
+        found = await pipe.get() + await pipe.get()
+        pipe.put("text", ServedRequest("/"))
+        found += await pipe.get()
+        pipe.close()
+        quiet.end(None)
+        return [*found, *await quiet.get()]
+
+    assert asyncio.run(read()) == [PING, PING, "text", None]
+
+
+def test_no_event_is_lost_or_late() -> None:
+    """A writer and a reader who meet in every order: each event comes once, and wakes a reader who waits for it."""
+
+    async def read() -> None:
+        pipe, served = Pipe(most=5), ServedRequest("/")
+        thread = threading.Thread(target=lambda: [pipe.put(i, served) for i in range(20_000)])
+        thread.start()
+        found: list[int] = []
+        while len(found) < 20_000:
+            found += await asyncio.wait_for(pipe.get(), 60)
+        assert found == list(range(20_000))
+        await asyncio.to_thread(thread.join)
 
     asyncio.run(read())
 

@@ -7,6 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from entmtp import Llama
 from entmtp.measure.methods import CONFIDENCE, ENTMTP, ENTROPY, Method, comparison, generic, published
 from entmtp.native import kernels
 from helpers.policies import apply
-from helpers.settings import prompts
+from helpers.settings import F32, prompts
 
 TREES = [m for m in generic("hydra")]
 METHODS = [ENTMTP, ENTROPY, CONFIDENCE, *TREES]
@@ -55,18 +56,18 @@ def gap_at(plain: Llama, prompt: list[int], a: list[int], b: list[int]) -> tuple
 
 @pytest.fixture(scope="session")
 def greedy(
-    load: Callable[..., Llama], tmp_path_factory: pytest.TempPathFactory
+    models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> list[tuple[list[int], list[int]]]:
     """Plain greedy answers to the 100 prompts, 256 tokens each: [(prompt, answer)]. Workers share them."""
     root = tmp_path_factory.getbasetemp()
     cache = (root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root) / "greedy.json"
     if cache.exists():
         return [(p, a) for p, a in json.loads(cache.read_text())]
-    plain = load()
     pairs = []
-    for text in prompts():
-        prompt = plain.tokenize(text.encode(), special=True)
-        pairs.append((prompt, decode(plain, prompt, 256, temp=0.0)))
+    with closing(Llama(models["f32"], **F32)) as plain:
+        for text in prompts():
+            prompt = plain.tokenize(text.encode(), special=True)
+            pairs.append((prompt, decode(plain, prompt, 256, temp=0.0)))
     temporary = cache.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(pairs))
     os.replace(temporary, cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import re
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import llama_cpp
 
 from entmtp import Llama, drafting, upstream
+from helpers.settings import F32
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,6 +59,51 @@ def test_nothing_else_reaches_into_it() -> None:
     llama = (ROOT / "python" / "entmtp" / "llama.py").read_text("utf-8")
     found += [name for name in re.findall(r"self\.(_[a-z]\w*)", llama) if name in private - shared]
     assert found == []
+
+
+def open_chains() -> int:
+    kind = llama_cpp._internals.LlamaSampler
+    return sum(isinstance(o, kind) and o.sampler is not None for o in gc.get_objects())
+
+
+def test_sampler_chains_are_freed_with_their_use(load: Callable[..., Llama]) -> None:
+    """They refer to themselves; the garbage collector, which knows nothing of what they hold, lets them pile up."""
+    for llm in (load(), load(heads="hydra")):
+        gc.collect()
+        gc.disable()
+        try:
+            before = open_chains()
+            for temperature in (0.0, 0.8):
+                llm("Once upon a time", max_tokens=4, temperature=temperature)
+                next(stream := llm("Once upon", max_tokens=9, temperature=temperature, stream=True))
+                stream.close()
+                llm.sample(temp=temperature)
+            assert open_chains() == before
+        finally:
+            gc.enable()
+
+
+def test_a_state_has_no_logits_that_nobody_kept(models: dict[str, Path], load: Callable[..., Llama]) -> None:
+    llm = load("q8_0", n_ctx=128)
+    tokens = llm.tokenize(b"Tom has 3 boxes of 4 apples. Then")
+    llm.eval(tokens)
+    own = llm.save_state()
+    assert own.scores.size == llm.n_vocab() == llm.scores.size
+    stock = llama_cpp.Llama(str(models["q8_0"]), **F32 | {"n_ctx": 128})
+    stock.eval(tokens)
+    other = stock.save_state()
+    stock.close()
+    assert len(other.scores) == len(tokens)
+    texts: list[list[int]] = []
+    for state in (own, other):
+        llm.reset()
+        llm.load_state(state)
+        texts.append([])
+        for _ in range(8):
+            llm.eval(texts[-1][-1:] or tokens[:1])
+            texts[-1].append(llm.sample(temp=0.0))
+        assert llm.n_tokens == len(tokens) + 8
+    assert texts[0] == texts[1]
 
 
 def test_warnings_and_errors_are_told_apart(load: Callable[..., Llama]) -> None:

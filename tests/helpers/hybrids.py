@@ -1,4 +1,6 @@
-"""Small models with random weights whose memory is part cells, part states: it can be cut back by a few tokens only."""
+"""Small models with random weights whose memory is states, all of it or in part: it can be cut back by a few tokens
+only, or not at all.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ N_EMBD, N_FF, HEAD, N_HEAD, N_HEAD_KV = 64, 96, 32, 4, 2
 
 
 def _begin(
-    path: Path, arch: str, n_layer: int, n_ff: int | list[int] = N_FF
+    path: Path, arch: str, n_layer: int, n_ff: int | list[int] = N_FF, n_head: int = N_HEAD
 ) -> tuple[gguf.GGUFWriter, Weights]:
     w = gguf.GGUFWriter(path, arch)
     w.add_name(f"random {arch}")
@@ -25,7 +27,7 @@ def _begin(
     w.add_feed_forward_length(n_ff)
     w.add_layer_norm_rms_eps(1e-6)
     w.add_vocab_size(N_VOCAB)
-    w.add_head_count(N_HEAD)
+    w.add_head_count(n_head)
     w.add_rope_freq_base(10000.0)
     add_vocab(w)
     t = Weights(w, 1)
@@ -164,7 +166,44 @@ def write_nemotron_h(path: Path) -> Path:
     return _end(w, path)
 
 
-WRITERS = {"qwen35": write_qwen35, "lfm2": write_lfm2, "nemotron_h": write_nemotron_h}
+def write_rwkv6(path: Path) -> Path:
+    """RWKV-6's shape: states alone. One of its matrices, `time_mix_w2`, is reshaped before it is multiplied by."""
+    n_layer, d, mix, mixes = 2, N_EMBD, 32, 5
+    w, t = _begin(path, "rwkv6", n_layer, n_head=0)
+    w.add_layer_norm_eps(1e-5)
+    w.add_wkv_head_size(HEAD)
+    w.add_time_mix_extra_dim(mix)
+    w.add_time_decay_extra_dim(mix)
+    w.add_rescale_every_n_layers(6)
+    w.add_token_shift_count(2)
+
+    def norms(*names: str) -> None:
+        for name in names:
+            t.norm(f"{name}.weight", d)
+            t.bias(f"{name}.bias", d)
+
+    norms("token_embd_norm", "output_norm")
+    for i in range(n_layer):
+        at = f"blk.{i}"
+        norms(*(f"{at}.{name}" for name in ("attn_norm", "attn_norm_2", "time_mix_ln")))
+        t.normal(f"{at}.time_mix_w1.weight", mixes * mix, d)
+        t.normal(f"{at}.time_mix_w2.weight", mixes, d, mix)
+        for name in ("time_mix_lerp_x", "channel_mix_lerp_k", "channel_mix_lerp_r"):
+            t.bias(f"{at}.{name}.weight", 1, 1, d)
+        t.bias(f"{at}.time_mix_lerp_fused.weight", mixes, 1, 1, d)
+        t.bias(f"{at}.time_mix_first.weight", d // HEAD, HEAD)
+        t.bias(f"{at}.time_mix_decay.weight", d)
+        t.normal(f"{at}.time_mix_decay_w1.weight", mix, d)
+        t.normal(f"{at}.time_mix_decay_w2.weight", d, mix)
+        for name in ("key", "value", "receptance", "gate", "output"):
+            t.normal(f"{at}.time_mix_{name}.weight", d, d)
+        t.normal(f"{at}.channel_mix_key.weight", N_FF, d)
+        t.normal(f"{at}.channel_mix_value.weight", d, N_FF)
+        t.normal(f"{at}.channel_mix_receptance.weight", d, d)
+    return _end(w, path)
+
+
+WRITERS = {"qwen35": write_qwen35, "lfm2": write_lfm2, "nemotron_h": write_nemotron_h, "rwkv6": write_rwkv6}
 
 
 @functools.cache

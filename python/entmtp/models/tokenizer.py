@@ -8,7 +8,7 @@ so far is kept.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import llama_cpp
@@ -17,12 +17,20 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer
 SHORT = 64  # tokens that are joined anew in every call
 
 
+def check_tokens(tokens: Iterable[int], n_vocab: int) -> None:
+    """Raise ValueError unless all are tokens of a vocabulary of so many."""
+    for token in tokens:
+        if not 0 <= token < n_vocab:
+            raise ValueError(f"token {token} is none of this model's, which go from 0 to {n_vocab - 1}")
+
+
 class Tokenizer(LlamaTokenizer):
     """The model's own tokenizer, with llama-cpp-python's results."""
 
     def __init__(self, llama: llama_cpp.Llama):
         super().__init__(llama)
         self._bos = self._model.token_bos()
+        self._n_vocab = self._model.n_vocab()
         self._pieces: dict[int, bytes] = {}
         # replaced as a whole, never changed: another thread may be reading it
         self._memo: tuple[list[int], bytes] = ([], b"")
@@ -30,6 +38,7 @@ class Tokenizer(LlamaTokenizer):
     def _piece(self, token: int) -> bytes:
         piece = self._pieces.get(token)
         if piece is None:
+            check_tokens([token], self._n_vocab)
             size = 32
             buffer = (ctypes.c_char * size)()
             n = llama_cpp.llama_token_to_piece(self._model.vocab, token, buffer, size, 0, False)
@@ -46,8 +55,13 @@ class Tokenizer(LlamaTokenizer):
             return b"".join([self._piece(token) for token in tokens])
 
     def detokenize(self, tokens: Sequence[int], prev_tokens: Any = None, special: bool = False) -> bytes:
-        """Text of `tokens`, as `llama_cpp.Llama.detokenize`."""
+        """Text of `tokens`, as `llama_cpp.Llama.detokenize`.
+
+        Raises:
+            ValueError: one of them is no token, for which llama.cpp would end the process.
+        """
         if special:
+            check_tokens(tokens, self._n_vocab)
             return super().detokenize(list(tokens), special=True)
         if len(tokens) <= SHORT:
             text = self._join(tokens)

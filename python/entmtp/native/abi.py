@@ -345,6 +345,9 @@ decoder_invalidate = _bind("entmtp_decoder_invalidate", None, c_void_p, c_int32)
 # const float * entmtp_decoder_logits(struct entmtp_decoder * dec);
 decoder_logits = _bind("entmtp_decoder_logits", POINTER(c_float), c_void_p)
 
+# const float * entmtp_decoder_all_logits(struct entmtp_decoder * dec);
+decoder_all_logits = _bind("entmtp_decoder_all_logits", POINTER(c_float), c_void_p)
+
 # const float * entmtp_decoder_hidden(struct entmtp_decoder * dec);
 decoder_hidden = _bind("entmtp_decoder_hidden", POINTER(c_float), c_void_p)
 

@@ -186,6 +186,10 @@ class Decoder:
         """Logits [n_vocab] of the last evaluated token, valid until the next evaluation."""
         return self._row(n.decoder_logits(self._ptr), n_vocab)
 
+    def all_logits(self, n_tokens: int, n_vocab: int) -> npt.NDArray[np.float32]:
+        """Logits [n_tokens, n_vocab] of the tokens of the last `eval` with all_outputs, valid until the next."""
+        return self._row(n.decoder_all_logits(self._ptr), n_tokens * n_vocab).reshape(n_tokens, n_vocab)
+
     def hidden(self) -> npt.NDArray[np.float32]:
         """Hidden state [n_embd] of the last evaluated token, valid until the next evaluation; needs heads."""
         return self._row(n.decoder_hidden(self._ptr), self._heads.info.n_embd if self._heads else 0)

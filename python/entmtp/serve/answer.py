@@ -7,6 +7,7 @@ import contextlib
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -17,6 +18,7 @@ import anyio
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
+from . import calls
 from .asked import Asked, Chat
 from .details import Details
 from .errors import Refused, worded
@@ -28,11 +30,15 @@ STALLED = (
     60.0  # seconds that it may wait; then the client is taken for gone, and the model is free for others
 )
 PING_AFTER = 15.0  # seconds without an event, after which a comment keeps the connection open
+PING = b": ping\n\n"
+
+
+ENCODER = json.JSONEncoder(default=float)  # with logits_all logprobs are numpy's numbers
 
 
 def dump(value: Any) -> bytes:
-    """JSON; llama-cpp-python's logprobs are numpy's numbers."""
-    return json.dumps(value, default=float).encode()
+    """JSON."""
+    return ENCODER.encode(value).encode()
 
 
 class Form(Protocol):
@@ -96,8 +102,12 @@ def _calls(llama: Any, asked: Asked, stream: bool) -> Iterator[Any]:
         yield partial(create, **{**named, **choice, "model": llama.alias, "stream": stream})
 
 
-def _finish(choice: dict[str, Any], index: int, served: ServedRequest) -> None:
+def _finish(
+    choice: dict[str, Any], index: int, asked: Asked, served: ServedRequest, begun: dict[str, str]
+) -> None:
     choice["index"] = index
+    if isinstance(asked.body, Chat):
+        calls.tidy(choice, asked.body.functions is not None, begun)
     if served.cut and choice.get("finish_reason") == "stop":
         choice["finish_reason"] = "length"
 
@@ -107,7 +117,9 @@ def write_whole(llama: Any, asked: Asked, served: ServedRequest) -> dict[str, An
     answer: dict[str, Any] = {}
     for index, create in enumerate(_calls(llama, asked, False)):
         one = create()
-        _finish(one["choices"][0], index, served)
+        if asked.calls:
+            calls.whole(one["choices"][0])
+        _finish(one["choices"][0], index, asked, served, {})
         if answer:
             answer["choices"] += one["choices"]
             answer["usage"] = served.usage()
@@ -119,12 +131,19 @@ def write_whole(llama: Any, asked: Asked, served: ServedRequest) -> dict[str, An
 
 
 class Pipe:
-    """Events from a thread to the event loop; the thread waits where `most` of them are unread."""
+    """Events from a thread to the event loop; the thread waits where `most` of them are unread.
 
-    def __init__(self, most: int = MOST_UNREAD):
+    The loop is woken once for all events that come before it looks. With `pings` a silence has an event of its own.
+    """
+
+    def __init__(self, most: int = MOST_UNREAD, pings: bool = False):
         self._loop = asyncio.get_running_loop()
         self._room = threading.Semaphore(most)
-        self._ready: asyncio.Queue[Any] = asyncio.Queue()
+        self._events: deque[Any] = deque()
+        self._ready = asyncio.Event()
+        self._woken = False  # or about to be
+        self._last = self._loop.time()
+        self._timer = self._loop.call_later(PING_AFTER, self._ping) if pings else None
 
     def put(self, event: Any, served: ServedRequest) -> None:
         """In the thread; the rest of an answer that is over does not wait."""
@@ -132,19 +151,38 @@ class Pipe:
         while not self._room.acquire(timeout=0.1) and not served.over:
             if time.monotonic() - begun > STALLED:
                 served.stop("the client stopped reading")
-        self._loop.call_soon_threadsafe(self._ready.put_nowait, event)
+        self._events.append(event)
+        if not self._woken:
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._ready.set)
 
     def end(self, event: Any) -> None:
         """In the event loop: the last event, for which there is always room."""
-        self._loop.call_soon(self._ready.put_nowait, event)
+        self._events.append(event)
+        self._ready.set()
 
     async def get(self) -> list[Any]:
         """All events that are there, once there is one: fewer, larger writes."""
-        events = [await self._ready.get()]
-        while not self._ready.empty():
-            events.append(self._ready.get_nowait())
+        self._woken = False  # before it looks: what comes from now on wakes it again
+        while not self._events:
+            await self._ready.wait()
+            self._ready.clear()
+            self._woken = False
+        events = [self._events.popleft() for _ in range(len(self._events))]
         self._room.release(len(events))
+        self._last = self._loop.time()
         return events
+
+    def _ping(self) -> None:
+        idle = self._loop.time() - self._last
+        if idle >= PING_AFTER:
+            self.end(PING)
+            idle = 0.0
+        self._timer = self._loop.call_later(PING_AFTER - idle, self._ping)
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class Streamed(Response):
@@ -164,12 +202,18 @@ class Streamed(Response):
         served.error_event, served.streams = form.error, True
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.pipe = Pipe()
+        self.pipe = Pipe(pings=self.ping)
+        try:
+            await self._send(scope, receive, send)
+        finally:
+            self.pipe.close()
+
+    async def _send(self, scope: Any, receive: Any, send: Any) -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._answer)
             begun, more = False, True
             while more:
-                events = await self._next()
+                events = await self.pipe.get()
                 more = events[-1] is not None and not isinstance(events[-1], Refused)
                 if not begun and isinstance(events[0], Refused):
                     refused = events[0]
@@ -204,13 +248,6 @@ class Streamed(Response):
             else:
                 yield from self.form.add(event)
 
-    async def _next(self) -> list[Any]:
-        if not self.ping:
-            return await self.pipe.get()
-        with anyio.move_on_after(PING_AFTER):
-            return await self.pipe.get()
-        return [b": ping\n\n"]
-
     async def _answer(self) -> None:
         try:
             async with self.models.turn(self.asked.body.model, self.threads.run) as llama:
@@ -225,9 +262,10 @@ class Streamed(Response):
             served.details = Details(self.models.passes)
 
         for index, create in enumerate(_calls(llama, self.asked, True)):
+            begun = dict[str, str]()
             with contextlib.closing(create()) as chunks:
-                for chunk in chunks:
-                    _finish(chunk["choices"][0], index, served)
+                for chunk in calls.streamed(chunks) if self.asked.calls else chunks:
+                    _finish(chunk["choices"][0], index, self.asked, served, begun)
                     if served.details is not None:
                         served.details.add_to(chunk)
                     self.pipe.put(chunk, served)

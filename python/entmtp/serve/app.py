@@ -8,20 +8,21 @@ and errors.py.
 from __future__ import annotations
 
 import hmac
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 
-from . import anthropic, asked, info, ollama, page, responses
+from . import anthropic, asked, description, info, ollama, page, responses
 from .answer import Form, OpenAI, Streamed, Threads, dump, write_whole
 from .asked import Asked, parse
-from .description import describe
 from .errors import Refused, worded
 from .metrics import Metrics
 from .model import Models
@@ -60,6 +61,16 @@ def _embed(llama: Any, body: Embedding) -> Any:
     return llama.create_embedding(body.input, model=llama.alias)
 
 
+def _embed_as_ollama(llama: Any, body: Embedding) -> Any:
+    vectors = [one["embedding"] for one in llama.create_embedding(body.input)["data"]]
+    return {"model": body.model, "embeddings": vectors}
+
+
+def _count(llama: Any, body: description.Counted) -> Any:
+    wanted = anthropic.read({**body.model_dump(exclude_none=True), "max_tokens": 1})
+    return {"input_tokens": llama.count(wanted.arguments(llama))}
+
+
 def _tokens(llama: Any, body: Tokenize) -> list[int]:
     return list(llama.tokenize(body.input.encode(), special=True))
 
@@ -67,6 +78,8 @@ def _tokens(llama: Any, body: Tokenize) -> list[int]:
 # what a model does at once
 CALLS: dict[str, tuple[type[Any], Callable[[Any, Any], Any]]] = {
     "/v1/embeddings": (Embedding, _embed),
+    "/api/embed": (Embedding, _embed_as_ollama),
+    "/v1/messages/count_tokens": (description.Counted, _count),
     "/extras/tokenize": (Tokenize, lambda llama, body: {"tokens": _tokens(llama, body)}),
     "/extras/tokenize/count": (Tokenize, lambda llama, body: {"count": len(_tokens(llama, body))}),
     "/extras/detokenize": (
@@ -74,13 +87,14 @@ CALLS: dict[str, tuple[type[Any], Callable[[Any, Any], Any]]] = {
         lambda llama, body: {"text": llama.detokenize(body.tokens).decode("utf-8", "replace")},
     ),
 }
-# what `/docs` tells of bodies; those of other APIs are described by who made them
+# what `/docs` tells of bodies
 BODIES: dict[str, type[BaseModel]] = {
+    **description.OTHERS,
     **{path: asked.Text for path, (read, _) in ANSWERS.items() if read is asked.text},
     **{path: asked.Chat for path, (read, _) in ANSWERS.items() if read is asked.chat},
-    **{path: kind for path, (kind, _) in CALLS.items()},
 }
 CALLS |= {path: CALLS[f"/extras{path}"] for path in ("/tokenize", "/tokenize/count", "/detokenize")}
+BODIES |= {path: kind for path, (kind, _) in CALLS.items()}
 
 
 def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[Requests, Models]:
@@ -100,7 +114,7 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
 
     async def authenticate(request: Request) -> None:
         if not may_ask(request.scope):
-            raise HTTPException(401, "Invalid API key")
+            raise Refused("Invalid API key", status=401)
 
     async def answer(request: Request) -> Any:
         served = current.get()
@@ -130,26 +144,35 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
     app = FastAPI(title="EntMTP", root_path=server.root_path)
     if server.cors:
         app.add_middleware(
-            CORSMiddleware, allow_origins=server.cors.split(","), allow_methods=["*"], allow_headers=["*"]
-        )
+            CORSMiddleware, allow_origins=server.cors.split(","), allow_methods=["*"], allow_headers=["*"],
+            expose_headers=["X-Request-ID", "Retry-After"],
+        )  # fmt: skip
     app.add_exception_handler(Refused, _refuse)
+    app.add_exception_handler(HTTPException, _refuse)
     app.add_api_route("/health", health, summary="Whether it runs")
     keyed = [Depends(authenticate)]
     for paths, endpoint in ((ANSWERS, answer), (CALLS, call)):
         for path in paths:
             app.add_api_route(path, _guarded(endpoint), methods=["POST"], dependencies=keyed, name=path)
-    describe(app, BODIES)
     app.include_router(info.routes(models, metrics), dependencies=keyed)
     app.include_router(ollama.routes(models), dependencies=keyed)
+    description.describe(app, BODIES)
     if server.page:
         app.include_router(page.routes())
 
     def finished(request: ServedRequest) -> None:
         metrics.request(request, time.perf_counter())
 
-    requests = Requests(app, finished, may_ask, server.max_body, server.max_waiting, server.max_seconds)
+    requests = Requests(
+        app, finished, may_ask, server.max_body, server.max_waiting, server.max_seconds,
+        log=_log if settings[0].verbose else None,
+    )  # fmt: skip
     metrics.watch_queue(requests.waiting, requests.running)
     return requests, models
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _guarded(endpoint: Callable[[Request], Any]) -> Callable[[Request], Any]:
@@ -165,6 +188,8 @@ def _guarded(endpoint: Callable[[Request], Any]) -> Callable[[Request], Any]:
 
 
 async def _refuse(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, HTTPException):
+        error = Refused(error.detail, status=error.status_code)
     refused = worded(error)
     path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
     return JSONResponse(refused.content(path), refused.status)

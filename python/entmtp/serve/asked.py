@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..llama import Llama
 from ..upstream import grammar_of_text
+from .calls import demand
 from .errors import Refused
 
 MOST_CHOICES = 16  # of a prompt
@@ -84,12 +85,14 @@ class Asked:
         choices: arguments of each answer that differ from the body's; one answer each.
         n_same: answers to the same prompt that follow each other.
         include_usage: a stream ends with the number of its tokens.
+        calls: the answer is a call of one of several functions, as JSON.
     """
 
     body: Text | Chat
     choices: list[dict[str, Any]]
     n_same: int
     include_usage: bool
+    calls: bool = False
 
     def arguments(self, llama: Llama) -> dict[str, Any]:
         """Of the call that writes an answer."""
@@ -103,6 +106,8 @@ class Asked:
             }
         if body.grammar is not None:
             named["grammar"] = grammar_of_text(body.grammar)
+        if isinstance(body, Chat) and body.logprobs:
+            named["top_logprobs"] = body.top_logprobs or 0  # without, llama-cpp-python tells nothing
         if body.min_tokens > 0:
             least = llama_cpp.MinTokensLogitsProcessor(body.min_tokens, llama.token_eos())
             named["logits_processor"] = llama_cpp.LogitsProcessorList([least])
@@ -161,7 +166,10 @@ def chat(request: dict[str, Any]) -> Asked:
         request["response_format"] = {"type": "json_object", "schema": schema["schema"]}
     if isinstance(request.get("messages"), list):
         request["messages"] = [_message(m) for m in request["messages"]]
-    return _read(request, Chat, [None])
+    calls = demand(request)
+    asked = _read(request, Chat, [None])
+    asked.calls = calls
+    return asked
 
 
 def _read(request: dict[str, Any], kind: type[Text] | type[Chat], prompts: list[Any]) -> Asked:
@@ -218,10 +226,12 @@ def _message(message: Any) -> Any:
     """A message with its content as one text, of a role that chat templates know."""
     if not isinstance(message, dict):
         return message
+    # null: as if left out; clients send back what they were answered with all its fields
+    message = {"content": "", **{k: v for k, v in message.items() if v is not None}}
     if message.get("role") == "developer":
-        message = {**message, "role": "system"}
+        message["role"] = "system"
     if isinstance(message.get("content"), list):
-        message = {**message, "content": "\n".join(_part(p) for p in message["content"])}
+        message["content"] = "\n".join(_part(p) for p in message["content"])
     return message
 
 

@@ -118,6 +118,7 @@ def run(argv: Sequence[str] | None) -> None:
         uvicorn_settings: dict[str, Any] = {
             "ssl_keyfile": server.ssl_keyfile,
             "ssl_certfile": server.ssl_certfile,
+            "access_log": False,  # ours says what a request is called
             "log_level": "info" if settings[0].verbose else "warning",
             "timeout_graceful_shutdown": STOP_WITHIN,
             "http": protocol(server.max_receive, room()),

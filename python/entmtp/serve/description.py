@@ -6,9 +6,73 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 COMPONENT = "#/components/schemas/{model}"
+
+
+class Described(BaseModel):
+    """A body in another API's form: what of it is read. Nothing is checked by this."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    stream: bool = False
+
+
+class Response(Described):
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    text: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
+
+
+class Counted(Described):
+    messages: list[dict[str, Any]]
+    system: str | list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
+
+
+class Message(Counted):
+    max_tokens: int
+    stop_sequences: list[str] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+
+
+class OllamaChat(Described):
+    messages: list[dict[str, Any]]
+    stream: bool = True
+    format: str | dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
+class OllamaText(Described):
+    prompt: str
+    stream: bool = True
+    system: str | None = None
+    raw: bool = False
+    format: str | dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+
+
+class OllamaModel(BaseModel):
+    model: str
+
+
+OTHERS: dict[str, type[BaseModel]] = {
+    "/v1/responses": Response, "/v1/messages": Message, "/api/chat": OllamaChat, "/api/generate": OllamaText,
+    "/api/show": OllamaModel,
+}  # fmt: skip
 
 
 def describe(app: FastAPI, bodies: Mapping[str, type[BaseModel]]) -> None:

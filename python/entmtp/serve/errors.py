@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import traceback
+from contextvars import ContextVar
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,6 +19,9 @@ ANTHROPIC = {
     413: "request_too_large",
     429: "rate_limit_error",
 }
+# what the request that is being answered is called: its client's name for it, or ours
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+
 TOO_LONG = re.compile(r"Requested tokens \((\d+)\) exceed context window of (\d+)")
 
 
@@ -39,9 +43,10 @@ class Refused(Exception):
         if path.startswith("/api/"):
             return {"error": str(self)}
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        if path == "/v1/messages":
+        if path.startswith("/v1/messages"):
             kind = ANTHROPIC.get(self.status, kind if self.status < 500 else "api_error")
-            return {"type": "error", "error": {"type": kind, "message": str(self)}}
+            error = {"type": kind, "message": str(self)}
+            return {"type": "error", "error": error, "request_id": request_id.get()}
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     def event(self, path: str, number: int = 0) -> bytes:
@@ -80,5 +85,6 @@ def worded(error: Exception) -> Refused:
         return Refused(text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + " ...")
     if isinstance(error, EntmtpError) and "grammar" in text:  # it led to nothing, or to too much
         return Refused(f"grammar: {text}", "grammar")
+    print(f"request {request_id.get()} failed:", file=sys.stderr)
     traceback.print_exception(error, file=sys.stderr)
     return Refused(text, status=500)

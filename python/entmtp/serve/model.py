@@ -29,6 +29,25 @@ from .requests import ServedRequest, current
 from .settings import OURS, ModelSettings
 
 
+class Counted(Exception):
+    """A prompt has so many tokens."""
+
+
+class Counting:
+    """A model that tells how long the prompt of a completion is, in place of writing it."""
+
+    def __init__(self, llama: Any):
+        self._llama = llama
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llama, name)
+
+    def create_completion(self, prompt: Any, **_: Any) -> None:
+        raise Counted(
+            len(prompt if isinstance(prompt, list) else self.tokenize(prompt.encode(), special=True))
+        )
+
+
 class Served(Llama):
     """A model whose generations belong to a request: stopped with it, and counted at their end."""
 
@@ -50,6 +69,14 @@ class Served(Llama):
                 "messages", code="context_length_exceeded",
             )  # fmt: skip
         return super().tokenize(text, add_bos, special)
+
+    def count(self, chat: dict[str, Any]) -> int:
+        """Tokens of the prompt that `create_chat_completion` makes of its arguments."""
+        try:
+            llama_cpp.Llama.create_chat_completion(Counting(self), **chat)  # type: ignore[arg-type]
+        except Counted as found:
+            return int(found.args[0])
+        raise AssertionError("a chat that asks for no completion")
 
     def generate(
         self, tokens: Sequence[int], *args: Any, **kwargs: Any
@@ -145,9 +172,13 @@ class Models(LlamaProxy):
                 with self.engine.slot() as slot:
                     yield slot
             else:
-                yield await run(self, name)
+                yield await run(self, name and self.known(name))
         finally:
             self._turns.release()
+
+    def known(self, name: str) -> str:
+        """The name of a model, as Ollama's clients write it or as it is."""
+        return name if name in list(self) else name.removesuffix(":latest")
 
     def interrupted(self) -> bool:
         """Whether a stream should end because others wait."""
@@ -209,7 +240,7 @@ class Models(LlamaProxy):
                 raise explained(e, Path(settings.model), settings.n_ctx) from e
 
     def _load_engine(self, settings: ModelSettings, ours: dict[str, Any]) -> Any:
-        if settings.embedding or (settings.logits_all and "logits_all" in settings.model_fields_set):
+        if settings.embedding or settings.logits_all:
             raise EntmtpError(
                 "parallel answers cannot be combined with embedding or logits_all; leave parallel out"
             )
@@ -217,9 +248,7 @@ class Models(LlamaProxy):
             raise EntmtpError(
                 "parallel answers cannot be combined with draft_model, which follows one text; leave one out"
             )
-        known: dict[str, Any] = {"logits_all": False}  # no logprobs
-        if "flash_attn" not in settings.model_fields_set:
-            known["flash_attn"] = True
+        known = {} if "flash_attn" in settings.model_fields_set else {"flash_attn": True}
 
         def load(n_cells: int) -> Any:
             large = settings.model_copy(update={**known, "n_ctx": n_cells})

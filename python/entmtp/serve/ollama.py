@@ -27,18 +27,18 @@ OPTIONS = {
 
 
 def read_chat(request: dict[str, Any]) -> Asked:
-    """Of `/api/chat`."""
-    messages = request.get("messages")
+    """Of `/api/chat`; without messages a model is only loaded."""
+    messages = request.get("messages") or []
     if not isinstance(messages, list):
         raise Refused("messages is not a list", "messages")
     said = {**_common(request), "messages": [_message(m) for m in messages]}
     if request.get("tools"):
         said["tools"] = request["tools"]
-    return asked.chat(said)
+    return _read(asked.chat(said), bool(messages))
 
 
 def read_text(request: dict[str, Any]) -> Asked:
-    """Of `/api/generate`: a chat of one question; with `raw`, a text that goes on."""
+    """Of `/api/generate`: a chat of one question; with `raw`, a text that goes on; without a prompt nothing."""
     for name in ("images", "suffix"):
         if request.get(name):
             raise Refused(f"{name}: this server cannot do that: it continues texts", name)
@@ -49,9 +49,18 @@ def read_text(request: dict[str, Any]) -> Asked:
     if request.get("raw"):
         if "response_format" in said:
             raise Refused("format goes with a chat; leave raw out", "format")
-        return asked.text({"max_tokens": None, **said, "prompt": prompt})
+        said["logprobs"] = said.pop("top_logprobs", 0) if said.get("logprobs") else None
+        return _read(asked.text({"max_tokens": None, **said, "prompt": prompt}), bool(prompt))
     messages = [{"role": "system", "content": request["system"]}] if request.get("system") else []
-    return asked.chat({**said, "messages": [*messages, {"role": "user", "content": prompt}]})
+    return _read(
+        asked.chat({**said, "messages": [*messages, {"role": "user", "content": prompt}]}), bool(prompt)
+    )
+
+
+def _read(wanted: Asked, is_question: bool) -> Asked:
+    if not is_question:
+        wanted.choices = []
+    return wanted
 
 
 def _common(request: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +70,8 @@ def _common(request: dict[str, Any]) -> dict[str, Any]:
     said = {ours: options[name] for name, ours in OPTIONS.items() if options.get(name) is not None}
     said["stream"] = True if request.get("stream") is None else request["stream"]
     if isinstance(model := request.get("model"), str):
-        said["model"] = model.removesuffix(":latest")
+        said["model"] = model
+    said |= {name: request[name] for name in ("logprobs", "top_logprobs") if request.get(name) is not None}
     limit = options.get("num_predict")
     if limit is not None and not asked.is_whole(limit):
         raise Refused(f"num_predict is {limit!r}, it must be a whole number", "options")
@@ -104,7 +114,7 @@ class Generated:
     def __init__(self, request: dict[str, Any], served: ServedRequest):
         self.served = served
         self.model = request.get("model")
-        self.reason = "stop"
+        self.reason = "load"  # nothing was asked
         self.calls: list[dict[str, str]] = []
 
     def said(self, text: str) -> dict[str, Any]:
@@ -115,7 +125,7 @@ class Generated:
 
     def add(self, chunk: dict[str, Any]) -> Iterator[bytes]:
         if text := self._text(chunk):
-            yield self._line(**self.said(text), done=False)
+            yield self._line(**self.said(text), **_logprobs(chunk), done=False)
 
     def end(self) -> Iterator[bytes]:
         yield self._line(**self.said(""), **self._summary())
@@ -124,8 +134,8 @@ class Generated:
         return refused.event(self.served.path)
 
     def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
-        text = self._text(answer)
-        return {**self._head(), **self.said(text), **self._summary()}
+        text = self._text(answer) if answer else ""
+        return {**self._head(), **self.said(text), **_logprobs(answer), **self._summary()}
 
     def _text(self, chunk: dict[str, Any]) -> str:
         """The text of a chunk, or of a whole answer; calls of tools are kept for the end."""
@@ -182,6 +192,27 @@ class Chat(Generated):
         return [{"function": {"name": c["name"], "arguments": _object(c["arguments"])}} for c in self.calls]
 
 
+def _logprobs(chunk: dict[str, Any]) -> dict[str, Any]:
+    """Those of a chunk, a token each."""
+    told = (chunk["choices"][0] if chunk else {}).get("logprobs")
+    if not told:
+        return {}
+    if "content" in told:
+        return {
+            "logprobs": [
+                _token(**{k: one[k] for k in ("token", "logprob", "top_logprobs")}) for one in told["content"]
+            ]
+        }
+    best = [[{"token": t, "logprob": p} for t, p in tops.items()] for tops in told["top_logprobs"]]
+    return {"logprobs": list(map(_token, told["tokens"], told["token_logprobs"], best))}
+
+
+def _token(token: str, logprob: float, top_logprobs: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    said = {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+    best = [_token(one["token"], one["logprob"]) for one in top_logprobs or []]
+    return {**said, "top_logprobs": best} if best else said
+
+
 def _object(text: str) -> Any:
     try:
         return json.loads(text)
@@ -201,33 +232,38 @@ def routes(models: Models) -> APIRouter:
             "parameter_size": known.get("general.size_label", ""), "quantization_level": "",
         }  # fmt: skip
 
+    def stat(name: str) -> dict[str, Any]:
+        file = models.file(name)
+        found = file.stat() if file.is_file() else None
+        return {"size": found.st_size if found else 0, "modified_at": _date(found.st_mtime if found else 0.0)}
+
+    def listed(name: str) -> dict[str, Any]:
+        tagged = name if ":" in name else f"{name}:latest"  # Open WebUI looks for names with a tag only
+        return {"name": tagged, "model": tagged, "digest": "", "details": details(name), **stat(name)}
+
     @router.get("/api/version", summary="Version")
     async def version() -> dict[str, str]:
         return {"version": __version__}
 
     @router.get("/api/tags", summary="Models")
     async def tags() -> dict[str, Any]:
-        found = []
-        for name in models:
-            file = models.file(name)
-            stat = file.stat() if file.is_file() else None
-            found.append({
-                "name": name, "model": name, "digest": "", "details": details(name),
-                "size": stat.st_size if stat else 0, "modified_at": _date(stat.st_mtime if stat else 0.0),
-            })  # fmt: skip
-        return {"models": found}
+        return {"models": [listed(name) for name in models]}
+
+    @router.get("/api/ps", summary="Models in memory")
+    async def running() -> dict[str, Any]:
+        return {"models": [{**listed(name), "size_vram": 0} for name in models if models.metadata(name)]}
 
     @router.post("/api/show", summary="Model")
     async def show(request: Request) -> dict[str, Any]:
         body = parse(await request.body())
-        name = str(body.get("model") or body.get("name")).removesuffix(":latest")
+        name = models.known(str(body.get("model") or body.get("name")))
         if name not in list(models):
             raise Refused(f"model '{name}' not found", "model", 404)
         known = models.metadata(name)
         template = known.pop("tokenizer.chat_template", "")
         return {
             "modelfile": "", "parameters": "", "template": template, "details": details(name), "model_info": known,
-            "capabilities": ["completion"],
+            "capabilities": ["completion", *(["tools"] if "tools" in template else [])],
         }  # fmt: skip
 
     return router

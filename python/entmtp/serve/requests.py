@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from .errors import Refused
+from .errors import Refused, request_id
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 TOGETHER = 16  # bodies of the largest size that there is room for
 CLIENT_LEFT = "the client left"
+# names that clients may give their requests: they come back in a header, and stand in the log
+CALLED = re.compile(rb"[\x21-\x7e]{1,128}")
 SHUTTING_DOWN = "the server is shutting down"
 
 App = Callable[..., Any]
@@ -129,13 +133,14 @@ class Requests:
         max_body: bytes of a request.
         max_waiting: requests that may wait.
         max_seconds: of an answer, once the model writes it; None: no limit.
+        log: called with a line about every request that was answered.
     """
 
     def __init__(
         self, app: App, finished: Callable[[ServedRequest], None], may_ask: Callable[[Message], bool],
-        max_body: int, max_waiting: int, max_seconds: float | None,
+        max_body: int, max_waiting: int, max_seconds: float | None, log: Callable[[str], None] | None = None,
     ):  # fmt: skip
-        self.app = app
+        self.app, self.log = app, log
         self.finished = finished
         self.may_ask = may_ask
         self.max_body, self.max_waiting, self.max_seconds = max_body, max_waiting, max_seconds
@@ -157,7 +162,24 @@ class Requests:
             request.stop(SHUTTING_DOWN)
 
     async def __call__(self, scope: Message, receive: App, send: App) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        name, begun = called(scope), time.perf_counter()
+        statuses: list[int] = []
+        token = request_id.set(name)
+        try:
+            await self._take(scope, receive, _named(send, name, statuses))
+        finally:
+            request_id.reset(token)
+            if self.log is not None:
+                status = statuses[0] if statuses else "-"
+                path = scope["raw_path"].decode("latin-1")  # as it came: what is quoted in it breaks no line
+                seconds = time.perf_counter() - begun
+                self.log(f"{scope['method']} {path} {status} {seconds:.3f} s {name}")
+
+    async def _take(self, scope: Message, receive: App, send: App) -> None:
+        if scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -212,6 +234,25 @@ class Requests:
         await receive()  # after the body comes nothing but the disconnect
         if not request.complete:
             request.stop(CLIENT_LEFT)
+
+
+def called(scope: Message) -> str:
+    """The request's name: the client's own, where it gives one that can be, else a new one."""
+    given = dict(scope["headers"]).get(b"x-request-id", b"")
+    return given.decode("ascii") if CALLED.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+
+
+def _named(send: App, name: str, statuses: list[int]) -> App:
+    """With the request's name among the headers: OpenAI's clients look for one, Anthropic's for the other."""
+
+    async def named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+            headers = [(key, name.encode()) for key in (b"x-request-id", b"request-id")]
+            message = {**message, "headers": [*message["headers"], *headers]}
+        await send(message)
+
+    return named
 
 
 class Room:

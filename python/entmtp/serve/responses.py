@@ -145,7 +145,8 @@ class Answer:
             self.reason = choice.get("finish_reason") or self.reason
         if usage := chunk.get("usage"):
             self.response["usage"] = {
-                "input_tokens": usage["prompt_tokens"], "input_tokens_details": {"cached_tokens": 0},
+                "input_tokens": usage["prompt_tokens"],
+                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
                 "output_tokens": usage["completion_tokens"], "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": usage["total_tokens"],
             }  # fmt: skip

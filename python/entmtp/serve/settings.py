@@ -61,6 +61,10 @@ class ModelSettings(_Ours):
     n_threads_batch: Optional[int] = Field(  # noqa: UP045
         default=None, description="CPU threads of passes over several tokens; without, as n_threads"
     )
+    logits_all: bool = Field(
+        default=False,
+        description="keep the logits of every token, as in llama-cpp-python; logprobs do not need them",
+    )
     verbose: bool = Field(default=False, description="say what llama.cpp and llama-cpp-python do")
 
     @field_validator("draft_model")
