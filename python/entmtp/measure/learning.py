@@ -149,8 +149,9 @@ def learn(fitted: Traces, bank: Bank, heads: Heads | None, **how: Any) -> Bank:
         assert seen is not None
         return replace(bank, acceptance_model=of_array(fit(seen)))
 
-    halves = fitted.split()
-    if not all(len(half.n_tokens) for half in halves):
+    try:
+        halves = fitted.split()
+    except ValueError:  # too few to judge by
         return bank
     before = sum(replay_auto(half, bank, heads, **how).us for half in halves)
     after = sum(

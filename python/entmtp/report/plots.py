@@ -48,7 +48,7 @@ def plot_bank(bank: Bank, path: Path) -> list[Path]:
         BankError: the bank has no costs.
         ValueError: matplotlib is missing, or the bank was not made by the tuner.
     """
-    if bank.is_for_auto or ("held_out" in bank.report and "front" not in bank.report):
+    if bank.is_for_auto or (bank.heads is None and "held_out" in bank.report):
         raise ValueError(f"bank {bank.name} is of a model without heads: it holds no trees to draw")
     if not {"front", "text", "held_out"} <= set(bank.report):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -146,9 +147,17 @@ class Rows:
 
 
 def equal(a: SourceTensor, b: SourceTensor) -> bool:
-    """Whether two tensors hold the same values, compared a chunk at a time."""
+    """Whether two tensors hold the same values: their first chunks, then SHA-256, so that one at a time is mapped."""
     if a.shape != b.shape:
         return False
-    if a.same_place(b):
+    if a.same_place(b) or a.size == 0:
         return True
-    return all(np.array_equal(x, y) for x, y in zip(a.chunks(), b.chunks(), strict=True))
+    first = (next(a.chunks()), next(b.chunks()))
+    return np.array_equal(*first) and _digest(a) == _digest(b)
+
+
+def _digest(tensor: SourceTensor) -> bytes:
+    values = hashlib.sha256()
+    for chunk in tensor.chunks():
+        values.update(np.ascontiguousarray(chunk) + np.float32(0))  # -0 is 0
+    return values.digest()
