@@ -224,7 +224,7 @@ def test_resumed_training_ends_with_the_same_layer(
     ("model", "more", "message"),
     [
         ("llama", ["--layers", "2"], "--layers is not for an EAGLE-3 layer; leave it out"),
-        ("llama", ["--share-lm-head"], "--share-lm-head is not for an EAGLE-3 layer; leave it out"),
+        ("llama", ["--share-lm-head"], "--lm-head base is not for an EAGLE-3 layer; leave it out"),
         ("llama", ["--torch-dir", "folder"], "--torch-dir is not for an EAGLE-3 layer; leave it out"),
         (
             "qwen3",

@@ -218,7 +218,7 @@ def test_killed_at_any_point_and_resumed(tiny: Path, tmp_path: Path) -> None:
 
 
 STAGES = {  # where the run is stopped: what it had begun then is done anew, and nothing else
-    "before the text": "plan_jobs", "before the draft vocabulary": "choose_rows", "before the training": "Trainer",
+    "before the text": "plan_jobs", "before the draft vocabulary": "choose_rows", "before the training": "new_trainer",
     "before the files": "write_files", "among the files": "export",
 }  # fmt: skip
 
