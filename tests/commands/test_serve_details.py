@@ -27,7 +27,16 @@ WHO = {"text", "recycling", "heads", "model"}
 @pytest.fixture(scope="module")
 def alone(models: dict[str, Path]) -> Iterator[Server]:
     with Server(
-        "--model", DEMO, "--heads", models["hydra"], "--ctx", N_CTX, "--threads", 1, key=None
+        "--model",
+        DEMO,
+        "--heads",
+        models["hydra"],
+        "--ctx",
+        N_CTX,
+        "--threads",
+        1,
+        "--no-calibrate",
+        key=None,
     ) as server:
         yield server
 
@@ -35,7 +44,8 @@ def alone(models: dict[str, Path]) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def shared(models: dict[str, Path]) -> Iterator[Server]:
     with Server(
-        "--model", DEMO, "--heads", models["hydra"], "--ctx", N_CTX, "--threads", 1, "--parallel", 3, key=None
+        "--model", DEMO, "--heads", models["hydra"], "--ctx", N_CTX, "--threads", 1, "--parallel", 3, "--no-calibrate",
+        key=None
     ) as server:  # fmt: skip
         yield server
 
