@@ -386,6 +386,9 @@ const float * draft_model::catch_up(int32_t root) {
 
 // an assistant: from the state before a token, `own`, and the target's keys and values before a position
 const float * draft_model::ask(int32_t token, int32_t pos) {
+    if (token < 0 || token >= n_vocab) {
+        return nullptr; // not known, or not to it
+    }
     const std::vector<float> before = own;
     llama_batch_ext_clear(batch.get());
     return add(0, token, pos, before.data(), true) && process(0) ? llama_get_logits_ith(ctx.get(), 0) : nullptr;
