@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
+from entmtp.serve.errors import Refused
+from entmtp.serve.requests import SMALL, TOGETHER, Requests, Room
 from helpers.hostile import EQUAL_WAYS, FIELDS, GRAMMARS, SCHEMAS, Raw, resident
 from helpers.serving import Server
 from helpers.typed import DEMO
@@ -213,21 +215,43 @@ def test_a_thousand_idle_connections(server: Server, expected: str) -> None:
 
 
 def test_bodies_of_many_share_the_memory(server: Server, expected: str) -> None:
-    """Unfinished bodies, each as large as one may be."""
+    """Unfinished bodies, each as large as one may be, take all the room; a small request needs none of it."""
     body = b'{"prompt": "' + b" " * (2 << 20)
-    held = []
-    for _ in range(40):
-        raw = Raw(server)
-        raw.socket.sendall(raw.head(2 << 20))
-        with contextlib.suppress(OSError):  # there may be no room for it
-            raw.socket.sendall(body[: (2 << 20) - 1])
-        held.append(raw)
-    assert ask(server) == expected
-    statuses = [raw.read()[:12] for raw in held]
-    for raw in held:
-        raw.close()
+    held: list[Raw] = []
+    try:
+        for _ in range(40):
+            raw = Raw(server)
+            held.append(raw)
+            raw.socket.sendall(raw.head(2 << 20))
+            with contextlib.suppress(OSError):  # there may be no room for it
+                raw.socket.sendall(body[: (2 << 20) - 1])
+        for _ in range(3):
+            assert ask(server) == expected
+        statuses = [raw.read()[:12] for raw in held]
+    finally:
+        for raw in held:
+            raw.close()
     assert set(statuses) <= {b"HTTP/1.1 429", b"HTTP/1.1 408", b""}, set(statuses)
     assert b"HTTP/1.1 429" in statuses
+
+
+def test_where_no_room_is_left_small_bodies_are_taken() -> None:
+    """To the byte, as no client can time it."""
+    requests = Requests(
+        None, lambda _: None, lambda _: True, max_body=1 << 20, max_waiting=1, max_seconds=None
+    )  # type: ignore[arg-type]
+    large = Room(requests)
+    large.take(TOGETHER << 20)
+    assert requests.n_bytes == (TOGETHER << 20) - SMALL
+    large.take(SMALL)  # now all is taken
+    small = Room(requests)
+    small.take(SMALL // 2)
+    small.take(SMALL // 2)
+    with pytest.raises(Refused, match="too many large requests"):
+        small.take(1)
+    small.give_back()
+    large.give_back()
+    assert requests.n_bytes == 0
 
 
 def test_what_is_no_http(server: Server, expected: str) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .details import Details
 
 TOGETHER = 16  # bodies of the largest size that there is room for
+SMALL = 16 << 10  # bytes of a body that need no room: those of all connections together are few megabytes
 CLIENT_LEFT = "the client left"
 # names that clients may give their requests: they come back in a header, and stand in the log
 CALLED = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -256,17 +257,24 @@ def _named(send: App, name: str, statuses: list[int]) -> App:
 
 
 class Room:
-    """What the body of a request takes of the memory that there is for all."""
+    """What the body of a request takes of the memory that there is for all: its bytes after the first `SMALL`.
+
+    So clients that send large bodies slowly keep nobody out who asks in few words.
+    """
 
     def __init__(self, requests: Requests):
         self.requests, self.n_bytes = requests, 0
+        self.n_free = SMALL
 
     def take(self, n: int) -> None:
         """
         Raises:
             Refused: the bodies of others have taken all.
         """
-        if self.requests.n_bytes + n > TOGETHER * self.requests.max_body:
+        free = min(n, self.n_free)
+        self.n_free -= free
+        n -= free
+        if n and self.requests.n_bytes + n > TOGETHER * self.requests.max_body:
             raise Refused("too many large requests at a time; ask again later", status=429)
         self.requests.n_bytes += n
         self.n_bytes += n
