@@ -31,6 +31,9 @@ from .states import Layout
 MARGIN = 64 << 20  # bytes of disk to leave free
 TEXT = 24  # bytes of memory per token of text
 LIBRARIES = 80 << 20  # bytes that PyTorch and oneDNN take as they go
+FRAY = (
+    1.6  # memory for numbers that come and go, to those that there are at a time: measured with glibc's heap
+)
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ def needs(shape: Shape | Layer, options: Options, layout: Layout, n_vocab: int, 
     published = 0 if isinstance(shape, Layer) else 2 * n + 2 * n_vocab * d * max(1, shape.n_projections)
     results = 2 * n + 2 * published
     # parameters, gradients and moments; a projection in bf16, and its gradient from one head
-    fixed = 16 * n + 8 * n_draft * d + 4 * PIECE_BYTES + LIBRARIES
+    fixed = 16 * n + 8 * n_draft * d + LIBRARIES
     # per token of a batch, as measured: the widest head's input in both types with what its gradient needs, and the
     # decoder layer's
     if isinstance(shape, Layer):
@@ -198,7 +201,7 @@ def needs(shape: Shape | Layer, options: Options, layout: Layout, n_vocab: int, 
         layout.n_bytes,
         checkpoints + results + 8 * layout.n_tokens,
         TEXT * layout.n_tokens,
-        max(fixed + 4 * work, 16 * n + 2 * n + published),
+        max(fixed + int(FRAY * 4 * (PIECE_BYTES + work)), 16 * n + 2 * n + published),
     )
 
 
