@@ -18,7 +18,7 @@ import anyio
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
-from . import calls
+from . import calls, written
 from .asked import Asked, Chat
 from .details import Details
 from .errors import Refused, worded
@@ -117,8 +117,8 @@ def write_whole(llama: Any, asked: Asked, served: ServedRequest) -> dict[str, An
     answer: dict[str, Any] = {}
     for index, create in enumerate(_calls(llama, asked, False)):
         one = create()
-        if asked.calls:
-            calls.whole(one["choices"][0])
+        if asked.functions:
+            written.whole(one["choices"][0], asked.functions)
         _finish(one["choices"][0], index, asked, served, {})
         if answer:
             answer["choices"] += one["choices"]
@@ -257,14 +257,14 @@ class Streamed(Response):
             self.pipe.end(worded(e))
 
     def _write(self, llama: Any) -> None:
-        served, chunk = self.served, dict[str, Any]()
+        served, functions, chunk = self.served, self.asked.functions, dict[str, Any]()
         if self.asked.body.entmtp:
             served.details = Details(self.models.passes)
 
         for index, create in enumerate(_calls(llama, self.asked, True)):
             begun = dict[str, str]()
             with contextlib.closing(create()) as chunks:
-                for chunk in calls.streamed(chunks) if self.asked.calls else chunks:
+                for chunk in written.streamed(chunks, functions) if functions else chunks:
                     _finish(chunk["choices"][0], index, self.asked, served, begun)
                     if served.details is not None:
                         served.details.add_to(chunk)

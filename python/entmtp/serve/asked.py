@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
 
 import llama_cpp
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..llama import Llama
 from ..upstream import grammar_of_text
-from .calls import demand
+from .calls import demand, for_template
 from .errors import Refused
 
 MOST_CHOICES = 16  # of a prompt
@@ -85,14 +85,14 @@ class Asked:
         choices: arguments of each answer that differ from the body's; one answer each.
         n_same: answers to the same prompt that follow each other.
         include_usage: a stream ends with the number of its tokens.
-        calls: the answer is a call of one of several functions, as JSON.
+        functions: the answer's text may be, or hold, calls of these.
     """
 
     body: Text | Chat
     choices: list[dict[str, Any]]
     n_same: int
     include_usage: bool
-    calls: bool = False
+    functions: list[dict[str, Any]] = field(default_factory=list)
 
     def arguments(self, llama: Llama) -> dict[str, Any]:
         """Of the call that writes an answer."""
@@ -108,6 +108,10 @@ class Asked:
             named["grammar"] = grammar_of_text(body.grammar)
         if isinstance(body, Chat) and body.logprobs:
             named["top_logprobs"] = body.top_logprobs or 0  # without, llama-cpp-python tells nothing
+        if isinstance(body, Chat):
+            named["messages"] = for_template(
+                named["messages"], llama.metadata.get("tokenizer.chat_template", "")
+            )
         if body.min_tokens > 0:
             least = llama_cpp.MinTokensLogitsProcessor(body.min_tokens, llama.token_eos())
             named["logits_processor"] = llama_cpp.LogitsProcessorList([least])
@@ -166,9 +170,9 @@ def chat(request: dict[str, Any]) -> Asked:
         request["response_format"] = {"type": "json_object", "schema": schema["schema"]}
     if isinstance(request.get("messages"), list):
         request["messages"] = [_message(m) for m in request["messages"]]
-    calls = demand(request)
+    functions = demand(request)
     asked = _read(request, Chat, [None])
-    asked.calls = calls
+    asked.functions = functions
     return asked
 
 

@@ -1,34 +1,35 @@
 """Calls of functions in OpenAI's form, where llama-cpp-python has none or another one.
 
 It makes a call of what a grammar forces: the arguments of one function that the request names. Here a request may also
-demand any one of several (`"tool_choice": "required"`), and the deltas of a stream are such as clients put together.
+demand any one of several (`"tool_choice": "required"`), `written` finds calls that a model writes by itself, and the deltas
+of a stream are such as clients put together.
 """
 
 from __future__ import annotations
 
 import json
-import uuid
-from collections.abc import Iterator
+import re
 from typing import Any
 
 from .errors import Refused
 
 
-def demand(request: dict[str, Any]) -> bool:
+def demand(request: dict[str, Any]) -> list[dict[str, Any]]:
     """Put `"tool_choice": "required"` into what llama-cpp-python has.
 
     Returns:
-        The answer will be an object with the name of a function and its arguments.
+        Functions whose calls are to be looked for in the text of the answer.
     """
-    if request.get("tool_choice") != "required":
-        return False
-    tools = request.get("tools")
+    choice, tools = request.get("tool_choice"), request.get("tools")
+    if choice != "required":
+        free = choice in (None, "auto") and isinstance(tools, list)
+        return [_function(tool) for tool in tools] if free and tools else []
     if not isinstance(tools, list) or not tools:
         raise Refused("tool_choice is required, but there are no tools", "tool_choice")
     functions = [_function(tool) for tool in tools]
     if len(functions) == 1:
         request["tool_choice"] = {"type": "function", "function": {"name": functions[0]["name"]}}
-        return False
+        return []
     request["tool_choice"] = "auto"
     shapes = [
         {
@@ -42,7 +43,7 @@ def demand(request: dict[str, Any]) -> bool:
         for f in functions
     ]
     request["response_format"] = {"type": "json_object", "schema": {"anyOf": shapes}}
-    return True
+    return functions
 
 
 def _function(tool: Any) -> dict[str, Any]:
@@ -52,36 +53,29 @@ def _function(tool: Any) -> dict[str, Any]:
     return function
 
 
-def called(text: str) -> dict[str, Any] | None:
-    """The call that an answer holds; None: it was cut off before its end."""
+# a template that writes a call's arguments as JSON itself, or walks over them
+OBJECTS = re.compile(r"(arguments|function|tool_calls?|call)\W{0,3}\|\s{0,3}(tojson|items|dictsort)")
+
+
+def for_template(messages: list[Any], template: str) -> list[Any]:
+    """Messages with the arguments of earlier calls as their chat template reads them.
+
+    Clients send a text of JSON, and some templates write that; most take an object, and would quote the text once more.
+    """
+    if not OBJECTS.search(template):
+        return messages
+    return [
+        {**m, "tool_calls": [_with_object(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m
+        for m in messages
+    ]
+
+
+def _with_object(call: dict[str, Any]) -> dict[str, Any]:
     try:
-        said = json.loads(text)
-        function = {"name": said["name"], "arguments": json.dumps(said["arguments"])}
-    except (ValueError, KeyError, TypeError):
-        return None
-    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
-
-
-def whole(choice: dict[str, Any]) -> None:
-    """Make a call of an answer that is one."""
-    if (call := called(choice["message"]["content"])) is not None:
-        choice["message"] |= {"content": None, "tool_calls": [call]}
-        choice["finish_reason"] = "tool_calls"
-
-
-def streamed(chunks: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The chunks of an answer that is a call: its text is held back until it is whole."""
-    text = ""
-    for chunk in chunks:
-        choice = chunk["choices"][0]
-        text += choice["delta"].pop("content", None) or ""
-        if choice["finish_reason"] is not None:
-            if (call := called(text)) is not None:
-                choice["delta"]["tool_calls"] = [{"index": 0, **call}]
-                choice["finish_reason"] = "tool_calls"
-            else:
-                choice["delta"]["content"] = text
-        yield chunk
+        arguments = json.loads(call["function"]["arguments"])
+    except (ValueError, TypeError, KeyError):
+        return call
+    return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
 def tidy(choice: dict[str, Any], legacy: bool, begun: dict[str, str]) -> None:
