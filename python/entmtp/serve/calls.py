@@ -1,8 +1,8 @@
 """Calls of functions in OpenAI's form, where llama-cpp-python has none or another one.
 
-It makes a call of what a grammar forces: the arguments of one function that the request names. Here a request may also
-demand any one of several (`"tool_choice": "required"`), `written` finds calls that a model writes by itself, and the deltas
-of a stream are such as clients put together.
+It makes a call of what a grammar forces: the arguments of one function that the request names. Here a request may
+also demand any one of several (`"tool_choice": "required"`), `written` finds calls that a model writes by itself, and
+the deltas of a stream are such as clients put together.
 """
 
 from __future__ import annotations
