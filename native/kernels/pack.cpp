@@ -116,73 +116,94 @@ size_t packed_size(weight_type type, int64_t k, int64_t n_rows) {
     return (size_t) ((n_rows + PANEL - 1) / PANEL) * ((k + l.block - 1) / l.block) * l.panel_bytes;
 }
 
-// One row's block into row r of a panel. `line` is where line j of the block starts.
+// One row's block into row r of a panel. `lines` is where the lines of 32 k start: line j has four bytes of each row, of
+// k = 4j to 4j + 3. Values come four at a time, a byte each: four(j) are those of line j's k.
 
-static void put(uint8_t * lines, int r, int k, uint8_t low, uint8_t high) { // nibbles of k and k + 16
-    lines[k / 4 * 4 * PANEL + 4 * r + k % 4] = (uint8_t) (low | high << 4);
+static uint32_t load4(const void * src) {
+    uint32_t x;
+    memcpy(&x, src, 4);
+    return x;
 }
 
-// 32 k in nibbles: 4 lines
-static void put_nibbles(const uint8_t * qs, int r, uint8_t * lines) {
-    for (int k = 0; k < 16; ++k) {
-        put(lines, r, k, qs[k] & 15, qs[k] >> 4);
-    }
+static void put4(uint8_t * lines, int r, int j, uint32_t x) {
+    memcpy(lines + 4 * PANEL * j + 4 * r, &x, 4);
 }
 
-template <class T>
-static void pack_nibbles(const T & b, int r, uint8_t * lines) {
-    put_nibbles(b.qs, r, lines);
-}
-
-// 32 k of two bits each: 2 lines. Line k/4 is in byte line k/16, at bits 2*(k/4 % 4)
+// four(j): 0 to 15. 4 lines, nibbles of k and k + 16
 template <class F>
-static void put_pairs(uint8_t * lines, int r, F pair) {
-    for (int k = 0; k < 32; ++k) {
-        lines[k / 16 * 4 * PANEL + 4 * r + k % 4] |= (uint8_t) (pair(k) << (2 * (k / 4 % 4)));
+static void put_nibbles(uint8_t * lines, int r, F four) {
+    for (int j = 0; j < 4; ++j) {
+        put4(lines, r, j, four(j) | four(j + 4) << 4);
     }
 }
 
-// the line of upper bits of 32 k. bit(k): 0 or 1
+// four(j): 0 to 3. 2 lines: line j's values are in byte line j / 4, at bits 2 * (j % 4)
 template <class F>
-static void put_upper_bits(uint8_t * line, int r, F bit) {
-    for (int k = 0; k < 32; ++k) {
-        line[4 * r + k % 4] |= (uint8_t) (bit(k) << (k / 4));
+static void put_pairs(uint8_t * lines, int r, F four) {
+    for (int i = 0; i < 2; ++i) {
+        put4(lines, r, i, four(4 * i) | four(4 * i + 1) << 2 | four(4 * i + 2) << 4 | four(4 * i + 3) << 6);
     }
+}
+
+// four(j): 0 or 1. One line: line j's values are at bit j
+template <class F>
+static void put_bits(uint8_t * lines, int r, F four) {
+    uint32_t x = 0;
+    for (int j = 0; j < 8; ++j) {
+        x |= four(j) << j;
+    }
+    put4(lines, r, 0, x);
+}
+
+// 16 bytes that have the nibbles of k and k + 16 together already
+static void copy_nibbles(const uint8_t * qs, int r, uint8_t * lines) {
+    for (int j = 0; j < 4; ++j) {
+        put4(lines, r, j, load4(qs + 4 * j));
+    }
+}
+
+// 32 bits, of k = 0 to 31
+static void copy_bits(const uint8_t * qh, int r, uint8_t * line) {
+    const uint32_t bits = load4(qh);
+    put_bits(line, r, [&](int j) {
+        const uint32_t x = bits >> 4 * j;
+        return (x & 1) | (x & 2) << 7 | (x & 4) << 14 | (x & 8) << 21;
+    });
 }
 
 static void pack_block(const q4_0 & b, int r, uint8_t * dst) {
     memcpy(dst + 2 * r, &b.d, 2);
-    pack_nibbles(b, r, dst + 2 * PANEL);
+    copy_nibbles(b.qs, r, dst + 2 * PANEL);
 }
 
 static void pack_block(const q4_1 & b, int r, uint8_t * dst) {
     memcpy(dst + 2 * r, &b.d, 2);
     memcpy(dst + 2 * PANEL + 2 * r, &b.m, 2);
-    pack_nibbles(b, r, dst + 4 * PANEL);
+    copy_nibbles(b.qs, r, dst + 4 * PANEL);
 }
 
 static void pack_block(const q5_0 & b, int r, uint8_t * dst) {
     memcpy(dst + 2 * r, &b.d, 2);
-    pack_nibbles(b, r, dst + 2 * PANEL);
-    put_upper_bits(dst + 18 * PANEL, r, [&](int k) { return b.qh[k / 8] >> k % 8 & 1; });
+    copy_nibbles(b.qs, r, dst + 2 * PANEL);
+    copy_bits(b.qh, r, dst + 18 * PANEL);
 }
 
 static void pack_block(const q5_1 & b, int r, uint8_t * dst) {
     memcpy(dst + 2 * r, &b.d, 2);
     memcpy(dst + 2 * PANEL + 2 * r, &b.m, 2);
-    pack_nibbles(b, r, dst + 4 * PANEL);
-    put_upper_bits(dst + 20 * PANEL, r, [&](int k) { return b.qh[k / 8] >> k % 8 & 1; });
+    copy_nibbles(b.qs, r, dst + 4 * PANEL);
+    copy_bits(b.qh, r, dst + 20 * PANEL);
 }
 
 static void pack_block(const mxfp4 & b, int r, uint8_t * dst) {
     dst[r] = b.e;
-    pack_nibbles(b, r, dst + PANEL);
+    copy_nibbles(b.qs, r, dst + PANEL);
 }
 
 static void pack_block(const q8_0 & b, int r, uint8_t * dst) {
     memcpy(dst + 2 * r, &b.d, 2);
-    for (int k = 0; k < 32; ++k) {
-        dst[2 * PANEL + k / 4 * 4 * PANEL + 4 * r + k % 4] = (uint8_t) (b.qs[k] ^ 0x80);
+    for (int j = 0; j < 8; ++j) {
+        put4(dst + 2 * PANEL, r, j, load4(b.qs + 4 * j) ^ 0x80808080);
     }
 }
 
@@ -204,12 +225,9 @@ static void pack_super_block(const T & b, int r, int group, uint8_t * dst) {
         upper           = i % 2 == 0 ? min >> 2 : (uint8_t) (upper | min >> 2 << 4);
     }
     for (int g = 0; g < 8; ++g) {
-        uint8_t * lines = dst + 16 * PANEL + group * g;
-        for (int k = 0; k < 16; ++k) {
-            const uint8_t * q     = b.qs + 32 * (g / 2) + k;
-            const int       shift = g % 2 * 4;
-            put(lines, r, k, q[0] >> shift & 15, q[16] >> shift & 15);
-        }
+        const uint8_t * qs = b.qs + 32 * (g / 2);
+        put_nibbles(dst + 16 * PANEL + group * g, r,
+                    [&](int j) { return load4(qs + 4 * j) >> (g % 2 * 4) & 0x0f0f0f0f; });
     }
 }
 
@@ -220,8 +238,14 @@ static void pack_block(const q4_k & b, int r, uint8_t * dst) {
 static void pack_block(const q5_k & b, int r, uint8_t * dst) {
     pack_super_block(b, r, 20 * PANEL, dst);
     for (int g = 0; g < 8; ++g) {
-        put_upper_bits(dst + 16 * PANEL + 20 * PANEL * g + 16 * PANEL, r, [&](int k) { return b.qh[k] >> g & 1; });
+        put_bits(dst + 16 * PANEL + 20 * PANEL * g + 16 * PANEL, r,
+                 [&](int j) { return load4(b.qh + 4 * j) >> g & 0x01010101; });
     }
+}
+
+// 2 lines of the lower bits of Q2_K and Q3_K for 32 k, and of the upper ones of Q6_K: two bits of byte 32 * (g / 4) + k
+static void copy_pairs(const uint8_t * qs, int g, int r, uint8_t * lines) {
+    put_pairs(lines, r, [&](int j) { return load4(qs + 32 * (g / 4) + 4 * j) >> (2 * (g % 4)) & 0x03030303; });
 }
 
 static void pack_block(const q6_k & b, int r, uint8_t * dst) {
@@ -230,25 +254,12 @@ static void pack_block(const q6_k & b, int r, uint8_t * dst) {
         dst[2 * PANEL + PANEL * i + r] = (uint8_t) b.scales[i];
     }
     for (int g = 0; g < 8; ++g) {
-        uint8_t *  lines = dst + PANEL * (18 + 24 * g);
-        uint8_t *  upper = lines + PANEL * 16;
         // for each 128 k: ql holds k and k + 64, k + 32 and k + 96; qh holds the upper bits of all four
-        const auto value = [&](int k) {
-            const int     at = 32 * g + k;
-            const int     h = at / 128, q = at % 128 / 32, l = at % 32;
-            const uint8_t low = b.ql[64 * h + 32 * (q % 2) + l] >> (q / 2 * 4) & 15;
-            return (uint8_t) (low | (b.qh[32 * h + l] >> (2 * q) & 3) << 4);
-        };
-        for (int k = 0; k < 16; ++k) {
-            put(lines, r, k, value(k) & 15, value(k + 16) & 15);
-        }
-        put_pairs(upper, r, [&](int k) { return value(k) >> 4; });
+        uint8_t *       lines = dst + PANEL * (18 + 24 * g);
+        const uint8_t * ql    = b.ql + 64 * (g / 4) + 32 * (g % 2);
+        put_nibbles(lines, r, [&](int j) { return load4(ql + 4 * j) >> (g % 4 / 2 * 4) & 0x0f0f0f0f; });
+        copy_pairs(b.qh, g, r, lines + PANEL * 16);
     }
-}
-
-// 2 lines of the lower bits of Q2_K and Q3_K for 32 k
-static void pack_pairs(const uint8_t * qs, int g, int r, uint8_t * lines) {
-    put_pairs(lines, r, [&](int k) { return qs[32 * (g / 4) + k] >> (2 * (g % 4)) & 3; });
 }
 
 static void pack_block(const q2_k & b, int r, uint8_t * dst) {
@@ -258,7 +269,7 @@ static void pack_block(const q2_k & b, int r, uint8_t * dst) {
         dst[4 * PANEL + PANEL * i + r] = b.scales[i];
     }
     for (int g = 0; g < 8; ++g) {
-        pack_pairs(b.qs, g, r, dst + PANEL * (20 + 8 * g));
+        copy_pairs(b.qs, g, r, dst + PANEL * (20 + 8 * g));
     }
 }
 
@@ -270,8 +281,8 @@ static void pack_block(const q3_k & b, int r, uint8_t * dst) {
     }
     for (int g = 0; g < 8; ++g) {
         uint8_t * lines = dst + PANEL * (18 + 12 * g);
-        pack_pairs(b.qs, g, r, lines);
-        put_upper_bits(lines + 8 * PANEL, r, [&](int k) { return b.hmask[k] >> g & 1; });
+        copy_pairs(b.qs, g, r, lines);
+        put_bits(lines + 8 * PANEL, r, [&](int j) { return load4(b.hmask + 4 * j) >> g & 0x01010101; });
     }
 }
 
@@ -280,7 +291,7 @@ static void pack_block(const iq4_xs & b, int r, uint8_t * dst) {
     for (int g = 0; g < 8; ++g) {
         const int low = b.scales_l[g / 2] >> (g % 2 * 4) & 15, high = b.scales_h >> (2 * g) & 3;
         dst[2 * PANEL + PANEL * g + r] = (uint8_t) ((low | high << 4) - 32);
-        put_nibbles(b.qs + 16 * g, r, dst + PANEL * (10 + 16 * g));
+        copy_nibbles(b.qs + 16 * g, r, dst + PANEL * (10 + 16 * g));
     }
 }
 
