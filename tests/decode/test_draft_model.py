@@ -15,6 +15,7 @@ import pytest
 
 from entmtp import Bank, Engine, EntmtpError, Llama
 from entmtp.bank import PLAIN, Tree
+from entmtp.doctor import probes
 from entmtp.models.nextn import prediction_layers
 from entmtp.options.demo import demo_files
 from helpers.eagle3 import Weights, foresee, write_eagle3
@@ -228,6 +229,16 @@ def test_hybrid_memories_go_back(name: str) -> None:
             for prompt in PROMPTS:
                 assert answer(llm, prompt, **sampling) == answer(plain, prompt, **sampling)
         assert llm.draft_stats.n_drafted > 100
+
+
+def test_doctor_tells_what_going_back_costs() -> None:
+    """Three layers of qwen35's shape have each a state of 32 x 128 and 3 x 256 numbers of a convolution."""
+    with loaded(hybrid_path("qwen35"), draft="entmtp") as llm:
+        found = probes.chain(llm)
+    assert found is not None and found["tokens"] == 4
+    assert found["bytes"] == pytest.approx(4 * 3 * (32 * 128 + 3 * 256) * 4, rel=0.05)
+    with loaded(model_path("llama"), draft="entmtp") as llm:
+        assert probes.chain(llm) is None  # it has trees
 
 
 @pytest.mark.parametrize("name", ["qwen35", "lfm2", "nemotron_h"])

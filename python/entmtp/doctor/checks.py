@@ -301,6 +301,9 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
         yield ok("held", f"{held['Rss'] / 1e6:.0f} MB more in memory with the model loaded{large}")
     if "outputs" in found:
         yield Check("logits", "note" if found["outputs_note"] else "ok", found["outputs"])
+    if chain := found.get("chain"):
+        text = f"up to {chain['tokens']} tokens in a row: its memory keeps as many states to go back to"
+        yield ok("drafts", f"{text}, {chain['bytes'] / 1e6:.1f} MB")
     if drafter := found.get("drafter"):
         name = drafter["path"] or "its own layers for multi-token prediction"
         share = drafter["us"] / max(drafter["pass_us"], 1.0)

@@ -140,8 +140,22 @@ def model(arguments: list[str]) -> dict[str, Any]:
     if llm.model_drafts:
         result["drafter"] = {"path": llm.draft_model_path, "us": llm.draft_token_us, "pass_us": one_pass(llm)}
     result["no_prediction"] = llm.no_prediction
+    result["chain"] = chain(llm)
     llm.close()
     return result
+
+
+def chain(llm: Any) -> dict[str, int] | None:
+    """Tokens that a memory without trees can go back, and the bytes that it keeps for that; None of others."""
+    import llama_cpp
+
+    if llm._decoder is None or llm._decoder.can_tree() or not llm._decoder.can_chain():
+        return None
+    n = int(llama_cpp.llama_n_rs_seq(llm.ctx))
+    llm.eval([llm.token_bos()])
+    one = llama_cpp.llama_state_seq_get_size(llm.ctx, 0)  # with the one token's keys and values, which are few
+    llm.reset()
+    return {"tokens": n, "bytes": n * int(one)}
 
 
 def gain(arguments: list[str]) -> dict[str, Any]:
