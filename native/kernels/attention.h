@@ -63,19 +63,18 @@ static double softmax_row(float *          s,
             }
             x = simd::loadf(t);
         }
-        if (mask) {
-            uint16_t m[simd::R];
-            for (int j = 0; j < simd::R; ++j) {
-                m[j] = i + j < n ? mask[i + j] : 0xfc00;
+        if (mask || mask_f32) {
+            simd::vf m;
+            if (i + simd::R <= n) {
+                m = mask ? simd::load_f16(mask + i) : simd::loadf(mask_f32 + i);
+            } else {
+                float last[simd::R];
+                for (int j = 0; j < simd::R; ++j) {
+                    last[j] = i + j >= n ? NEG_INF : mask ? half_to_float(mask[i + j]) : mask_f32[i + j];
+                }
+                m = simd::loadf(last);
             }
-            x = simd::addf(simd::mulf(simd::set1f(slope), simd::load_f16(i + simd::R <= n ? mask + i : m)), x);
-        }
-        if (mask_f32) {
-            float m[simd::R];
-            for (int j = 0; j < simd::R; ++j) {
-                m[j] = i + j < n ? mask_f32[i + j] : NEG_INF;
-            }
-            x = simd::addf(simd::mulf(simd::set1f(slope), simd::loadf(m)), x);
+            x = simd::addf(simd::mulf(simd::set1f(slope), m), x);
         }
         simd::storef(s + i, x);
         top = simd::maxf(x, top);
