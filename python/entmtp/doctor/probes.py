@@ -153,7 +153,8 @@ def chain(llm: Any) -> dict[str, int] | None:
         return None
     n = int(llama_cpp.llama_n_rs_seq(llm.ctx))
     llm.eval([llm.token_bos()])
-    one = llama_cpp.llama_state_seq_get_size(llm.ctx, 0)  # with the one token's keys and values, which are few
+    # with the one token's keys and values, which are few
+    one = llama_cpp.llama_state_seq_get_size(llm.ctx, 0)
     llm.reset()
     return {"tokens": n, "bytes": n * int(one)}
 
