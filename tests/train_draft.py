@@ -8,7 +8,6 @@ measured. Text and probabilities are those of `entmtp train --keep-work`.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 
 from entmtp.train.base import read_matrices
-from helpers.distilling import Teacher, add_options, fit, judged, rope
+from helpers.distilling import Teacher, fit, judged, parser_of, rope
 
 EPS, ROPE_BASE = 1e-5, 10000.0
 HEAD = 32  # dimensions
@@ -104,10 +103,7 @@ def write(model: Small, base: Path, path: Path, kind: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser, epochs=4, lr=2e-3)
+    parser = parser_of(__doc__, epochs=4, lr=2e-3)
     parser.add_argument(
         "--width", type=int, default=128, help="hidden size, of whole heads of 32 (default: 128)"
     )

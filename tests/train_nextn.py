@@ -9,7 +9,6 @@ of `entmtp train --keep-work`.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 
 from entmtp.train.base import read_matrices
-from helpers.distilling import Teacher, add_options, fit, judged, rope
+from helpers.distilling import Teacher, fit, judged, parser_of, rope
 from helpers.nextn import layer_shapes, with_nextn
 
 CHAIN = 2  # guesses in a row that are trained: the later ones from the layer's own states
@@ -97,10 +96,7 @@ class Layer(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser, epochs=2, lr=1e-3)
+    parser = parser_of(__doc__, epochs=2, lr=1e-3)
     parser.add_argument(
         "--vocab", type=int, default=6144, help="frequent tokens that are told apart (default: 6144)"
     )

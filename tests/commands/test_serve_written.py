@@ -68,6 +68,9 @@ ANSWERS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
     ),
     "cut off": ('{"name": "weather", "argum', '{"name": "weather", "argum', []),
     "cut off between tags": ('<tool_call>{"name": "wea', '<tool_call>{"name": "wea', []),
+    "no number of JSON": (
+        '{"name": "weather", "arguments": {"days": NaN}}', '{"name": "weather", "arguments": {"days": NaN}}', [],
+    ),
     "no arguments": ('{"name": "stop"}', '{"name": "stop"}', []),
     "deep": ('{"name": "stop", "arguments": ' + "[" * 5000, '{"name": "stop", "arguments": ' + "[" * 5000, []),
 }  # fmt: skip
@@ -121,6 +124,18 @@ def test_a_call_and_half_of_another_are_cut_off() -> None:
     assert in_short(choice["message"]["tool_calls"]) == [STOP] and choice["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize(
+    "properties", [None, [], True, {"city": True}, {"city": {"type": ["string", "null"]}}]
+)
+def test_schemas_of_all_kinds(properties: Any) -> None:
+    """Where a schema does not say that a parameter is a text, it is read as JSON if it is some."""
+    functions = [{"name": "weather", "parameters": {"properties": properties}}]
+    parts = "<parameter=city>12</parameter><parameter=day>May</parameter>"
+    text = f"<tool_call><function=weather>{parts}</function></tool_call>"
+    _, calls = Written(functions).add(text, last=True)
+    assert in_short(calls) == [("weather", {"city": 12, "day": "May"})]
+
+
 def test_arguments_as_templates_read_them() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"n": 1}'}}
     broken = {"id": "d", "type": "function", "function": {"name": "f", "arguments": "{"}}
@@ -135,6 +150,8 @@ def test_arguments_as_templates_read_them() -> None:
         found = for_template(messages, reads_objects)
         assert found[1]["tool_calls"][0]["function"]["arguments"] == {"n": 1}
         assert found[1]["tool_calls"][1] == broken
+    for_texts = "{{ tool.function | tojson }}{{ '```json' + call.function.arguments + '```' }}"
+    assert for_template(messages, for_texts) == messages
     text = "{{ '```json' + tool['function']['arguments'] + '```' }}{{ tools | tojson }}"
     assert for_template(messages, text) == messages
     assert call["function"]["arguments"] == '{"n": 1}'  # type: ignore[index]

@@ -87,7 +87,10 @@ def judged(
     return loss / share.sum().clamp(min=1e-6), float((best & real).sum() / real.sum())
 
 
-def add_options(parser: argparse.ArgumentParser, epochs: int, lr: float) -> None:
+def parser_of(doc: str | None, epochs: int, lr: float) -> argparse.ArgumentParser:
+    """The options that all such trainings have."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
     parser.add_argument("base", type=Path)
     parser.add_argument("work", type=Path, help="folder of text and states")
     parser.add_argument("outfile", type=Path)
@@ -96,6 +99,7 @@ def add_options(parser: argparse.ArgumentParser, epochs: int, lr: float) -> None
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--type", default="Q8_0", help="of the matrices (default: Q8_0)")
     parser.add_argument("--minutes", type=float, default=60.0, help="that it may take at most")
+    return parser
 
 
 def fit(

@@ -31,3 +31,9 @@ def prompts(*tasks: str) -> list[str]:
         lines = (Path(__file__).parents[1] / "prompts" / f"{task}.jsonl").read_text("utf-8").splitlines()
         texts += [json.loads(line)["prompt"] for line in lines]
     return texts
+
+
+def has_amx() -> bool:
+    """Whether ggml's own kernels, built for this processor, use AMX."""
+    cpu = Path("/proc/cpuinfo")
+    return cpu.exists() and "amx_int8" in cpu.read_text()

@@ -22,7 +22,7 @@ from entmtp.native import kernels
 from helpers.eagle3 import write_eagle3
 from helpers.models import model_path
 from helpers.nextn import with_nextn
-from helpers.settings import N_THREADS, prompts
+from helpers.settings import N_THREADS, has_amx, prompts
 
 built = pytest.mark.skipif(baselines.missing() is not None, reason=str(baselines.missing()))
 
@@ -183,7 +183,7 @@ def unpatched(plain: entmtp.Llama) -> None:
     try:
         Server(method, plain).close()
     except EntmtpError as e:
-        if f"status {-signal.SIGILL}" in str(e) and "amx_int8" in Path("/proc/cpuinfo").read_text():
+        if f"status {-signal.SIGILL}" in str(e) and has_amx():
             pytest.skip(
                 "built by gcc 12, llama.cpp's AMX kernels end its process (native/patches/README.md, 0013)"
             )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .asked import Asked, chat, is_whole
+from .calls import json_of
 from .errors import Refused
 from .requests import ServedRequest
 
@@ -155,7 +156,7 @@ class Answer:
     def _close(self) -> Iterator[bytes]:
         if self.blocks:
             if self.blocks[-1]["type"] == "tool_use":
-                self.blocks[-1]["input"] = _object(self.arguments)
+                self.blocks[-1]["input"] = json_of(self.arguments)
                 self.arguments = ""
             yield _event("content_block_stop", index=len(self.blocks) - 1)
 
@@ -175,13 +176,6 @@ class Answer:
                 "stop_sequence": self.stops[0] if len(self.stops) == 1 else None,
             }
         return {"stop_reason": "end_turn", "stop_sequence": None}
-
-
-def _object(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:  # cut by the limit of tokens
-        return {}
 
 
 def _event(kind: str, **fields: Any) -> bytes:

@@ -7,10 +7,10 @@ the deltas of a stream are such as clients put together.
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
+from ..common.fields import parse_json
 from .errors import Refused
 
 
@@ -53,8 +53,8 @@ def _function(tool: Any) -> dict[str, Any]:
     return function
 
 
-# a template that writes a call's arguments as JSON itself, or walks over them
-OBJECTS = re.compile(r"(arguments|function|tool_calls?|call)\W{0,3}\|\s{0,3}(tojson|items|dictsort)")
+# a template that writes a call or its arguments as JSON itself, or walks over them
+OBJECTS = re.compile(r"(arguments|call\.function|tool_calls?)\W{0,3}\|\s{0,3}(tojson|items|dictsort)")
 
 
 def for_template(messages: list[Any], template: str) -> list[Any]:
@@ -71,10 +71,7 @@ def for_template(messages: list[Any], template: str) -> list[Any]:
 
 
 def _with_object(call: dict[str, Any]) -> dict[str, Any]:
-    try:
-        arguments = json.loads(call["function"]["arguments"])
-    except (ValueError, TypeError, KeyError):
-        return call
+    arguments = json_of(call["function"]["arguments"], call["function"]["arguments"])
     return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
@@ -102,13 +99,16 @@ def tidy(choice: dict[str, Any], legacy: bool, begun: dict[str, str]) -> None:
         begun[name] = begun.get(name, "") + (function.get("arguments") or "")
     if choice.get("finish_reason") == "tool_calls":
         choice["finish_reason"] = "function_call" if legacy else "tool_calls"
-        if not all(map(_is_json, begun.values())):  # the limit of tokens ended it
+        if any(json_of(text) is BROKEN for text in begun.values()):  # the limit of tokens ended it
             choice["finish_reason"] = "length"
 
 
-def _is_json(text: str) -> bool:
+BROKEN: dict[str, Any] = {}  # arguments that the limit of tokens cut
+
+
+def json_of(text: str, otherwise: Any = BROKEN) -> Any:
+    """What a text of a model or a client says; `otherwise` where it is no JSON."""
     try:
-        json.loads(text)
+        return parse_json(text)
     except ValueError:
-        return False
-    return True
+        return otherwise

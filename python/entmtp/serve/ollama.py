@@ -11,9 +11,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from .. import __version__
-from ..common.fields import parse_json
 from . import asked
 from .asked import Asked, parse
+from .calls import json_of
 from .errors import Refused
 from .model import Models
 from .requests import ServedRequest
@@ -190,7 +190,7 @@ class Chat(Generated):
         return whole
 
     def _called(self) -> list[dict[str, Any]]:
-        return [{"function": {"name": c["name"], "arguments": _object(c["arguments"])}} for c in self.calls]
+        return [{"function": {"name": c["name"], "arguments": json_of(c["arguments"])}} for c in self.calls]
 
 
 def _logprobs(chunk: dict[str, Any]) -> dict[str, Any]:
@@ -212,13 +212,6 @@ def _token(token: str, logprob: float, top_logprobs: list[dict[str, Any]] | None
     said = {"token": token, "logprob": logprob, "bytes": list(token.encode())}
     best = [_token(one["token"], one["logprob"]) for one in top_logprobs or []]
     return {**said, "top_logprobs": best} if best else said
-
-
-def _object(text: str) -> Any:
-    try:
-        return parse_json(text)
-    except ValueError:  # cut by the limit of tokens
-        return {}
 
 
 def routes(models: Models) -> APIRouter:

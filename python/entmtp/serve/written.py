@@ -1,8 +1,8 @@
 """Calls of functions that a model writes, found in its text as it comes.
 
-Chat templates teach two forms, and a model keeps to its own: calls between tags, as JSON (Hermes, Qwen, Granite) or as
-elements (Qwen's coders), or an answer that is JSON as a whole (Llama 3, Mistral, Phi, whose tokens around it are no
-text). What is in neither form, or calls a function that there is not, stays text.
+Chat templates teach two forms, and a model keeps to its own: calls between tags, as JSON (Hermes, Qwen) or as elements
+(Qwen's coders), or an answer that is JSON as a whole (Llama 3, Mistral, whose tokens around it are no text). What is in
+neither form, or calls a function that there is not, stays text.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 import uuid
 from collections.abc import Iterator
 from typing import Any
+
+from .calls import json_of
 
 OPENED, CLOSED = "<tool_call>", "</tool_call>"
 # how an answer begins that may be a call as a whole, without white space
@@ -76,7 +78,7 @@ class Written:
 
     def _whole(self) -> list[Call]:
         """The calls that the held text consists of, which is then no longer held; none where it is anything else."""
-        said = _json(self.held)
+        said = json_of(self.held)
         calls = [self._call(one) for one in (said if isinstance(said, list) else [said])]
         found = [call for call in calls if call is not None]
         if not found or len(found) < len(calls):
@@ -87,16 +89,14 @@ class Written:
     def _between(self, text: str) -> Call | None:
         text = text.strip()
         if not text.startswith("<function="):
-            return self._call(_json(text))
+            return self._call(json_of(text))
         name, _, rest = text.removeprefix("<function=").partition(">")
-        properties = self.functions.get(name.strip(), {}).get("properties") or {}
+        properties = self.functions.get(name.strip(), {}).get("properties")
         arguments = {}
         for part in rest.removesuffix("</function>").split("<parameter=")[1:]:
             key, _, value = part.partition(">")
             value = value.rpartition("</parameter>")[0].removeprefix("\n").removesuffix("\n")
-            kind = (properties.get(key) or {}).get("type")
-            read = None if kind == "string" else _json(value)
-            arguments[key] = value if read is None and value != "null" else read
+            arguments[key] = value if _is_text(properties, key) else json_of(value, value)
         return self._call({"name": name.strip(), "arguments": arguments})
 
     def _call(self, said: Any) -> Call | None:
@@ -108,11 +108,20 @@ class Written:
         name = said.get("name", said.get("function"))
         arguments = said.get("arguments", said.get("parameters"))
         if isinstance(arguments, str):
-            arguments = _json(arguments)
+            arguments = json_of(arguments, None)
         if not isinstance(name, str) or name not in self.functions or not isinstance(arguments, dict):
             return None
-        function = {"name": name, "arguments": json.dumps(arguments)}
+        try:
+            function = {"name": name, "arguments": json.dumps(arguments, allow_nan=False)}
+        except ValueError:  # Python reads NaN, which is no JSON
+            return None
         return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+
+
+def _is_text(properties: Any, key: str) -> bool:
+    """A schema's property is a text; clients write all kinds of schemas."""
+    schema = properties.get(key) if isinstance(properties, dict) else None
+    return isinstance(schema, dict) and schema.get("type") == "string"
 
 
 def _may_be_json(text: str) -> bool:
@@ -123,14 +132,6 @@ def _may_be_json(text: str) -> bool:
 def _overlap(text: str) -> int:
     """Characters at the end of a text that a tag may begin with."""
     return next((n for n in range(len(OPENED) - 1, 0, -1) if text.endswith(OPENED[:n])), 0)
-
-
-def _json(text: str) -> Any:
-    """What a text says; None where it is no JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def whole(choice: dict[str, Any], functions: list[dict[str, Any]]) -> None:

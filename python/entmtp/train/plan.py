@@ -31,9 +31,7 @@ from .states import Layout
 MARGIN = 64 << 20  # bytes of disk to leave free
 TEXT = 24  # bytes of memory per token of text
 LIBRARIES = 80 << 20  # bytes that PyTorch and oneDNN take as they go
-FRAY = (
-    1.6  # memory for numbers that come and go, to those that there are at a time: measured with glibc's heap
-)
+FRAY = 1.5  # memory that numbers which come and go take, to their own: measured with glibc's heap
 
 
 @dataclass(frozen=True)
