@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from entmtp.serve.anthropic import Answer
 from entmtp.serve.calls import for_template
 from entmtp.serve.requests import ServedRequest
-from entmtp.serve.written import Written, streamed, whole
+from entmtp.serve.written import FORMS, Written, streamed, whole
 from helpers.serving import Server
 from helpers.typed import DEMO
 
@@ -45,6 +45,40 @@ ANSWERS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
         "<parameter=code>\n12\n</parameter>\n</function>\n</tool_call>",
         "", [("weather", {"city": "Paris", "days": 3, "code": "12"})],
     ),
+    "GLM": (
+        "Well.<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n<arg_key>days</arg_key>\n"
+        "<arg_value>3</arg_value>\n</tool_call>\n<tool_call>stop</tool_call>", "Well.", [PARIS, STOP],
+    ),
+    "DeepSeek V3": (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+        '{"city": "Paris", "days": 3}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>stop\n'
+        "```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>", "", [PARIS, STOP],
+    ),
+    "DeepSeek V3.1": (
+        "I look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>"
+        '{"city": "Paris", "days": 3}<｜tool▁call▁end｜><｜tool▁call▁begin｜>stop<｜tool▁sep｜>{}<｜tool▁call▁end｜>'
+        "<｜tool▁calls▁end｜>", "I look.", [PARIS, STOP],
+    ),
+    "DeepSeek V4": (
+        '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="weather">\n<｜DSML｜parameter name="city" string="true">Paris'
+        '</｜DSML｜parameter>\n<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+        '<｜DSML｜invoke name="stop">\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>', "", [PARIS, STOP],
+    ),
+    "DeepSeek V4, a number as text": (
+        '<｜DSML｜tool_calls><｜DSML｜invoke name="weather"><｜DSML｜parameter name="days" string="true">3'
+        "</｜DSML｜parameter></｜DSML｜invoke></｜DSML｜tool_calls>", "", [("weather", {"days": "3"})],
+    ),
+    "Kimi": (
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"
+        '{"city": "Paris", "days": 3}<|tool_call_end|><|tool_call_begin|>functions.stop:1<|tool_call_argument_begin|>{}'
+        "<|tool_call_end|><|tool_calls_section_end|>", "", [PARIS, STOP],
+    ),
+    "MiniMax": (
+        '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Paris</parameter>\n'
+        '<parameter name="days">3</parameter>\n<parameter name="code">\n12\n</parameter>\n</invoke>\n'
+        '<invoke name="stop">\n</invoke>\n</minimax:tool_call>',
+        "", [("weather", {"city": "Paris", "days": 3, "code": "12"}), STOP],
+    ),
     "Llama 3": ('{"name": "weather", "parameters": {"city": "Paris", "days": 3}}', "", [PARIS]),
     "Llama 3, with its type": (
         ' {"type": "function", "function": {"name": "weather", "parameters": {"city": "Paris", "days": 3}}}',
@@ -68,6 +102,18 @@ ANSWERS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
     ),
     "cut off": ('{"name": "weather", "argum', '{"name": "weather", "argum', []),
     "cut off between tags": ('<tool_call>{"name": "wea', '<tool_call>{"name": "wea', []),
+    "cut off between elements": (text := "<tool_call><function=weather><parameter=city>Par", text, []),
+    "cut off in another's arguments": (
+        text := "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n", text, [],
+    ),
+    "cut off in an element": (
+        text := '<minimax:tool_call><invoke name="weather"><parameter name="city">Paris</parameter>', text, [],
+    ),
+    "a section with a call of nothing": (
+        text := "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>stop<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+        "<｜tool▁call▁begin｜>fly<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>", text, [],
+    ),
+    "an empty section": (text := "<|tool_calls_section_begin|><|tool_calls_section_end|>", text, []),
     "no number of JSON": (
         '{"name": "weather", "arguments": {"days": NaN}}', '{"name": "weather", "arguments": {"days": NaN}}', [],
     ),
@@ -109,7 +155,13 @@ def test_pieces_of_any_size_give_the_same(name: str, data: st.DataObject) -> Non
     assert found[-1]["finish_reason"] == ("tool_calls" if calls else "stop")
 
 
-@given(st.text(st.sampled_from('<tool_call>/{}[]":name stop\n'), max_size=60), st.integers(1, 7))
+@given(
+    st.lists(
+        st.sampled_from([*FORMS, *(closed for closed, _ in FORMS.values()), *'<tool_｜>/{}[]":name stop\n']),
+        max_size=30,
+    ).map("".join),
+    st.integers(1, 7),
+)
 def test_no_text_is_lost(text: str, size: int) -> None:
     """What is no call is said, character by character."""
     written = Written([])

@@ -1,25 +1,105 @@
 """Calls of functions that a model writes, found in its text as it comes.
 
-Chat templates teach two forms, and a model keeps to its own: calls between tags, as JSON (Hermes, Qwen) or as elements
-(Qwen's coders), or an answer that is JSON as a whole (Llama 3, Mistral, whose tokens around it are no text). What is in
-neither form, or calls a function that there is not, stays text.
+Chat templates teach two kinds of forms, and a model keeps to its own: calls between tags (`FORMS`), or an answer that
+is JSON as a whole (Llama 3, Mistral, whose tokens around it are no text). What is in no form, or calls a function that
+there is not, stays text.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from .calls import json_of
 
-OPENED, CLOSED = "<tool_call>", "</tool_call>"
 # how an answer begins that may be a call as a whole, without white space
 BEGINNINGS = ('{"name"', '[{"name"', '{"type":"function"', '[{"type":"function"', '{"function"')
 LONGEST = 64  # characters of an answer within which that shows
 
 Call = dict[str, Any]
+Schema = Callable[[str], Any]  # a function's properties, by its name
+
+
+def _elements(name: str, pairs: Iterable[tuple[str, str, str | None]], schema: Schema) -> Call:
+    """A call whose arguments are written one by one: key, value, and whether it says of itself that it is a text."""
+    properties = schema(name.strip())
+    arguments = {}
+    for key, value, said in pairs:
+        value = value.removeprefix("\n").removesuffix("\n")
+        is_text = said == "true" if said else _is_text(properties, key)
+        arguments[key] = value if is_text else json_of(value, value)
+    return {"name": name.strip(), "arguments": arguments}
+
+
+def _one(text: str, schema: Schema) -> list[Any]:
+    """JSON (Hermes, Qwen), elements whose names are the parameters' (Qwen's coders), or keys and values (GLM)."""
+    said, closed, _ = text.strip().partition("</tool_call>")
+    if said.startswith(("{", "[")):
+        return [json_of(said)]
+    if said.startswith("<function="):
+        name, _, rest = said.removeprefix("<function=").partition(">")
+        body, closed, _ = rest.rpartition("</function>")
+        parts = [part.partition(">") for part in body.split("<parameter=")[1:]]
+        pairs = [(key, value.rpartition("</parameter>")[0], None) for key, _, value in parts]
+    else:
+        name, *keyed = said.split("<arg_key>")
+        parts = [part.rpartition("</arg_value>")[0].partition("</arg_key>") for part in keyed]
+        pairs = [(key.strip(), value.partition("<arg_value>")[2], None) for key, _, value in parts]
+    return [_elements(name, pairs, schema) if closed else None]
+
+
+def _deepseek(text: str, schema: Schema) -> list[Any]:
+    """V3 and R1 write `function`, a separator, the name and JSON in a fence; V3.1 the name, a separator and JSON."""
+    calls = list[Any]()
+    for part in text.split("<｜tool▁call▁begin｜>")[1:]:
+        name, _, rest = part.partition("<｜tool▁call▁end｜>")[0].partition("<｜tool▁sep｜>")
+        if name.strip() == "function" and "\n" in rest:
+            name, _, rest = rest.partition("\n")
+            rest = rest.strip().removeprefix("```json").removesuffix("```")
+        calls.append({"name": name.strip(), "arguments": json_of(rest)})
+    return calls
+
+
+def _kimi(text: str, schema: Schema) -> list[Any]:
+    """`functions.`, the name, a colon and the call's number; JSON."""
+    calls = list[Any]()
+    for part in text.split("<|tool_call_begin|>")[1:]:
+        id, _, rest = part.partition("<|tool_call_end|>")[0].partition("<|tool_call_argument_begin|>")
+        name = id.strip().removeprefix("functions.").rpartition(":")[0]
+        calls.append({"name": name, "arguments": json_of(rest)})
+    return calls
+
+
+INVOKE = re.compile(r'<invoke name="([^"]*)">')
+PARAMETER = re.compile(r'<parameter name="([^"]*)"(?: string="(true|false)")?>')
+
+
+def _invoked(text: str, schema: Schema) -> list[Any]:
+    """Elements with names as attributes (MiniMax), and whether a value is a text (DeepSeek V4, each tag marked)."""
+    _, *parts = INVOKE.split(text.replace("｜DSML｜", ""))
+    calls = list[Any]()
+    for name, rest in zip(parts[::2], parts[1::2], strict=True):
+        body, ended, _ = rest.rpartition("</invoke>")
+        _, *given = PARAMETER.split(body)
+        values = [value.rpartition("</parameter>")[0] for value in given[2::3]]
+        pairs = zip(given[::3], values, given[1::3], strict=True)
+        calls.append(_elements(name, pairs, schema) if ended else None)
+    return calls
+
+
+# the tags around calls, and what reads the text behind the first one; the last may have been the token that ended it
+FORMS: dict[str, tuple[str, Callable[[str, Schema], list[Any]]]] = {
+    "<tool_call>": ("</tool_call>", _one),
+    "<｜tool▁calls▁begin｜>": ("<｜tool▁calls▁end｜>", _deepseek),
+    "<｜DSML｜tool_calls>": ("</｜DSML｜tool_calls>", _invoked),
+    "<|tool_calls_section_begin|>": ("<|tool_calls_section_end|>", _kimi),
+    "<minimax:tool_call>": ("</minimax:tool_call>", _invoked),
+}
+TAG = re.compile("|".join(map(re.escape, FORMS)))
+LONGEST_TAG = max(map(len, FORMS))
 
 
 class Written:
@@ -52,23 +132,23 @@ class Written:
                 return "", []
             calls = self._whole()
         while self.held:
-            start = self.held.find(OPENED)
-            if start < 0:
+            tag = TAG.search(self.held)
+            if tag is None:
                 keep = 0 if last else _overlap(self.held)
                 said += self.held[: len(self.held) - keep]
                 self.held = self.held[len(self.held) - keep :]
                 break
-            said, self.held = said + self.held[:start], self.held[start:]
-            end = self.held.find(CLOSED, max(0, len(self.held) - n_new - len(CLOSED)))
+            said, self.held = said + self.held[: tag.start()], self.held[tag.start() :]
+            closed, read = FORMS[tag[0]]
+            end = self.held.find(closed, max(len(tag[0]), len(self.held) - n_new - len(closed)))
             if end < 0 and not last:
                 break
-            end = end if end >= 0 else len(self.held)  # the tag may have been the token that ended the text
-            call = self._between(self.held[len(OPENED) : end])
-            if call is None:
-                said += self.held[: end + len(CLOSED)]
-            else:
-                calls.append(call)
-            self.held = self.held[end + len(CLOSED) :]
+            end = end + len(closed) if end >= 0 else len(self.held)
+            found = self._calls(read(self.held[len(tag[0]) : end], self._properties))
+            calls += found
+            if not found:
+                said += self.held[:end]
+            self.held = self.held[end:]
             n_new = len(self.held)
         self.n_calls += len(calls)
         if self.n_calls and said.isspace():
@@ -79,25 +159,18 @@ class Written:
     def _whole(self) -> list[Call]:
         """The calls that the held text consists of, which is then no longer held; none where it is anything else."""
         said = json_of(self.held)
-        calls = [self._call(one) for one in (said if isinstance(said, list) else [said])]
-        found = [call for call in calls if call is not None]
-        if not found or len(found) < len(calls):
-            return []
-        self.held = ""
+        found = self._calls(said if isinstance(said, list) else [said])
+        if found:
+            self.held = ""
         return found
 
-    def _between(self, text: str) -> Call | None:
-        text = text.strip()
-        if not text.startswith("<function="):
-            return self._call(json_of(text))
-        name, _, rest = text.removeprefix("<function=").partition(">")
-        properties = self.functions.get(name.strip(), {}).get("properties")
-        arguments = {}
-        for part in rest.removesuffix("</function>").split("<parameter=")[1:]:
-            key, _, value = part.partition(">")
-            value = value.rpartition("</parameter>")[0].removeprefix("\n").removesuffix("\n")
-            arguments[key] = value if _is_text(properties, key) else json_of(value, value)
-        return self._call({"name": name.strip(), "arguments": arguments})
+    def _properties(self, name: str) -> Any:
+        return self.functions.get(name, {}).get("properties")
+
+    def _calls(self, said: list[Any]) -> list[Call]:
+        """All in OpenAI's form; none where one is no call."""
+        calls = [call for call in map(self._call, said) if call is not None]
+        return calls if len(calls) == len(said) else []
 
     def _call(self, said: Any) -> Call | None:
         """In OpenAI's form; None where it calls no function that there is."""
@@ -131,7 +204,8 @@ def _may_be_json(text: str) -> bool:
 
 def _overlap(text: str) -> int:
     """Characters at the end of a text that a tag may begin with."""
-    return next((n for n in range(len(OPENED) - 1, 0, -1) if text.endswith(OPENED[:n])), 0)
+    sizes = range(min(len(text), LONGEST_TAG - 1), 0, -1)
+    return next((n for n in sizes if any(tag.startswith(text[-n:]) for tag in FORMS)), 0)
 
 
 def whole(choice: dict[str, Any], functions: list[dict[str, Any]]) -> None:
