@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
     "bank": [
         "policy/test_bank.py", "policy/test_costs.py", "policy/test_calibration.py", "policy/test_traces.py",
+        "policy/test_texts.py",
         "policy/test_replay.py::test_broken_calibrations_name_the_field",
     ],
     "convert": [

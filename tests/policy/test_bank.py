@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entmtp.bank.acceptance import N_INPUTS, SETS
+from entmtp.bank import acceptance
+from entmtp.bank.acceptance import N_INPUTS, N_SETS, SETS
 from entmtp.bank.bank import Bank, dumps, from_json, load_bank, names, to_json
 from entmtp.bank.tree import PLAIN, Tree
 from entmtp.common.errors import BankError
@@ -99,6 +101,33 @@ def test_weights_of_the_acceptance_model() -> None:
     del weights["model"]
     with pytest.raises(BankError, match="field model"):
         from_json(GOOD | {"acceptance_model": weights}, "x")
+
+
+def test_weights_as_rows() -> None:
+    """A row for each set of drafters, by their bits; a file holds four digits, and nothing of the empty set."""
+    assert (SETS[0b0101], SETS[0b1000], len(SETS)) == ("text+heads", "model", 16)
+    rows = np.arange(N_SETS * N_INPUTS, dtype=np.float32).reshape(N_SETS, N_INPUTS) / 10 + np.float32(1 / 3)
+    weights = acceptance.of_array(rows)
+    assert weights[1][0] == 1.8333
+    data = acceptance.to_json(weights)
+    assert list(data) == list(SETS[1:]) and data["recycling"] == list(weights[2])
+    back = acceptance.from_json(data, "x")
+    assert back[1:] == weights[1:] and back[0] == (0.0,) * N_INPUTS
+    assert acceptance.as_array(back).dtype == np.float32
+    assert np.array_equal(acceptance.as_array(back), np.array(back, np.float32))
+
+
+def test_a_bank_of_no_trees() -> None:
+    """Without heads trees are grown; the curve is that of docs/kernels.md, relative to a pass of one token."""
+    bank = Bank.without_heads()
+    assert bank.trees == (PLAIN,) and not bank.is_for_auto
+    curve = bank.need_costs().curve() / 1000
+    assert curve[[0, 1, 2, 3, 5, 7, 15, 31, 63]] == pytest.approx(
+        [1, 1.16, 1.3, 1.38, 1.7, 2.3, 3.8, 7.2, 14]
+    )
+    weights = acceptance.from_json({name: [0.0] * N_INPUTS for name in SETS[1:]}, "x")
+    assert replace(bank, acceptance_model=weights).is_for_auto
+    assert not replace(from_json(GOOD, "x"), acceptance_model=weights).is_for_auto
 
 
 def test_a_file_is_for_people_too() -> None:

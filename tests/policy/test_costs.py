@@ -91,6 +91,20 @@ def test_relative_costs() -> None:
     assert np.array(c.level) == pytest.approx(np.array([[100.0] * 3, [200.0] * 3]))
 
 
+def test_costs_times_a_factor() -> None:
+    """What depends on the model is scaled; what a token costs beside its pass is not."""
+    c = replace(from_json(GOOD, "x"), build=8.0)
+    half = c.scaled(0.5)
+    assert half.curve() == pytest.approx(c.curve() / 2) and half.curve(1000) == pytest.approx(
+        c.curve(1000) / 2
+    )
+    assert half.chain == pytest.approx(np.array(c.chain) / 2)
+    assert np.array(half.level) == pytest.approx(np.array(c.level) / 2)
+    assert (half.sample, half.host, half.token, half.build, half.context) == (5.0, 2.0, 20.0, 4.0, 64)
+    assert half.key is None  # of no machine
+    assert c.to_json()["build"] == 8.0 and from_json(c.to_json(), "x") == c
+
+
 def test_what_costs_leave_out() -> None:
     few = {"verify": {"0": {"1": 1.0}}, "chain": [0.0], "level": []}
     assert from_json(few, "x") == Costs({0: {1: 1.0}}, (0.0,), ())
