@@ -210,6 +210,7 @@ def test_unsupported_dtype(tmp_path, run):
         ({"hidden_state_offset": 2}, ("hidden_state_offset = 2", "not supported")),
         ({"hydra_num_heads": "three"}, ("'hydra_num_heads' is 'three'",)),
         ({"rope_theta": -1}, ("'rope_theta' is -1",)),
+        ({"rope_theta": 1}, ("'rope_theta' is 1 in place of a number above 1",)),
         ({"rope_theta": 500000.0}, ("another base than 500000",)),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ("RoPE scaling",)),
     ],

@@ -281,6 +281,17 @@ def test_another_number_of_blocks_is_told(tmp_path, base, kind):
         assert read_heads(tmp_path / "h.gguf").keys[f"{kind}.block_count"] == 1
 
 
+def test_heads_of_different_depths_are_refused(tmp_path, base):
+    state = {
+        name: array
+        for i, n_blocks in enumerate((2, 3))
+        for name, array in medusa_state(2, n_blocks).items()
+        if name.startswith(f"{i}.")
+    }
+    with pytest.raises(ConvertError, match=r"different numbers of residual blocks \(\[2, 3\]\)"):
+        convert(write_checkpoint(tmp_path / "c", state, medusa_config(2, 2)), base, tmp_path / "h.gguf")
+
+
 def test_hydra_outputs_without_bias(tmp_path, base):
     state = hydra_state(2)
     for i in range(2):
