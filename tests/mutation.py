@@ -48,7 +48,8 @@ TESTS = {
     "measure": [
         "policy/test_fitting.py", "policy/test_search.py", "policy/test_timing.py", "policy/test_bench.py",
         "policy/test_rounding.py", "policy/test_baselines.py", "policy/test_bench_serve.py", "policy/test_replay.py",
-        "policy/test_tune.py", "commands/test_chat_parts.py",
+        "policy/test_tune.py", "policy/test_learning.py", "policy/test_mislead.py",
+        "commands/test_chat_parts.py",
     ],
 }  # fmt: skip
 

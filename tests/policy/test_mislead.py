@@ -13,6 +13,7 @@ from entmtp import Bank, Llama
 from entmtp.bank import PLAIN, Traces
 from entmtp.bank.costs import relative
 from entmtp.bank.texts import N_BEST, Texts
+from entmtp.bank.traces import join
 from entmtp.bench import mislead
 from entmtp.bench.cli import main
 from entmtp.measure.chains import chains
@@ -56,6 +57,10 @@ def test_chains_by_hand() -> None:
         (2, 0),
         (2, 0),
     ]
+    # one text after the other: in the second 7, 5 are guessed after (5, 6), and only 7 is left to come
+    both = join([traces_of([1, 2, 3, 4], [1, 2, 3, 4, 1]), traces_of([5, 6, 7], [5, 6, 7, 8])])
+    r = chains(both, COSTS, 2, 2)
+    assert r.steps["n_nodes"].tolist() == [1, 3, 1, 3] and r.n_tokens == 7
     with pytest.raises(ValueError, match="no texts"):
         chains(Traces(**(vars(traces) | {"texts": None})), COSTS, 2, 2)
 

@@ -48,6 +48,46 @@ def test_best_tree_against_brute_force(costs: Costs, seed: int, priced: bool) ->
     assert value >= best - 1e-9 * max(abs(best), 1.0)
 
 
+@given(st.integers(0, 1000), st.integers(2, 20))
+def test_a_tree_that_is_being_changed(seed: int, n_nodes: int) -> None:
+    """What is kept along the way is what the paths say, counted anew."""
+    rng = np.random.default_rng(seed)
+    p = search.node_probabilities(random_ranks(seed, [120], 4, 0.6), max_rank=3)
+    shape = search._Shape(search.grow(p, n_nodes), p)
+    for _ in range(12):
+        leaves = shape.leaves()
+        free = [q for q in p if q not in shape.paths and (len(q) == 1 or q[:-1] in shape.paths)]
+        expanded = {q[:-1] for q in shape.paths}
+        assert set(leaves) == shape.paths - expanded
+        assert shape.level_widths() == tuple(
+            sum(len(q) == d for q in expanded) for d in range(1 + max(map(len, expanded), default=-1))
+        )
+        assert shape.tokens == pytest.approx(1 + search.expected(shape.paths, p))
+        add = bool(free) and (not leaves or rng.random() < 0.4)
+        moves = free if add else leaves
+        if moves:
+            shape.change(moves[int(rng.integers(len(moves)))], 1 if add else -1)
+
+
+@given(st.integers(0, 1000), cost_tables(), st.booleans(), st.integers(1, 12))
+def test_exchange_never_loses(seed: int, costs: Costs, priced: bool, n_nodes: int) -> None:
+    """And stops where no single leaf to drop, path to add, or swap of both, is better."""
+    p = search.node_probabilities(random_ranks(seed, [120], 3, 0.6), max_rank=2)
+    price = 0.9e-3 if priced else None
+    start = Tree("", search.grow(p, n_nodes))
+    found = search.exchange(start, p, costs, price, n_pool=99, n_moves=99)
+    best = search.objective(found, p, costs, price)
+    assert best >= search.objective(start, p, costs, price) - 1e-12
+    paths = set(found.paths)
+    leaves = [q for q in paths if not any(r[:-1] == q for r in paths)]
+    fewer = [paths, *(paths - {leaf} for leaf in leaves)]
+    for some in fewer:
+        near = [q for q in p if q not in some and (len(q) == 1 or q[:-1] in some)]
+        for other in [some, *(some | {q} for q in near)]:
+            value = search.objective(search._tree(other), p, costs, price)
+            assert value <= best + 1e-8 * abs(best) + 1e-11
+
+
 def test_growth_against_brute_force() -> None:
     """The most probable tree of n nodes, among all trees over the observed paths."""
     p = search.node_probabilities(random_ranks(3, [400], 3, 0.6), max_rank=3)

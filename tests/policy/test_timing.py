@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 
 from entmtp import Llama
 from entmtp.bank.costs import Costs, from_json
 from entmtp.measure import at_load, known, timing
+from entmtp.measure.speed import PlainPass
+from helpers.hybrids import hybrid_path
 from helpers.settings import F32
 
 
@@ -45,6 +49,42 @@ def test_a_budget_still_measures_what_is_needed(llm: Llama) -> None:
     c = timing.measure(llm, at_load.QUICK_SIZES, contexts=(64,), n_rounds=8, budget=0.0)
     assert {1, 2} <= set(c.verify[64])
     assert len(c.chain) == 5
+
+
+def test_a_memory_without_trees_is_timed_in_rows(cache: Path) -> None:
+    """As many tokens in a row as it can be cut back by, and one; in large rounds the budget ends it."""
+    with closing(Llama(hybrid_path("qwen35"), draft="entmtp", **F32)) as model:
+        assert not model.decoder.can_tree()
+        n_back = llama_cpp.llama_n_rs_seq(model.ctx)
+        c = timing.measure(model, n_rounds=3)
+        assert n_back > 1 and list(c.verify) == [16] and list(c.verify[16]) == list(range(1, 2 + n_back))
+        assert min(c.verify[16].values()) > 0 and (c.chain, c.level, c.context) == ((0.0,), (), 16)
+        assert c.key == known.machine_key(model) and 0 <= c.spread < 10
+        assert model.n_tokens == 0 and model.draft_stats.n_steps == 0
+        few = timing.measure(model, n_rounds=10**9, budget=0.0)
+        assert set(few.verify[16]) == set(c.verify[16])
+
+
+def test_how_fast_plain_decoding_is_known_to_be(llm: Llama, cache: Path, trusting: None) -> None:
+    """Measured where nothing is in the cache, and the trees are as before; else what is there."""
+    llm.set_trees("mc_sim_7b_63", policy="static")
+    before = llm.bank, llm.policy, llm.tree
+    found = PlainPass.of(llm)
+    kept = known.cached(llm)
+    assert kept is not None and found.us == kept.curve()[0] > 0
+    assert (llm.bank, llm.policy, llm.tree) == before
+    known.keep(replace(kept, verify={d: {n: 7.0 * n for n in row} for d, row in kept.verify.items()}))
+    assert PlainPass.of(llm).us == pytest.approx(7.0)
+    with closing(Llama(llm.model_path, **F32)) as plain:  # it holds no trees to time
+        assert plain.bank is None and PlainPass.of(plain).us is None
+
+
+def test_costs_and_banks_are_kept_by_key(cache: Path) -> None:
+    costs = Costs({16: {1: 100.0}}, (0.0,), (), key="abc")
+    known.keep(costs)
+    (file,) = cache.rglob("abc.json")
+    assert file.parent.name == "costs" and from_json(json.loads(file.read_text()), "x") == costs
+    assert known.tuned_path("abc") == cache / "banks" / "abc.json"
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ def exchange(
 
     best = value()
     for _ in range(n_moves):
-        top: tuple[float, tuple[tuple[Path, int], ...]] = (best * (1 + 1e-9) + 1e-12, ())
+        top: tuple[float, tuple[tuple[Path, int], ...]] = (best + 1e-9 * abs(best) + 1e-12, ())
 
         def consider(*move: tuple[Path, int]) -> None:
             nonlocal top
