@@ -164,6 +164,8 @@ def test_what_a_file_leaves_out() -> None:
     bank = from_json({"version": 2, "trees": [{"name": "plain", "paths": []}]}, "x")
     assert bank == Bank("x", (PLAIN,))
     assert (bank.ema_window, bank.criterion, bank.bin_edges) == (8.0, "ratio", ())
+    with pytest.raises(BankError, match=r"field trees\[0\] must be plain decoding: a tree without paths"):
+        from_json({"version": 2, "trees": [{"name": "a", "paths": [[0]]}]}, "x")
     with pytest.raises(BankError, match="bank x has no costs: only policy static"):
         bank.need_costs()
     with pytest.raises(BankError, match="bank x has no calibration"):
