@@ -113,6 +113,16 @@ ANSWERS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
         text := "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>stop<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
         "<｜tool▁call▁begin｜>fly<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>", text, [],
     ),
+    "cut off in a section": (
+        text := '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Par', text, [],
+    ),
+    "cut off in a fence": (
+        text := '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{"city"', text, [],
+    ),
+    "cut off in a numbered call": (
+        text := "<|tool_calls_section_begin|><|tool_call_begin|>functions.stop:0<|tool_call_argument_begin|>{",
+        text, [],
+    ),
     "an empty section": (text := "<|tool_calls_section_begin|><|tool_calls_section_end|>", text, []),
     "no number of JSON": (
         '{"name": "weather", "arguments": {"days": NaN}}', '{"name": "weather", "arguments": {"days": NaN}}', [],

@@ -20,21 +20,21 @@ BEGINNINGS = ('{"name"', '[{"name"', '{"type":"function"', '[{"type":"function"'
 LONGEST = 64  # characters of an answer within which that shows
 
 Call = dict[str, Any]
-Schema = Callable[[str], Any]  # a function's properties, by its name
+Properties = Callable[[str], Any]  # of a function's schema, by its name
 
 
-def _elements(name: str, pairs: Iterable[tuple[str, str, str | None]], schema: Schema) -> Call:
+def _elements(name: str, pairs: Iterable[tuple[str, str, str | None]], properties: Properties) -> Call:
     """A call whose arguments are written one by one: key, value, and whether it says of itself that it is a text."""
-    properties = schema(name.strip())
+    known = properties(name.strip())
     arguments = {}
     for key, value, said in pairs:
         value = value.removeprefix("\n").removesuffix("\n")
-        is_text = said == "true" if said else _is_text(properties, key)
+        is_text = said == "true" if said else _is_text(known, key)
         arguments[key] = value if is_text else json_of(value, value)
     return {"name": name.strip(), "arguments": arguments}
 
 
-def _one(text: str, schema: Schema) -> list[Any]:
+def _one(text: str, properties: Properties) -> list[Any]:
     """JSON (Hermes, Qwen), elements whose names are the parameters' (Qwen's coders), or keys and values (GLM)."""
     said, closed, _ = text.strip().partition("</tool_call>")
     if said.startswith(("{", "[")):
@@ -48,36 +48,39 @@ def _one(text: str, schema: Schema) -> list[Any]:
         name, *keyed = said.split("<arg_key>")
         parts = [part.rpartition("</arg_value>")[0].partition("</arg_key>") for part in keyed]
         pairs = [(key.strip(), value.partition("<arg_value>")[2], None) for key, _, value in parts]
-    return [_elements(name, pairs, schema) if closed else None]
+    return [_elements(name, pairs, properties) if closed else None]
 
 
-def _deepseek(text: str, schema: Schema) -> list[Any]:
+def _parts(text: str, begin: str, separator: str, end: str) -> Iterator[tuple[str, str]]:
+    """What stands before and behind the separator of each call."""
+    for part in text.split(begin)[1:]:
+        head, _, rest = part.partition(end)[0].partition(separator)
+        yield head.strip(), rest.strip()
+
+
+def _deepseek(text: str, properties: Properties) -> list[Any]:
     """V3 and R1 write `function`, a separator, the name and JSON in a fence; V3.1 the name, a separator and JSON."""
     calls = list[Any]()
-    for part in text.split("<｜tool▁call▁begin｜>")[1:]:
-        name, _, rest = part.partition("<｜tool▁call▁end｜>")[0].partition("<｜tool▁sep｜>")
-        if name.strip() == "function" and "\n" in rest:
+    for name, rest in _parts(text, "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"):
+        if name == "function" and "\n" in rest:
             name, _, rest = rest.partition("\n")
-            rest = rest.strip().removeprefix("```json").removesuffix("```")
-        calls.append({"name": name.strip(), "arguments": json_of(rest)})
+            rest = rest.removeprefix("```json").removesuffix("```")
+        calls.append({"name": name.strip(), "arguments": json_of(rest, None)})
     return calls
 
 
-def _kimi(text: str, schema: Schema) -> list[Any]:
+def _kimi(text: str, properties: Properties) -> list[Any]:
     """`functions.`, the name, a colon and the call's number; JSON."""
-    calls = list[Any]()
-    for part in text.split("<|tool_call_begin|>")[1:]:
-        id, _, rest = part.partition("<|tool_call_end|>")[0].partition("<|tool_call_argument_begin|>")
-        name = id.strip().removeprefix("functions.").rpartition(":")[0]
-        calls.append({"name": name, "arguments": json_of(rest)})
-    return calls
+    parts = _parts(text, "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>")
+    names = ((id.removeprefix("functions.").rpartition(":")[0], rest) for id, rest in parts)
+    return [{"name": name, "arguments": json_of(rest, None)} for name, rest in names]
 
 
 INVOKE = re.compile(r'<invoke name="([^"]*)">')
 PARAMETER = re.compile(r'<parameter name="([^"]*)"(?: string="(true|false)")?>')
 
 
-def _invoked(text: str, schema: Schema) -> list[Any]:
+def _invoked(text: str, properties: Properties) -> list[Any]:
     """Elements with names as attributes (MiniMax), and whether a value is a text (DeepSeek V4, each tag marked)."""
     _, *parts = INVOKE.split(text.replace("｜DSML｜", ""))
     calls = list[Any]()
@@ -86,12 +89,12 @@ def _invoked(text: str, schema: Schema) -> list[Any]:
         _, *given = PARAMETER.split(body)
         values = [value.rpartition("</parameter>")[0] for value in given[2::3]]
         pairs = zip(given[::3], values, given[1::3], strict=True)
-        calls.append(_elements(name, pairs, schema) if ended else None)
+        calls.append(_elements(name, pairs, properties) if ended else None)
     return calls
 
 
 # the tags around calls, and what reads the text behind the first one; the last may have been the token that ended it
-FORMS: dict[str, tuple[str, Callable[[str, Schema], list[Any]]]] = {
+FORMS: dict[str, tuple[str, Callable[[str, Properties], list[Any]]]] = {
     "<tool_call>": ("</tool_call>", _one),
     "<｜tool▁calls▁begin｜>": ("<｜tool▁calls▁end｜>", _deepseek),
     "<｜DSML｜tool_calls>": ("</｜DSML｜tool_calls>", _invoked),
