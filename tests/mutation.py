@@ -46,8 +46,9 @@ TESTS = {
         "convert/test_convert_faults.py", "convert/test_convert_reference.py",
     ],
     "measure": [
-        "policy/test_fitting.py", "policy/test_search.py", "policy/test_timing.py", "policy/test_bench.py",
-        "policy/test_rounding.py", "policy/test_baselines.py", "policy/test_bench_serve.py", "policy/test_replay.py",
+        "policy/test_fitting.py", "policy/test_search.py", "policy/test_timing.py", "policy/test_timing_known.py",
+        "policy/test_bench.py", "policy/test_rounding.py", "policy/test_baselines.py", "policy/test_bench_serve.py",
+        "policy/test_replay.py",
         "policy/test_tune.py", "policy/test_learning.py", "policy/test_mislead.py",
         "commands/test_chat_parts.py",
     ],

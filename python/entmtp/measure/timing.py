@@ -66,7 +66,7 @@ def measure(
         return measure_chains(llm, n_rounds, budget, seed)
     dec, heads = llm.decoder, llm.draft_heads if llm.heads_path else None
     n_heads = heads.n_heads if heads else 0
-    room = min(llm.n_ctx(), llm.n_batch) - 1
+    room = min(llm.n_ctx() - 8, llm.n_batch) - 1  # behind a token, and with eight steps of it behind it
     sizes = [n for n in sizes if n <= room]
     contexts = sorted({min(c, llm.n_ctx() - max(sizes) - 8) for c in contexts})
     start = time.perf_counter()
