@@ -18,7 +18,8 @@ from entmtp import Llama
 from entmtp.bench import accuracy, cli, inputs, memory, run
 from entmtp.common.machine import held_memory
 from entmtp.measure.compare import LEAST, Comparison, remark
-from entmtp.measure.methods import ENTMTP, generic
+from entmtp.measure.methods import ENTMTP, generic, methods_of
+from entmtp.measure.stock import LOOKUP
 from entmtp.measure.turns import Answer, Prompt, answering, decode, in_turn
 from entmtp.native import kernels
 from entmtp.report.tables import cell, table
@@ -36,8 +37,53 @@ NEEDED = {
 
 
 #
+# methods
+#
+
+
+@pytest.mark.parametrize(
+    ("arch", "has_model", "learning"),
+    [
+        (None, False, ["EntMTP"]),
+        (None, True, ["EntMTP, text", "EntMTP, model", "EntMTP"]),
+        ("hydra", False,
+         ["EntMTP, text", "EntMTP, heads", "EntMTP, entropy", "EntMTP, confidence", "EntMTP"]),
+        ("medusa", True,
+         ["EntMTP, text", "EntMTP, model", "EntMTP, heads", "EntMTP, entropy", "EntMTP, confidence", "EntMTP"]),
+    ],
+)  # fmt: skip
+def test_methods_fit_what_drafts(arch: str | None, has_model: bool, learning: list[str]) -> None:
+    fixed, found = methods_of(arch, has_model)
+    assert [m.label for m in found] == learning
+    labels = [m.label for m in fixed]
+    only_a_model = has_model and not arch  # it writes rows, and holds no published trees
+    assert [x for x in labels if x.startswith("chain")] == [
+        f"chain of {n}" for n in range(1, 5) if only_a_model
+    ]
+    assert ("mc_sim_7b_63" in labels) != only_a_model
+    assert any(x.startswith("static ") for x in labels) == bool(arch)
+    assert list(LOOKUP.values()) == [10, 2] and all(x.endswith(f" {n}") for x, n in LOOKUP.items())
+
+
+#
 # turns
 #
+
+
+def test_a_model_wakes_up_once_and_a_shared_one_for_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight tokens that nobody sees come before the first answer, or before each where another method had the model."""
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "entmtp.measure.turns.decode", lambda llm, prompt: asked.append(prompt.n_tokens) or said(prompt.n_tokens, 1.0)
+    )  # fmt: skip
+    alone = answering(None)
+    assert [len(alone(Prompt([1], n)).tokens) for n in (20, 30)] == [20, 30] and asked == [8, 20, 30]
+    asked.clear()
+    applied: list[object] = []
+    monkeypatch.setattr(type(ENTMTP), "apply", lambda method, llm: applied.append(llm))
+    shared = answering("model", ENTMTP)
+    assert [len(shared(Prompt([1], n)).tokens) for n in (20, 30)] == [20, 30] and asked == [8, 20, 8, 30]
+    assert applied == ["model", "model"]
 
 
 def said(n_tokens: int, seconds: float, start: int = 0) -> Answer:

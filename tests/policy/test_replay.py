@@ -14,14 +14,15 @@ from entmtp import Bank, Llama
 from entmtp.bank import calibration as tables
 from entmtp.bank.bank import Ladder
 from entmtp.bank.calibration import Calibration
-from entmtp.bank.costs import relative
+from entmtp.bank.costs import Costs, relative
 from entmtp.bank.traces import MAX_RANK, Traces, join
 from entmtp.bank.tree import PLAIN
 from entmtp.common.errors import BankError, EntmtpError
 from entmtp.measure import calibration as cal
-from entmtp.measure.replay import replay
+from entmtp.measure.replay import Replay, replay
 from entmtp.measure.rollouts import record
 from entmtp.native.arrays import PUBLISHED, SCORES
+from entmtp.native.stats import STEP_DTYPE
 from helpers.settings import prompts
 
 N_TOKENS = 80
@@ -324,3 +325,13 @@ def test_broken_calibrations_name_the_field(case: str) -> None:
     change(data)
     with pytest.raises(BankError, match=match):
         tables.from_json(data, "x")
+
+
+def test_all_that_steps_and_tokens_take_counts() -> None:
+    steps = np.zeros(3, STEP_DTYPE)
+    steps["t_draft_us"], steps["t_verify_us"] = 10, 100
+    costs = Costs({16: {1: 100.0}}, (0.0,), (), sample=7.0, host=3.0, token=2.0)
+    run = Replay(steps, 5, costs)
+    assert run.us == 3 * 110 and run.us_total == 3 * (110 + 3) + 5 * (7 + 2)
+    assert run.speed == pytest.approx(5e6 / 384) and run.tokens_per_step == 5 / 3
+    assert Replay(steps[:1], 1, costs).tokens_per_step == 1.0 and Replay(steps[:0], 0, costs).speed == 0.0
