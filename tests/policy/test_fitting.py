@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from entmtp.bank import PLAIN, Bank, Tree
 from entmtp.bank.calibration import N_ACCEPT, N_AHEAD, N_BEST, N_GUESS
 from entmtp.bank.costs import Costs, relative
 from entmtp.measure import calibration, search
+from entmtp.measure import speed as figures
 from entmtp.measure.compare import LOOP, TIMES, Comparison, before_loop, cut, quartiles, time_split
 from entmtp.measure.fitting import fit, fit_sizes, ladders
-from entmtp.measure.speed import ENOUGH, PlainPass, Speed, sparkline
+from entmtp.measure.speed import ENOUGH, Meter, PlainPass, Speed, sparkline
 from entmtp.measure.turns import Answer
 from entmtp.native.stats import STEP_DTYPE, DraftStats
 from helpers.traces import make_traces, random_ranks
@@ -364,9 +366,60 @@ def test_a_line_of_figures() -> None:
 
 def test_bars_are_means() -> None:
     assert sparkline([0, 0, 4, 4, 8, 8], 3) == " ▄█" and sparkline([0.0, 0.0]) == "  "
+    assert sparkline(range(9)) == " ▁▂▃▄▅▆▇█" and sparkline([8.0, 0.0, 4.0], 2) == "█▂"
     assert sparkline(range(120)) == sparkline([np.mean([2 * i, 2 * i + 1]) for i in range(60)])
 
 
 def test_costs_of_a_pass_are_those_of_its_size() -> None:
     """`relative` in thousandths of a second, as the tables above have it."""
     assert isinstance(COSTS, Costs) and COSTS.step(PLAIN) == pytest.approx(1000.0) and N_GUESS == 8
+
+
+class Answering:
+    """Drafts as it is told, and counts how often its statistics are begun anew."""
+
+    def __init__(self) -> None:
+        self.draft_stats, self.n_resets = steps_of(), 0
+
+    def reset_draft_stats(self) -> None:
+        self.n_resets += 1
+
+
+def test_an_answers_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """speedup = (tokens of steps * plain pass + rest) / wall, rest = wall - drafts - passes."""
+    clock, llm = SimpleNamespace(now=100.0), Answering()
+    monkeypatch.setattr(figures, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    meter = Meter(llm, PlainPass(1000.0))  # type: ignore[arg-type]
+    assert llm.n_resets == 1
+    none = meter.speed()
+    assert (none.n_tokens, none.seconds, none.first, none.speedup) == (0, 0.0, 0.0, None)
+    clock.now = 100.5  # the prompt
+    meter.token()
+    llm.draft_stats = steps_of((1, 0, 0, 1000))
+    first = meter.speed()
+    assert (first.n_tokens, first.seconds, first.first, first.speedup) == (1, 0.0, 0.5, None)
+    for i in range(1, 5):
+        clock.now = 100.5 + 0.002 * i
+        meter.token()
+    llm.draft_stats = steps_of((4, 2, 200, 1300), (4, 1, 200, 1300))  # five tokens; 3 ms in drafts and passes
+    found = meter.speed()
+    assert (found.n_tokens, found.seconds, found.first) == (5, pytest.approx(0.008), 0.5)
+    assert found.speedup == pytest.approx((5 * 0.001 + 0.005) / 0.008)
+    assert found.tokens_per_second == pytest.approx(4 / 0.008) and found.stats is llm.draft_stats
+    # passes that seem longer than the clock: there is no rest
+    llm.draft_stats = steps_of((4, 2, 1000, 9000), (4, 1, 1000, 9000))
+    assert meter.speed().speedup == pytest.approx(5 * 0.001 / 0.020)
+    # what a plain pass takes is not known
+    meter.plain = PlainPass()
+    assert meter.speed().speedup is None
+    meter.plain, llm.draft_stats = PlainPass(1000.0), steps_of()
+    assert meter.speed().speedup is None
+
+
+def test_plain_passes_of_answers() -> None:
+    """The latest 256 of them."""
+    plain = PlainPass()
+    plain.observe(steps_of(*[(1, 0, 0, 100)] * 300))
+    assert plain.us == 100.0 and len(plain.seen) == 256
+    plain.observe(steps_of(*[(1, 0, 0, 500)] * 128, *[(2, 0, 0, 7)] * 128))
+    assert plain.us == 300.0

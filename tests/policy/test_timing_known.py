@@ -7,12 +7,10 @@ from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from entmtp.bank.costs import WIDTHS, Costs
-from entmtp.measure import speed, timing
-from entmtp.native.stats import STEP_DTYPE, DraftStats
+from entmtp.measure import timing
 from helpers.clocked import Machine
 
 
@@ -69,9 +67,7 @@ def test_heads_that_cost_the_same_for_any_number_of_paths(timed: Callable[..., M
     assert c.level == ((levels(0, 1),) * 3, (levels(1, 1),) * 3)
 
 
-def test_chains_are_never_cheaper_than_shorter_ones(
-    timed: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chains_are_never_cheaper_than_shorter_ones(timed: Callable[..., Machine]) -> None:
     machine = timed(n_heads=3)
     machine.chains = lambda depth: (5.0, 30.0, 20.0)[depth - 1]
     assert timing.measure(machine, (1, 2), (16,), n_rounds=1).chain == (0.0, 5.0, 30.0, 30.0)
@@ -176,72 +172,3 @@ def test_the_rest_of_a_step(timed: Callable[..., Machine]) -> None:
     c = timing.measure_rest(machine, before, n_tokens=10, temp=0.5)
     assert (c.sample, c.host, c.token) == (70.0, 30.0, 20.0) and c.verify == before.verify
     assert machine.tree_policy == "off" and machine.asked[0] == {"temp": 0.5} and len(machine.asked) == 18
-
-
-#
-# an answer
-#
-
-
-def stats(*steps: tuple[int, int, int, int]) -> DraftStats:
-    """Of (nodes, accepted, µs of draft, µs of verify)."""
-    found = np.zeros(len(steps), STEP_DTYPE)
-    for record, step in zip(found, steps, strict=True):
-        record["n_nodes"], record["n_accepted"], record["t_draft_us"], record["t_verify_us"] = step
-    return DraftStats(found)
-
-
-class Answering:
-    """Drafts as it is told, and counts how often its statistics are begun anew."""
-
-    def __init__(self) -> None:
-        self.draft_stats, self.n_resets = stats(), 0
-
-    def reset_draft_stats(self) -> None:
-        self.n_resets += 1
-
-
-def test_an_answers_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """speedup = (tokens of steps * plain pass + rest) / wall, rest = wall - drafts - passes."""
-    clock, llm = SimpleNamespace(now=100.0), Answering()
-    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    meter = speed.Meter(llm, speed.PlainPass(1000.0))  # type: ignore[arg-type]
-    assert llm.n_resets == 1
-    none = meter.speed()
-    assert (none.n_tokens, none.seconds, none.first, none.speedup) == (0, 0.0, 0.0, None)
-    clock.now = 100.5  # the prompt
-    meter.token()
-    llm.draft_stats = stats((1, 0, 0, 1000))
-    first = meter.speed()
-    assert (first.n_tokens, first.seconds, first.first, first.speedup) == (1, 0.0, 0.5, None)
-    for i in range(1, 5):
-        clock.now = 100.5 + 0.002 * i
-        meter.token()
-    llm.draft_stats = stats((4, 2, 200, 1300), (4, 1, 200, 1300))  # five tokens; 3 ms in drafts and passes
-    found = meter.speed()
-    assert (found.n_tokens, found.seconds, found.first) == (5, pytest.approx(0.008), 0.5)
-    assert found.speedup == pytest.approx((5 * 0.001 + 0.005) / 0.008)
-    assert found.tokens_per_second == pytest.approx(4 / 0.008) and found.stats is llm.draft_stats
-    # passes that seem longer than the clock: there is no rest
-    llm.draft_stats = stats((4, 2, 1000, 9000), (4, 1, 1000, 9000))
-    assert meter.speed().speedup == pytest.approx(5 * 0.001 / 0.020)
-    # what a plain pass takes is not known
-    meter.plain = speed.PlainPass()
-    assert meter.speed().speedup is None
-    meter.plain, llm.draft_stats = speed.PlainPass(1000.0), stats()
-    assert meter.speed().speedup is None
-
-
-def test_plain_passes_of_answers() -> None:
-    """The latest 256 of them."""
-    plain = speed.PlainPass()
-    plain.observe(stats(*[(1, 0, 0, 100)] * 300))
-    assert plain.us == 100.0 and len(plain.seen) == 256
-    plain.observe(stats(*[(1, 0, 0, 500)] * 128, *[(2, 0, 0, 7)] * 128))
-    assert plain.us == 300.0
-
-
-def test_bars() -> None:
-    assert speed.sparkline(range(9)) == " ▁▂▃▄▅▆▇█"
-    assert speed.sparkline([4.0, 8.0]) == "▄█" and speed.sparkline([8.0, 0.0, 4.0], 2) == "█▂"
-    assert len(speed.sparkline([1.0] * 61)) == 60
