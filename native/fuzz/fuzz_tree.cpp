@@ -212,7 +212,7 @@ class session {
         }
         const int32_t status = process();
         reach(1, n, status);
-        const size_t room = unified ? n_ctx - n_cells() : n_ctx / n_seq - text[seq].size();
+        const size_t room = unified ? n_ctx - n_cells() : llama_n_ctx_seq(ctx) - text[seq].size();
         MUST(status == ((size_t) n <= room ? 0 : 1));
         if (status == 0) {
             forget();
@@ -272,7 +272,7 @@ class session {
             MUST(status == -1); // caches of their own take equal parts of a batch
             return;
         }
-        const size_t room = unified ? n_ctx - n_cells() : n_ctx / n_seq - text[seqs[0]].size();
+        const size_t room = unified ? n_ctx - n_cells() : llama_n_ctx_seq(ctx) - text[seqs[0]].size();
         if (status != 0) {
             MUST(status == 1 && (n > room || seqs.size() > 1));
             return;

@@ -78,6 +78,18 @@ def test_what_was_not_built_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         find(baselines.SERVER)
 
 
+def test_what_was_built_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the key of the llama.cpp that runs here."""
+    monkeypatch.setattr(baselines, "cache_folder", lambda: tmp_path)
+    folder = tmp_path / "baselines" / str(baselines.build_info()["key"])
+    folder.mkdir(parents=True)
+    (folder / "llama-server").touch()
+    assert find("llama-server") == folder / "llama-server"
+    assert "entmtp-speculative, which" in str(baselines.missing())
+    (folder / "entmtp-speculative.exe").touch()
+    assert find("entmtp-speculative").name == "entmtp-speculative.exe" and baselines.missing() is None
+
+
 def test_tokens_per_pass_of_programs_without_statistics() -> None:
     foreign = Answer(list(range(21)), 2.0, None, [], 10)
     ours = Answer(list(range(21)), 1.0)

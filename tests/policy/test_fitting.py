@@ -116,6 +116,47 @@ def test_a_calibration_tells_what_came_true() -> None:
     ].any()
 
 
+def test_weights_are_fitted_to_what_could_be_seen() -> None:
+    """Against plain loops: the guesses after a path are judged where the text went along it and did not end."""
+    lengths = [150, 90]
+    rng = np.random.default_rng(3)
+    ranks = random_ranks(4, lengths, 2, 0.6)
+    traces = make_traces(ranks, lengths, rng.random(240) * 3)
+    traces.log_p[:] = np.log(-np.sort(-rng.dirichlet(np.full(20, 0.4), (240, 2)))[..., :N_GUESS])
+    log_p = traces.log_p.astype(np.float64)
+    found = calibration.fit(traces, 8.0, n_bins=2, n_scenarios=2)
+    running, entropy = traces.running(8.0), traces.entropy
+    hits = calibration.running_hits(traces, found.hits, 39.0)
+    best = []  # calibrated probability of the first guess on each level
+    for level in range(2):
+        rows, right = [], []
+        above = log_p[:, 0, 0] if level else np.zeros(240)
+        inputs = calibration.accept_inputs(log_p[:, level], running, entropy, above, hits)
+        for i in range(240):
+            # heads that do not see the path guess the same after each of the four first guesses
+            width = 1 if level == 0 else 4
+            for c in range(width):
+                came_along = level == 0 or ranks[i, 0] == calibration.expanded_path(level, c)[0]
+                if came_along and ranks[i, level] >= 0:
+                    up = log_p[i, 0, calibration.expanded_path(level, c)[0]] if level else 0.0
+                    own = inputs[i].copy()
+                    own[:, 6] = up
+                    rows += list(own)
+                    right += [float(ranks[i, level] == r) for r in range(N_GUESS)]
+        weights = calibration.fit_logistic(np.array(rows), np.array(right))
+        assert found.accept[level] == pytest.approx(weights, rel=1e-6, abs=1e-9)
+        best.append(1 / (1 + np.exp(-(inputs[:, 0] @ weights))))
+    for level in range(2):
+        x = np.zeros((240, N_AHEAD))
+        for i in range(240):
+            x[i, :5] = 1.0, running[i], entropy[i], traces.log_root[i], hits[i]
+            if level:
+                x[i, 5] = x[i, 6] = log_p[i, 0, 0]
+        assert found.ahead[level] == pytest.approx(
+            calibration.fit_logistic(x, best[level]), rel=1e-6, abs=1e-9
+        )
+
+
 def test_edges_are_moved_apart() -> None:
     assert calibration._increasing(np.array([0.5, 0.5, 0.5, 0.7])) == pytest.approx(
         [0.5, 0.5001, 0.5002, 0.7]
@@ -223,6 +264,14 @@ def test_the_fitted_bank_is_the_fastest_that_was_tried() -> None:
         other = search.bin_bank(traces, COSTS, window, n_bins, criterion, more=[single])
         assert us <= replay(traces, other, "entropy").us * (1 + 2e-3)
     assert bank.calibration is not None and set(bank.published) == {"entropy", "top1", "path"}
+
+
+def test_where_nothing_is_gained_text_is_still_told_apart() -> None:
+    """All banks decode plainly there: the one of four bins and a window of eight tokens is taken."""
+    lengths = [300] * 2
+    traces = make_traces(random_ranks(8, lengths, 2, 0.7), lengths, np.random.default_rng(1).random(600) * 4)
+    bank = fit(traces, relative({1: 1.0, 64: 6400.0}, [0, 1.0, 2.0]))
+    assert (bank.ema_window, bank.criterion, len(bank.bin_edges)) == (8.0, "ratio", 3)
 
 
 def test_banks_of_given_sizes() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 
 from entmtp import Bank, Llama
 from entmtp.bank import PLAIN, Traces
@@ -169,6 +170,39 @@ def test_the_fit_finds_the_weights_that_made_the_data() -> None:
     assert learning.fit_towards(x[:2], y[:2], prior) == pytest.approx(prior, abs=0.1)
     kept = learning.fit_towards(np.c_[x, np.zeros(len(x))], y, np.append(prior, 7.0))
     assert kept[3] == 7.0
+
+
+def test_the_fit_is_the_most_likely_one_around_the_prior() -> None:
+    """Against a minimiser that knows nothing of Newton's method, from a prior far away."""
+    rng = np.random.default_rng(2)
+    x = np.c_[np.ones(60), 3 * rng.normal(size=60), np.full(60, 0.5)]
+    y = (rng.random(60) < 1 / (1 + np.exp(1 - 2 * x[:, 1]))).astype(float)
+    prior = np.array([9.0, -7.0, 2.0])
+    scale = np.sqrt((x**2).mean(axis=0))
+
+    def unlikely(w: np.ndarray) -> float:  # of weights in units of the inputs
+        z = (x / scale) @ w
+        return float((np.logaddexp(0, z) - y * z).sum() + 0.5 * 8.0 * ((w - prior * scale) ** 2).sum())
+
+    best = minimize(unlikely, np.zeros(3), tol=1e-12).x
+    assert learning.fit_towards(x, y, prior, strength=8.0) == pytest.approx(best / scale, rel=1e-3, abs=1e-4)
+
+
+def test_weights_are_learned_where_that_pays_and_only_there(recorded: tuple[Llama, Traces]) -> None:
+    llm, traces = recorded
+    timid = learning.shipped()
+    timid[:, 0] -= 9.0  # nothing is ever worth a guess
+    bank = replace(bank_of(llm), acceptance_model=of_array(timid))
+    learned = learning.learn(traces, bank, llm._heads, adapt=False)
+    assert learned.acceptance_model not in (None, bank.acceptance_model)
+    assert (
+        replay_auto(traces, learned, llm._heads).us
+        < 0.99 * replay_auto(traces, bank, llm._heads, adapt=False).us
+    )
+    # nothing pays where trees are dear, and one text is too few to judge by
+    dear = replace(bank, costs=relative({1: 1.0, 2: 30.0, 64: 900.0}, [0, 0.03, 0.06, 0.09, 0.12]))
+    assert learning.learn(traces, dear, llm._heads, adapt=False) is dear
+    assert learning.learn(traces.pick([0]), bank, llm._heads) is bank
 
 
 def test_learned_weights_know_held_out_texts_better(recorded: tuple[Llama, Traces]) -> None:

@@ -65,6 +65,22 @@ def test_chains_by_hand() -> None:
         chains(Traces(**(vars(traces) | {"texts": None})), COSTS, 2, 2)
 
 
+@pytest.mark.parametrize(("match", "draft"), [(1, 1), (2, 3), (3, 8)])
+def test_chains_against_a_search_of_the_whole_text(match: int, draft: int) -> None:
+    text = np.random.default_rng(match).integers(0, 3, 160).tolist()
+    r = chains(traces_of(text[:10], text[10:]), COSTS, match, draft)
+    at, expected = 10, []
+    while at < len(text) - 1:
+        known, end = text[: at + 1], text[at + 1 - match : at + 1]
+        places = [i for i in range(match, at + 1) if known[i - match : i] == end]
+        guesses = known[places[-1] : places[-1] + draft] if places else []
+        came = text[at + 1 : -1]
+        n_right = max(n for n in range(len(guesses) + 1) if guesses[:n] == came[:n] and n <= len(came))
+        expected.append((1 + len(guesses), n_right))
+        at += 1 + n_right
+    assert list(zip(r.steps["n_nodes"].tolist(), r.steps["n_accepted"].tolist(), strict=True)) == expected
+
+
 @pytest.mark.parametrize("kind", mislead.RUNS)
 def test_texts_mislead(kind: str) -> None:
     """Runs come again, and what followed them is wrong."""

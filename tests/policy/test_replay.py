@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from entmtp.bank.traces import MAX_RANK, Traces, join
 from entmtp.bank.tree import PLAIN
 from entmtp.common.errors import BankError, EntmtpError
 from entmtp.measure import calibration as cal
+from entmtp.measure import judge
 from entmtp.measure.replay import Replay, replay
-from entmtp.measure.rollouts import record
+from entmtp.measure.rollouts import record, rollout
+from entmtp.measure.tuning import sample_text
 from entmtp.native.arrays import PUBLISHED, SCORES
 from entmtp.native.stats import STEP_DTYPE
-from helpers.settings import prompts
+from helpers.settings import F32, prompts
 
 N_TOKENS = 80
 TEMPS = (0.0, 0.8)
@@ -335,3 +338,77 @@ def test_all_that_steps_and_tokens_take_counts() -> None:
     assert run.us == 3 * 110 and run.us_total == 3 * (110 + 3) + 5 * (7 + 2)
     assert run.speed == pytest.approx(5e6 / 384) and run.tokens_per_step == 5 / 3
     assert Replay(steps[:1], 1, costs).tokens_per_step == 1.0 and Replay(steps[:0], 0, costs).speed == 0.0
+
+
+def test_recordings(load: Callable[..., Llama], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many tokens as asked for at each temperature; what a file holds is not made again, nor written."""
+    from entmtp.measure import rollouts
+
+    llm = load(heads="medusa")
+    llm.set_trees(Bank("off", (PLAIN,)), policy="off")
+    texts = asked(llm, prompts()[:2])
+    path = tmp_path / "traces.npz"
+    traces = record(llm, texts, n_tokens=5, partial=path)
+    assert traces.n_tokens.tolist() == [5] * 4 and traces.prompt == (0, 0, 1, 1)
+    assert traces.texts is not None and traces.texts.temp.tolist() == pytest.approx([0.0, 0.8] * 2)
+    mean = np.mean([len(tokens) for _, tokens in texts])
+    assert traces.about["context"] == int(mean + 2.5) and Traces.load(path).about["complete"]
+
+    made: list[int] = []
+    own = rollouts.rollout
+    monkeypatch.setattr(rollouts, "rollout", lambda *a, **k: made.append(1) or own(*a, **k))
+    before = path.stat()
+    again = record(llm, texts, n_tokens=5, partial=path)
+    assert not made and again.texts is not None and (again.texts.tokens == traces.texts.tokens).all()
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    record(llm, texts, n_tokens=6, partial=path)  # other traces than those of the file
+    assert len(made) == 4
+
+
+def test_a_rollout_ends_with_the_context(models: dict[str, Path]) -> None:
+    settings = F32 | {"n_ctx": 24, "calibrate": False}
+    with closing(Llama(models["f32"], draft="entmtp", heads=models["medusa"], **settings)) as llm:
+        llm.set_trees(Bank("off", (PLAIN,)), policy="off")
+        prompt = llm.tokenize(b"def add(a, b):")
+        r, room = rollout(llm, prompt, 1000, temp=0.0), llm.n_ctx()
+    # the last token that is drawn is not evaluated: it has no place in the context, and needs none
+    assert len(prompt) + int(r.n_tokens[0]) == room
+
+
+def test_figures_of_a_replay() -> None:
+    steps = np.zeros(3, STEP_DTYPE)
+    steps["t_draft_us"], steps["t_verify_us"] = [10, 0, 20], [400, 300, 400]
+    costs = replace(COSTS, sample=5.0, host=7.0, token=11.0)
+    r = Replay(steps, 8, costs)
+    assert r.us == 1130.0 and r.us_total == 1130 + 3 * 7 + 8 * (5 + 11)
+    assert r.speed == pytest.approx(1e6 * 8 / r.us_total) and r.tokens_per_step == pytest.approx(8 / 3)
+    one = Replay(steps[:1], 4, costs)
+    assert one.tokens_per_step == 4.0 and Replay(steps[:0], 0, costs).tokens_per_step == 0.0
+    assert judge.rows_of({"plain": one, "mine": r}) == {
+        "plain": {"speed": 1.0, "tokens_per_second": round(one.speed, 1), "tokens_per_step": 4.0},
+        "mine": {
+            "speed": round(410 / 1130, 4), "tokens_per_second": round(r.speed, 1), "tokens_per_step": 2.667,
+        },
+    }  # fmt: skip
+
+
+def test_a_bank_without_weights_has_no_row_for_them(traced: tuple[Llama, Traces]) -> None:
+    llm, traces = traced
+    bank = replace(bank_of(llm, traces), acceptance_model=None)
+    assert set(judge.autos(traces, bank, llm._heads, ("text",))) == {judge.AUTO}
+    assert judge.autos(replace(traces, texts=None), bank, llm._heads, ("text",)) == {}
+
+
+def test_a_text_for_pictures(traced: tuple[Llama, Traces]) -> None:
+    """The longest one, with the token at which each step begins."""
+    llm, traces = traced
+    bank = bank_of(llm, traces)
+    found = sample_text(traces, bank)
+    longest = traces.pick([int(np.argmax(traces.n_tokens))])
+    steps = replay(longest, bank, "entropy", adapt=False).steps
+    at, begins = 0, []
+    for n in steps["n_accepted"]:
+        begins.append(at)
+        at += 1 + int(n)
+    assert list(found["position"]) == begins and found["tree"] == steps["tree"].tolist()
+    assert found["entropy"] == pytest.approx(longest.entropy, abs=1e-3) and sum(steps["n_accepted"]) > 0

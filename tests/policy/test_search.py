@@ -88,6 +88,32 @@ def test_exchange_never_loses(seed: int, costs: Costs, priced: bool, n_nodes: in
             assert value <= best + 1e-8 * abs(best) + 1e-11
 
 
+FLAT = relative({1: 1.0, 2: 1.1, 3: 50.0, 64: 90.0}, [0, 0.0, 0.0, 0.0])  # two nodes are cheap, three are not
+
+
+def test_exchange_swaps_where_neither_half_pays() -> None:
+    """Without the leaf the tree is worse, with a third node too; the better leaf in its place is better."""
+    p = {(0,): 0.5, (1,): 0.2}
+    assert search.exchange(Tree("", ((1,),)), p, FLAT, None).paths == ((0,),)
+    # and a leaf that was never seen goes first, though no more than one is looked at
+    p = {(0,): 0.5, (1,): 0.3}
+    start = Tree("", ((0,), (1,), (5,)))
+    flat = relative({1: 1.0, 2: 1.1, 3: 1.2, 4: 9.0, 64: 90.0}, [0, 0.0, 0.0])
+    assert search.exchange(start, p, flat, None, n_pool=1, n_moves=1).paths == ((0,), (1,))
+
+
+def test_exchange_looks_beyond_a_plain_start() -> None:
+    p = {(0,): 0.9, (1,): 0.05}
+    assert search.exchange(PLAIN, p, FLAT, None).paths == ((0,),)
+
+
+@pytest.mark.parametrize(("us", "price"), [(1e7, None), (1.0, 0.1)])
+def test_what_is_worth_the_same_is_no_gain(us: float, price: float | None) -> None:
+    p = {(0,): 0.5, (1,): 0.5}
+    costs = Costs({0: {n: us * c for n, c in {1: 1.0, 2: 1.1, 3: 50.0, 64: 90.0}.items()}}, (0.0, 0.0), ())
+    assert search.exchange(Tree("", ((1,),)), p, costs, price, n_moves=1).paths == ((1,),)
+
+
 def test_growth_against_brute_force() -> None:
     """The most probable tree of n nodes, among all trees over the observed paths."""
     p = search.node_probabilities(random_ranks(3, [400], 3, 0.6), max_rank=3)
@@ -191,3 +217,18 @@ def test_bins_get_the_trees_they_deserve(criterion: str) -> None:
     easy = r.steps["entropy"] < 1.0
     assert (r.steps["n_nodes"][easy] > 1).mean() > 0.95
     assert (r.steps["n_nodes"][r.steps["entropy"] > 2.9] == 1).all()
+
+
+def test_the_fuller_bin_has_the_place() -> None:
+    """Two kinds of text, one of them rare, and room for the tree of one."""
+    lengths = [1000] * 2
+    ranks = random_ranks(3, lengths, 1, 0.95)
+    rare = np.arange(2000) % 10 == 0
+    ranks[rare & (ranks[:, 0] == 0)] = 5  # there the best guess is wrong, the sixth is right
+    entropy = np.where(rare, 9.0, 0.5)
+    traces = make_traces(ranks, lengths, entropy)
+    costs = relative({1: 1.0, 2: 1.05, 64: 60.0}, [0, 0.0])
+    bank = search.bin_bank(traces, costs, window=1.0, n_bins=10, criterion="ratio", max_trees=9)
+    assert {((0,),), ((5,),)} <= {t.paths for t in bank.trees}
+    bank = search.bin_bank(traces, costs, window=1.0, n_bins=10, criterion="ratio", max_trees=2)
+    assert [t.paths for t in bank.trees] == [(), ((0,),)]

@@ -148,6 +148,18 @@ def test_key_depends_on_the_settings(llm: Llama, models: dict[str, Path]) -> Non
     with_heads.close()
 
 
+def test_key_depends_on_the_build(llm: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is written beside the libraries, wherever they lie."""
+    here, there = known.library.library_folder() / "build-info.json", tmp_path / "build-info.json"
+    before = known.machine_key(llm)
+    monkeypatch.setattr(known.library, "library_folder", lambda: tmp_path)
+    assert known.machine_key(llm) != before
+    there.write_bytes(here.read_bytes())
+    assert known.machine_key(llm) == before
+    there.write_text('{"key": "another"}')
+    assert known.machine_key(llm) != before
+
+
 @pytest.mark.parametrize("calibrate", [True, False])
 def test_llama_measures_at_first_use(
     calibrate: bool, models: dict[str, Path], cache: Path, trusting: None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from entmtp.bank.costs import WIDTHS, Costs
-from entmtp.measure import timing
+from entmtp.bank.costs import N_VERIFY, WIDTHS, Costs
+from entmtp.measure import at_load, timing
 from helpers.clocked import Machine
 
 
@@ -172,3 +172,50 @@ def test_the_rest_of_a_step(timed: Callable[..., Machine]) -> None:
     c = timing.measure_rest(machine, before, n_tokens=10, temp=0.5)
     assert (c.sample, c.host, c.token) == (70.0, 30.0, 20.0) and c.verify == before.verify
     assert machine.tree_policy == "off" and machine.asked[0] == {"temp": 0.5} and len(machine.asked) == 18
+    machine = timed()
+    assert timing.measure_rest(machine, before, n_tokens=2).token == 20.0
+
+
+def test_sizes_that_are_timed() -> None:
+    """Small ones all, larger ones no more than a quarter apart, as costs between are read off a line."""
+    sizes = timing.SIZES
+    assert sizes[0] == 1 and sizes[-1] == N_VERIFY and set(range(1, 9)) <= set(sizes)
+    assert all(a < b <= max(1.25 * a, a + 1) for a, b in pairwise(sizes))
+    assert all(n % 4 == 0 for n in sizes if n >= 16) and all(n % 8 == 0 for n in sizes if n >= 32)
+    powers = [2**i for i in range(7)]
+    assert list(timing.DEVICE_SIZES) == powers
+    assert set(powers) | set(range(1, 9)) <= set(at_load.QUICK_SIZES) and at_load.CHECK_SIZES[:2] == (1, 2)
+
+
+def test_twelve_rounds_unless_told(timed: Callable[..., Machine]) -> None:
+    said: list[tuple[str, int, int]] = []
+    timing.measure(timed(), (1, 2), (16,), progress=lambda *x: said.append(x))
+    assert said[-1] == ("costs of passes", 24, 24)
+
+
+def test_graphs_that_take_as_long_as_a_pass(timed: Callable[..., Machine]) -> None:
+    """They were built: a graph from before takes nothing."""
+    us = passes(16, 2)
+    machine = timed(n_gpu_layers=-1, builds=(us / 2, us / 2))
+    assert timing.measure(machine, (1, 2), (16,), n_rounds=1).build == pytest.approx(us)
+
+
+def test_costs_of_before_that_another_program_disturbed(timed: Callable[..., Machine]) -> None:
+    """Passes or drafts that are faster now by more than they vary; slower ones say nothing."""
+    machine = timed(n_heads=2)
+    now = {n: passes(16, n) for n in (1, 2, 4, 3, 8)}
+    chain = levels(0, 1) + levels(1, 1)
+
+    def were_disturbed(by_passes: float, by_drafts: float) -> bool:
+        verify = {16: {n: by_passes * us for n, us in now.items()}}
+        return at_load.were_disturbed(machine, Costs(verify, (0.0, by_drafts * chain), ()))
+
+    for by, disturbed in ((0.1, False), (1.0, False), (1.25, False), (1.35, True), (9.0, True)):
+        assert were_disturbed(by, 1.0) == disturbed
+    for by, disturbed in ((0.1, False), (1.4, False), (1.6, True)):
+        assert were_disturbed(1.0, by) == disturbed
+    # the look takes no more than a tenth of a second, where that is enough for one and two tokens
+    machine = timed()
+    machine.passes = lambda depth, n: 20000.0
+    at_load.were_disturbed(machine, Costs({16: {1: 1.0, 2: 1.0}}, (0.0,), ()))
+    assert machine.us < 0.4e6
