@@ -72,8 +72,8 @@ class session {
         params.type_k = params.type_v = GGML_TYPE_F32;
         params.flash_attn_type        = d.flag() ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
         unified                       = params.kv_unified;
-        // ggml's flash attention has a kernel for large batches that rounds to f16
-        tolerance                     = params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_ENABLED ? 3e-2f : 1e-3f;
+        // ggml's flash attention has a kernel for large batches that rounds to f16: 0.04 after 222 tokens
+        tolerance                     = params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_ENABLED ? 1e-1f : 1e-3f;
         auto & kept = s.contexts[{ unified, params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_ENABLED }];
         if (!kept) {
             kept.reset(llama_init_from_model(s.base.get(), params));
