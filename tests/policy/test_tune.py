@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import numpy as np
 import pytest
 
 from entmtp import Bank, Llama
+from entmtp.bank.costs import N_VERIFY
 from entmtp.bank.traces import Traces
 from entmtp.common.prompts import read_questions
 from entmtp.measure.replay import replay
+from entmtp.measure.timing import SIZES
+from entmtp.measure.tuning import EVERY_SIZE_BELOW, tune
 from entmtp.tune.cli import main
-from helpers.settings import N_THREADS
+from helpers.settings import F32, N_THREADS
 
 
 def write_prompts(path: Path, texts: list[str]) -> Path:
@@ -59,6 +63,10 @@ def test_the_bank_is_whole_and_usable(
     assert (np.diff(front[:, 1]) >= 0).all() and front[0].tolist()[:2] == [1, 1.0]
     costs = bank.need_costs()
     assert costs.token > 0 and costs.sample > 0 and costs.key
+    every = costs.curve()[0] < EVERY_SIZE_BELOW
+    assert set(costs.verify) == {64} and set(costs.verify[64]) == set(
+        range(1, N_VERIFY + 1) if every else SIZES
+    )
 
     settings = {"n_ctx": 512, "n_threads": N_THREADS, "n_threads_batch": N_THREADS, "verbose": False}
     # it was tuned here: nothing is measured again, however busy this machine was then
@@ -69,6 +77,15 @@ def test_the_bank_is_whole_and_usable(
         llm.set_trees(tuned["bank"], policy=policy)
         assert llm("def add(a, b):", max_tokens=16, temperature=0.0)["usage"]["completion_tokens"] > 0  # type: ignore[index]
     llm.close()
+
+
+def test_from_python_without_a_word(models: dict[str, Path], tmp_path: Path) -> None:
+    """As the command, greedily and at 0.8, where nobody wants to see how far it is."""
+    with closing(Llama(models["q8_0"], draft="entmtp", heads=models["hydra"], policy="off", **F32)) as llm:
+        asked = [("t", llm.tokenize(text)) for text in (b"def add(a, b):", b"It was a dark night")]
+        bank = tune(llm, asked, n_tokens=8, n_rounds=1, contexts=(16,), traces=tmp_path / "traces.npz")
+    assert bank.name == "tuned" and set(bank.need_costs().verify) == {16}
+    assert Traces.load(tmp_path / "traces.npz").about["temps"] == [0.0, 0.8]
 
 
 def test_held_out_figures_are_those_of_a_replay(tuned: dict[str, Path]) -> None:
