@@ -9,8 +9,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -19,7 +21,7 @@ from entmtp.bench import accuracy, cli, inputs, memory, run
 from entmtp.common.machine import held_memory
 from entmtp.measure.compare import LEAST, Comparison, remark
 from entmtp.measure.methods import ENTMTP, generic, methods_of
-from entmtp.measure.stock import LOOKUP
+from entmtp.measure.stock import LOOKUP, stock
 from entmtp.measure.turns import Answer, Prompt, answering, decode, in_turn
 from entmtp.native import kernels
 from entmtp.report.tables import cell, table
@@ -156,6 +158,20 @@ def test_answering_sets_the_method(load: Callable[..., Llama]) -> None:
 #
 # judge
 #
+
+
+def test_what_people_run_today(models: dict[str, Path]) -> None:
+    """llama-cpp-python's model with the settings of ours."""
+    ours: Any = SimpleNamespace(
+        n_threads=3, n_threads_batch=5, model_path=str(models["f32"]), n_ctx=lambda: 512
+    )
+    plain, lookup = stock(ours), stock(ours, 2, n_threads=1)
+    assert (plain.n_threads, plain.n_threads_batch, plain.n_ctx(), plain.draft_model) == (3, 5, 512, None)
+    assert (lookup.n_threads, lookup.n_threads_batch) == (1, 5) and lookup.draft_model.num_pred_tokens == 2
+    assert type(plain) is llama_cpp.Llama
+    assert set(LOOKUP) == {f"llama-cpp-python, prompt lookup {n}" for n in (10, 2)}
+    plain.close()
+    lookup.close()
 
 
 def test_pairs_are_of_the_same_prompt_and_long_enough() -> None:
