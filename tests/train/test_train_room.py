@@ -97,7 +97,7 @@ sys.exit(code)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 @pytest.mark.parametrize("arch", ["medusa", "hydra++"])
 def test_disk_and_memory_are_as_said(models: dict[str, Path], tmp_path: Path, arch: str) -> None:
-    """At most a tenth more than it said before it started, and not far less (what PyTorch holds differs by machine)."""
+    """Within a tenth of what it said before it started; less for hydra++ where glibc's heap frays less than allowed for."""
     work = tmp_path / "work"
     argv = [
         "--model", str(models["q8_0"]), "-o", str(tmp_path / "heads.gguf"), "--arch", arch, "--threads", "1",
@@ -107,7 +107,8 @@ def test_disk_and_memory_are_as_said(models: dict[str, Path], tmp_path: Path, ar
     done = subprocess.run([sys.executable, "-c", PEAK, *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     memory = float(re.findall(r"memory: (\d+) MB", done.stderr)[0])
-    assert 0.8 * memory <= float(done.stdout) <= 1.1 * memory
+    least = 0.9 if arch == "medusa" else 0.8
+    assert least * memory <= float(done.stdout) <= 1.1 * memory
     cache = float(re.findall(r"of which (\d+) MB hidden states", done.stderr)[0])
     used = sum(p.stat().st_size for p in work.glob("states.*")) / 1e6
     assert used == pytest.approx(cache, rel=0.1)
