@@ -97,7 +97,7 @@ sys.exit(code)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 @pytest.mark.parametrize("arch", ["medusa", "hydra++"])
 def test_disk_and_memory_are_as_said(models: dict[str, Path], tmp_path: Path, arch: str) -> None:
-    """Within a tenth of what it said before it started; less for hydra++ where glibc's heap frays less than allowed for."""
+    """Within a tenth of what it said before it started; hydra++ less where the heap frays less than allowed."""
     work = tmp_path / "work"
     argv = [
         "--model", str(models["q8_0"]), "-o", str(tmp_path / "heads.gguf"), "--arch", arch, "--threads", "1",
