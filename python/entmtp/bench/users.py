@@ -1,4 +1,4 @@
-"""`entmtp bench users`: one model for several users at a time, with drafts and without."""
+"""`entmtp bench users`: one model for several users at a time, with drafts and without; and a `Llama` for one."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import itertools
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..common.progress import stages
 from ..engine import Engine
+from ..llama import Llama
 from ..measure.methods import ENTMTP, PLAIN_LOOP
 from ..measure.turns import Prompt
-from ..options import load_engine
+from ..options import load, load_engine
 from ..report.tables import Form, table
-from .inputs import model_of, read_tasks, tokens_of, undrafted
+from .inputs import changed, model_of, read_tasks, tokens_of, undrafted
+
+ONE = "Llama, "  # and the method: an engine's counterpart for one user
 
 
 class Told(NamedTuple):
@@ -28,7 +33,29 @@ class Told(NamedTuple):
     times: list[float]
 
 
-def serve(engine: Engine, prompts: list[Prompt], n_users: int) -> tuple[list[Told], float]:
+class Alone:
+    """A `Llama` where an engine is asked for: one user's."""
+
+    passes = None
+
+    def __init__(self, llm: Llama):
+        self.host, self.slots = llm, ()
+
+    def slot(self) -> AbstractContextManager[Llama]:
+        return nullcontext(self.host)
+
+
+@contextmanager
+def alone(args: Namespace) -> Iterator[Alone]:
+    """A `Llama` with the attention of an engine, loaded in a thread that ends, as an engine's is."""
+    args = changed(args, flash_attn=args.flash_attn is not False)
+    with ThreadPoolExecutor(1) as loader:
+        llm = loader.submit(load, args).result()
+    with closing(llm):
+        yield Alone(llm)
+
+
+def serve(engine: Engine | Alone, prompts: list[Prompt], n_users: int) -> tuple[list[Told], float]:
     """All prompts answered by so many users, each of whom asks the next one when theirs is answered; seconds in all."""
     told: list[Told | None] = [None] * len(prompts)
     following = itertools.count()
@@ -74,26 +101,33 @@ def figures(answers: list[Told], seconds: float) -> dict[str, float]:
 
 def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
     tasks = read_tasks(args)
-    methods = {PLAIN_LOOP.label: False, ENTMTP.label: True}
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
     same: dict[tuple[str, int], int] = {}
     reference: list[list[int]] = []
     with model_of(args, args.model, needs_heads=False) as args, stages() as advance:
-        todo = list(itertools.product(range(args.rounds), methods))
+        plans = {PLAIN_LOOP.label: undrafted(args), ENTMTP.label: args}
+        engines: dict[str, Callable[[], AbstractContextManager[Engine | Alone]]] = {}
+        for label, plan in plans.items():
+            engines[label] = partial(load_engine, plan, max(args.users))
+        for label, plan in plans.items() if 1 in args.users else ():
+            engines[ONE + label] = partial(alone, plan)
+        todo = list(itertools.product(range(args.rounds), engines))
         for done, (_, label) in enumerate(todo):
-            # one engine at a time: two teams of threads on the same processors wait for each other
-            with load_engine(args if methods[label] else undrafted(args), max(args.users)) as engine:
+            # one model at a time: two teams of threads on the same processors wait for each other
+            with engines[label]() as engine:
                 prompts = [
                     Prompt(tokens_of(engine.host, q, args), args.tokens, temp, seed=7)
                     for temp in args.temp for task in tasks.values() for q in task
                 ]  # fmt: skip
-                serve(engine, prompts[: len(engine.slots)], len(engine.slots))  # builds graphs, wakes threads
-                for n in args.users:
+                n_slots = max(len(engine.slots), 1)
+                serve(engine, prompts[:n_slots], n_slots)  # builds graphs, wakes threads
+                for n in (1,) if isinstance(engine, Alone) else args.users:
                     before = engine.passes
                     answers, seconds = serve(engine, prompts, n)
-                    after = engine.passes
                     row = figures(answers, seconds)
-                    row["texts_per_pass"] = (after.parts - before.parts) / max(after.n - before.n, 1)
+                    if before is not None:
+                        after = engine.passes
+                        row["texts_per_pass"] = (after.parts - before.parts) / max(after.n - before.n, 1)
                     found.setdefault((label, n), []).append(row)
                     texts = [a.tokens for a in answers]
                     reference = reference or texts  # plain decoding of one user
