@@ -19,6 +19,7 @@ from ..engine import Engine
 from ..llama import Llama
 from ..measure.methods import ENTMTP, PLAIN_LOOP
 from ..measure.turns import Prompt
+from ..native.group import Passes
 from ..options import load, load_engine
 from ..report.tables import Form, table
 from .inputs import changed, model_of, read_tasks, tokens_of, undrafted
@@ -36,7 +37,7 @@ class Told(NamedTuple):
 class Alone:
     """A `Llama` where an engine is asked for: one user's."""
 
-    passes = None
+    passes = Passes(0, 0, 0)  # none are shared
 
     def __init__(self, llm: Llama):
         self.host, self.slots = llm, ()
@@ -124,10 +125,9 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
                 for n in (1,) if isinstance(engine, Alone) else args.users:
                     before = engine.passes
                     answers, seconds = serve(engine, prompts, n)
+                    after = engine.passes
                     row = figures(answers, seconds)
-                    if before is not None:
-                        after = engine.passes
-                        row["texts_per_pass"] = (after.parts - before.parts) / max(after.n - before.n, 1)
+                    row["texts_per_pass"] = (after.parts - before.parts) / max(after.n - before.n, 1)
                     found.setdefault((label, n), []).append(row)
                     texts = [a.tokens for a in answers]
                     reference = reference or texts  # plain decoding of one user
@@ -144,7 +144,7 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
         "": "{method}", "users": "{users}", "tokens/s": "{tokens_per_second:.0f}",
         "of one plain user": lambda r: f"{r['tokens_per_second'] / rows[0]['tokens_per_second']:.2f}",
         "ms between tokens, p50": "{gap_p50_ms:.1f}", "p99": "{gap_p99_ms:.1f}",
-        "ms to the first": "{first_token_p50_ms:.0f}", "texts a pass": "{texts_per_pass:.2f}",
+        "ms to the first": "{first_token_p50_ms:.0f}", "texts a pass": lambda r: f"{r['texts_per_pass'] or 1:.2f}",
         "same text": f"{{identical}}/{len(prompts) * args.rounds}",
     }  # fmt: skip
     yield table(columns, rows)
