@@ -58,8 +58,8 @@ class Screen:
         self.width = self._width()
         self.status = line
 
-    def text(self, text: str, drafters: int = 0) -> None:
-        """Write the next piece of the answer, in a colour if it came from a draft."""
+    def text(self, text: str, drafters: int = 0, soft: bool = False) -> None:
+        """Write the next piece of the answer, in a colour if it came from a draft, or softly: what is no answer yet."""
         if not self.begun:
             text = text.lstrip(" ")  # templates leave the space before the first word to the model
         self.begun = self.begun or bool(text)
@@ -71,7 +71,8 @@ class Screen:
             self.ends_line = text.endswith("\n")
             return
         text = printable(text)
-        shown = f"{colour_of(drafters)}{text}{PLAIN}" if drafters and self.colour else text
+        colour = colour_of(drafters) if drafters else DIM if soft else ""
+        shown = f"{colour}{text}{PLAIN}" if colour and self.colour else text
         self._follow(text)
         self.file.write(ERASE_BELOW + shown + self._below())
         self.file.flush()

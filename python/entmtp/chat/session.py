@@ -22,6 +22,7 @@ from ..common.interrupt import ctrl_c_stops
 from ..common.sampling import sampling
 from ..llama import Llama
 from ..measure.speed import Meter, PlainPass, Speed
+from ..models.channels import TAGS, TEXT, THOUGHT, Channels, Piece
 from ..models.templates import CONTINUE
 from ..options.grammar import grammar
 from .conversation import Conversation
@@ -55,6 +56,7 @@ class Chat:
         self.speed: Speed | None = None  # of the last answer
         self.saved: Path | None = None  # the file of /save and /load
         self.stopped = False  # the last answer, by Ctrl-C
+        self.thinks = False  # what is written is no answer yet
         colour = live and is_colourful()
         self.screen = Screen(sys.stdout, live, colour)
         # what is not an answer goes to stderr where stdout is no terminal
@@ -127,7 +129,7 @@ class Chat:
 
         seed = random.randrange(SEEDS) if self.seed is None else self.seed + self.n_regenerated
         parts: list[str] = []
-        reason = None
+        reason, self.thinks = None, False
         with contextlib.ExitStack() as stack:
             stopped = stack.enter_context(ctrl_c_stops(llm.cancel))
             if self.live:
@@ -144,7 +146,7 @@ class Chat:
                 grammar=self.grammar,
                 **self.settings,
             )
-            shown = time.perf_counter()
+            shown, channels = time.perf_counter(), Channels()
             for chunk in stream:
                 choice = chunk["choices"][0]
                 reason = choice["finish_reason"] or reason
@@ -152,12 +154,10 @@ class Chat:
                 if self.live and (now := time.perf_counter()) - shown > REFRESH:
                     screen.set_status(meter.speed().line(screen.width - 1))
                     shown = now
-                if text:
-                    if painter:
-                        painter.text(text)
-                    else:
-                        screen.text(text)
-                    parts.append(text)
+                for piece in channels.add(text, last=choice["finish_reason"] is not None):
+                    self._show(piece, painter)
+                    if piece.kind == TEXT:
+                        parts.append(piece.text)
                 if stopped.is_set():
                     stream.close()
                     break
@@ -165,6 +165,21 @@ class Chat:
         self.speed = meter.speed()
         self.plain.observe(self.speed.stats)
         return "".join(parts).lstrip(" "), reason, was_stopped
+
+    def _show(self, piece: Piece, painter: _Painter | None) -> None:
+        """A piece of an answer; what the model thinks is for terminals alone."""
+        if piece.kind == THOUGHT and self.live:
+            self.thinks = True
+        elif piece.kind == TEXT and self.thinks:
+            self.screen.text("\n\n")
+            self.thinks = False
+        if piece.kind == TAGS or (piece.kind == THOUGHT and not self.live):
+            if painter:
+                painter.skip(piece.text)
+        elif painter:
+            painter.text(piece.text)
+        else:
+            self.screen.text(piece.text, soft=self.thinks)
 
 
 class _Painter:
@@ -185,6 +200,11 @@ class _Painter:
         """Write the next text."""
         for drafters, group in groupby(text, self._of):
             self.screen.text("".join(group), drafters)
+
+    def skip(self, text: str) -> None:
+        """The next text is not written."""
+        for c in text:
+            self._of(c)
 
     def _of(self, c: str) -> int:
         flags = [self.flags.popleft() for _ in c.encode() if self.flags]

@@ -117,7 +117,7 @@ def write_whole(llama: Any, asked: Asked, served: ServedRequest) -> dict[str, An
     answer: dict[str, Any] = {}
     for index, create in enumerate(_calls(llama, asked, False)):
         one = create()
-        if asked.functions:
+        if isinstance(asked.body, Chat):
             written.whole(one["choices"][0], asked.functions)
         _finish(one["choices"][0], index, asked, served, {})
         if answer:
@@ -258,13 +258,14 @@ class Streamed(Response):
 
     def _write(self, llama: Any) -> None:
         served, functions, chunk = self.served, self.asked.functions, dict[str, Any]()
+        chat = isinstance(self.asked.body, Chat)
         if self.asked.body.entmtp:
             served.details = Details(self.models.passes)
 
         for index, create in enumerate(_calls(llama, self.asked, True)):
             begun = dict[str, str]()
             with contextlib.closing(create()) as chunks:
-                for chunk in written.streamed(chunks, functions) if functions else chunks:
+                for chunk in written.streamed(chunks, functions) if chat else chunks:
                     _finish(chunk["choices"][0], index, self.asked, served, begun)
                     if served.details is not None:
                         served.details.add_to(chunk)

@@ -86,6 +86,7 @@ class Asked:
         n_same: answers to the same prompt that follow each other.
         include_usage: a stream ends with the number of its tokens.
         functions: the answer's text may be, or hold, calls of these.
+        thoughts: before each message of a chat, as clients send them back.
     """
 
     body: Text | Chat
@@ -93,6 +94,7 @@ class Asked:
     n_same: int
     include_usage: bool
     functions: list[dict[str, Any]] = field(default_factory=list)
+    thoughts: list[Any] = field(default_factory=list)
 
     def arguments(self, llama: Llama) -> dict[str, Any]:
         """Of the call that writes an answer."""
@@ -109,9 +111,8 @@ class Asked:
         if isinstance(body, Chat) and body.logprobs:
             named["top_logprobs"] = body.top_logprobs or 0  # without, llama-cpp-python tells nothing
         if isinstance(body, Chat):
-            named["messages"] = for_template(
-                named["messages"], llama.metadata.get("tokenizer.chat_template", "")
-            )
+            template = llama.metadata.get("tokenizer.chat_template", "")
+            named["messages"] = for_template(named["messages"], template, self.thoughts)
         if body.min_tokens > 0:
             least = llama_cpp.MinTokensLogitsProcessor(body.min_tokens, llama.token_eos())
             named["logits_processor"] = llama_cpp.LogitsProcessorList([least])
@@ -173,6 +174,7 @@ def chat(request: dict[str, Any]) -> Asked:
     functions = demand(request)
     asked = _read(request, Chat, [None])
     asked.functions = functions
+    asked.thoughts = [m.get("reasoning_content") for m in request.get("messages") or ()]
     return asked
 
 

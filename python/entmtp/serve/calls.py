@@ -8,6 +8,8 @@ the deltas of a stream are such as clients put together.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from ..common.fields import parse_json
@@ -57,11 +59,17 @@ def _function(tool: Any) -> dict[str, Any]:
 OBJECTS = re.compile(r"(arguments|call\.function|tool_calls?)\W{0,3}\|\s{0,3}(tojson|items|dictsort)")
 
 
-def for_template(messages: list[Any], template: str) -> list[Any]:
-    """Messages with the arguments of earlier calls as their chat template reads them.
+def for_template(messages: list[Any], template: str, thoughts: Sequence[Any] = ()) -> list[Any]:
+    """Messages with earlier calls as their chat template reads them.
 
-    Clients send a text of JSON, and some templates write that; most take an object, and would quote the text once more.
+    Clients send a call's arguments as a text of JSON, and some templates write that; most take an object, and would
+    quote the text once more. What a model thought before its call is told where its template asks for it (gpt-oss).
     """
+    if "message.thinking" in template:
+        messages = [
+            {**m, "thinking": thought} if thought and m.get("tool_calls") and not m.get("content") else m
+            for m, thought in zip_longest(messages, thoughts)
+        ]
     if not OBJECTS.search(template):
         return messages
     return [

@@ -121,7 +121,8 @@ class Details:
     def add_to(self, chunk: dict[str, Any]) -> None:
         """Put the details of a chunk's text into the chunk."""
         choice = chunk["choices"][0]
-        text = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+        said = choice.get("delta") or {"content": choice.get("text")}
+        text = (said.get("reasoning_content") or "") + (said.get("content") or "")
         tokens = self._of(text)
         if choice["finish_reason"] is not None:  # what has no text: the end, or what a stop sequence cut
             tokens += [{"text": "", **drawn.facts} for drawn in self._waiting]

@@ -95,6 +95,8 @@ def _message(message: Any) -> Any:
     if message.get("images"):
         raise Refused("messages: this server reads text, and a message has images", "messages")
     said = {"role": message.get("role"), "content": message.get("content", "")}
+    if message.get("thinking"):
+        said["reasoning_content"] = message["thinking"]
     if message.get("role") == "tool":
         said["tool_call_id"] = message.get("tool_call_id") or message.get("tool_name") or ""
     if calls := message.get("tool_calls"):
@@ -118,15 +120,15 @@ class Generated:
         self.reason = "load"  # nothing was asked
         self.calls: list[dict[str, str]] = []
 
-    def said(self, text: str) -> dict[str, Any]:
-        return {"response": text}
+    def said(self, text: str, thoughts: str = "") -> dict[str, Any]:
+        return {"response": text} | ({"thinking": thoughts} if thoughts else {})
 
     def begin(self) -> Iterator[bytes]:
         yield from ()
 
     def add(self, chunk: dict[str, Any]) -> Iterator[bytes]:
-        if text := self._text(chunk):
-            yield self._line(**self.said(text), **_logprobs(chunk), done=False)
+        if any(parts := self._parts(chunk)):
+            yield self._line(**self.said(*parts), **_logprobs(chunk), done=False)
 
     def end(self) -> Iterator[bytes]:
         yield self._line(**self.said(""), **self._summary())
@@ -135,11 +137,11 @@ class Generated:
         return refused.event(self.served.path)
 
     def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
-        text = self._text(answer) if answer else ""
-        return {**self._head(), **self.said(text), **_logprobs(answer), **self._summary()}
+        parts = self._parts(answer) if answer else ("", "")
+        return {**self._head(), **self.said(*parts), **_logprobs(answer), **self._summary()}
 
-    def _text(self, chunk: dict[str, Any]) -> str:
-        """The text of a chunk, or of a whole answer; calls of tools are kept for the end."""
+    def _parts(self, chunk: dict[str, Any]) -> tuple[str, str]:
+        """Text and thoughts of a chunk, or of a whole answer; calls of tools are kept for the end."""
         choice = chunk["choices"][0]
         said = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
         self.reason = "length" if choice.get("finish_reason") == "length" else "stop"
@@ -148,7 +150,7 @@ class Generated:
             if function.get("name") and (not self.calls or call.get("id") != self.calls[-1]["id"]):
                 self.calls.append({"id": call.get("id"), "name": function["name"], "arguments": ""})
             self.calls[-1]["arguments"] += function.get("arguments") or ""
-        return said.get("content") or ""
+        return said.get("content") or "", said.get("reasoning_content") or ""
 
     def _head(self) -> dict[str, Any]:
         return {"model": self.model, "created_at": _date(time.time())}
@@ -173,8 +175,9 @@ class Generated:
 class Chat(Generated):
     """An answer of `/api/chat`."""
 
-    def said(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
+    def said(self, text: str, thoughts: str = "") -> dict[str, Any]:
+        told = {"thinking": thoughts} if thoughts else {}
+        return {"message": {"role": "assistant", "content": text} | told}
 
     def end(self) -> Iterator[bytes]:
         if self.calls:

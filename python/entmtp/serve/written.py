@@ -1,8 +1,8 @@
-"""Calls of functions that a model writes, found in its text as it comes.
+"""Calls of functions and thoughts that a model writes, found in its text as it comes.
 
 Chat templates teach two kinds of forms, and a model keeps to its own: calls between tags (`FORMS`), or an answer that
 is JSON as a whole (Llama 3, Mistral, whose tokens around it are no text). What is in no form, or calls a function that
-there is not, stays text.
+there is not, stays text. Thoughts are told from the answer where they have a channel of their own (gpt-oss).
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+from ..models.channels import CALL, TEXT, THOUGHT, Channels
 from .calls import json_of
 
 # how an answer begins that may be a call as a whole, without white space
@@ -175,6 +176,10 @@ class Written:
         calls = [call for call in map(self._call, said) if call is not None]
         return calls if len(calls) == len(said) else []
 
+    def call(self, name: str, arguments: str) -> Call | None:
+        """One whose arguments are written as JSON."""
+        return self._call({"name": name, "arguments": arguments})
+
     def _call(self, said: Any) -> Call | None:
         """In OpenAI's form; None where it calls no function that there is."""
         if not isinstance(said, dict):
@@ -211,28 +216,78 @@ def _overlap(text: str) -> int:
     return next((n for n in sizes if any(tag.startswith(text[-n:]) for tag in FORMS)), 0)
 
 
+class Said(NamedTuple):
+    """Some of an answer."""
+
+    text: str
+    thoughts: str
+    calls: list[Call]
+
+
+class Parts:
+    """Tells apart what one answer consists of.
+
+    Args:
+        functions: as for `Written`.
+    """
+
+    def __init__(self, functions: list[dict[str, Any]]):
+        self._channels, self._written = Channels(), Written(functions)
+        self._finds_calls = bool(functions)
+        self.n_calls = 0
+
+    def add(self, text: str, last: bool) -> Said:
+        """What the answer's next piece makes certain.
+
+        Args:
+            last: the answer ends with it.
+        """
+        said, thoughts, calls = "", "", list[Call]()
+        for piece in self._channels.add(text, last):
+            found = self._written.call(piece.function, piece.text) if piece.kind == CALL else None
+            if found:
+                calls.append(found)
+            elif piece.kind in (TEXT, CALL):
+                said += piece.text
+            elif piece.kind == THOUGHT:
+                thoughts += piece.text
+        if self._finds_calls and not self._channels.found:
+            said, calls = self._written.add(said, last)
+        self.n_calls += len(calls)
+        return Said(said, thoughts, calls)
+
+
 def whole(choice: dict[str, Any], functions: list[dict[str, Any]]) -> None:
-    """Make calls of those that an answer holds."""
-    message = choice["message"]
-    said, calls = Written(functions).add(message.get("content") or "", last=True)
+    """Make calls and thoughts of those that an answer holds."""
+    message, text = choice["message"], choice["message"].get("content") or ""
+    said, thoughts, calls = Parts(functions).add(text, last=True)
+    if said != text:
+        message["content"] = (said.strip() if calls else said) or None
+    if thoughts:
+        message["reasoning_content"] = thoughts
     if calls:
-        message |= {"content": said.strip() or None, "tool_calls": calls}
+        message["tool_calls"] = calls
         _end(choice, said)
 
 
 def streamed(chunks: Iterator[dict[str, Any]], functions: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The chunks of an answer, with its calls as such: their text is held back until they are whole."""
-    written = Written(functions)
+    """The chunks of an answer, with its thoughts and calls as such: a call's text is held back until it is whole."""
+    parts = Parts(functions)
     for chunk in chunks:
         choice = chunk["choices"][0]
         delta, last = choice["delta"], choice["finish_reason"] is not None
-        said, calls = written.add(delta.pop("content", None) or "", last)
-        if said:
+        text = delta.get("content") or ""
+        said, thoughts, calls = parts.add(text, last)
+        if said != text:
             delta["content"] = said
+            if not said:
+                del delta["content"]
+        if thoughts:
+            delta["reasoning_content"] = thoughts
         if calls:
-            first = written.n_calls - len(calls)
+            first = parts.n_calls - len(calls)
             delta["tool_calls"] = [{"index": first + i, **call} for i, call in enumerate(calls)]
-        if last and written.n_calls:
+        if last and parts.n_calls:
             _end(choice, said)
         yield chunk
 

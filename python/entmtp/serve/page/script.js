@@ -52,6 +52,7 @@ class Answer {
     this.tokens = [];
     this.steps = new Map();
     this.content = "";
+    this.thinks = false;
     this.drawn = 0; // when the curve was, ms
     this.text = element("div", { class: "tokens", role: "group", "aria-label": "Answer. Arrow keys move from token to token" });
     this.line = drawing("polyline", { class: "running" });
@@ -80,8 +81,9 @@ class Answer {
 
   /** The next chunk of the stream. */
   add(chunk) {
-    const content = chunk.choices[0]?.delta.content ?? "";
-    this.content += content;
+    const said = chunk.choices[0]?.delta ?? {};
+    this.content += said.content ?? "";
+    this.thinks = Boolean(said.reasoning_content);
     for (const step of chunk.entmtp.steps) this.steps.set(step.step, { ...step, tokens: [] });
     for (const token of chunk.entmtp.tokens) this.addToken(token);
     if (chunk.entmtp.speed) this.figures.replaceChildren(...figures(chunk.entmtp.speed));
@@ -90,6 +92,7 @@ class Answer {
 
   addToken(token) {
     const span = element("span", { class: `token by-${first(token.source)}`, tabindex: this.tokens.length ? "-1" : "0" }, token.text);
+    span.classList.toggle("thought", this.thinks);
     if (!token.text) {
       span.classList.add("mark");
       span.dataset.mark = token.piece ?? "…"; // the end, or bytes of a character that another token begins
