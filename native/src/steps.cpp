@@ -1,5 +1,7 @@
 #include "steps.h"
 
+#include <algorithm>
+
 namespace entmtp {
 
 void step_log::clear() {
@@ -34,6 +36,12 @@ void step_log::push(const entmtp_step & s) {
 
     ring[first] = s;
     first       = (first + 1) % n_kept;
+}
+
+void step_log::drop_last() {
+    std::rotate(ring.begin(), ring.begin() + (ptrdiff_t) first, ring.end()); // once an answer at most
+    first = 0;
+    ring.pop_back();
 }
 
 } // namespace entmtp
