@@ -333,34 +333,14 @@ static void attend(const attention & a) {
     const size_t ld    = attention_stride(a.n_kv);
     const int    n_dim = a.n_dim_k > a.n_dim_v ? a.n_dim_k : a.n_dim_v;
 
-    float *    scores = a.scratch;                                      // [n][ld]
-    uint32_t * seen   = (uint32_t *) (scores + ATTENTION_QUERIES * ld); // [ld] queries that see a cell
-    int32_t *  cells  = (int32_t *) (seen + ld);                        // [ld] those that anyone sees, by position
-    uint16_t * masked = (uint16_t *) (cells + ld);                      // [ld] the mask of one query at these
-    float *    out    = (float *) (masked + 2 * ld);                    // [n][n_dim_v]
-    float *    rows   = out + 2 * ATTENTION_QUERIES * n_dim;            // [ATTENTION_ROWS][n_dim] copied, dequantised
+    float *    scores = a.scratch;                                        // [n][ld]
+    uint16_t * masked = (uint16_t *) (scores + ATTENTION_QUERIES * ld); // [ld] the mask of one query at the cells
+    float *    out    = (float *) (masked + 2 * ld);                      // [n][n_dim_v]
+    float *    rows   = out + 2 * ATTENTION_QUERIES * n_dim;              // [ATTENTION_ROWS][n_dim] copied, dequantised
 
-    const uint32_t all = n == 32 ? 0xffffffffu : (1u << n) - 1;
-    for (int j = 0; j < a.n_kv; ++j) {
-        seen[j] = 0;
-    }
-    for (int i = 0; i < n; ++i) {
-        const uint16_t * m = a.mask[i];
-        for (int j = 0; j < a.n_kv; ++j) {
-            seen[j] |= (uint32_t) (m == nullptr || m[j] != 0xfc00) << i;
-        }
-    }
-
-    int n_cells = 0;
-    for (int j = 0; j < a.n_kv; ++j) {
-        const int32_t c = a.order ? a.order[j] : j;
-        if (c < 0) {
-            break;
-        }
-        cells[n_cells] = c;
-        n_cells += seen[c] != 0;
-    }
-    const bool in_line = n_cells > 0 && !a.order && cells[n_cells - 1] - cells[0] == n_cells - 1;
+    const uint32_t  all     = n == 32 ? 0xffffffffu : (1u << n) - 1;
+    const int32_t * cells   = a.cells;
+    const int       n_cells = a.n_cells;
 
     float * c[ATTENTION_QUERIES];
     for (int j = 0; j < n_cells; j += ATTENTION_ROWS) {
@@ -375,8 +355,8 @@ static void attend(const attention & a) {
     float inv[ATTENTION_QUERIES];
     for (int i = 0; i < n; ++i) {
         const uint16_t * m = a.mask[i];
-        if (m && in_line) {
-            m += cells[0];
+        if (m && a.in_line) {
+            m += n_cells > 0 ? cells[0] : 0;
         } else if (m) {
             for (int j = 0; j < n_cells; ++j) {
                 masked[j] = m[cells[j]];
@@ -394,9 +374,9 @@ static void attend(const attention & a) {
             read_rows(a.v, a.v_stride, a.v_type == 0, a.n_dim_v, a.v_to_float, cells + j0, n_tile, rows);
         for (int j = j0; j < j0 + n_tile;) {
             // a run of cells that all see, or one cell
-            const uint32_t who = seen[cells[j]];
+            const uint32_t who = a.who[j];
             int            n_j = 1;
-            while (who == all && j + n_j < j0 + n_tile && seen[cells[j + n_j]] == all) {
+            while (who == all && j + n_j < j0 + n_tile && a.who[j + n_j] == all) {
                 ++n_j;
             }
             const uint8_t * row = v.at + (size_t) (j - j0) * v.stride;

@@ -2,6 +2,7 @@
 
 #include "hook.h"
 #include "kernels.h"
+#include "sight.h"
 
 #include <algorithm>
 #include <cmath>
@@ -207,6 +208,12 @@ void compute_attention(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     const int64_t n_split    = (int64_t) parts.size();
     const int64_t n_units    = n_kv_heads * n_split;
 
+    // of each part; the same for all kv heads, if there is one mask
+    static thread_local std::vector<sight> sights;
+    std::vector<bool>                      is_known(n_split);
+    const bool                             is_one = !mask || (mask->ne[2] == 1 && mask->ne[3] == 1);
+    sights.resize(std::max(sights.size(), (size_t) n_split));
+
     for (int64_t u = n_units * task->ith / task->nth; u < n_units * (task->ith + 1) / task->nth; ++u) {
         const int64_t i2 = u / n_split % k->ne[2], i3 = u / n_split / k->ne[2];
         const auto    part = parts[u % n_split];
@@ -225,6 +232,12 @@ void compute_attention(const ggml_cpu_hook_task * task, ggml_tensor * op) {
             a.slope[n]      = head_slope(max_bias, h, q->ne[2]);
             a.sink[n]       = sinks ? (const float *) sinks->data + h : nullptr;
         }
+        sight & seen = sights[u % n_split];
+        if (!is_known[u % n_split]) {
+            seen.of(a);
+            is_known[u % n_split] = is_one;
+        }
+        seen.give(a);
         kernels().attend(a);
     }
 }

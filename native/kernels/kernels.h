@@ -91,6 +91,10 @@ struct attention {
     float *          out[32];   // [n_dim_v]
     const uint16_t * mask[32];  // f16 [n_kv]; null: all cells are seen
     const int32_t *  order;     // [n_kv] cells by position, then -1; null: they lie in that order
+    const int32_t *  cells;     // [n_cells] that anyone sees, by position (sight.h)
+    const uint32_t * who;       // [n_cells] queries that see each, a bit each
+    int              n_cells;
+    bool             in_line;   // they lie one after the other
     float            slope[32]; // of the mask
     const float *    sink[32];  // null: none
     float            scale, softcap;
@@ -109,7 +113,7 @@ inline size_t attention_stride(int n_kv) {
 inline size_t attention_scratch(int n_kv, int n_dim_k, int n_dim_v) {
     const size_t n_pad = attention_stride(n_kv);
     const size_t n_dim = n_dim_k > n_dim_v ? n_dim_k : n_dim_v;
-    return ATTENTION_QUERIES * n_pad + 3 * n_pad + ATTENTION_QUERIES * n_dim * 2 + ATTENTION_ROWS * n_dim + 64 * 16 +
+    return ATTENTION_QUERIES * n_pad + n_pad + ATTENTION_QUERIES * n_dim * 2 + ATTENTION_ROWS * n_dim + 64 * 16 +
            64;
 }
 

@@ -4,6 +4,7 @@
 #include "half.h"
 #include "kernel_sets.h"
 #include "kernels.h"
+#include "sight.h"
 
 #include "ggml-cpu.h"
 #include "ggml.h"
@@ -73,6 +74,9 @@ static std::vector<float> attend(const kernel_set & set, attention_case & c) {
         a.mask[i]  = c.masked ? c.mask.data() + i * c.n_kv : nullptr;
         a.slope[i] = 1.0f;
     }
+    sight seen;
+    seen.of(a);
+    seen.give(a);
     set.attend(a);
     return out;
 }

@@ -1,0 +1,26 @@
+// Which cells of a cache the queries of a task see.
+
+#pragma once
+
+#include "kernels.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace entmtp {
+
+// The same for all heads of the queries' tokens, so it is found once for them
+class sight {
+  public:
+    void of(const attention & a); // of its queries, masks and order
+    void give(attention & a) const;
+
+  private:
+    std::vector<uint32_t> seen;   // [n_kv] queries that see a cell, a bit each
+    std::vector<int32_t>  cells;  // those that anyone sees, by position
+    std::vector<uint32_t> who;    // the same as seen, of these
+    int                   n_cells = 0;
+    bool                  in_line = false;
+};
+
+} // namespace entmtp
