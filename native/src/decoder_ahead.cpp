@@ -8,7 +8,7 @@
 
 namespace entmtp {
 
-// the last tokens of a text may be taken back by so many; where layers have a window it must still hold what came before
+// tokens by which a text may be cut back; where layers have a window, it must still hold what came before
 static constexpr int32_t most_back = run_ahead::size + 64;
 
 void restore(llama_sampler * chain, llama_sampler * from) {

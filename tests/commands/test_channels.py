@@ -1,7 +1,8 @@
-"""Answers in channels, as gpt-oss writes them: thoughts, text and calls are told apart, whole and streamed, in every API."""
+"""Answers in channels, as gpt-oss writes them: thoughts, text and calls are told apart, whole and streamed."""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import re
@@ -118,7 +119,8 @@ def split(text: str) -> list[Piece]:
         channels = re.findall(r"<\|channel\|>\s*(\w+)", head[0])
         named = function[-1] if function and others[-1] == f"functions.{function[-1]}" else ""
         kind = CALL if named else THOUGHT if others or channels[-1:] == ["analysis"] else TEXT
-        body = re.match(r"(?s)(.*?)(<\|end\|>|<\|call\|>|<\|return\|>|(?=<\|start\|>|<\|channel\|>)|$)", text[head.end() :])
+        ends = r"(?s)(.*?)(<\|end\|>|<\|call\|>|<\|return\|>|(?=<\|start\|>|<\|channel\|>)|$)"
+        body = re.match(ends, text[head.end() :])
         assert body is not None
         found += [Piece(TAGS, head[0]), Piece(kind, body[1], named), Piece(TAGS, body[2])]
         text = text[head.end() + body.end() :]
@@ -135,7 +137,10 @@ def merged(pieces: list[Piece]) -> list[Piece]:
     return found
 
 
-@given(st.lists(st.sampled_from(WORDS), max_size=16).map(lambda words: "<|channel|>" + "".join(words)), st.integers(1, 9))
+@given(
+    st.lists(st.sampled_from(WORDS), max_size=16).map(lambda words: "<|channel|>" + "".join(words)),
+    st.integers(1, 9),
+)
 @example("<|channel|>final<|message|><|channel|>analysis<|message|>x", 1)
 def test_pieces_of_any_size_are_those_of_the_whole(text: str, size: int) -> None:
     channels = Channels()
@@ -148,7 +153,10 @@ def test_pieces_of_any_size_are_those_of_the_whole(text: str, size: int) -> None
 
 def test_a_head_without_an_end_is_not_kept_for_ever() -> None:
     channels = Channels()
-    found = [channels.add("<|channel|>", last=False), *(channels.add("x" * 100, last=False) for _ in range(100))]
+    found = [
+        channels.add("<|channel|>", last=False),
+        *(channels.add("x" * 100, last=False) for _ in range(100)),
+    ]
     assert sum(len(p.text) for pieces in found for p in pieces) > 9000
 
 
@@ -168,12 +176,19 @@ def test_what_was_thought_before_a_call_goes_back() -> None:
 # over the wire: a grammar has the toy write what gpt-oss would
 #
 
-TOOLS = [{"type": "function", "function": {"name": f["name"], "parameters": {"type": "object"}}} for f in FUNCTIONS]
+TOOLS = [
+    {"type": "function", "function": {"name": f["name"], "parameters": {"type": "object"}}} for f in FUNCTIONS
+]
 MESSAGES = [{"role": "user", "content": "The sea"}]
 
 
 def writes(text: str) -> dict[str, Any]:
-    return {"messages": MESSAGES, "max_tokens": 200, "temperature": 0.0, "grammar": f"root ::= {json.dumps(text)}"}
+    return {
+        "messages": MESSAGES,
+        "max_tokens": 200,
+        "temperature": 0.0,
+        "grammar": f"root ::= {json.dumps(text)}",
+    }
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one", "parallel"])
@@ -203,7 +218,11 @@ def test_openai(server: Server) -> None:
             delta = chunk["choices"][0]["delta"]
             said, thoughts = said + delta.get("content", ""), thoughts + delta.get("reasoning_content", "")
             shown += "".join(token["text"] for token in chunk["entmtp"]["tokens"])
-    assert (said, thoughts, shown) == ("Yes, it is <|here|>.", "They ask 1 < 2.", "They ask 1 < 2.Yes, it is <|here|>.")
+    assert (said, thoughts, shown) == (
+        "Yes, it is <|here|>.",
+        "They ask 1 < 2.",
+        "They ask 1 < 2.Yes, it is <|here|>.",
+    )
 
 
 def test_calls(server: Server) -> None:
@@ -216,7 +235,9 @@ def test_calls(server: Server) -> None:
         extra_body={"grammar": writes(text)["grammar"]},
     ) as stream:  # fmt: skip
         final = stream.get_final_completion().choices[0]
-    assert [(c.function.name, json.loads(c.function.arguments)) for c in final.message.tool_calls or []] == calls
+    assert [
+        (c.function.name, json.loads(c.function.arguments)) for c in final.message.tool_calls or []
+    ] == calls
     # and back
     history = [*MESSAGES, answer["message"], {"role": "tool", "tool_call_id": "c", "content": "Rain."}]
     asked = writes("Fine.") | {"messages": history}
@@ -226,16 +247,18 @@ def test_calls(server: Server) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_ollama(stream: bool) -> None:
     """Which takes no grammar: its form, of an answer that has text and thoughts."""
-    form = ollama.Chat({}, ServedRequest(""))
-    if stream:
-        chunks: list[dict[str, Any]] = [
-            {"choices": [{"delta": {"content": text}, "finish_reason": None}]} for text in (THINKS, FINAL)
-        ]
-        lines = [line for chunk in streamed(iter(chunks), []) for line in form.add(chunk)]
-        messages = [json.loads(line)["message"] for line in lines]
-    else:
+
+    async def messages_of() -> list[dict[str, Any]]:
+        form = ollama.Chat({}, ServedRequest(""))
+        if stream:
+            texts: list[dict[str, Any]] = [{"content": THINKS}, {"content": FINAL}, {}]
+            chunks = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in texts]
+            chunks[-1]["choices"][0]["finish_reason"] = "stop"
+            return [json.loads(line)["message"] for c in streamed(iter(chunks), []) for line in form.add(c)]
         choice: dict[str, Any] = {"message": {"content": THINKS + FINAL}, "finish_reason": "stop"}
         whole(choice, [])
-        messages = [form.whole({"choices": [choice]})["message"]]
+        return [form.whole({"choices": [choice]})["message"]]
+
+    messages = asyncio.run(messages_of())
     assert "".join(message["content"] for message in messages) == "Yes, it is <|here|>."
     assert "".join(message.get("thinking", "") for message in messages) == "They ask 1 < 2."
