@@ -94,7 +94,7 @@ class Slot(Llama):
     def _sample(self, settings: dict[str, Any], idx: int | None) -> int:
         """In a generation whose tokens come from llama.cpp's own samplers, and are only read, the decoder goes on by
         itself."""
-        chain = self._sampler
+        chain = self.running_chain
         asks = self.on_token is not None or self._records or self.logits_all or self._accept != "lossless"
         if chain is None or asks or any(settings[k] is not None for k in ("grammar", "logits_processor")):
             return super()._sample(settings, idx)

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
@@ -100,6 +101,29 @@ class SequenceContext:
         return getattr(self._shared, name)
 
 
+def cache_types(given: dict[str, Any]) -> dict[str, Any]:
+    """Types of the cache as numbers, where arguments of `Llama` name them, and the flash attention that quantised
+    values want.
+
+    Raises:
+        ValueError: there is no such type, or flash attention is not wanted.
+    """
+    types = {name: given[name] for name in ("type_k", "type_v") if given.get(name) is not None}
+    for name, value in types.items():
+        if isinstance(value, str):
+            if value.upper() not in gguf.GGMLQuantizationType.__members__:
+                raise ValueError(f"{name} is {value!r}, which is no type of ggml, such as f16 or q8_0")
+            types[name] = int(gguf.GGMLQuantizationType[value.upper()])
+    sizes = {int(quant): block for quant, (block, _) in gguf.GGML_QUANT_SIZES.items()}
+    if sizes.get(types.get("type_v", 0), 1) == 1:
+        return types
+    if given.get("flash_attn") is False:
+        raise ValueError(
+            "quantised values in the cache need flash attention; leave flash_attn out, or type_v"
+        )
+    return {**types, "flash_attn": True}
+
+
 class Upstream(llama_cpp.Llama):
     """`llama_cpp.Llama`, with public names for what ours builds upon."""
 
@@ -109,7 +133,7 @@ class Upstream(llama_cpp.Llama):
         if kwargs.get("seed") == -1:  # documented as random; llama-cpp-python begins with a fixed one
             kwargs["seed"] = random.randrange(1, 1 << 32)
         with _loading:
-            super().__init__(model_path, **kwargs)
+            super().__init__(model_path, **{**kwargs, **cache_types(kwargs)})
         # llama.cpp rounds small contexts up, llama-cpp-python's arrays are as long as the argument says
         if len(self.input_ids) < self.n_ctx():
             self.input_ids = np.zeros(self.n_ctx(), dtype=np.intc)
@@ -235,6 +259,11 @@ class Upstream(llama_cpp.Llama):
     def rows(self, n: int) -> npt.NDArray[np.single]:
         """Logits of the last batch of n tokens, [n, n_vocab]; valid until the next."""
         return np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n, self._n_vocab))
+
+    @property
+    def running_chain(self) -> Any:
+        """The sampler chain of the running generation, `.sampler` is its pointer; None outside of one."""
+        return self._sampler
 
     @contextlib.contextmanager
     def chain(self, **settings: Any) -> Iterator[Any]:

@@ -6,10 +6,12 @@ import gc
 import inspect
 import re
 from collections.abc import Callable
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
 import llama_cpp
+import pytest
 
 from entmtp import Llama, drafting, upstream
 from helpers.settings import F32
@@ -126,3 +128,19 @@ def test_what_the_text_is_to_plain_decodings() -> None:
     assert drafting.how_lossless(on_cpu=True, accept="lossless") == "exact"
     assert drafting.how_lossless(on_cpu=False, accept="lossless") == "rounding"
     assert drafting.how_lossless(on_cpu=True, accept="typical") == "lossy"
+
+
+def test_types_of_the_cache_by_name(models: dict[str, Path]) -> None:
+    """As llama.cpp's commands name them; llama-cpp-python wants numbers, and flash attention for quantised values."""
+    file, texts = models["q8_0"], {}
+    for given in ({"type_k": "q8_0", "type_v": "Q8_0"}, {"type_k": 8, "type_v": 8, "flash_attn": True}):
+        with closing(Llama(file, n_ctx=64, n_threads=1, verbose=False, **given)) as llm:  # type: ignore[arg-type]
+            assert (llm.context_params.type_k, llm.context_params.type_v) == (8, 8)
+            texts[str(given)] = llm("One two", max_tokens=12, temperature=0.0)["choices"][0]["text"]
+    assert len(set(texts.values())) == 1
+    with closing(Llama(file, n_ctx=64, n_threads=1, verbose=False, type_k="bf16")) as llm:
+        assert llm.context_params.type_k == 30
+    with pytest.raises(ValueError, match="type_k is 'q9', which is no type of ggml"):
+        Llama(file, n_ctx=64, verbose=False, type_k="q9")
+    with pytest.raises(ValueError, match="quantised values in the cache need flash attention"):
+        Llama(file, n_ctx=64, verbose=False, type_v="q4_0", flash_attn=False)

@@ -150,12 +150,12 @@ def _made(kind: Any, args: argparse.Namespace, more: dict[str, Any]) -> Any:
     try:
         return kind(model, **{**settings, **more})
     except ValueError as e:
-        raise explained(e, model, n_ctx) from e
+        raise explained(e, model, n_ctx, getattr(args, "cache_type", None)) from e
     except MemoryError as e:
         raise ModelError(f"{model}: not enough memory; choose a smaller model or --ctx") from e
 
 
-def explained(error: ValueError, model: Path, n_ctx: int) -> ValueError:
+def explained(error: ValueError, model: Path, n_ctx: int, cache_type: str | None = None) -> ValueError:
     """llama-cpp-python's errors, with their reason and what to do about it."""
     from ..models.base import read_base
 
@@ -168,6 +168,11 @@ def explained(error: ValueError, model: Path, n_ctx: int) -> ValueError:
         return ValueError(
             f"{model}: llama.cpp cannot load it: it does not know the architecture {architecture}, or memory is too "
             "small; give another model, or a smaller quantisation"
+        )
+    if "Failed to create llama_context" in text and cache_type is not None:
+        return ValueError(
+            f"{model}: no room for a context of {n_ctx} tokens, or its heads are no whole blocks of {cache_type}; "
+            "choose a smaller --ctx, or leave --cache-type out"
         )
     if "Failed to create llama_context" in text:
         return ValueError(f"{model}: no room for a context of {n_ctx} tokens; choose a smaller --ctx")

@@ -23,6 +23,17 @@ DRAFTERS = ("text", "recycling", "heads", "model")
 SCORES = ("entropy", "top1", "path")
 ACCEPT = ("lossless", "typical")
 OUTPUTS = ("auto", "host", "rows", "device")
+CACHE_TYPES = (
+    "f32",
+    "f16",
+    "bf16",
+    "q8_0",
+    "q5_1",
+    "q5_0",
+    "q4_1",
+    "q4_0",
+    "iq4_nl",
+)  # those of llama.cpp's commands
 
 
 @dataclass(frozen=True)
@@ -159,6 +170,11 @@ OPTIONS = (
         metavar="N[,N…]",
     ),
     Option("flash_attn", ("flash_attn",), "machine", "use flash attention", "no", type=bool),
+    Option(
+        "cache_type", ("type_k", "type_v"), "machine",
+        "type of the keys and values that are kept of the text; quantised they take less memory, and flash attention",
+        "f16", choices=CACHE_TYPES, metavar="TYPE",
+    ),
     Option("kernels", ("kernels",), "machine", "CPU kernels: auto, off, or a name", "auto"),
     Option(
         "outputs", ("outputs",), "machine",

@@ -225,6 +225,8 @@ class Models(LlamaProxy):
         else:  # llama-cpp-python fetches the model
             heads = resolve(settings.heads, "heads") if settings.heads else None
         ours = arguments(names, heads)
+        if "type_v" in ours and self.parallel == 1 and "flash_attn" not in settings.model_fields_set:
+            ours["flash_attn"] = None  # as the type wants it
         llm = self._load(settings, ours) if self.parallel == 1 else self._load_engine(settings, ours)
         for served in (llm, *(self.engine.slots if self.engine else ())):
             served.alias, served.metrics = alias, self.metrics

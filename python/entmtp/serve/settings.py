@@ -16,11 +16,13 @@ from pydantic import Field, ValidationError, create_model, field_validator
 from ..common.errors import EntmtpError
 from ..options.table import OPTIONS, Option
 
-# what llama-cpp-python's server has no setting for, or means another thing by: there draft_model names prompt lookup
+# what llama-cpp-python's server has no setting for, or means another thing by: there draft_model names prompt lookup,
+# and types of the cache are numbers
 OURS = tuple(
     option
     for option in OPTIONS
-    if option.name == "draft_model" or option.arguments[0] not in stock.ModelSettings.model_fields
+    if option.name in ("draft_model", "cache_type")
+    or option.arguments[0] not in stock.ModelSettings.model_fields
 )
 
 
