@@ -28,7 +28,8 @@ LOADING = ("chat.cli", "doctor.cli", "generate", "tune.cli")
 # a value of each option that is not the default; files are put in place of A and B
 OTHER = {
     "model": "A", "heads": "B", "ctx": "512", "threads": "2", "n_gpu_layers": "0", "rpc": "127.0.0.1:1",
-    "tensor_split": "2,1", "flash_attn": "yes", "cache_type": "q8_0", "kernels": "off", "outputs": "rows", "draft": "best-depth",
+    "tensor_split": "2,1", "flash_attn": "yes", "cache_type": "q8_0", "kernels": "off", "outputs": "rows",
+    "draft": "best-depth",
     "drafters": "text,heads", "draft_model": "C", "lookup": "D,E",
     "trees": "generic-hydra", "score": "top1", "calibrate": "no", "adapt": "no", "accept": "typical",
     "typical_epsilon": "0.5", "typical_alpha": "0.7",
