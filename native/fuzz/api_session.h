@@ -79,12 +79,6 @@ struct draft_deleter {
     void operator()(entmtp_draft_model * p) { entmtp_draft_model_free(p); }
 };
 
-inline tiny::sampler_ptr chain_of(llama_sampler * one) {
-    tiny::sampler_ptr chain(llama_sampler_chain_init(llama_sampler_chain_default_params()));
-    llama_sampler_chain_add(chain.get(), one);
-    return chain;
-}
-
 // decoders on one context
 class session {
   public:
@@ -223,5 +217,4 @@ class session {
     tokens               state_text;
 
     tiny::sampler_ptr greedy{ llama_sampler_init_greedy() }, drawing{ llama_sampler_init_dist(3) };
-    tiny::sampler_ptr most_probable{ chain_of(llama_sampler_init_greedy()) };
 };

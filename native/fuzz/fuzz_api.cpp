@@ -50,8 +50,7 @@ class calls : public session {
     void generate(member & m) {
         for (int32_t i = d.between(1, 12); i > 0 && m.live; --i) {
             int32_t t = -1;
-            const auto sample = n_seq > 1 && d.flag() ? entmtp_decoder_sample_on : entmtp_decoder_sample;
-            MUST(sample(m.dec, most_probable.get(), &t) == ENTMTP_OK);
+            MUST(entmtp_decoder_sample(m.dec, greedy.get(), &t) == ENTMTP_OK);
             check_greedy(m, t);
             eval(m, { t }, (int32_t) m.text.size());
         }

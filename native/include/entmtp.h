@@ -251,15 +251,6 @@ entmtp_decoder_eval(struct entmtp_decoder * dec, const int32_t * tokens, int32_t
 // Sample the next token through the sampler chain, and accept it there.
 ENTMTP_API int32_t entmtp_decoder_sample(struct entmtp_decoder * dec, struct llama_sampler * sampler, int32_t * token);
 
-// The same, and a decoder of a group goes on by itself: the token's pass begins, and the next tokens are drawn with the
-// same chain, at most a step ahead of a caller who samples them by this call and evaluates each as the next token. So he
-// can look at a token while passes go on. Any other call takes back what was done ahead, in the chain, too: nobody can tell
-// but by the time, and by what is_drafted, drafted_by, walk and the statistics say meanwhile. The chain is to hold samplers
-// that can be cloned, and to live until the next call that is neither of these two. Alone it is as sample.
-ENTMTP_API int32_t entmtp_decoder_sample_on(struct entmtp_decoder * dec,
-                                            struct llama_sampler *  sampler,
-                                            int32_t *               token);
-
 // Typical acceptance (lossy): follow the longest path whose tokens all have p > min(epsilon, alpha * exp(-H)) under the
 // base model at temperature temp, then draw the token that leaves the tree through the sampler chain. Drafts are not drawn,
 // but accepted by the chain. Medusa (arXiv 2401.10774), section 2.3.1.

@@ -202,29 +202,18 @@ int32_t entmtp_decoder_set_threads(entmtp_decoder * dec, int32_t n_threads, cons
         }
         d.set_threads(n_threads, costs);
         return (int32_t) ENTMTP_OK;
-    }, false);
+    });
 }
 
 int32_t entmtp_decoder_eval(entmtp_decoder * dec, const int32_t * tokens, int32_t n, int32_t n_past, bool all_outputs) {
-    if (dec && tokens && !all_outputs && !dec->impl.servers.lost() && dec->impl.follow(tokens, n, n_past)) {
-        return ENTMTP_OK;
-    }
     return guarded(dec, [&](entmtp::decoder & d) {
         return tokens || n == 0 ? d.eval(tokens, n, n_past, all_outputs) : fail("no tokens");
-    }, false);
+    });
 }
 
 int32_t entmtp_decoder_sample(entmtp_decoder * dec, llama_sampler * sampler, int32_t * token) {
     return guarded(
         dec, [&](entmtp::decoder & d) { return sampler && token ? d.sample(sampler, token) : fail("no sampler"); });
-}
-
-int32_t entmtp_decoder_sample_on(entmtp_decoder * dec, llama_sampler * sampler, int32_t * token) {
-    if (dec && token && dec->impl.take(sampler, token)) {
-        return ENTMTP_OK;
-    }
-    return guarded(
-        dec, [&](entmtp::decoder & d) { return sampler && token ? d.sample_on(sampler, token) : fail("no sampler"); });
 }
 
 int32_t entmtp_decoder_sample_typical(
@@ -417,7 +406,7 @@ void entmtp_decoder_reset_stats(entmtp_decoder * dec) {
     guarded(dec, [&](entmtp::decoder & d) {
         d.reset_stats();
         return (int32_t) ENTMTP_OK;
-    }, false);
+    });
 }
 
 //

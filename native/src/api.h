@@ -45,20 +45,14 @@ int32_t guarded(F && f) {
 }
 
 // the same for a decoder, whose statuses carry their reason along
-//   comes_back  what it did ahead of its caller is taken back first
 template <typename F>
-int32_t guarded(entmtp_decoder * dec, F && f, bool comes_back = true) {
+int32_t guarded(entmtp_decoder * dec, F && f) {
     if (!dec) {
         return fail("no decoder");
     }
     const auto hold = dec->impl.hold();
     dec->impl.error.clear();
-    const int32_t status = guarded([&] {
-        if (comes_back) {
-            dec->impl.come_back();
-        }
-        return f(dec->impl);
-    });
+    const int32_t status = guarded([&] { return f(dec->impl); });
     // whatever came of it: what is read from a lost server means nothing
     if (const char * server = dec->impl.servers.lost()) {
         last_error = std::string("the RPC server ") + server +

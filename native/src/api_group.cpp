@@ -48,7 +48,6 @@ void entmtp_group_set_active(entmtp_group * group, int32_t i, bool active) {
     if (entmtp_decoder * dec = entmtp_group_decoder(group, i)) {
         const auto hold = dec->impl.hold();
         if (!active) {
-            dec->impl.come_back();
             dec->impl.detach();
         }
         group->shared.set_active(i, active);

@@ -49,11 +49,7 @@ decoder::decoder(llama_context * ctx, heads * h, std::unique_ptr<pass> p, pass *
 }
 
 decoder::~decoder() {
-    if (!own) {
-        const auto held = hold();
-        come_back();
-        shared.join(seq, nullptr);
-    }
+    shared.join(seq, nullptr);
     if (own) {
         llama_set_abort_callback(ctx, nullptr, nullptr);
         llama_set_graph_slots(ctx, 0);
@@ -183,7 +179,7 @@ int32_t decoder::decode_status(int32_t status) {
         return ENTMTP_OK;
     }
 
-    live = owes = false;
+    live = false;
     set_row(-1);
 
     if (status == 2 || (cancelled && status < 0)) {
@@ -210,14 +206,6 @@ int32_t decoder::eval(const int32_t * toks, int32_t n, int32_t past, bool all_ou
             error = "token " + std::to_string(toks[i]) + " is not in the vocabulary of " + std::to_string(n_vocab);
             return ENTMTP_ERROR;
         }
-    }
-    const bool    tried  = n == 1 && ahead.expects(toks[0], past) && ahead.n_done == ahead.n_followed;
-    const int32_t missed = tried ? ahead.status : ENTMTP_OK;
-    come_back();
-    if (missed != ENTMTP_OK) {
-        owes  = false;
-        error = ahead.error;
-        return missed;
     }
     if (cancelled) {
         cancelled = false;
@@ -259,9 +247,8 @@ int32_t decoder::room() const {
     return std::min({ n_ctx - n_past, n, memory.most_nodes() });
 }
 
-// what the step wants evaluated: its tree, as it was drafted
-void decoder::fill_work() {
-    const tree & t = topology(begun.id);
+int32_t decoder::verify_tree(int32_t id) {
+    const tree & t = topology(id);
 
     work        = {};
     work.seq    = seq;
@@ -270,14 +257,20 @@ void decoder::fill_work() {
     work.parent = t.parent;
     work.depth  = t.depth;
     work.p      = reach;
-    work.timed  = begun.timed;
-    if (begun.id == (int32_t) bank.size() && shared.n_seq == 1) {
+    work.timed  = stats || policy.needs_timing();
+    if (id == (int32_t) bank.size() && shared.n_seq == 1) {
         work.fill(std::min(policy.pass_size((int32_t) tokens.size()), room()));
     }
 
     work.fee = [this](int32_t n) {
         return policy.fee(n);
     };
+
+    const int32_t status = shared.run(work);
+    if (status == 0 && !work.kept.empty()) {
+        drop_nodes(work.kept);
+    }
+    return status;
 }
 
 void decoder::set_row(int32_t i) {
@@ -288,19 +281,8 @@ void decoder::set_row(int32_t i) {
 }
 
 int32_t decoder::step(int32_t token) {
-    if (const int32_t status = begin_step(token); status != ENTMTP_OK) {
-        return status;
-    }
-    do {
-        shared.run(work);
-    } while (wants_less());
-    return end_step();
-}
-
-// until its pass
-int32_t decoder::begin_step(int32_t token) {
-    begun.timed            = stats || policy.needs_timing();
-    const int64_t t_start = begun.timed ? ggml_time_us() : 0;
+    const bool    timed   = stats || policy.needs_timing();
+    const int64_t t_start = timed ? ggml_time_us() : 0;
 
     if (const int32_t status = settle(token); status != ENTMTP_OK) {
         return status;
@@ -310,83 +292,71 @@ int32_t decoder::begin_step(int32_t token) {
         return decode_status(1);
     }
 
-    const int64_t t0 = begun.timed ? ggml_time_us() : 0;
+    const int64_t t0 = timed ? ggml_time_us() : 0;
 
     text.truncate(n_past);
     text.append(token);
     walked.tree = -1;
-    begun.id     = draft(token);
+    int32_t id  = draft(token);
 
-    const int64_t t1 = begun.timed ? ggml_time_us() : 0;
+    const int64_t t1 = timed ? ggml_time_us() : 0;
 
-    begun.t_host  = (double) (t0 - t_start);
-    begun.t_draft = (double) (t1 - t0);
-    fill_work();
-    return ENTMTP_OK;
-}
-
-// no room for the tree in this memory: the token alone may still fit
-bool decoder::wants_less() {
-    if (work.status != 1 || tokens.size() == 1) {
-        return false;
+    int32_t status = verify_tree(id);
+    if (status == 1 && tokens.size() > 1) {
+        // no room for the tree in this memory: the token alone may still fit
+        id = 0;
+        tokens.resize(1);
+        sources.clear();
+        reach.clear();
+        status = verify_tree(id);
     }
-    begun.id = 0;
-    tokens.resize(1);
-    sources.clear();
-    reach.clear();
-    fill_work();
-    return true;
-}
-
-// from its pass on
-int32_t decoder::end_step() {
-    if (work.status == 0 && !work.kept.empty()) {
-        drop_nodes(work.kept);
-    }
-    if (const int32_t res = decode_status(work.status); res != ENTMTP_OK) {
+    if (const int32_t res = decode_status(status); res != ENTMTP_OK) {
         memory.truncate(seq, n_past);
         text.truncate(n_past);
         return res;
     }
 
-    tree_id = begun.id;
+    tree_id = id;
     path.assign(1, 0);
-    walked = { tree_id, n_past, path };
+    walked = { id, n_past, path };
     set_row(work.at[0]);
     is_seen = false;
     in_step = true;
     in_list = stats;
 
-    if (begun.timed) {
-        t_draft  = begun.t_draft;
+    if (timed) {
+        t_draft  = (double) (t1 - t0);
         t_verify = work.t_us;
 
         if (stats) {
             entmtp_step s = {};
             s.entropy     = running.get();
-            s.tree        = tokens.size() > 1 ? tree_id : 0; // a lone root is plain decoding, grown or not
+            s.tree        = tokens.size() > 1 ? id : 0; // a lone root is plain decoding, grown or not
             s.n_nodes     = (int32_t) tokens.size();
             s.t_draft_us  = (int32_t) t_draft;
             s.t_verify_us = (int32_t) t_verify;
-            s.t_host_us   = (int32_t) begun.t_host;
+            s.t_host_us   = (int32_t) (t0 - t_start);
             steps.push(s);
         }
     }
     return ENTMTP_OK;
 }
 
-int32_t decoder::settle(int32_t left) {
+int32_t decoder::settle(int32_t next) {
     if (tree_id < 0) {
         return ENTMTP_OK;
     }
 
     if (in_step) {
         const int32_t id         = tree_id == (int32_t) bank.size() ? scheduler::grow_tree : tree_id;
-        const int32_t came = path.size() > 1 ? tokens[path[1]] : left;
+        const int32_t next_token = next;
+        if (path.size() > 1) {
+            next = tokens[path[1]];
+        }
         const int32_t hit =
-            id == scheduler::grow_tree && !policy.mixes() && came >= 0 ? (came == guess[0] ? 1 : 0) : -1;
+            id == scheduler::grow_tree && !policy.mixes() && next >= 0 ? (next == guess[0] ? 1 : 0) : -1;
         policy.observe(id, topology(tree_id).n_nodes(),
-                       { path, hit, left, policy.mixes() ? t_heads : t_draft, t_verify, work.n_others,
+                       { path, hit, next_token, policy.mixes() ? t_heads : t_draft, t_verify, work.n_others,
                          !work.with_prompt, work.built });
     }
 
@@ -436,7 +406,7 @@ void decoder::leave_tree() {
 
 void decoder::invalidate(int32_t past) {
     leave_tree();
-    live = owes = false;
+    live        = false;
     is_seen     = false;
     walked.tree = -1;
     set_row(-1);

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "accept.h"
-#include "ahead.h"
 #include "draft_model.h"
 #include "entropy.h"
 #include "heads.h"
@@ -55,16 +54,7 @@ class decoder {
     int32_t eval(const int32_t * tokens, int32_t n, int32_t n_past, bool all_outputs);
     int32_t sample(llama_sampler * sampler, int32_t * token);
     int32_t sample_typical(llama_sampler * sampler, const typical_params & p, int32_t * token);
-    int32_t settle(int32_t left = -1); // left: the token that left the tree, if one did
-
-    // As sample; and in company the decoder goes on by itself: the pass of the token begins, and the next tokens are drawn
-    // with the same sampler, one step ahead of a caller who takes them (take) and evaluates them (follow), which wait for no
-    // pass of others. Any other call comes back to where the caller is; the sampler must live until then
-    int32_t sample_on(llama_sampler * sampler, int32_t * token);
-    bool    take(const llama_sampler * sampler, int32_t * token);       // without the pass held; false: none was drawn
-    bool    follow(const int32_t * tokens, int32_t n, int32_t n_past); // the same; false: it was not evaluated
-    void    come_back();
-    void    arrived();                                                  // the pass that it began is over, in its thread
+    int32_t settle(int32_t next = -1); // next: the token that left the tree, if one did
 
     // evaluating `token` next would follow the verified tree: a draft of it was right
     bool is_drafted(int32_t token) const {
@@ -110,7 +100,7 @@ class decoder {
     bool can_chain() const { return memory.can_chain(); }
 
     // tokens evaluated, the last of which can be sampled after; -1: none
-    int32_t n_evaluated() const { return ahead.sampler ? ahead.place() : live || owes ? reached() : -1; }
+    int32_t n_evaluated() const { return live ? n_past + (int32_t) path.size() : -1; }
 
     bool can_continue(int32_t past) const { return memory.can_continue(seq, past); }
 
@@ -142,23 +132,15 @@ class decoder {
     int32_t eval_prompt(const int32_t * tokens, int32_t n, int32_t n_past, bool all_outputs);
     int32_t advance(int32_t token);
     int32_t step(int32_t token);
-    int32_t begin_step(int32_t token);
-    bool    wants_less();
-    int32_t end_step();
-    void    fill_work();
-    void    go_on();
-    int32_t pay();
-    bool    draw_next();
-    void    evaluate_next();
     int32_t decode_status(int32_t status);
     void    leave_tree();
     void    keep_graphs(uint32_t n);
 
+    int32_t verify_tree(int32_t id);
     void    drop_nodes(const std::vector<int32_t> & kept);
     void    run_prefix(const std::vector<int32_t> & rows, int32_t pos0);
     void    begin_token();
     int32_t room() const;
-    int32_t reached() const { return n_past + (int32_t) path.size(); } // tokens in the memory
 
     const tree & topology(int32_t id) const { return id < (int32_t) bank.size() ? bank[id] : grown; }
 
@@ -199,7 +181,6 @@ class decoder {
 
     int32_t n_past = 0;                   // settled tokens in the memory
     bool    live   = false;               // the outputs of the context belong to the last evaluated token
-    bool    owes   = false;               // they did, until a step was begun ahead: who asks for them has to have it again
     int32_t row    = -1;                  // its index in the last pass, or the name of a row that was kept
     part    work;                         // of this sequence in the last pass
 
@@ -220,16 +201,6 @@ class decoder {
         int32_t              root = 0;  // its position
         std::vector<int32_t> path;
     } walked;
-
-    // a step that was begun, while its pass is to come
-    struct {
-        int32_t id      = 0; // of its tree
-        bool    timed   = false;
-        double  t_host  = 0; // us
-        double  t_draft = 0; // us
-    } begun;
-
-    run_ahead ahead;
 
     // guesses of the heads, level by level, while a tree is grown
     std::vector<int32_t> guess; // [n_heads][max_width][n_guess]

@@ -39,7 +39,7 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
         drafting->truncate(past);
     }
 
-    live = owes = false;
+    live        = false;
     is_seen     = false;
     walked.tree = -1;
     running.reset();

@@ -12,7 +12,6 @@ namespace entmtp {
 
 // In company the next pass may begin at any time: the row is kept for the caller
 const float * decoder::logits() {
-    pay();
     if (live && shared.n_seq > 1) {
         set_row(out.keep(row));
     }
@@ -24,7 +23,6 @@ const float * decoder::all_logits() {
 }
 
 const float * decoder::hidden() {
-    pay();
     return live && draft_heads ? out.hidden(row) : nullptr;
 }
 
@@ -78,7 +76,6 @@ void decoder::set_text(const int32_t * toks, int32_t n) {
 }
 
 entmtp_signals decoder::signals(int32_t token) {
-    pay();
     if (!live) {
         throw std::runtime_error("there is no evaluated token");
     }
@@ -89,7 +86,6 @@ entmtp_signals decoder::signals(int32_t token) {
 }
 
 int32_t decoder::best(int32_t k, int32_t * best, float * log_p) {
-    pay();
     if (!live) {
         throw std::runtime_error("there is no evaluated token");
     }
@@ -104,9 +100,6 @@ int32_t decoder::best(int32_t k, int32_t * best, float * log_p) {
 }
 
 int32_t decoder::sample(llama_sampler * sampler, int32_t * token) {
-    if (const int32_t status = pay(); status != ENTMTP_OK) {
-        return status;
-    }
     if (!live) {
         error = "there are no logits to sample from: evaluate a token first";
         return ENTMTP_ERROR;
@@ -134,9 +127,6 @@ int32_t decoder::sample(llama_sampler * sampler, int32_t * token) {
 }
 
 int32_t decoder::sample_typical(llama_sampler * sampler, const typical_params & p, int32_t * token) {
-    if (const int32_t status = pay(); status != ENTMTP_OK) {
-        return status;
-    }
     if (!live) {
         error = "there are no logits to sample from: evaluate a token first";
         return ENTMTP_ERROR;

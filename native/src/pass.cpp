@@ -41,37 +41,22 @@ pass::~pass() {
     }
 }
 
-void pass::wait_for_pass(std::unique_lock<std::mutex> & lock, int32_t seq) {
-    ++n_waiting;
-    changed.wait(lock, [&] { return !running; });
-    --n_waiting;
-    members[seq].absent = false;
-}
-
 pass::hold::hold(pass & p, int32_t seq) : owner(p) {
     std::unique_lock<std::mutex> lock(p.mutex);
-    p.wait_for_pass(lock, seq);
+    p.changed.wait(lock, [&] { return !p.running; });
+    p.members[seq].absent = false;
     lock.release();
 }
 
-void pass::let_go() {
-    const bool last = in_gap && n_waiting == 0;
-    mutex.unlock();
-    if (last) {
-        changed.notify_all();
-    }
-}
-
-pass::apart::apart(pass & p, int32_t seq) :
-    owner(p), seq(seq), is_apart(p.n_seq > 1 && std::this_thread::get_id() != p.worker.get_id()) {
-    if (is_apart) {
+pass::apart::apart(pass & p, int32_t seq) : owner(p), seq(seq) {
+    if (owner.n_seq > 1) {
         owner.members[seq].served = true;
         owner.mutex.unlock();
     }
 }
 
 pass::apart::~apart() {
-    if (is_apart) {
+    if (owner.n_seq > 1) {
         owner.mutex.lock();
         owner.members[seq].served = false;
         owner.changed.notify_all();
@@ -128,25 +113,14 @@ bool pass::wanted() const {
     return std::any_of(members.begin(), members.end(), [](const member & m) { return m.wants; });
 }
 
-void pass::want(part & mine) {
-    if (!wanted()) {
-        be_patient();
-    }
-    mine.asked               = n_asked++;
-    members[mine.seq].wants  = &mine;
-    members[mine.seq].absent = false;
-}
-
-void pass::post(part & mine) {
-    mine.posted = true;
-    want(mine);
-    changed.notify_all();
-}
-
 int32_t pass::run(part & mine) {
     std::unique_lock<std::mutex> lock(mutex, std::adopt_lock);
 
-    want(mine);
+    if (!wanted()) {
+        be_patient();
+    }
+    mine.asked              = n_asked++;
+    members[mine.seq].wants = &mine;
     if (n_seq == 1) {
         lead(lock);
     } else {
@@ -165,10 +139,6 @@ void pass::serve() {
     while (!over) {
         if (!wanted()) {
             changed.wait(lock);
-        } else if (n_waiting > 0) {
-            in_gap = true;
-            changed.wait(lock);
-            in_gap = false;
         } else if (!ready()) {
             clock::now() < deadline ? (void) changed.wait_until(lock, deadline) : changed.wait(lock);
         } else {
@@ -308,12 +278,7 @@ void pass::lead(std::unique_lock<std::mutex> & lock) {
         p->n_others            = n_tokens - (int32_t) p->tokens.size();
         p->with_prompt         = n_prompt > (p->is_prompt ? (int32_t) p->tokens.size() : 0);
         members[p->seq].wants  = nullptr;
-        members[p->seq].served = !p->posted;
-    }
-    for (const part * p : parts) {
-        if (p->posted) {
-            members[p->seq].owner->arrived(); // and may want the next
-        }
+        members[p->seq].served = true;
     }
     be_patient(); // with those whose turn it was not
     changed.notify_all();

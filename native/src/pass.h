@@ -37,7 +37,7 @@ class pass {
     class hold {
       public:
         hold(pass & p, int32_t seq);
-        ~hold() { owner.let_go(); }
+        ~hold() { owner.mutex.unlock(); }
 
         hold(const hold &)             = delete;
         hold & operator=(const hold &) = delete;
@@ -59,26 +59,6 @@ class pass {
       private:
         pass &        owner;
         const int32_t seq;
-        const bool    is_apart; // in the thread of the passes none begins anyway
-    };
-
-    // A look at what became of a part that was posted, while a pass may run
-    class glance {
-      public:
-        glance(pass & p, int32_t seq) : owner(p), seq(seq), lock(p.mutex) {}
-        ~glance() {
-            lock.release();
-            owner.let_go();
-        }
-
-        template <typename F> void wait(F && done) { owner.changed.wait(lock, done); }
-
-        void wait_for_pass() { owner.wait_for_pass(lock, seq); } // from now on it is as held
-
-      private:
-        pass &                       owner;
-        const int32_t                seq;
-        std::unique_lock<std::mutex> lock;
     };
 
     // of several sequences: who takes part. Both want the pass held
@@ -87,11 +67,6 @@ class pass {
 
     // Evaluate a part, together with those of others; returns its status. The pass is held, and let go of meanwhile
     int32_t run(part & mine);
-
-    // The same without waiting for it: its owner is told in the thread of the passes. Until then it can be taken back, while
-    // the pass is held
-    void post(part & mine);
-    void withdraw(int32_t seq) { members[seq].wants = nullptr; }
 
     // Company: the others that the next pass is expected to have, and what all earn together, in tokens per us (0: unknown)
     int32_t n_others(int32_t seq) const;
@@ -119,9 +94,6 @@ class pass {
     };
 
     int32_t             n_active() const;
-    void                wait_for_pass(std::unique_lock<std::mutex> & lock, int32_t seq);
-    void                let_go();
-    void                want(part & mine);
     void                be_patient(); // from now on, for half as long as a pass takes
     bool                wanted() const;
     bool                ready() const;
@@ -136,8 +108,6 @@ class pass {
     std::condition_variable changed;
     bool                    running = false;
     bool                    over    = false;
-    int32_t                 n_waiting = 0;     // callers who want it held: passes that follow each other leave them a gap
-    bool                    in_gap    = false;
     std::thread             worker;  // of several sequences
     std::vector<member>     members; // [n_seq]
     clock::time_point       deadline;

@@ -1,7 +1,5 @@
 #include "steps.h"
 
-#include <algorithm>
-
 namespace entmtp {
 
 void step_log::clear() {
@@ -36,12 +34,6 @@ void step_log::push(const entmtp_step & s) {
 
     ring[first] = s;
     first       = (first + 1) % n_kept;
-}
-
-void step_log::drop_last() {
-    std::rotate(ring.begin(), ring.begin() + (ptrdiff_t) first, ring.end()); // once an answer at most
-    first = 0;
-    ring.pop_back();
 }
 
 } // namespace entmtp

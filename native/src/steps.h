@@ -19,9 +19,6 @@ class step_log {
     // the last one may still change: the walk through its tree goes on
     entmtp_step & back() { return ring[(first + ring.size() - 1) % ring.size()]; }
 
-    // the last one is taken back
-    void drop_last();
-
     size_t size() const { return ring.size(); }
 
     const entmtp_step & operator[](size_t i) const { return ring[(first + i) % ring.size()]; } // oldest first

@@ -24,7 +24,6 @@ struct part {
     bool    is_prompt    = false;
     bool    to_host      = false;
     bool    timed        = false;
-    bool    posted       = false; // its owner does not wait for it
 
     std::function<double(int32_t)>
         fee;           // price of a pass over n tokens, in tokens; null: no node is worth less than it costs

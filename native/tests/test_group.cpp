@@ -45,46 +45,18 @@ static void draft_from(entmtp_decoder * dec, int32_t tree) {
     CHECK_EQ(entmtp_decoder_set_policy(dec, &p), ENTMTP_OK);
 }
 
-// how a text is written: the call that samples, and what comes between two tokens
-struct manner {
-    bool ahead = false; // the decoder goes on by itself
-    bool slow  = false; // the caller takes longer than a pass, now and then
-    bool looks = false; // he asks something else, now and then
-};
-
 // n tokens after a prompt; fewer where it was cancelled
-static tokens write(entmtp_decoder * dec, const tokens & text, uint32_t seed, int32_t n, const manner & m = {}) {
+static tokens write(entmtp_decoder * dec, const tokens & text, uint32_t seed, int32_t n) {
     const sampler_ptr sampler = drawing(seed);
-    std::mt19937      rng(seed);
     tokens            res;
     int32_t           status = entmtp_decoder_eval(dec, text.data(), (int32_t) text.size(), 0, false);
     while (status == ENTMTP_OK && (int32_t) res.size() < n) {
-        const int32_t n_past = (int32_t) (text.size() + res.size());
-        int32_t       token  = -1;
-        if (m.looks && rng() % 8 == 0) {
-            CHECK(entmtp_decoder_logits(dec));
-        }
-        const auto sample = m.ahead && !(m.looks && rng() % 6 == 0) ? entmtp_decoder_sample_on : entmtp_decoder_sample;
-        CHECK_EQ(sample(dec, sampler.get(), &token), ENTMTP_OK);
+        int32_t token = -1;
+        CHECK_EQ(entmtp_decoder_sample(dec, sampler.get(), &token), ENTMTP_OK);
         res.push_back(token);
-        if (m.slow && rng() % 8 == 0) {
-            std::this_thread::sleep_for(std::chrono::microseconds(rng() % 4000));
-        }
-        if (m.looks && rng() % 8 == 0) {
-            CHECK_EQ(entmtp_decoder_settle(dec), ENTMTP_OK);
-        }
-        if (m.looks && rng() % 8 == 0) { // another way first, and back
-            const int32_t other = (token + 1) % tiny::n_vocab;
-            const int32_t there = entmtp_decoder_eval(dec, &other, 1, n_past, false);
-            CHECK(there == ENTMTP_OK || there == ENTMTP_CANCELLED);
-        }
-        status = entmtp_decoder_eval(dec, &token, 1, n_past, false);
-        if (status == ENTMTP_OK && (!m.ahead || rng() % 4 == 0)) {
-            CHECK_EQ(entmtp_decoder_n_evaluated(dec), n_past + 1);
-        }
+        status = entmtp_decoder_eval(dec, &token, 1, (int32_t) (text.size() + res.size()) - 1, false);
     }
     CHECK(status == ENTMTP_OK || status == ENTMTP_CANCELLED);
-    CHECK_EQ(entmtp_decoder_settle(dec), ENTMTP_OK); // the sampler goes
     return res;
 }
 
@@ -117,7 +89,7 @@ static std::vector<request> requests() {
     return res;
 }
 
-static void test_texts(int32_t tree, bool lazy, const manner & m = {}) {
+static void test_texts(int32_t tree, bool lazy) {
     const std::vector<request> all = requests();
     tiny::context_ptr          ctx = shared_context();
     const group_ptr            group(entmtp_group_init(ctx.get(), nullptr, n_seq, n_ctx));
@@ -151,7 +123,7 @@ static void test_texts(int32_t tree, bool lazy, const manner & m = {}) {
                         entmtp_decoder_cancel(dec);
                     });
                 }
-                said[k] = write(dec, r.text, r.seed, r.n, m);
+                said[k] = write(dec, r.text, r.seed, r.n);
                 if (canceller.joinable()) {
                     canceller.join();
                 }
@@ -255,10 +227,6 @@ int main() {
         test_texts(0, false);
         test_texts(chain, true);
         test_texts(bushy, false);
-        for (const int32_t tree : { 0, chain, bushy }) {
-            test_texts(tree, tree == chain, { true, false, false });
-            test_texts(tree, tree == bushy, { true, true, true });
-        }
         test_sharing();
         test_inactive();
         test_room();

@@ -440,8 +440,8 @@ class Llama(Drafted):
         finally:
             with contextlib.suppress(BusyError), self._use.of(turn):
                 self._reading = None
-                self._settle()  # before the chain goes, with which a decoder may have gone on
                 self.end_chain()
+                self._settle()
                 self.warn_of_draft_model()
 
     def _look_at_prompt(self, prompt: list[int], reset: bool) -> None:

@@ -39,7 +39,6 @@ class Slot(Llama):
         self._use = Use()
         self.on_token = None
         self.expected = engine.n_ctx  # tokens that the text may come to
-        self._records = False
 
     def follow(self) -> None:
         self._engine.follow()
@@ -87,18 +86,8 @@ class Slot(Llama):
     ) -> Generator[int, Sequence[int] | None, None]:
         """As `Llama.generate`; waits where the texts of others leave no room in the memory."""
         tokens = list(tokens)
-        self._records = self._record is not None  # what each token was drawn from
         with self._engine.room_for(self, min(len(tokens) + self.expected, self.n_ctx())):
             return (yield from super().generate(tokens, *args, **kwargs))
-
-    def _sample(self, settings: dict[str, Any], idx: int | None) -> int:
-        """In a generation whose tokens come from llama.cpp's own samplers, and are only read, the decoder goes on by
-        itself."""
-        chain = self.running_chain
-        asks = self.on_token is not None or self._records or self.logits_all or self._accept != "lossless"
-        if chain is None or asks or any(settings[k] is not None for k in ("grammar", "logits_processor")):
-            return super()._sample(settings, idx)
-        return self.decoder.sample_on(chain.sampler)
 
     def _look_at_prompt(self, prompt: list[int], reset: bool) -> None:
         if reset and prompt:

@@ -260,11 +260,6 @@ class Upstream(llama_cpp.Llama):
         """Logits of the last batch of n tokens, [n, n_vocab]; valid until the next."""
         return np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n, self._n_vocab))
 
-    @property
-    def running_chain(self) -> Any:
-        """The sampler chain of the running generation, `.sampler` is its pointer; None outside of one."""
-        return self._sampler
-
     @contextlib.contextmanager
     def chain(self, **settings: Any) -> Iterator[Any]:
         """The sampler chain of the running generation, or, outside of one, a new one; `.sampler` is its pointer."""

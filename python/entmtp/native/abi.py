@@ -299,10 +299,6 @@ decoder_eval = bind("entmtp_decoder_eval", c_int32, c_void_p, c_void_p, c_int32,
 # int32_t entmtp_decoder_sample(struct entmtp_decoder * dec, struct llama_sampler * sampler, int32_t * token);
 decoder_sample = bind("entmtp_decoder_sample", c_int32, c_void_p, c_void_p, POINTER(c_int32))
 
-# int32_t entmtp_decoder_sample_on(
-#         struct entmtp_decoder * dec, struct llama_sampler * sampler, int32_t * token);
-decoder_sample_on = bind("entmtp_decoder_sample_on", c_int32, c_void_p, c_void_p, POINTER(c_int32))
-
 # int32_t entmtp_decoder_sample_typical(
 #         struct entmtp_decoder * dec, struct llama_sampler * sampler, float temp, float epsilon, float alpha,
 #         int32_t * token);

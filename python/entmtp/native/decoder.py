@@ -131,12 +131,6 @@ class Decoder:
         n.check(n.decoder_sample(self._ptr, sampler, ctypes.byref(self._token)))
         return self._token.value
 
-    def sample_on(self, sampler: int) -> int:
-        """The same, and a decoder of a group goes on with that chain while the caller looks at the token; it must live
-        until another call than this and `eval` of the token."""
-        n.check(n.decoder_sample_on(self._ptr, sampler, ctypes.byref(self._token)))
-        return self._token.value
-
     def sample_typical(self, sampler: int, temp: float, epsilon: float, alpha: float) -> int:
         """The next token by typical acceptance (lossy): a draft that passes, else through a `llama_sampler *` chain."""
         n.check(n.decoder_sample_typical(self._ptr, sampler, temp, epsilon, alpha, ctypes.byref(self._token)))
