@@ -11,6 +11,7 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from ..models.channels import CALL, TEXT, THOUGHT, Channels
@@ -77,18 +78,14 @@ def _kimi(text: str, properties: Properties) -> list[Any]:
     return [{"name": name, "arguments": json_of(rest, None)} for name, rest in names]
 
 
-INVOKE = re.compile(r'<invoke name="([^"]*)">')
-PARAMETER = re.compile(r'<parameter name="([^"]*)"(?: string="(true|false)")?>')
-
-
-def _invoked(text: str, properties: Properties) -> list[Any]:
+def _invoked(text: str, properties: Properties, mark: str = "") -> list[Any]:
     """Elements with names as attributes (MiniMax), and whether a value is a text (DeepSeek V4, each tag marked)."""
-    _, *parts = INVOKE.split(text.replace("｜DSML｜", ""))
+    _, *parts = re.split(rf'<{mark}invoke name="([^"]*)">', text)
     calls = list[Any]()
     for name, rest in zip(parts[::2], parts[1::2], strict=True):
-        body, ended, _ = rest.rpartition("</invoke>")
-        _, *given = PARAMETER.split(body)
-        values = [value.rpartition("</parameter>")[0] for value in given[2::3]]
+        body, ended, _ = rest.rpartition(f"</{mark}invoke>")
+        _, *given = re.split(rf'<{mark}parameter name="([^"]*)"(?: string="(true|false)")?>', body)
+        values = [value.rpartition(f"</{mark}parameter>")[0] for value in given[2::3]]
         pairs = zip(given[::3], values, given[1::3], strict=True)
         calls.append(_elements(name, pairs, properties) if ended else None)
     return calls
@@ -98,7 +95,7 @@ def _invoked(text: str, properties: Properties) -> list[Any]:
 FORMS: dict[str, tuple[str, Callable[[str, Properties], list[Any]]]] = {
     "<tool_call>": ("</tool_call>", _one),
     "<｜tool▁calls▁begin｜>": ("<｜tool▁calls▁end｜>", _deepseek),
-    "<｜DSML｜tool_calls>": ("</｜DSML｜tool_calls>", _invoked),
+    "<｜DSML｜tool_calls>": ("</｜DSML｜tool_calls>", partial(_invoked, mark="｜DSML｜")),
     "<|tool_calls_section_begin|>": ("<|tool_calls_section_end|>", _kimi),
     "<minimax:tool_call>": ("</minimax:tool_call>", _invoked),
 }
