@@ -69,8 +69,9 @@ ANSWERS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
         "</｜DSML｜parameter></｜DSML｜invoke></｜DSML｜tool_calls>", "", [("weather", {"days": "3"})],
     ),
     "DeepSeek V4, its mark and other tags in a text": (
-        '<｜DSML｜tool_calls><｜DSML｜invoke name="weather"><｜DSML｜parameter name="city" string="true">｜DSML｜ </parameter>'
-        "</｜DSML｜parameter></｜DSML｜invoke></｜DSML｜tool_calls>", "", [("weather", {"city": "｜DSML｜ </parameter>"})],
+        '<｜DSML｜tool_calls><｜DSML｜invoke name="weather"><｜DSML｜parameter name="city" string="true">｜DSML｜ '
+        "</parameter></｜DSML｜parameter></｜DSML｜invoke></｜DSML｜tool_calls>",
+        "", [("weather", {"city": "｜DSML｜ </parameter>"})],
     ),
     "Kimi": (
         "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"
