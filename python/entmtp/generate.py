@@ -32,6 +32,7 @@ from .common.prompts import FORMS, Question, read_questions
 from .common.sampling import add_sampling_options, sampling
 from .llama import Llama
 from .measure.speed import Meter, PlainPass, Speed
+from .models.channels import CALL, TEXT, Channels
 from .models.templates import has_template
 from .options.grammar import grammar
 
@@ -90,12 +91,16 @@ class Generator:
         else:
             stream = llm.create_completion(question.text, **settings)
         parts: list[str] = []
+        channels = Channels()
         reason = "length"
         try:
             for chunk in stream:
                 choice = chunk["choices"][0]
                 reason = choice["finish_reason"] or reason
                 text = choice["delta"].get("content") or "" if self.chat else choice["text"]
+                if self.chat:  # of gpt-oss without its thoughts
+                    pieces = channels.add(text, last=choice["finish_reason"] is not None)
+                    text = "".join(piece.text for piece in pieces if piece.kind in (TEXT, CALL))
                 parts.append(text)
                 if write and text:
                     write(text)

@@ -89,6 +89,15 @@ def test_sampling_options(generate: Run, tmp_path: Path) -> None:
     assert re.fullmatch(r"日本 🙂\d\n", generate(PROMPT, "--grammar", grammar)[1])
 
 
+def test_an_answer_in_channels(generate: Run, tmp_path: Path) -> None:
+    """As gpt-oss writes: what it says, without what it thinks; as text to go on with, all of it."""
+    wrote = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Twelve."
+    grammar = tmp_path / "channels.gbnf"
+    grammar.write_text(f"root ::= {json.dumps(wrote)}\n")
+    assert generate(PROMPT, "--chat", "--grammar", grammar, "-n", 200)[1] == "Twelve.\n"
+    assert generate(PROMPT, "--raw", "--grammar", grammar, "-n", 200)[1] == wrote + "\n"
+
+
 def test_a_prompt_from_stdin(demo_cache: Path) -> None:
     command = [sys.executable, "-m", "entmtp.generate", "--threads", "1", "-n", "5", "--temp", "0"]
     env = {**os.environ, "ENTMTP_CACHE": str(demo_cache)}
