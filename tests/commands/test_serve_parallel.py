@@ -23,7 +23,7 @@ N_CTX = 512
 def server(models: dict[str, Path]) -> Iterator[Server]:
     with Server(
         "--model", DEMO, "--heads", models["hydra"], "--model-alias", "demo", "--ctx", N_CTX, "--threads", 1,
-        "--n-threads-batch", 1, "--parallel", 3,
+        "--n-threads-batch", 1, "--parallel", 3, "--stall", 0.05,
     ) as running:  # fmt: skip
         yield running
 
@@ -113,3 +113,4 @@ def test_what_is_not_of_a_slot(server: Server) -> None:
 def test_settings_that_cannot_work() -> None:
     said = one_sentence(run("--model", DEMO, "--parallel", 2, "--embedding", "true"))
     assert "parallel answers cannot be combined with embedding" in said
+    assert "stall" in one_sentence(run("--model", DEMO, "--parallel", 2, "--stall", "0"))

@@ -104,7 +104,9 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
         EntmtpError, ValueError: the model cannot be loaded; one sentence for the user.
     """
     metrics, threads = Metrics(), Threads(server.parallel)
-    models = Models(settings, metrics, server.parallel, server.kv_tokens, server.interrupt_requests)
+    models = Models(
+        settings, metrics, server.parallel, server.kv_tokens, server.stall, server.interrupt_requests
+    )
 
     def may_ask(scope: Any) -> bool:
         """Whether a request has the API key, compared in the same time whatever it is."""

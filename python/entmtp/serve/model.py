@@ -130,15 +130,16 @@ class Models(LlamaProxy):
     Args:
         parallel: answers at a time; with several there is an engine, and one model.
         kv_tokens: of all of them.
+        stall: seconds that they may have to wait for a prompt.
         interrupts: a streamed answer ends when another request comes.
     """
 
     def __init__(
         self, models: list[ModelSettings], metrics: Metrics, parallel: int = 1, kv_tokens: int | None = None,
-        interrupts: bool = False,
+        stall: float = 0.2, interrupts: bool = False,
     ):  # fmt: skip
         self.interrupts = interrupts
-        self.metrics, self.parallel, self.kv_tokens = metrics, parallel, kv_tokens
+        self.metrics, self.parallel, self.kv_tokens, self.stall = metrics, parallel, kv_tokens, stall
         self.engine: Engine | None = None
         self._turns = asyncio.Semaphore(parallel)  # in the order in which requests came
         self._n_waiting = 0
@@ -256,7 +257,8 @@ class Models(LlamaProxy):
             large = settings.model_copy(update={**known, "n_ctx": n_cells})
             return self._load(large, {**ours, "n_slots": self.parallel}, ServedHost)
 
-        self.engine = Engine.around(load, self.parallel, settings.n_ctx, self.kv_tokens, slot_type=ServedSlot)
+        n_ctx = settings.n_ctx
+        self.engine = Engine.around(load, self.parallel, n_ctx, self.kv_tokens, self.stall, ServedSlot)
         return self.engine.host
 
 

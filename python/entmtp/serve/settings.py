@@ -99,6 +99,11 @@ class ServerSettings(stock.ServerSettings):
         ge=1,
         description="with parallel: tokens of all answers together; without, parallel times n_ctx",
     )
+    stall: float = Field(
+        default=0.2,
+        gt=0.0,
+        description="with parallel: seconds that answers may have to wait for a prompt; long ones are read in pieces",
+    )
     max_body: int = Field(
         default=4 << 20,
         ge=1,
