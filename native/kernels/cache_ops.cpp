@@ -172,6 +172,8 @@ split_queries(int64_t n_tokens, int64_t n_rep, int64_t n_kv_heads, int64_t n_thr
     return parts;
 }
 
+static constexpr int64_t MOST_SEEN = 1 << 18; // cells of all parts, 3 MB a thread
+
 void compute_attention(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3], *sinks = op->src[4];
 
@@ -208,11 +210,12 @@ void compute_attention(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     const int64_t n_split    = (int64_t) parts.size();
     const int64_t n_units    = n_kv_heads * n_split;
 
-    // of each part; the same for all kv heads, if there is one mask
+    // of each part, the same for all kv heads; one for all where heads have masks of their own, or it would be too much
+    const bool is_one_mask = !mask || (mask->ne[2] == 1 && mask->ne[3] == 1);
+    const bool are_kept    = is_one_mask && n_split * a.n_kv <= MOST_SEEN;
     static thread_local std::vector<sight> sights;
     std::vector<bool>                      is_known(n_split);
-    const bool                             is_one = !mask || (mask->ne[2] == 1 && mask->ne[3] == 1);
-    sights.resize(std::max(sights.size(), (size_t) n_split));
+    sights.resize(std::max(sights.size(), are_kept ? (size_t) n_split : 1));
 
     for (int64_t u = n_units * task->ith / task->nth; u < n_units * (task->ith + 1) / task->nth; ++u) {
         const int64_t i2 = u / n_split % k->ne[2], i3 = u / n_split / k->ne[2];
@@ -232,10 +235,10 @@ void compute_attention(const ggml_cpu_hook_task * task, ggml_tensor * op) {
             a.slope[n]      = head_slope(max_bias, h, q->ne[2]);
             a.sink[n]       = sinks ? (const float *) sinks->data + h : nullptr;
         }
-        sight & seen = sights[u % n_split];
+        sight & seen = sights[are_kept ? u % n_split : 0];
         if (!is_known[u % n_split]) {
             seen.of(a);
-            is_known[u % n_split] = is_one;
+            is_known[u % n_split] = are_kept;
         }
         seen.give(a);
         kernels().attend(a);

@@ -140,10 +140,11 @@ def test_all_options_reach_llama(models: dict[str, Path], monkeypatch: pytest.Mo
             "model_path": models["q8_0"], "draft": "entmtp", "heads": models["hydra"], "n_ctx": 512, "n_threads": 2,
             "n_threads_batch": 2, "n_gpu_layers": 0, "tensor_split": [2.0, 1.0], "flash_attn": True, "kernels": "off",
             "outputs": "rows", "policy": "best-depth", "trees": "generic-hydra", "score": "top1", "calibrate": False,
-            "drafters": "text,heads",
+            "drafters": "text,heads", "type_k": "q8_0", "type_v": "q8_0",
             "adapt": False, "accept": "typical", "typical_epsilon": 0.5, "typical_alpha": 0.7, "verbose": False,
         }  # fmt: skip
         assert llm.policy == "best-depth" and llm.decoder.outputs.mode == "rows"
+        assert (llm.context_params.type_k, llm.context_params.type_v) == (8, 8)
 
 
 def test_a_model_that_drafts(models: dict[str, Path]) -> None:

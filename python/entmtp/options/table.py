@@ -23,17 +23,8 @@ DRAFTERS = ("text", "recycling", "heads", "model")
 SCORES = ("entropy", "top1", "path")
 ACCEPT = ("lossless", "typical")
 OUTPUTS = ("auto", "host", "rows", "device")
-CACHE_TYPES = (
-    "f32",
-    "f16",
-    "bf16",
-    "q8_0",
-    "q5_1",
-    "q5_0",
-    "q4_1",
-    "q4_0",
-    "iq4_nl",
-)  # those of llama.cpp's commands
+# those of llama.cpp's commands
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
 
 @dataclass(frozen=True)
