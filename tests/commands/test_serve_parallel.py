@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,17 @@ def test_settings_that_cannot_work() -> None:
     said = one_sentence(run("--model", DEMO, "--parallel", 2, "--embedding", "true"))
     assert "parallel answers cannot be combined with embedding" in said
     assert "stall" in one_sentence(run("--model", DEMO, "--parallel", 2, "--stall", "0"))
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_quantised_keys_and_values(parallel: int) -> None:
+    """`--cache-type` as in the other commands, and with it flash attention."""
+    types = {"type_k": "q8_0", "type_v": "q8_0"}
+    with closing(Llama(DEMO, n_ctx=128, n_threads=1, n_threads_batch=1, verbose=False, **types)) as llm:  # type: ignore[arg-type]
+        expected = text_alone(llm, PROMPTS[0], {"max_tokens": 20, "temperature": 0.0})
+    with Server(
+        "--model", DEMO, "--ctx", 128, "--threads", 1, "--parallel", parallel, "--cache-type", "q8_0"
+    ) as server:
+        create = server.client().completions.create
+        answer = create(model="x", prompt=PROMPTS[0], max_tokens=20, temperature=0.0)
+    assert answer.choices[0].text == expected
