@@ -172,7 +172,7 @@ split_queries(int64_t n_tokens, int64_t n_rep, int64_t n_kv_heads, int64_t n_thr
     return parts;
 }
 
-static constexpr int64_t MOST_SEEN = 1 << 18; // cells of all parts, 3 MB a thread
+static constexpr int64_t MOST_PARTS = 32; // whose lists of cells are kept, of up to 8 bytes a cell and part
 
 void compute_attention(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3], *sinks = op->src[4];
@@ -210,9 +210,9 @@ void compute_attention(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     const int64_t n_split    = (int64_t) parts.size();
     const int64_t n_units    = n_kv_heads * n_split;
 
-    // of each part, the same for all kv heads; one for all where heads have masks of their own, or it would be too much
+    // of each part, the same for all kv heads; not kept where heads have masks of their own, and of the many parts of a prompt
     const bool is_one_mask = !mask || (mask->ne[2] == 1 && mask->ne[3] == 1);
-    const bool are_kept    = is_one_mask && n_split * a.n_kv <= MOST_SEEN;
+    const bool are_kept    = is_one_mask && n_split <= MOST_PARTS;
     static thread_local std::vector<sight> sights;
     std::vector<bool>                      is_known(n_split);
     sights.resize(std::max(sights.size(), are_kept ? (size_t) n_split : 1));

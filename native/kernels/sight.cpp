@@ -1,5 +1,7 @@
 #include "sight.h"
 
+#include <algorithm>
+
 namespace entmtp {
 
 static constexpr uint16_t minus_infinity = 0xfc00;
@@ -15,6 +17,8 @@ static uint32_t first_bits(int n) {
 }
 
 void sight::of(const attention & a) {
+    static thread_local std::vector<uint32_t> seen; // [n_kv] queries that see a cell, a bit each
+
     const int n_kv = a.n_kv;
     seen.assign(n_kv, 0);
     for (int i = 0, end = 0; i < a.n_query; i = end) {
@@ -30,21 +34,21 @@ void sight::of(const attention & a) {
         }
     }
 
-    cells.resize(n_kv);
-    who.resize(n_kv);
-    int n = 0;
+    const auto n_seen = n_kv - std::count(seen.begin(), seen.end(), 0u);
+    cells.resize(n_seen + 1); // the loop writes before it knows
+    who.resize(n_seen + 1);
+    n_cells = 0;
     for (int j = 0; j < n_kv; ++j) {
         const int32_t c = a.order ? a.order[j] : j;
         if (c < 0) {
             break;
         }
-        cells[n] = c;
-        who[n]   = seen[c];
-        n += seen[c] != 0;
+        cells[n_cells] = c;
+        who[n_cells]   = seen[c];
+        n_cells += seen[c] != 0;
     }
-    n_cells = n;
     in_line = true;
-    for (int j = 1; j < n && in_line; ++j) {
+    for (int j = 1; j < n_cells && in_line; ++j) {
         in_line = cells[j] == cells[0] + j;
     }
 }

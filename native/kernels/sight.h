@@ -16,9 +16,8 @@ class sight {
     void give(attention & a) const;
 
   private:
-    std::vector<uint32_t> seen;   // [n_kv] queries that see a cell, a bit each
-    std::vector<int32_t>  cells;  // those that anyone sees, by position
-    std::vector<uint32_t> who;    // the same as seen, of these
+    std::vector<int32_t>  cells; // those that anyone sees, by position
+    std::vector<uint32_t> who;   // queries that see each, a bit each
     int                   n_cells = 0;
     bool                  in_line = false;
 };
