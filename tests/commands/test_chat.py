@@ -301,9 +301,7 @@ def test_unicode_split_over_tokens(chat: Open, tmp_path: Path) -> None:
 
 def test_thoughts_in_channels(chat: Open, env: dict[str, str], tmp_path: Path) -> None:
     """As gpt-oss answers: its template refuses an answer with tags when the next question is asked."""
-    wrote = (
-        "<|channel|>analysis<|message|>I think.<|end|><|start|>assistant<|channel|>final<|message|>The answer."
-    )
+    wrote = "<|channel|>analysis<|message|>I think.<|end|><|start|>assistant<|channel|>final<|message|>The answer."
     grammar, talk = tmp_path / "channels.gbnf", tmp_path / "talk.json"
     grammar.write_text(f"root ::= {json.dumps(wrote)}\n")
     got = run(env, f"{QUESTION}\n/save {talk}\n", "--grammar", str(grammar))
@@ -314,4 +312,5 @@ def test_thoughts_in_channels(chat: Open, env: dict[str, str], tmp_path: Path) -
         terminal.line("?")
         text = terminal.wait("The answer.")
         assert re.search(r"I think\.\s+The answer\.", text) and "<|" not in terminal.raw
-        assert bool(options) or "\x1b[2mI think." in re.sub(r"\x1b\[0m(?:\x1b\[J)?\x1b\[2m", "", terminal.raw)
+        if not options:  # thoughts are dim, the answer is not
+            assert "\x1b[2mI" in terminal.raw and "\x1b[2mThe" not in terminal.raw

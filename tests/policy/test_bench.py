@@ -163,11 +163,13 @@ def test_answering_sets_the_method(load: Callable[..., Llama]) -> None:
 def test_what_people_run_today(models: dict[str, Path]) -> None:
     """llama-cpp-python's model with the settings of ours."""
     ours: Any = SimpleNamespace(
-        n_threads=3, n_threads_batch=5, model_path=str(models["f32"]), n_ctx=lambda: 512
-    )
+        n_threads=3, n_threads_batch=5, model_path=str(models["f32"]), n_ctx=lambda: 512,
+        context_params=SimpleNamespace(type_k=8, type_v=0),
+    )  # fmt: skip
     plain, lookup = stock(ours), stock(ours, 2, n_threads=1)
     assert (plain.n_threads, plain.n_threads_batch, plain.n_ctx(), plain.draft_model) == (3, 5, 512, None)
     assert (lookup.n_threads, lookup.n_threads_batch) == (1, 5) and lookup.draft_model.num_pred_tokens == 2
+    assert (plain.context_params.type_k, plain.context_params.type_v) == (8, 0)
     assert type(plain) is llama_cpp.Llama
     assert set(LOOKUP) == {f"llama-cpp-python, prompt lookup {n}" for n in (10, 2)}
     plain.close()

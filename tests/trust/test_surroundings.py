@@ -261,6 +261,7 @@ def test_files_from_the_future(folder: Path, tmp_path: Path) -> None:
     for path in made:
         os.utime(path, (future, future))
     assert run() == first
-    assert {p for at in ("own-cache", "build") for p in (tmp_path / at).rglob("*") if p.is_file()} == set(
-        made
-    )
+    found = {p for at in ("own-cache", "build") for p in (tmp_path / at).rglob("*") if p.is_file()}
+    assert set(made) <= found
+    # costs are kept once their timings agree, which they may not have done the first time
+    assert all(path.parent.name == "costs" for path in found - set(made))
