@@ -160,8 +160,8 @@ class session {
 
     void same(const float * row, const tokens & whole) const {
         MUST(row);
-        const auto & want = s.plain->logits(whole);
-        float squares = 0.0f;
+        const auto & want    = s.plain->logits(whole);
+        float        squares = 0.0f;
         for (int32_t t = 0; t < tiny::n_vocab; ++t) {
             MUST(std::fabs(row[t] - want[t]) < tolerance);
             squares += (row[t] - want[t]) * (row[t] - want[t]);

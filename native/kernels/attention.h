@@ -333,10 +333,10 @@ static void attend(const attention & a) {
     const size_t ld    = attention_stride(a.n_kv);
     const int    n_dim = a.n_dim_k > a.n_dim_v ? a.n_dim_k : a.n_dim_v;
 
-    float *    scores = a.scratch;                                        // [n][ld]
+    float *    scores = a.scratch;                                      // [n][ld]
     uint16_t * masked = (uint16_t *) (scores + ATTENTION_QUERIES * ld); // [ld] the mask of one query at the cells
-    float *    out    = (float *) (masked + 2 * ld);                      // [n][n_dim_v]
-    float *    rows   = out + 2 * ATTENTION_QUERIES * n_dim;              // [ATTENTION_ROWS][n_dim] copied, dequantised
+    float *    out    = (float *) (masked + 2 * ld);                    // [n][n_dim_v]
+    float *    rows   = out + 2 * ATTENTION_QUERIES * n_dim;            // [ATTENTION_ROWS][n_dim] copied, dequantised
 
     const uint32_t  all     = n == 32 ? 0xffffffffu : (1u << n) - 1;
     const int32_t * cells   = a.cells;

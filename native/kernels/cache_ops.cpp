@@ -211,8 +211,8 @@ void compute_attention(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     const int64_t n_units    = n_kv_heads * n_split;
 
     // of each part, the same for all kv heads; not kept where heads have masks of their own, and of the many parts of a prompt
-    const bool is_one_mask = !mask || (mask->ne[2] == 1 && mask->ne[3] == 1);
-    const bool are_kept    = is_one_mask && n_split <= MOST_PARTS;
+    const bool                             is_one_mask = !mask || (mask->ne[2] == 1 && mask->ne[3] == 1);
+    const bool                             are_kept    = is_one_mask && n_split <= MOST_PARTS;
     static thread_local std::vector<sight> sights;
     std::vector<bool>                      is_known(n_split);
     sights.resize(std::max(sights.size(), are_kept ? (size_t) n_split : 1));

@@ -113,8 +113,7 @@ inline size_t attention_stride(int n_kv) {
 inline size_t attention_scratch(int n_kv, int n_dim_k, int n_dim_v) {
     const size_t n_pad = attention_stride(n_kv);
     const size_t n_dim = n_dim_k > n_dim_v ? n_dim_k : n_dim_v;
-    return ATTENTION_QUERIES * n_pad + n_pad + ATTENTION_QUERIES * n_dim * 2 + ATTENTION_ROWS * n_dim + 64 * 16 +
-           64;
+    return ATTENTION_QUERIES * n_pad + n_pad + ATTENTION_QUERIES * n_dim * 2 + ATTENTION_ROWS * n_dim + 64 * 16 + 64;
 }
 
 struct kernel_set {
