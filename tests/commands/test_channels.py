@@ -6,10 +6,8 @@ import asyncio
 import itertools
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -20,7 +18,6 @@ from entmtp.serve.calls import for_template
 from entmtp.serve.requests import ServedRequest
 from entmtp.serve.written import streamed, whole
 from helpers.serving import Server
-from helpers.typed import DEMO
 
 FUNCTIONS: list[dict[str, Any]] = [{"name": "weather"}, {"name": "stop"}]
 THINKS = "<|channel|>analysis<|message|>They ask 1 < 2.<|end|>"
@@ -191,28 +188,13 @@ def writes(text: str) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one", "parallel"])
-def server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    with Server(
-        "--model", DEMO, "--ctx", 512, "--threads", 1, "--parallel", request.param, "--chat_format", "chatml"
-    ) as running:
-        yield running
-
-
-def post(server: Server, path: str, **body: Any) -> httpx.Response:
-    with server.http() as http:
-        answer = http.post(path, json=body)
-    assert answer.status_code == 200, answer.text
-    return answer
-
-
-def test_openai(server: Server) -> None:
-    [answer] = post(server, "/v1/chat/completions", **writes(THINKS + FINAL)).json()["choices"]
+def test_openai(chatting: Server) -> None:
+    [answer] = chatting.post("/v1/chat/completions", **writes(THINKS + FINAL)).json()["choices"]
     message = answer["message"]
     assert (message["content"], message["reasoning_content"]) == ("Yes, it is <|here|>.", "They ask 1 < 2.")
     said, thoughts, shown = "", "", ""
     asked = writes(THINKS + FINAL) | {"stream": True, "entmtp": True}
-    for line in post(server, "/v1/chat/completions", **asked).text.splitlines():
+    for line in chatting.post("/v1/chat/completions", **asked).text.splitlines():
         if line.startswith("data: {"):
             chunk = json.loads(line.removeprefix("data: "))
             delta = chunk["choices"][0]["delta"]
@@ -225,12 +207,12 @@ def test_openai(server: Server) -> None:
     )
 
 
-def test_calls(server: Server) -> None:
+def test_calls(chatting: Server) -> None:
     text, _, thoughts, calls = ANSWERS["a call"]
-    [answer] = post(server, "/v1/chat/completions", **writes(text), tools=TOOLS).json()["choices"]
+    [answer] = chatting.post("/v1/chat/completions", **writes(text), tools=TOOLS).json()["choices"]
     assert in_short(answer["message"]["tool_calls"]) == calls and answer["finish_reason"] == "tool_calls"
     assert answer["message"]["reasoning_content"] == thoughts and answer["message"]["content"] is None
-    with server.client().chat.completions.stream(
+    with chatting.client().chat.completions.stream(
         model="x", tools=TOOLS, messages=MESSAGES, max_tokens=200, temperature=0.0,  # type: ignore[arg-type]
         extra_body={"grammar": writes(text)["grammar"]},
     ) as stream:  # fmt: skip
@@ -241,7 +223,9 @@ def test_calls(server: Server) -> None:
     # and back
     history = [*MESSAGES, answer["message"], {"role": "tool", "tool_call_id": "c", "content": "Rain."}]
     asked = writes("Fine.") | {"messages": history}
-    assert post(server, "/v1/chat/completions", **asked).json()["choices"][0]["message"]["content"] == "Fine."
+    assert (
+        chatting.post("/v1/chat/completions", **asked).json()["choices"][0]["message"]["content"] == "Fine."
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +16,6 @@ from entmtp.serve.calls import for_template
 from entmtp.serve.requests import ServedRequest
 from entmtp.serve.written import FORMS, Written, streamed, whole
 from helpers.serving import Server
-from helpers.typed import DEMO
 
 FUNCTIONS: list[dict[str, Any]] = [
     {"name": "weather", "parameters": {"type": "object", "properties": {
@@ -236,28 +233,13 @@ ASKED: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one", "parallel"])
-def server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    with Server(
-        "--model", DEMO, "--ctx", 512, "--threads", 1, "--parallel", request.param, "--chat_format", "chatml"
-    ) as running:
-        yield running
-
-
-def post(server: Server, path: str, **body: Any) -> httpx.Response:
-    with server.http() as http:
-        answer = http.post(path, json=body)
-    assert answer.status_code == 200, answer.text
-    return answer
-
-
 @pytest.mark.parametrize("choice", [{}, {"tool_choice": "auto"}])
-def test_openai(server: Server, choice: dict[str, str]) -> None:
-    [answer] = post(server, "/v1/chat/completions", **ASKED, **choice, tools=TOOLS).json()["choices"]
+def test_openai(chatting: Server, choice: dict[str, str]) -> None:
+    [answer] = chatting.post("/v1/chat/completions", **ASKED, **choice, tools=TOOLS).json()["choices"]
     assert in_short(answer["message"]["tool_calls"]) == [PARIS]
     assert answer["message"]["content"] == "Look:" and answer["finish_reason"] == "tool_calls"
     # as their client puts a stream together
-    with server.client().chat.completions.stream(
+    with chatting.client().chat.completions.stream(
         model="x", tools=TOOLS, messages=ASKED["messages"], max_tokens=120, temperature=0.0,  # type: ignore[arg-type]
         extra_body={"grammar": ASKED["grammar"]}, **choice,  # type: ignore[arg-type]
     ) as stream:  # fmt: skip
@@ -266,10 +248,10 @@ def test_openai(server: Server, choice: dict[str, str]) -> None:
     assert [json.loads(call.function.arguments) for call in final.message.tool_calls or []] == [PARIS[1]]
 
 
-def test_none_is_wanted(server: Server) -> None:
+def test_none_is_wanted(chatting: Server) -> None:
     """Without tools, or where the client wants no calls, the text is what the model wrote."""
     for more in ({}, {"tools": TOOLS, "tool_choice": "none"}):
-        [answer] = post(server, "/v1/chat/completions", **ASKED, **more).json()["choices"]
+        [answer] = chatting.post("/v1/chat/completions", **ASKED, **more).json()["choices"]
         assert answer["message"]["content"] == "Look: " + WRITES and "tool_calls" not in answer["message"]
 
 
@@ -288,22 +270,22 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-def test_responses(server: Server) -> None:
+def test_responses(chatting: Server) -> None:
     tools = [{"type": "function", **FUNCTIONS[0], "name": name} for name in ("weather", "stop")]
     form = {"format": {"type": "json_schema", "name": "call", "schema": SCHEMA}}
     asked = {"input": "The sea", "max_output_tokens": 120, "temperature": 0.0, "text": form}
-    [call] = post(server, "/v1/responses", **asked, tools=tools).json()["output"]
+    [call] = chatting.post("/v1/responses", **asked, tools=tools).json()["output"]
     assert (call["type"], call["name"], json.loads(call["arguments"])) == ("function_call", *PARIS)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_ollama(server: Server, stream: bool) -> None:
+def test_ollama(chatting: Server, stream: bool) -> None:
     asked = {
         "messages": ASKED["messages"],
         "options": {"temperature": 0.0, "num_predict": 120},
         "format": SCHEMA,
     }
-    answer = post(server, "/api/chat", **asked, tools=TOOLS, stream=stream).text
+    answer = chatting.post("/api/chat", **asked, tools=TOOLS, stream=stream).text
     messages = [json.loads(line)["message"] for line in answer.splitlines()]
     [call] = [call for message in messages for call in message.get("tool_calls", [])]
     assert (call["function"]["name"], call["function"]["arguments"]) == PARIS

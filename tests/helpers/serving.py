@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import httpx
 import openai
@@ -55,6 +56,13 @@ class Server:
         self.process.communicate(timeout=PATIENCE)
         self.stderr.seek(0)
         return self.stderr.read()
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        """The answer to a request that must be right."""
+        with self.http() as http:
+            answer = http.post(path, json=body)
+        assert answer.status_code == 200, answer.text
+        return answer
 
     def stop(self, number: int) -> tuple[int, str]:
         """Send a signal; exit code and what the server said on stderr."""
