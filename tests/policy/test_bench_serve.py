@@ -20,6 +20,8 @@ from entmtp.measure import baselines, child
 from entmtp.measure.child import ChildServer
 from entmtp.measure.turns import Prompt
 from entmtp.report.plots import draw
+from entmtp.serve import cli as cli_of_server
+from entmtp.serve.settings import from_options
 
 # answers /v1/completions with three pieces, or as `max_tokens` says: 1 status 503, 2 an error event, 3 ends too early
 SERVER = """
@@ -182,6 +184,7 @@ def test_table_and_picture(tmp_path: Path) -> None:
     [
         (["--clients"], "give --clients, --rate"),
         (["--rate", "-1"], "give --clients, --rate"),
+        (["--stall", "0"], "give --clients, --rate"),
         (["--servers", "llama-server"], "make baselines"),
     ],
 )
@@ -198,6 +201,21 @@ def test_mistakes(
     assert cli.main(["serve", "-m", "demo", "--prompts", str(prompts), *options]) != 0
     error = capsys.readouterr().err.strip()
     assert says in error and len(error.splitlines()) == 1
+
+
+def test_what_our_servers_are_told() -> None:
+    """Every option that this command shares with the server, and how long prompts may take."""
+    words = ["-m", "m.gguf", "--heads", "h.gguf", "--stall", "0.05", "--threads", "2", "--flash-attn"]
+    args = cli.setup_arg_parser().parse_args(["serve", *words])
+    said = {}
+    for label in (serve.DRAFTS, serve.PLAIN):
+        options = cli_of_server.spelled(serve.command(label, 8123, args, 3)[3:])
+        server, (model,) = from_options(vars(cli_of_server.setup_arg_parser().parse_args(options)))
+        assert (server.host, server.port, server.parallel, server.stall) == ("127.0.0.1", 8123, 3, 0.05)
+        assert (model.model, model.flash_attn) == ("m.gguf", True)
+        assert (model.n_threads, model.n_threads_batch) == (2, 2)
+        said[label] = model.heads, model.draft
+    assert said == {serve.DRAFTS: ("h.gguf", None), serve.PLAIN: (None, "off")}
 
 
 @pytest.mark.slow

@@ -43,6 +43,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
                "themselves (a Poisson process)"},
     "--requests": {"type": int, "metavar": "N", "help": "requests of a load"},
     "--slots": {"type": int, "metavar": "N", "help": "answers at a time (default: the most clients, or 4)"},
+    "--stall": {"type": float, "metavar": "SECONDS", "help": "how long answers may wait for the prompts of "
+                "others, as of entmtp serve"},
     "--servers": {"nargs": "+", "choices": tuple(serve.SERVERS), "help": "ours that drafts, ours that does not, and "
                   "llama.cpp's, which `make baselines` builds"},
     "--counts": {"type": int, "nargs": "+", "metavar": "N", "help": "fixed numbers of threads (default: 1 and all)"},
@@ -117,7 +119,7 @@ COMMANDS = {
         serve.run, "servers under load: ours with drafts and without, and llama.cpp's own",
         "entmtp bench serve -m model.gguf --suite paper --clients 1 4 16 --rate 2 -o serve.json",
         ANSWERS | {"--temp --temps": [0.0], "--tokens": 256, "--rounds": 3, "--clients": [1, 2, 4, 8, 16], "--rate": [],
-                   "--requests": 32, "--slots": None, "--servers": list(serve.SERVERS)},
+                   "--requests": 32, "--slots": None, "--stall": 0.2, "--servers": list(serve.SERVERS)},
     ),
     "study": Command(
         study.run, "tune on half of the prompts, then compare policies on the other half, live and by replay",

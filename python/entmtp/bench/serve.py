@@ -40,14 +40,12 @@ def command(label: str, port: int, args: Namespace, slots: int) -> list[str]:
     for option in OPTIONS:
         value = getattr(args, option.name)
         words += [f"{option.flag}={str(value).lower()}"] if isinstance(value, bool) else option.words(value)
-    own = {"--host": "127.0.0.1", "--port": port, "--parallel": slots, "--n_threads_batch": args.threads}
-    return [
-        sys.executable,
-        "-m",
-        "entmtp.serve",
-        *words,
-        *(str(word) for option in own.items() for word in option),
-    ]
+    own = {
+        "--host": "127.0.0.1", "--port": port, "--parallel": slots, "--stall": args.stall,
+        "--n_threads_batch": args.threads,
+    }  # fmt: skip
+    own_words = (str(word) for option in own.items() for word in option)
+    return [sys.executable, "-m", "entmtp.serve", *words, *own_words]
 
 
 def requests_of(llm: Llama, args: Namespace) -> list[Prompt]:
@@ -81,8 +79,8 @@ def same_texts(rounds: Sequence[Sequence[Seen]], reference: Sequence[Seen]) -> i
 
 def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
     loads = [*(Load(clients=n) for n in args.clients), *(Load(rate=rate) for rate in args.rate)]
-    if not loads or min((*args.clients, *args.rate)) <= 0 or args.requests < 1 or args.rounds < 1:
-        raise UsageError("give --clients, --rate, --requests and --rounds as numbers above 0")
+    if not loads or min((*args.clients, *args.rate, args.stall)) <= 0 or args.requests < 1 or args.rounds < 1:
+        raise UsageError("give --clients, --rate, --requests, --rounds and --stall as numbers above 0")
     labels = [SERVERS[name] for name in args.servers]
     if SERVER in labels:
         find(SERVER)  # before minutes of measuring
@@ -106,7 +104,8 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
         if PLAIN in labels:
             row["identical"] = same_texts(rounds, found[loads[0], PLAIN][0])
         rows.append(row)
-    report |= {"serve": rows, "threads": args.threads, "slots": slots, "ctx": args.ctx, "model": args.model}
+    report |= {"serve": rows, "threads": args.threads, "slots": slots, "ctx": args.ctx, "model": args.model,
+               "stall": args.stall}  # fmt: skip
     yield markdown(rows)
     for row in rows:
         if row["errors"]:
