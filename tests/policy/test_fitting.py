@@ -15,8 +15,9 @@ from entmtp.bank.calibration import N_ACCEPT, N_AHEAD, N_BEST, N_GUESS
 from entmtp.bank.costs import Costs, relative
 from entmtp.measure import calibration, search
 from entmtp.measure import speed as figures
-from entmtp.measure.compare import LOOP, TIMES, Comparison, before_loop, cut, quartiles, time_split
+from entmtp.measure.compare import Comparison, quartiles, time_split
 from entmtp.measure.fitting import fit, fit_sizes, ladders
+from entmtp.measure.loops import LOOP, TIMES, before_loop, cut
 from entmtp.measure.speed import ENOUGH, Meter, PlainPass, Speed, sparkline
 from entmtp.measure.turns import Answer
 from entmtp.native.stats import STEP_DTYPE, DraftStats

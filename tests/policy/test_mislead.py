@@ -150,10 +150,10 @@ def test_the_command_measures_both_kinds(
 def test_what_is_foretold_is_a_replay_that_goes_on(load: Callable[..., Llama]) -> None:
     llm = load(heads="hydra")
     bank = Bank("text", (PLAIN,), costs=COSTS, calibration=Bank.load("generic-hydra").calibration)
-    llm.set_trees(bank, policy="auto")
+    llm.set_trees(bank, policy="auto", drafters="text,recycling")
     bank = llm.bank or bank
     asked = [Prompt(llm.tokenize(t.encode()), 40, 0.0) for t in prompts()[::40]]
-    told = Foretelling(llm, llm, ["text", "recycling"])
+    told = Foretelling(llm, llm)
     us = [*told.answers(asked[:1]), *told.answers(asked[1:])]
     assert len(us) == len(asked) and min(us) > 0
     alone = [rollout(llm, list(p.tokens), 40, ranks_too=False, temp=0.0) for p in asked[:1]]

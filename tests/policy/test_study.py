@@ -12,7 +12,7 @@ import pytest
 from entmtp import Llama
 from entmtp.bank.bank import Bank
 from entmtp.bank.traces import Traces
-from entmtp.bench import study, whatif
+from entmtp.bench import ablate, study
 from entmtp.bench.cli import main
 from entmtp.bench.passes import weights_per_pass
 from entmtp.measure import search
@@ -116,7 +116,7 @@ def test_parts_of_the_policies_are_weighed(studied: Path, capsys: pytest.Capture
     out = studied / "ablation.json"
     assert main(["--ablate", "roofline", "--traces", str(studied / "traces"), "-o", str(out)]) == 0
     rows = json.loads(out.read_text())["ablation"]
-    assert {f"confidence, {name}" for name in whatif.VARIANTS} <= set(rows)
+    assert {f"confidence, {name}" for name in ablate.VARIANTS} <= set(rows)
     assert all(len(v) == 1 and 0.3 < v[0] < 3.0 for v in rows.values())
     assert "| confidence, without hits |" in capsys.readouterr().out
 

@@ -25,7 +25,8 @@ from ..native import kernels
 from ..options.model import arguments
 from ..report.tables import Form, table
 from ..upstream import requantise
-from .inputs import asked_of, changed, model_of, read_tasks, shape_of
+from .inputs import changed, model_of, shape_of
+from .questions import asked_of, read_tasks
 
 SIZE = 8  # tokens of the passes that are not of one
 PROMPT = 256  # tokens of a prompt, at most

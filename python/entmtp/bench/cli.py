@@ -20,8 +20,9 @@ from ..native.backends import llama_commit
 from ..options import DEMO, add_model_options
 from ..report.plots import draw
 from ..report.tables import write
-from . import accuracy, gpu, heads, load, memory, mislead, passes, run, serve, study, users, whatif
-from .inputs import SUITES, context_lengths, some_of
+from . import ablate, accuracy, gpu, heads, load, memory, mislead, passes, run, serve, study, users, whatif
+from .inputs import context_lengths, some_of
+from .questions import SUITES
 
 SHAPE = f"random weights by shape ({', '.join(SHAPES)}) and type ({', '.join(QUANTS)}), as 1b:q4_k"
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -163,7 +164,7 @@ COMMANDS = {
         "entmtp bench what-if 1b cpu-q8_0 roofline flat --traces traces", {"curves": None, "--traces": ...},
     ),
     "ablate": Command(
-        whatif.ablate, "replay variants of the policies, to see what each part of them is worth",
+        ablate.run, "replay variants of the policies, to see what each part of them is worth",
         "entmtp bench ablate cpu-q8_0 --traces traces", {"curve": None, "--traces": ...},
     ),
     "plot": Command(plot, "draw a report beside it", "entmtp bench plot study.json", {"report": None}),

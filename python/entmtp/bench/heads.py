@@ -33,7 +33,8 @@ from ..measure.turns import Advance, Prompt, answering, in_turn
 from ..models.base import read_base
 from ..options import load
 from ..report.tables import Form, cell, table
-from .inputs import asked_of, changed, flat, load_plain, model_of, read_tasks
+from .inputs import changed, flat, load_plain, model_of
+from .questions import asked_of, read_tasks
 
 TYPES = ("f16", "q8_0", "q4_0", "q4_k")
 # form of the heads: with a draft vocabulary, sharing the base's projection

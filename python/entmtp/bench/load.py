@@ -20,7 +20,8 @@ from ..measure.turns import Answering, answering, in_turn
 from ..native import kernels
 from ..options import load
 from ..report.tables import Form, cell, table
-from .inputs import changed, load_plain, model_of, prompts_of, read_tasks
+from .inputs import changed, load_plain, model_of
+from .questions import prompts_of, read_tasks
 
 FOLLOWS = "as the machine is"
 

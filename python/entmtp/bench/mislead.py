@@ -27,7 +27,8 @@ from ..measure.rollouts import forced, rollout
 from ..measure.turns import Answer, Answering, Prompt, answering, in_turn
 from ..options import load
 from ..report.tables import Form, table
-from .inputs import changed, load_plain, model_of, read_tasks, tokens_of
+from .inputs import changed, load_plain, model_of
+from .questions import read_tasks, tokens_of
 from .study import make_useless
 
 PLAIN, ENTMTP, USELESS = "plain", "EntMTP", "EntMTP, useless heads"

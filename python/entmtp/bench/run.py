@@ -19,7 +19,7 @@ from ..llama import Llama
 from ..measure.baselines import LABELS, Baseline, baseline
 from ..measure.compare import Comparison, remark
 from ..measure.foreign import Driver, Server, warmed
-from ..measure.foretell import Foretelling
+from ..measure.foretell import Foretelling, said
 from ..measure.methods import ENTMTP, PLAIN_LOOP, Method, comparison, methods_of, published
 from ..measure.rounding import Parting, parting
 from ..measure.stock import LOOKUP, STOCK, stock
@@ -27,7 +27,8 @@ from ..measure.turns import Answering, Prompt, answering, in_turn
 from ..native import kernels
 from ..options import load
 from ..report.tables import Form, Row, cell, table
-from .inputs import load_plain, model_of, prompts_of, read_tasks
+from .inputs import load_plain, model_of
+from .questions import prompts_of, read_tasks
 
 GGML = Method("EntMTP, ggml's kernels", None, "auto")  # as ENTMTP, but for the CPU kernels
 
@@ -51,7 +52,7 @@ def contestants(args: Namespace, stack: ExitStack) -> tuple[Llama, dict[str, Ans
         nonlocal foretold
         one = loaded(policy=method.policy, drafters=method.drafters)
         if method == ENTMTP and args.replay:
-            foretold = Foretelling(one, draft, drafters_to_replay(one))
+            foretold = Foretelling(one, draft)
         return answering(one, kernels=own)
 
     draft = loaded()
@@ -80,45 +81,6 @@ def contestants(args: Namespace, stack: ExitStack) -> tuple[Llama, dict[str, Ans
             with kernels.using(own):
                 found[label] = warmed(stack.enter_context(closing(foreign(theirs[label], plain, args))))
     return plain, found, foretold
-
-
-def drafters_to_replay(llm: Llama) -> list[str]:
-    """Who drafts.
-
-    Raises:
-        UsageError: a model does, which no replay can ask.
-    """
-    if "model" in llm.drafters:
-        raise UsageError("--replay: a model that drafts cannot be replayed; leave it out with --drafters")
-    return list(llm.drafters)
-
-
-def foretelling(found: Comparison, us: list[float], us_plain: float) -> dict[str, float] | None:
-    """Speed of EntMTP against our plain loop, all tokens over all seconds: as replay foretells it, and as measured.
-
-    Passes and drafts are foretold, at the speed that the machine had in plain decoding; what a token takes beside them,
-    in sampling and in Python, is taken as it was measured, for both loops alike.
-
-    Args:
-        us: of the passes and drafts of each answer, by replay.
-        us_plain: of a pass over one token, by the same costs.
-    """
-    told = [(t, x) for t, x in zip(found.turns, us, strict=True) if t in found.pairs]
-    n = sum(len(t[ENTMTP.label].tokens) - 1 for t, _ in told)
-    stats = [t[ENTMTP.label].stats for t, _ in told]
-    if not n:
-        return None
-    plain, ours = (1e6 * sum(t[k].seconds for t, _ in told) / n for k in (PLAIN_LOOP.label, ENTMTP.label))
-    inside = sum(s.time_split["draft"] + s.time_split["verify"] for s in stats if s is not None)
-    rest = ours - 1e6 * inside / n
-    speed = (plain - rest) / us_plain
-    passes = sum(x for _, x in told) / n
-    return {
-        "foretold": plain / (speed * passes + rest),
-        "measured": plain / ours,
-        "speed": speed,
-        "rest_us": rest,
-    }
 
 
 def foreign(method: Baseline, like: Llama, args: Namespace) -> Driver | Server:
@@ -178,14 +140,6 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
     return f"### {title}\n\n{table(columns, rows)}{notes}"
 
 
-def replay_text(told: dict[str, float] | None) -> str:
-    if told is None:
-        return ""
-    off = told["foretold"] / told["measured"] - 1
-    both = f"{told['foretold']:.2f}, measured {told['measured']:.2f}"
-    return f"Replay foretells EntMTP's speed against plain decoding, overall: {both} ({off:+.1%}).\n"
-
-
 def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
     tasks = read_tasks(args)
     report["tasks"] = []
@@ -205,10 +159,8 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
             report["tasks"].append({"task": task, "temp": temp, "rows": rows})
             text = markdown(f"{task}, temperature {temp:g}", rows)
             if foretold is not None:
-                us = foretold.answers(prompts * args.rounds)
-                told = foretelling(found, us, foretold.us_plain())
-                report["tasks"][-1]["replay"] = told
-                text += replay_text(told)
+                report["tasks"][-1]["replay"] = told = foretold.speed(found, prompts * args.rounds)
+                text += said(told)
             yield text
     if (peak := peak_memory_mb()) is not None:
         report["peak_memory_mb"] = peak

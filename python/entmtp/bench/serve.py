@@ -24,7 +24,8 @@ from ..measure.turns import Prompt
 from ..options.table import OPTIONS
 from ..report.tables import Form, table
 from .clients import Load, Seen, ask, figures, lengths, under
-from .inputs import changed, load_plain, model_of, read_tasks, tokens_of, undrafted
+from .inputs import changed, load_plain, model_of, undrafted
+from .questions import read_tasks, tokens_of
 
 DRAFTS, PLAIN = f"{ENTMTP.label} serve", f"{PLAIN_LOOP.label} serve"
 SERVERS = {"drafts": DRAFTS, "plain": PLAIN, SERVER: SERVER}

@@ -33,7 +33,8 @@ from ..measure.tuning import tune
 from ..measure.turns import Advance, Answer, Prompt, answering, in_turn
 from ..options import load
 from ..report.tables import Form, cell, table
-from .inputs import asked_of, changed, load_plain, model_of, read_tasks
+from .inputs import changed, load_plain, model_of
+from .questions import asked_of, read_tasks
 
 PLAIN_LABEL, SINGLE, PUBLISHED_TREE = "plain", "best single tree", "published 63-node tree"
 ENTROPY, CONFIDENCE = "EntMTP, entropy", "EntMTP, confidence"

@@ -22,7 +22,8 @@ from ..measure.turns import Prompt
 from ..native.group import Passes
 from ..options import load, load_engine
 from ..report.tables import Form, table
-from .inputs import changed, model_of, read_tasks, tokens_of, undrafted
+from .inputs import changed, model_of, undrafted
+from .questions import read_tasks, tokens_of
 
 ONE = "Llama, "  # and the method: an engine's counterpart for one user
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..native.stats import DraftStats
+from .loops import before_loop, cut
 from .turns import Answer
 
 LEAST = 8  # tokens: an answer of so few says nothing about speed
@@ -28,32 +28,6 @@ def time_split(stats: Sequence[DraftStats], seconds: float) -> dict[str, float]:
     """Shares of the time in draft, verify, sample and host, and the rest."""
     split = {k: sum(s.time_split[k] for s in stats) / seconds for k in stats[0].time_split}
     return split | {"rest": max(0.0, 1.0 - sum(split.values()))}
-
-
-LOOP = 16  # tokens
-TIMES = 3
-
-
-def before_loop(tokens: Sequence[int]) -> int:
-    """Tokens up to where a run of LOOP tokens comes for the third time: small models go on like that for ever."""
-    seen: dict[tuple[int, ...], int] = {}
-    for end in range(LOOP, len(tokens) + 1):
-        run = tuple(tokens[end - LOOP : end])
-        seen[run] = seen.get(run, 0) + 1
-        if seen[run] == TIMES:
-            return end
-    return len(tokens)
-
-
-def cut(answer: Answer, n: int) -> Answer:
-    """The first n tokens of an answer, and the steps that made them."""
-    if n >= len(answer.tokens):
-        return answer
-    stats = answer.stats
-    if stats is not None:
-        made = np.cumsum(1 + stats.steps["n_accepted"])
-        stats = replace(stats, steps=stats.steps[: int(np.searchsorted(made, n - 1)) + 1])
-    return Answer(answer.tokens[:n], answer.times[n - 1] if n else 0.0, stats, answer.times[:n])
 
 
 class Comparison:

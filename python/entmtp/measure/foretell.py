@@ -8,6 +8,9 @@ import numpy as np
 
 from ..bank import PLAIN, Bank, Traces
 from ..bank.traces import join
+from ..common.errors import UsageError
+from .compare import Comparison
+from .methods import ENTMTP, PLAIN_LOOP
 from .replay import replay_auto
 from .rollouts import rollout
 from .subject import Subject
@@ -20,11 +23,16 @@ class Foretelling:
     Args:
         ours: the model whose speed is foretold; its bank has the costs that it believes in.
         recording: the same model, which decodes plainly for it; its trees are others afterwards.
+
+    Raises:
+        UsageError: a model drafts, which no replay can ask.
     """
 
-    def __init__(self, ours: Subject, recording: Subject, drafters: Sequence[str]):
+    def __init__(self, ours: Subject, recording: Subject):
+        if "model" in ours.drafters:
+            raise UsageError("--replay: a model that drafts cannot be replayed; leave it out with --drafters")
         assert ours.bank is not None
-        self.bank, self.recording, self.drafters = ours.bank, recording, drafters
+        self.bank, self.recording, self.drafters = ours.bank, recording, ours.drafters
         self.traces: list[Traces] = []
 
     def answers(self, prompts: Sequence[Prompt]) -> list[float]:
@@ -47,3 +55,35 @@ class Foretelling:
     def us_plain(self) -> float:
         """Microseconds of a pass over one token, by the same costs."""
         return float(self.bank.need_costs().curve()[0])
+
+    def speed(self, found: Comparison, prompts: Sequence[Prompt]) -> dict[str, float] | None:
+        """Speed of EntMTP against our plain loop, all tokens over all seconds: as replay foretells it, and as measured.
+
+        Passes and drafts are foretold, at the speed that the machine had in plain decoding; what a token takes beside
+        them, in sampling and in Python, is taken as it was measured, for both loops alike.
+
+        Args:
+            prompts: of all turns of `found`, which holds answers of both.
+        """
+        us = self.answers(prompts)
+        told = [(t, x) for t, x in zip(found.turns, us, strict=True) if t in found.pairs]
+        n = sum(len(t[ENTMTP.label].tokens) - 1 for t, _ in told)
+        if not n:
+            return None
+        plain, ours = (1e6 * sum(t[k].seconds for t, _ in told) / n for k in (PLAIN_LOOP.label, ENTMTP.label))
+        stats = [t[ENTMTP.label].stats for t, _ in told]
+        inside = sum(s.time_split["draft"] + s.time_split["verify"] for s in stats if s is not None)
+        rest = ours - 1e6 * inside / n
+        speed = (plain - rest) / self.us_plain()
+        passes = sum(x for _, x in told) / n
+        foretold = plain / (speed * passes + rest)
+        return {"foretold": foretold, "measured": plain / ours, "speed": speed, "rest_us": rest}
+
+
+def said(told: dict[str, float] | None) -> str:
+    """A line for people."""
+    if told is None:
+        return ""
+    off = told["foretold"] / told["measured"] - 1
+    both = f"{told['foretold']:.2f}, measured {told['measured']:.2f}"
+    return f"Replay foretells EntMTP's speed against plain decoding, overall: {both} ({off:+.1%}).\n"
