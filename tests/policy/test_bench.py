@@ -320,13 +320,15 @@ def test_run_says_what_it_lacks(
 def test_curve_with_several_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "curve.json"
     arguments = ["--model", "tiny:q8_0", "--verify-curve", "--contexts", "16", "32", "--sizes", "1", "2", "4"]
-    more = ["--rounds", "2", "--kernels", "off", "portable", "--threads", "1", "--flash-attn", "--ctx", "512"]
+    more = ["--rounds", "2", "--threads", "1", "--flash-attn", "--ctx", "512"]
+    sets = ["off", "portable", "portable"]
     with every_model() as made:
-        assert cli.main([*arguments, *more, "-o", str(out)]) == 0
-    assert made == [Loaded(512, (1, 1), True, "off"), Loaded(512, (1, 1), True, "portable")]
+        assert cli.main([*arguments, *more, "--kernels", *sets, "-o", str(out)]) == 0
+    assert made == [Loaded(512, (1, 1), True, k) for k in sets]
     (curve,) = json.loads(out.read_text("utf-8"))["curves"]
     found = {(p["kernels"], p["context"], p["n"]) for p in curve["passes"]}
-    assert found == {(k, c, n) for k in ("off", "portable") for c in (16, 32) for n in (1, 2, 4)}
+    names = ("off", "portable", "portable 2")
+    assert found == {(k, c, n) for k in names for c in (16, 32) for n in (1, 2, 4)}
     assert all(p["ms"] > 0 for p in curve["passes"]) and curve["model"] == "tiny:q8_0, random weights"
     text = capsys.readouterr().out
     assert "| tokens, context 32 | off, ms | off, relative | off, memory | off, int8 | portable, ms |" in text

@@ -57,7 +57,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--banks": {"metavar": "DIR", "help": "keep the tuned banks in this folder"},
     "--contexts": {"type": context_lengths, "nargs": "+", "metavar": "N", "help": "context depths, like 512 4k"},
     "--sizes": {"type": int, "nargs": "+", "metavar": "N", "help": "numbers of tokens in a pass"},
-    "--kernels": {"nargs": "+", "metavar": "NAME", "help": "CPU kernels to compare (default: off and auto)"},
+    "--kernels": {"nargs": "+", "metavar": "NAME", "help": "CPU kernels to compare (default: off and auto); "
+                  "the same again: another instance of the model"},
     "--forms": {"nargs": "+", "choices": heads.FORMS, "help": "forms of the heads"},
     "--types": {"type": some_of(tuple(OUTTYPES)), "nargs": "+", "metavar": "TYPE", "help": "of the weights"},
     "--draft-vocab": {"type": int, "metavar": "N", "help": "tokens of a draft vocabulary"},

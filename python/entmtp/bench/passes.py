@@ -80,7 +80,7 @@ def time_passes(
     """Milliseconds of a pass by kernels, context and number of tokens, all in turn.
 
     Args:
-        models: the same model, by the kernels that it was loaded with.
+        models: the same model, by names as of `instances`.
         n_rounds: after a first one, which does not count.
 
     Returns:
@@ -92,14 +92,14 @@ def time_passes(
     for at, depth in enumerate(contexts):
         prompt = rng.integers(0, n_vocab, depth).tolist()
         for name, llm in models.items():
-            with kernels.using(name):
+            with kernels.using(name.split()[0]):
                 llm.reset()
                 llm.eval(prompt)
         for i in range(n_rounds + 1):
             for n in sizes:
                 tokens = rng.integers(0, n_vocab, n).tolist()
                 for name, llm in models.items():
-                    with kernels.using(name):
+                    with kernels.using(name.split()[0]):
                         times.setdefault((name, depth, n), []).append(_pass_ms(llm, tokens, depth))
             advance("passes", at * (n_rounds + 1) + i + 1, len(contexts) * (n_rounds + 1))
     found = []
@@ -107,6 +107,11 @@ def time_passes(
         low, mid, high = map(float, np.percentile(samples[1:], [25, 50, 75]))
         found.append({"kernels": name, "context": depth, "n": n, "ms": mid, "spread": (high - low) / 2 / mid})
     return found
+
+
+def instances(sets: Sequence[str]) -> list[str]:
+    """Names of models by the CPU kernels that each is loaded with; the second one with `auto` is `auto 2`."""
+    return [f"{k} {sets[:i].count(k) + 1}" if k in sets[:i] else k for i, k in enumerate(sets)]
 
 
 def _pass_ms(llm: Llama, tokens: list[int], depth: int) -> float:
@@ -129,9 +134,9 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
             found = stack.enter_context(model_of(args, name, drafts=False))
             stack.enter_context(kernels.using(kernels.current()))  # back to these
             models = {}
-            for k in sets:
+            for label, k in zip(instances(sets), sets, strict=True):
                 llm = load_plain(found, kernels=k, stats=False, n_ctx=n_ctx)
-                models[k] = stack.enter_context(closing(llm))
+                models[label] = stack.enter_context(closing(llm))
             n_bytes, n_macs = weights_per_pass(found.model)
             passes = time_passes(models, contexts, sizes, args.rounds, advance)
             report["threads"] = llm.n_threads
