@@ -7,10 +7,24 @@ from __future__ import annotations
 
 import random
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+
+
+class Unwrapped:
+    """Finds modules of an editable install with Python's own loaders: those around them show atheris no code."""
+
+    @classmethod
+    def find_spec(cls, *args: Any) -> ModuleSpec | None:
+        for finder in sys.meta_path[sys.meta_path.index(cls) + 1 :]:
+            if spec := finder.find_spec(*args):
+                spec.loader = getattr(spec.loader, "_skbuild_loader", spec.loader)
+                return spec
+        return None
 
 
 def main(name: str, *arguments: str) -> None:
@@ -21,6 +35,7 @@ def main(name: str, *arguments: str) -> None:
             "atheris is not installed: pip install atheris has it for CPython 3.11 to 3.13 on Linux and macOS"
         )
 
+    sys.meta_path.insert(0, Unwrapped)
     # edges of the package and of what it reads archives with; not of numpy and the rest
     with atheris.instrument_imports(include=["entmtp", "zipfile", "pickletools"]):
         from fuzz.targets import TARGETS

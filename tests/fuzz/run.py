@@ -69,14 +69,13 @@ def fuzz(name: str, seconds: int) -> bool:
         ],
         log,
     )
-    print(
-        f"{name:14}",
-        *(f"{x:>10}" for x in figures(log.read_text("utf-8", "replace"))),
-        f"{'ok' if code == 0 else 'BROKEN'}",
-    )
-    if code:
-        print(f"  see {log}; the input lies beside it", flush=True)
-    return code == 0
+    found_figures = figures(log.read_text("utf-8", "replace"))
+    blind = not any(found_figures)  # it saw no edges, and so followed none
+    print(f"{name:14}", *(f"{x:>10}" for x in found_figures), "BROKEN" if code or blind else "ok")
+    if code or blind:
+        why = "the input lies beside it" if code else "nothing was instrumented"
+        print(f"  see {log}; {why}", flush=True)
+    return not (code or blind)
 
 
 def merge(name: str) -> None:
