@@ -3,7 +3,21 @@
 MAX_CHARS = 800  # of a text with names from files
 
 
-class EntmtpError(RuntimeError):
+class Sentence(Exception):
+    """One printable line, whatever names from damaged or hostile files stand in it."""
+
+    def __init__(self, text: str = ""):
+        super().__init__("".join(c if c.isprintable() else "?" for c in text))
+
+
+class OfFile(Sentence):
+    """Of a file, whose names may be of any length."""
+
+    def __init__(self, text: str = ""):
+        super().__init__(text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + " ...")
+
+
+class EntmtpError(Sentence, RuntimeError):
     """A native call failed."""
 
 
@@ -15,7 +29,7 @@ class BusyError(EntmtpError):
     """A model is in use by another thread, or by a generation that began later."""
 
 
-class BankError(ValueError):
+class BankError(OfFile, ValueError):
     """A tree bank is not what the schema asks for."""
 
 
@@ -23,20 +37,13 @@ class ServerError(EntmtpError):
     """An RPC server that cannot be reached or used, or was lost."""
 
 
-class ModelError(EntmtpError):
+class ModelError(OfFile, EntmtpError):
     """A model or heads file that cannot be found, fetched or used."""
 
 
-class UsageError(ValueError):
+class UsageError(Sentence, ValueError):
     """The command line asks for something that cannot be."""
 
 
-class ConvertError(Exception):
-    """A file of weights that cannot be read, or a conversion that cannot be done: what, where and how to mend it.
-
-    Names from damaged or hostile files end up in its text, so it is kept to one printable line.
-    """
-
-    def __init__(self, sentence: str):
-        line = "".join(c if c.isprintable() else "?" for c in sentence)
-        super().__init__(line if len(line) <= MAX_CHARS else line[:MAX_CHARS] + " ...")
+class ConvertError(OfFile):
+    """A file of weights that cannot be read, or a conversion that cannot be done: what, where and how to mend it."""
