@@ -1,4 +1,4 @@
-"""Errors are one printable line, whatever the files that they name hold."""
+"""Errors are one printable line, and lists below it, whatever the files that they name hold."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ HOSTILE = "a\n\x1b[2J\u202eb"
 def test_one_printable_line(kind: type[Exception]) -> None:
     text = str(kind(f"{HOSTILE} is no model"))
     assert text == "a??[2J?b is no model" and str(kind()) == ""
+    assert str(kind("there are", HOSTILE, "c")) == "there are\na??[2J?b\nc"
 
 
 @pytest.mark.parametrize("kind", [errors.BankError, errors.ModelError, errors.ConvertError])

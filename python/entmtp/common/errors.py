@@ -4,17 +4,18 @@ MAX_CHARS = 800  # of a text with names from files
 
 
 class Sentence(Exception):
-    """One printable line, whatever names from damaged or hostile files stand in it."""
+    """One printable line, whatever names from damaged or hostile files stand in it; `listed` has lines of its own."""
 
-    def __init__(self, text: str = ""):
-        super().__init__("".join(c if c.isprintable() else "?" for c in text))
+    def __init__(self, text: str = "", *listed: str):
+        lines = ("".join(c if c.isprintable() else "?" for c in line) for line in (text, *listed))
+        super().__init__("\n".join(lines))
 
 
 class OfFile(Sentence):
     """Of a file, whose names may be of any length."""
 
-    def __init__(self, text: str = ""):
-        super().__init__(text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + " ...")
+    def __init__(self, text: str = "", *listed: str):
+        super().__init__(text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + " ...", *listed)
 
 
 class EntmtpError(Sentence, RuntimeError):

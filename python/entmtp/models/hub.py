@@ -289,8 +289,9 @@ def choose_gguf(files: Iterable[str], name: Name, kind: str) -> str:
             return parts(name.file)[0]
         found = [f for f in firsts if name.file.lower() in f.lower()]
         if not found:
+            there_are, *listed = _listing(firsts)
             raise ModelError(
-                f"{name.text}: no GGUF file of {name.repo} matches {name.file}; {_listing(firsts)}"
+                f"{name.text}: no GGUF file of {name.repo} matches {name.file}; {there_are}", *listed
             )
     else:
         found = firsts
@@ -303,16 +304,18 @@ def choose_gguf(files: Iterable[str], name: Name, kind: str) -> str:
     if not found:
         raise ModelError(f"{name.text}: {name.repo} has no GGUF file; give a repository that has one")
     example = f"hf:{name.repo}/{found[0]}" + (f"@{name.revision}" if name.revision else "")
+    there_are, *listed = _listing(found)
     raise ModelError(
-        f"{name.text}: {len(found)} GGUF files match, name one as in {example}; {_listing(found)}"
+        f"{name.text}: {len(found)} GGUF files match, name one as in {example}; {there_are}", *listed
     )
 
 
-def _listing(files: list[str]) -> str:
+def _listing(files: list[str]) -> list[str]:
+    """How a sentence ends, and the lines below it."""
     if not files:
-        return "it has none"
+        return ["it has none"]
     shown = [f"{f} ({len(parts(f))} parts)" if len(parts(f)) > 1 else f for f in files]
-    return "there are\n" + "\n".join(f"  {f}" for f in shown)
+    return ["there are", *(f"  {f}" for f in shown)]
 
 
 def fetch_gguf(name: Name, kind: str, say: Callable[[str], None]) -> Path:
