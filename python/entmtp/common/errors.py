@@ -3,6 +3,10 @@
 MAX_CHARS = 800  # of a text with names from files
 
 
+def shortened(text: str) -> str:
+    return text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + " ..."
+
+
 class Sentence(Exception):
     """One printable line, whatever names from damaged or hostile files stand in it; `listed` has lines of its own."""
 
@@ -15,7 +19,7 @@ class OfFile(Sentence):
     """Of a file, whose names may be of any length."""
 
     def __init__(self, text: str = "", *listed: str):
-        super().__init__(text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + " ...", *listed)
+        super().__init__(shortened(text), *listed)
 
 
 class EntmtpError(Sentence, RuntimeError):

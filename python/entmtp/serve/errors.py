@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..common.errors import MAX_CHARS, EntmtpError
+from ..common.errors import EntmtpError, shortened
 
 ANTHROPIC = {
     401: "authentication_error",
@@ -82,7 +82,7 @@ def worded(error: Exception) -> Refused:
     if isinstance(error, RuntimeError) and "embedding=True" in text:
         return Refused("this model is served for text; start the server with --embedding true for embeddings")
     if isinstance(error, ValueError):
-        return Refused(text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + " ...")
+        return Refused(shortened(text))
     if isinstance(error, EntmtpError) and "grammar" in text:  # it led to nothing, or to too much
         return Refused(f"grammar: {text}", "grammar")
     print(f"request {request_id.get()} failed:", file=sys.stderr)
