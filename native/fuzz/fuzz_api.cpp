@@ -309,7 +309,7 @@ class calls : public session {
         MUST(!entmtp_decoder_init(nullptr, heads.get()) && !entmtp_group_init(nullptr, nullptr, 1, 1));
         MUST(!entmtp_group_init(ctx, nullptr, n_seq + 1, 1) && !entmtp_group_decoder(group.get(), n_seq));
         MUST(!entmtp_corpus_init(nullptr, 3) && !entmtp_corpus_init(&t, -1));
-        MUST(!entmtp_draft_model_init(nullptr, nullptr, nullptr));
+        MUST(!entmtp_draft_model_init(nullptr, nullptr, nullptr, 0));
     }
 
     void share(member & m) {
@@ -342,7 +342,7 @@ class calls : public session {
             // a policy that asks it is left without one
             draft.reset();
         } else {
-            draft.reset(entmtp_draft_model_init(ctx, s.small.get(), &params));
+            draft.reset(entmtp_draft_model_init(ctx, s.small.get(), &params, d.rarely() ? 0 : 64));
             MUST(draft);
             MUST(entmtp_decoder_set_draft_model(m.dec, draft.get()) == ENTMTP_OK);
         }

@@ -17,14 +17,20 @@ struct entmtp_draft_model;
 //   model   a smaller one with the same vocabulary, not owned; NULL: the layers for multi-token prediction (NextN) that the
 //           model itself was loaded with (llama_model_params.load_mtp)
 //   params  struct llama_context_params of ctx; sizes are chosen here
+//   n_draft_vocab  tokens that it can propose: those that the text brought last and the first of the vocabulary. 0: all; -1:
+//           an eighth of large vocabularies
 // NULL on failure.
 ENTMTP_API struct entmtp_draft_model * entmtp_draft_model_init(struct llama_context *              ctx,
                                                                struct llama_model *                model,
-                                                               const struct llama_context_params * params);
+                                                               const struct llama_context_params * params,
+                                                               int32_t                             n_draft_vocab);
 ENTMTP_API void                        entmtp_draft_model_free(struct entmtp_draft_model * draft);
 
 // why it does not draft any more, one sentence; empty: it does
 ENTMTP_API const char * entmtp_draft_model_broken(const struct entmtp_draft_model * draft);
+
+// tokens that it can propose: all, too, where llama.cpp's graph or how its weights lie in memory allow no fewer
+ENTMTP_API int32_t entmtp_draft_model_vocab(const struct entmtp_draft_model * draft);
 
 // us of drafting one token
 ENTMTP_API double entmtp_draft_model_cost(const struct entmtp_draft_model * draft);

@@ -362,22 +362,25 @@ constexpr item_run ITEMS[W_COUNT][3] = {
     { { 4, 32 } },                      // F32
 };
 
-void copy_packed_rows(
-    weight_type type, int64_t k, const uint8_t * src, const int32_t * ids, int64_t n_ids, uint8_t * dst) {
+void copy_packed_row(weight_type type, int64_t k, const uint8_t * src, int64_t from, uint8_t * dst, int64_t to) {
     const weight_layout & l        = LAYOUTS[type];
     const int64_t         n_blocks = (k + l.block - 1) / l.block;
-
-    memset(dst, 0, packed_size(type, k, n_ids));
-    for (int64_t i = 0; i < n_ids; ++i) {
-        for (int64_t b = 0; b < n_blocks; ++b) {
-            const uint8_t * from = src + (size_t) (ids[i] / PANEL * n_blocks + b) * l.panel_bytes;
-            uint8_t *       to   = dst + (size_t) (i / PANEL * n_blocks + b) * l.panel_bytes;
-            for (const item_run & run : ITEMS[type]) {
-                for (int j = 0; j < run.count; ++j, from += PANEL * run.bytes, to += PANEL * run.bytes) {
-                    memcpy(to + i % PANEL * run.bytes, from + ids[i] % PANEL * run.bytes, (size_t) run.bytes);
-                }
+    for (int64_t b = 0; b < n_blocks; ++b) {
+        const uint8_t * s = src + (size_t) (from / PANEL * n_blocks + b) * l.panel_bytes;
+        uint8_t *       d = dst + (size_t) (to / PANEL * n_blocks + b) * l.panel_bytes;
+        for (const item_run & run : ITEMS[type]) {
+            for (int j = 0; j < run.count; ++j, s += PANEL * run.bytes, d += PANEL * run.bytes) {
+                memcpy(d + to % PANEL * run.bytes, s + from % PANEL * run.bytes, (size_t) run.bytes);
             }
         }
+    }
+}
+
+void copy_packed_rows(
+    weight_type type, int64_t k, const uint8_t * src, const int32_t * ids, int64_t n_ids, uint8_t * dst) {
+    memset(dst, 0, packed_size(type, k, n_ids));
+    for (int64_t i = 0; i < n_ids; ++i) {
+        copy_packed_row(type, k, src, ids[i], dst, i);
     }
 }
 

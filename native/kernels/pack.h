@@ -23,4 +23,7 @@ void pack_panels(weight_type type, const void * src, int64_t k, int64_t n_rows, 
 void copy_packed_rows(
     weight_type type, int64_t k, const uint8_t * src, const int32_t * ids, int64_t n_ids, uint8_t * dst);
 
+// row `from` of a packed matrix in place of row `to` of another
+void copy_packed_row(weight_type type, int64_t k, const uint8_t * src, int64_t from, uint8_t * dst, int64_t to);
+
 } // namespace entmtp

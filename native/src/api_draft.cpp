@@ -10,14 +10,16 @@
 using entmtp::fail;
 using entmtp::guarded;
 
-entmtp_draft_model *
-entmtp_draft_model_init(llama_context * ctx, llama_model * model, const llama_context_params * params) {
+entmtp_draft_model * entmtp_draft_model_init(llama_context *              ctx,
+                                             llama_model *                model,
+                                             const llama_context_params * params,
+                                             int32_t                      n_draft_vocab) {
     entmtp_draft_model * res = nullptr;
     guarded([&] {
         if (!ctx || !params) {
             return fail("no context, or no parameters");
         }
-        res = new entmtp_draft_model{ { ctx, model, *params } };
+        res = new entmtp_draft_model{ { ctx, model, *params, n_draft_vocab } };
         return (int32_t) ENTMTP_OK;
     });
     return res;
@@ -33,6 +35,10 @@ const char * entmtp_draft_model_broken(const entmtp_draft_model * draft) {
 
 double entmtp_draft_model_cost(const entmtp_draft_model * draft) {
     return draft ? draft->impl.token_cost() : 0.0;
+}
+
+int32_t entmtp_draft_model_vocab(const entmtp_draft_model * draft) {
+    return draft ? draft->impl.n_draft_vocab() : 0;
 }
 
 int32_t entmtp_decoder_set_draft_model(entmtp_decoder * dec, entmtp_draft_model * draft) {

@@ -71,6 +71,9 @@ class decoder {
     // what drafters remember of other texts
     void forget() {
         rows.forget();
+        if (drafting) {
+            drafting->forget();
+        }
         walked.tree = -1;
     }
 

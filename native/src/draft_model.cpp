@@ -2,6 +2,7 @@
 
 #include "entropy.h"
 #include "outputs.h"
+#include "projection.h"
 
 #include "../src/llama-ext.h" // prediction layers: C++ only so far, and no part of the public header
 #include "ggml.h"
@@ -24,7 +25,10 @@ static bool is_of(const llama_model * model, const char * architecture) {
     return std::strcmp(name, architecture) == 0;
 }
 
-draft_model::draft_model(llama_context * target, llama_model * model, llama_context_params params) :
+draft_model::draft_model(llama_context *      target,
+                         llama_model *        model,
+                         llama_context_params params,
+                         int32_t              n_draft_vocab) :
     target(target), kind(!model                             ? what::layers
                          : is_of(model, "eagle3")           ? what::eagle3
                          : is_of(model, "gemma4-assistant") ? what::assistant
@@ -77,6 +81,7 @@ draft_model::draft_model(llama_context * target, llama_model * model, llama_cont
         llama_set_embeddings_nextn(ctx.get(), true, /*masked*/ true);
     }
     batch.reset(llama_batch_ext_init(ctx.get()));
+    choose_vocabulary(n_draft_vocab < 0 ? draft_vocabulary::usual(n_known) : n_draft_vocab);
     measure();
     if (!why.empty()) {
         throw std::runtime_error("draft model: " + why);
@@ -116,6 +121,73 @@ void draft_model::check_vocabulary() const {
                                      "\" in the model; a drafter needs the same vocabulary");
         }
     }
+}
+
+// what its graph multiplies with to get logits of the whole vocabulary; null: something follows that needs them all
+const ggml_tensor * draft_model::projection() const {
+    const llama_model * model = llama_get_model(ctx.get());
+    for (const char * name : { "output.bias", "d2t" }) {
+        if (llama_model_get_tensor(model, name)) {
+            return nullptr;
+        }
+    }
+    if (is_of(model, "chameleon")) { // its graph crosses out a range of tokens
+        return nullptr;
+    }
+    const std::string of_layers =
+        "blk." + std::to_string(llama_model_n_layer(model)) + ".nextn.shared_head_head.weight";
+    const ggml_tensor * res = kind == what::layers ? llama_model_get_tensor(model, of_layers.c_str()) : nullptr;
+    res                     = res ? res : llama_model_get_tensor(model, "output.weight");
+    return res || kind != what::eagle3 ? res : llama_model_get_tensor(llama_get_model(target), "output.weight");
+}
+
+// have it propose n tokens only, if that can be: 0 or all there are: any
+void draft_model::choose_vocabulary(int32_t n) {
+    const ggml_tensor * output = n > 0 && n < n_known ? projection() : nullptr;
+    if (!output || !output->buffer || output->ne[1] != n_vocab || output->ne[2] != 1 || !has_rows(output)) {
+        return;
+    }
+    vocabulary = std::make_unique<draft_vocabulary>(output, n);
+    llama_set_output_rows(ctx.get(), output, vocabulary->rows());
+    llama_set_outputs_to_host(ctx.get(), false);
+
+    // does its graph take them? Some multiply in a way that the patch does not reach
+    const std::vector<float> rows(from_states() ? 2 * n_embd : 0, 0.0f);
+    own.assign(from_states() ? n_embd : 0, 0.0f);
+    has_memory() ? run(0, { 0, 0 }, rows.data()) : ask(0, 0);
+    const ggml_tensor * logits = why.empty() ? llama_get_logits_tensor(ctx.get()) : nullptr;
+    if (!logits || logits->ne[0] != n) {
+        llama_set_output_rows(ctx.get(), nullptr, nullptr);
+        llama_set_outputs_to_host(ctx.get(), true);
+        vocabulary.reset();
+    }
+    cut(0);
+}
+
+void draft_model::forget() {
+    if (vocabulary) {
+        vocabulary->forget();
+        n_met = 0;
+    }
+}
+
+// of the last output of a pass, which is its token `row`: [n_draft_vocab]
+const float * draft_model::last_logits(int32_t row) {
+    if (!vocabulary) {
+        return llama_get_logits_ith(ctx.get(), row);
+    }
+    const ggml_tensor * t = llama_get_logits_tensor(ctx.get());
+    if (!t || t->ne[0] != vocabulary->size()) {
+        return nullptr;
+    }
+    llama_synchronize(ctx.get());
+    const size_t at = (size_t) (t->ne[1] - 1) * t->nb[1];
+    if (ggml_backend_buffer_is_host(t->buffer)) {
+        return (const float *) ((const char *) t->data + at);
+    }
+    fetched.resize((size_t) t->ne[0]);
+    ggml_backend_tensor_get(t, fetched.data(), at, fetched.size() * sizeof(float));
+    return fetched.data();
 }
 
 // what passes cost: of one token, and of each that comes along
@@ -162,6 +234,7 @@ void draft_model::cut(int32_t pos) {
 }
 
 void draft_model::truncate(int32_t pos) {
+    n_met                = std::min(n_met, pos);
     const int32_t n_seen = n_final;
     n_final              = std::min(n_final, pos);
     if (!from_states()) {
@@ -206,7 +279,7 @@ const float * draft_model::run(int32_t pos0, const std::vector<int32_t> & tokens
         held.resize(pos0 + i, -1);
         held.insert(held.end(), tokens.begin() + i, tokens.begin() + i + m);
     }
-    return n > n_skip ? llama_get_logits_ith(ctx.get(), -1) : nullptr;
+    return n > n_skip ? last_logits(-1) : nullptr;
 }
 
 // the i-th token of a batch
@@ -391,7 +464,7 @@ const float * draft_model::ask(int32_t token, int32_t pos) {
     }
     const std::vector<float> before = own;
     llama_batch_ext_clear(batch.get());
-    return add(0, token, pos, before.data(), true) && process(0) ? llama_get_logits_ith(ctx.get(), 0) : nullptr;
+    return add(0, token, pos, before.data(), true) && process(0) ? last_logits(0) : nullptr;
 }
 
 const float * draft_model::look(const text_index & text, const std::vector<int32_t> & path) {
@@ -447,19 +520,23 @@ void draft_model::observe(int32_t n, double us) {
 bool draft_model::expand(
     const text_index & text, const std::vector<int32_t> & path, int32_t k, int32_t * tokens, float * log_p) {
     const int32_t n = text.size() + (int32_t) path.size();
-    if (!why.empty() || text.size() < 1 || n > (int32_t) llama_n_ctx_seq(ctx.get()) || n_known < k) {
+    if (!why.empty() || text.size() < 1 || n > (int32_t) llama_n_ctx_seq(ctx.get()) || n_draft_vocab() < k) {
         return false;
     }
     const int64_t t0    = ggml_time_us();
     const int32_t n_run = n_new(text, (int32_t) path.size());
 
+    for (n_met = std::min(n_met, text.size()); vocabulary && n_met < text.size(); ++n_met) {
+        vocabulary->meet(text[n_met]);
+    }
     const float * logits = !has_memory() ? look(text, path) : from_states() ? predict(text, path) : go_on(text, path);
     if (!logits) {
         return false;
     }
-    outputs::best(logits, n_known, k, tokens, log_p);
-    const float log_sum = describe(logits, n_vocab).log_sum;
+    outputs::best(logits, n_draft_vocab(), k, tokens, log_p);
+    const float log_sum = describe(logits, vocabulary ? vocabulary->size() : n_vocab).log_sum;
     for (int32_t i = 0; i < k; ++i) {
+        tokens[i] = vocabulary ? vocabulary->token(tokens[i]) : tokens[i];
         log_p[i] -= log_sum;
         if (!std::isfinite(log_p[i])) {
             why = "its predictions are not numbers (damaged weights?)";

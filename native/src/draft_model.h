@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "draft_vocab.h"
 #include "text.h"
 
 #include "llama.h"
@@ -31,9 +32,15 @@ class draft_model {
     //   model   of the same vocabulary, an EAGLE-3 layer or an assistant, not owned; null: the prediction layers of the
     //           target's own
     //   params  of the target's context
-    draft_model(llama_context * target, llama_model * model, llama_context_params params);
+    //   n_draft_vocab  tokens that it can propose, 0: all, -1: what pays about. All, too, where the file has a draft vocabulary of
+    //           its own, and where llama.cpp's graph, or how the projection lies in memory, allow no other
+    draft_model(llama_context * target, llama_model * model, llama_context_params params, int32_t n_draft_vocab);
 
     bool predicts() const { return kind == what::layers; } // it is the prediction layers of the model itself
+
+    int32_t n_draft_vocab() const { return vocabulary ? vocabulary->size() : n_known; } // tokens that it can propose
+
+    void forget(); // what it keeps of texts, beside its memory
 
     // drafted tokens that it can go on after. Of several layers that are trained for one depth each, the first is used
     int32_t depth() const { return n_layers > 1 ? 1 : max_depth; }
@@ -63,25 +70,28 @@ class draft_model {
     bool    has_memory() const { return kind != what::assistant; }
     int32_t shift() const { return kind == what::eagle3 ? 1 : 0; } // a token's position, less that in its memory
 
-    void          follow_layers();
-    void          check_vocabulary() const;
-    void          measure();
-    int32_t       n_new(const text_index & text, int32_t l) const;
-    void          observe(int32_t n, double us);
-    void          cut(int32_t pos);
-    int32_t       n_states() const { return (int32_t) states.size() / n_state; }
-    bool          read_state(int32_t row);
-    bool          encode(std::vector<float> & rows);
-    const float * run(int32_t pos0, const std::vector<int32_t> & tokens, const float * rows);
-    int32_t       in_common(const text_index & text) const;
-    const float * go_on(const text_index & text, const std::vector<int32_t> & path);
-    const float * predict(const text_index & text, const std::vector<int32_t> & path);
-    const float * catch_up(int32_t root);
-    const float * ask(int32_t token, int32_t pos);
-    const float * look(const text_index & text, const std::vector<int32_t> & path);
-    void          drop_old_states();
-    bool          add(int32_t i, int32_t token, int32_t pos, const float * row, bool output);
-    bool          process(int32_t last);
+    void                follow_layers();
+    void                check_vocabulary() const;
+    void                choose_vocabulary(int32_t n);
+    const ggml_tensor * projection() const;
+    const float *       last_logits(int32_t row);
+    void                measure();
+    int32_t             n_new(const text_index & text, int32_t l) const;
+    void                observe(int32_t n, double us);
+    void                cut(int32_t pos);
+    int32_t             n_states() const { return (int32_t) states.size() / n_state; }
+    bool                read_state(int32_t row);
+    bool                encode(std::vector<float> & rows);
+    const float *       run(int32_t pos0, const std::vector<int32_t> & tokens, const float * rows);
+    int32_t             in_common(const text_index & text) const;
+    const float *       go_on(const text_index & text, const std::vector<int32_t> & path);
+    const float *       predict(const text_index & text, const std::vector<int32_t> & path);
+    const float *       catch_up(int32_t root);
+    const float *       ask(int32_t token, int32_t pos);
+    const float *       look(const text_index & text, const std::vector<int32_t> & path);
+    void                drop_old_states();
+    bool                add(int32_t i, int32_t token, int32_t pos, const float * row, bool output);
+    bool                process(int32_t last);
 
     struct free_context {
         void operator()(llama_context * c) const { llama_free(c); }
@@ -105,8 +115,12 @@ class draft_model {
     std::unique_ptr<llama_context, free_context> ctx;
     std::unique_ptr<llama_batch_ext, free_batch> batch;
 
-    std::vector<int32_t> held;        // tokens in its memory, by position; -1: before its memory begins
-    int32_t              n_final = 0; // of these, that are the text's and stay
+    std::unique_ptr<draft_vocabulary> vocabulary; // null: it proposes any token
+    std::vector<float>                fetched;    // [n_draft_vocab] logits that lay on a device
+    int32_t                           n_met = 0;  // tokens of the text that the vocabulary has met
+
+    std::vector<int32_t> held;                    // tokens in its memory, by position; -1: before its memory begins
+    int32_t              n_final = 0;             // of these, that are the text's and stay
 
     // prediction layers: settled tokens that they have not seen yet, from position n_final on, and the target's hidden
     // states, of these and of some before

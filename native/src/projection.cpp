@@ -14,7 +14,7 @@ static ggml_backend_buffer_type_t buffer_type(const ggml_tensor * t) {
     return ggml_backend_buffer_get_type(t->buffer);
 }
 
-static bool is_packed(const ggml_tensor * t) {
+bool is_packed(const ggml_tensor * t) {
     return buffer_type(t) == ggml_cpu_hook_buffer_type();
 }
 
@@ -23,6 +23,15 @@ static bool is_repacked(const ggml_tensor * t) {
     ggml_backend_dev_t dev = ggml_backend_buft_get_device(buffer_type(t));
     return dev && ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU &&
            !ggml_backend_buft_is_host(buffer_type(t));
+}
+
+// cut into rows that lie on several GPUs: read as a whole only
+static bool is_split(const ggml_tensor * t) {
+    return strstr(ggml_backend_buft_name(buffer_type(t)), "Split") != nullptr;
+}
+
+bool has_rows(const ggml_tensor * t) {
+    return is_packed(t) || (!is_repacked(t) && !is_split(t));
 }
 
 const ggml_tensor * base_projection(const llama_model * model, int32_t n_embd, int32_t n_vocab) {
@@ -40,7 +49,7 @@ const ggml_tensor * base_projection(const llama_model * model, int32_t n_embd, i
 
 sharing choose_sharing(const ggml_tensor * projection, ggml_backend_t backend, const std::vector<int32_t> & ids) {
     if (!ids.empty()) {
-        return is_repacked(projection) && !is_packed(projection) ? sharing::select : sharing::rows;
+        return has_rows(projection) ? sharing::rows : sharing::select;
     }
     return ggml_backend_supports_buft(backend, buffer_type(projection)) ? sharing::in_place : sharing::copy;
 }
@@ -48,6 +57,23 @@ sharing choose_sharing(const ggml_tensor * projection, ggml_backend_t backend, c
 bool rows_are_packed(const ggml_tensor * projection) {
     return is_packed(projection) ||
            (kernels_current() && packed_type(projection->type) != W_COUNT && ggml_is_contiguous(projection));
+}
+
+void copy_row(const ggml_tensor * projection, int32_t from, ggml_tensor * rows, int32_t to) {
+    const weight_type type = is_packed(projection) ? packed_type(projection->type) : W_COUNT;
+    if (type != W_COUNT) { // from panel to panel
+        copy_packed_row(type, projection->ne[0], (const uint8_t *) projection->data, from, (uint8_t *) rows->data, to);
+        return;
+    }
+    const size_t size = ggml_row_size(projection->type, projection->ne[0]);
+    if (is_packed(projection)) { // a type without panels
+        memcpy((char *) rows->data + to * rows->nb[1], (const char *) projection->data + from * projection->nb[1],
+               size);
+        return;
+    }
+    std::vector<uint8_t> row(size);
+    ggml_backend_tensor_get(projection, row.data(), (size_t) from * projection->nb[1], size);
+    ggml_backend_tensor_set(rows, row.data(), (size_t) to * rows->nb[1], size);
 }
 
 void copy_rows(const ggml_tensor * projection, const std::vector<int32_t> & ids, ggml_tensor * rows) {
@@ -66,8 +92,10 @@ void copy_rows(const ggml_tensor * projection, const std::vector<int32_t> & ids,
     }
     const size_t         size = ggml_row_size(projection->type, projection->ne[0]);
     std::vector<uint8_t> data(size * (size_t) rows->ne[1]);
-    for (size_t i = 0; i < ids.size(); ++i) {
-        ggml_backend_tensor_get(projection, &data[i * size], (size_t) ids[i] * projection->nb[1], size);
+    for (size_t i = 0, n = 0; i < ids.size(); i += n) { // rows that lie side by side at once
+        for (n = 1; i + n < ids.size() && ids[i + n] == ids[i] + (int32_t) n; ++n) {
+        }
+        ggml_backend_tensor_get(projection, &data[i * size], (size_t) ids[i] * projection->nb[1], n * size);
     }
     if (ids.empty()) {
         ggml_backend_tensor_get(projection, data.data(), 0, data.size());

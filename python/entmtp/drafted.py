@@ -97,11 +97,11 @@ class Drafted(Paced):
         """Tokens of the user's own texts that drafts come from, too."""
         return self._corpus.n_tokens if self._corpus is not None else 0
 
-    def _load_draft_model(self, who: tuple[str, ...]) -> tuple[str, ...]:
+    def _load_draft_model(self, who: tuple[str, ...], draft_vocab: int) -> tuple[str, ...]:
         """Load the model that drafts; who drafts, without it where what was found by itself cannot be used."""
         try:
             self._draft_model = DraftModel(
-                self.ctx, self.context_params, self.draft_model_path, self.model_params
+                self.ctx, self.context_params, self.draft_model_path, self.model_params, draft_vocab
             )
         except EntmtpError as e:
             if self._named:
@@ -147,6 +147,11 @@ class Drafted(Paced):
     def no_prediction(self) -> str:
         """Why the prediction layers of the file do not draft, one sentence; empty: they do, or there are none."""
         return self._no_prediction
+
+    @property
+    def draft_vocab(self) -> int:
+        """Tokens that the model that drafts can propose; 0: none drafts."""
+        return self._draft_model.draft_vocab if self._draft_model is not None else 0
 
     @property
     def draft_token_us(self) -> float:

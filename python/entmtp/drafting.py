@@ -17,6 +17,8 @@ from .native.arrays import NEED_HEADS, POLICIES
 ACCEPT = ("lossless", "typical")
 OUTPUTS = ("auto", "host", "rows", "device")
 MODEL_DRAFTS = ("auto", "static")  # policies under which a model can draft
+DRAFT_VOCABS = {"auto": -1, "all": 0}  # beside numbers, as native code takes them
+LEAST_DRAFT_VOCAB = 16
 PASSES = 6  # that measuring costs takes at least
 # states that recurrent and hybrid memories keep to go back to: so many tokens in a row are drafted at most. Each takes
 # as much memory as the model's own state
@@ -126,6 +128,22 @@ def costs_for(n: int, costs: dict[int, Costs]) -> Costs | None:
         return None
     near = min(costs, key=lambda m: abs(m - n))
     return costs[n] if near == n else costs[near].scaled(near / n)
+
+
+def draft_vocab_of(value: Any) -> int:
+    """`draft_vocab` of `Llama` as the number that native code takes.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, str) and value in DRAFT_VOCABS:
+        return DRAFT_VOCABS[value]
+    if type(value) is not int or not LEAST_DRAFT_VOCAB <= value < 1 << 31:
+        words = " or ".join(f'"{word}"' for word in DRAFT_VOCABS)
+        raise ValueError(
+            f"draft_vocab is {value!r}, must be {words} or a number of tokens, {LEAST_DRAFT_VOCAB} or more"
+        )
+    return value
 
 
 def check(draft: Any, heads: Any, draft_model: Any, policy: str, accept: str, kwargs: dict[str, Any]) -> None:

@@ -80,6 +80,7 @@ class Engine:
             "logits_all": "keeps the logits of one text",
             "embedding": "gives no text",
             "draft_model": "follows one text",
+            "draft_vocab": "is of a model that drafts, which follows one text",
         }.items():
             if kwargs.get(name):
                 raise ValueError(f"{name} is not for an engine: it {why}")

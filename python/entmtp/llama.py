@@ -63,6 +63,9 @@ class Llama(Drafted):
             that was trained for the model: a GGUF file, or its `hf:` name. None: the model's own layers for multi-token
             prediction (NextN, MTP), if its file has any that llama.cpp can use, else such a layer or assistant beside
             it. With draft=None a `LlamaDraftModel`, as in llama-cpp-python.
+        draft_vocab: tokens that a model that drafts can propose: those that the text brought last and the first of its
+            vocabulary. `"auto"` (an eighth of a large vocabulary), `"all"`, or how many. Speed depends on it, the text
+            does not.
         lookup: files or folders of your own texts or code to draft from besides the text itself, up to 32 MB. Their
             tokens are kept in the user's cache.
         score: what a published policy follows: `"entropy"`, `"top1"` or `"path"`.
@@ -105,6 +108,7 @@ class Llama(Drafted):
         policy: str | None = None,
         drafters: str | Sequence[str] = "auto",
         draft_model: Any = None,
+        draft_vocab: int | str = "auto",
         lookup: str | Path | Sequence[str | Path] | None = None,
         score: str = "entropy",
         calibrate: bool = True,
@@ -132,6 +136,7 @@ class Llama(Drafted):
         policy = policy or ("auto" if trees is None or (bank and bank.is_for_auto) else "entropy")
         drafting.check(draft, heads, draft_model, policy, accept, kwargs)
         drafting.one_of("score", score, SCORES)
+        n_draft_vocab = drafting.draft_vocab_of(draft_vocab)
         outputs = outputs or os.environ.get("ENTMTP_OUTPUTS") or "auto"
         drafting.one_of("outputs", outputs, drafting.OUTPUTS)
         if str(model_path).startswith(HUB) or is_known(str(model_path)):
@@ -207,7 +212,7 @@ class Llama(Drafted):
             if draft is not None:
                 self._load_corpus(lookup)
             if draft is not None and "model" in who:
-                who = self._load_draft_model(who)
+                who = self._load_draft_model(who, n_draft_vocab)
             self._decoder = self._stack.enter_context(contextlib.closing(Decoder(self.ctx, self._heads)))
             self._decoder.set_stats(stats)
             self._decoder.set_outputs("host" if self.logits_all else outputs)

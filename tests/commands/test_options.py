@@ -30,7 +30,7 @@ OTHER = {
     "model": "A", "heads": "B", "ctx": "512", "threads": "2", "n_gpu_layers": "0", "rpc": "127.0.0.1:1",
     "tensor_split": "2,1", "flash_attn": "yes", "cache_type": "q8_0", "kernels": "off", "outputs": "rows",
     "draft": "best-depth",
-    "drafters": "text,heads", "draft_model": "C", "lookup": "D,E",
+    "drafters": "text,heads", "draft_model": "C", "draft_vocab": "1024", "lookup": "D,E",
     "trees": "generic-hydra", "score": "top1", "calibrate": "no", "adapt": "no", "accept": "typical",
     "typical_epsilon": "0.5", "typical_alpha": "0.7",
 }  # fmt: skip
@@ -140,7 +140,7 @@ def test_all_options_reach_llama(models: dict[str, Path], monkeypatch: pytest.Mo
             "model_path": models["q8_0"], "draft": "entmtp", "heads": models["hydra"], "n_ctx": 512, "n_threads": 2,
             "n_threads_batch": 2, "n_gpu_layers": 0, "tensor_split": [2.0, 1.0], "flash_attn": True, "kernels": "off",
             "outputs": "rows", "policy": "best-depth", "trees": "generic-hydra", "score": "top1", "calibrate": False,
-            "drafters": "text,heads", "type_k": "q8_0", "type_v": "q8_0",
+            "drafters": "text,heads", "draft_vocab": 1024, "type_k": "q8_0", "type_v": "q8_0",
             "adapt": False, "accept": "typical", "typical_epsilon": 0.5, "typical_alpha": 0.7, "verbose": False,
         }  # fmt: skip
         assert llm.policy == "best-depth" and llm.decoder.outputs.mode == "rows"
@@ -149,9 +149,9 @@ def test_all_options_reach_llama(models: dict[str, Path], monkeypatch: pytest.Mo
 
 def test_a_model_that_drafts(models: dict[str, Path]) -> None:
     """`--draft-model` reaches `Llama`, and drafts."""
-    with contextlib.closing(
-        load(parse("-m", str(models["q8_0"]), "--draft-model", str(models["q8_0"])))
-    ) as llm:
+    drafter = ["--draft-model", str(models["q8_0"]), "--draft-vocab", "1024"]
+    with contextlib.closing(load(parse("-m", str(models["q8_0"]), *drafter))) as llm:
+        assert llm.draft_vocab == 1024
         assert llm.drafters[-1] == "model"
         assert llm.draft_model_path == str(models["q8_0"])
 

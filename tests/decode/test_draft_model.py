@@ -23,6 +23,7 @@ from helpers.forced import draft_a_lot
 from helpers.hybrids import hybrid_path
 from helpers.models import LATENT_NEXTN, SPECS, model_path, write_model
 from helpers.nextn import predict, random_layer, shapes_of, with_nextn
+from helpers.typed import write_typed
 
 SETTINGS: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
 PROMPTS = [list(range(20, 60)), [*range(20, 50), 7, 8, 9], [5, 6, 7] * 9]
@@ -95,10 +96,22 @@ def eagle3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Weights]:
     return write_eagle3(model_path("llama"), tmp_path_factory.mktemp("eagle3") / "eagle3.gguf")
 
 
+class Vocabulary:
+    """What a draft vocabulary of n tokens should hold: the first ones, and those that came last in the other half."""
+
+    def __init__(self, n: int):
+        self.rows, self.n, self.next = list(range(n)), n, n // 2
+
+    def meet(self, token: int) -> None:
+        if token not in self.rows:
+            self.rows[self.next] = token
+            self.next = self.next + 1 if self.next + 1 < self.n else self.n // 2
+
+
 @pytest.mark.parametrize(("n_batch", "n_ubatch"), [(512, 512), (16, 16), (128, 32)])
-@pytest.mark.parametrize("kind", ["nextn", "eagle3"])
+@pytest.mark.parametrize(("kind", "draft_vocab"), [("nextn", "all"), ("eagle3", "all"), ("nextn", 64)])
 def test_layers_are_asked_what_they_are_trained_for(
-    nextn: Path, eagle3: tuple[Path, Weights], kind: str, n_batch: int, n_ubatch: int
+    nextn: Path, eagle3: tuple[Path, Weights], kind: str, draft_vocab: Any, n_batch: int, n_ubatch: int
 ) -> None:
     """The guesses of every step are those of a reference in numpy, from the model's own hidden states: also after a
     prompt in several passes, after accepted drafts, and after the text was cut back."""
@@ -108,11 +121,13 @@ def test_layers_are_asked_what_they_are_trained_for(
     rng = np.random.default_rng(1)
     text: list[int] = []
     n_steps = n_accepted = 0
-    with loaded(path, n_batch=n_batch, n_ubatch=n_ubatch, draft="entmtp", drafters=["model"], **more) as llm:
+    more |= {"n_batch": n_batch, "n_ubatch": n_ubatch, "draft_vocab": draft_vocab}
+    with loaded(path, draft="entmtp", drafters=["model"], **more) as llm:
         draft_a_lot(llm)
         for kept, prompt in ((0, list(range(20, 90)) * 5), (300, [5, 6, 7])):
             text = text[:kept] + prompt
             llm.n_tokens = kept  # the rest is forgotten
+            llm.decoder.forget()
             llm.eval(prompt)
             asked = {}
             for _ in range(60):
@@ -125,11 +140,63 @@ def test_layers_are_asked_what_they_are_trained_for(
                 if token not in guesses:
                     asked[len(text) - 1] = {t for t in tokens if llm.decoder.is_drafted(t)}
             foreseen = predict(base, layer, text) if kind == "nextn" else foresee(base, eagle3[1], text)
-            for i, guessed in asked.items():
-                assert guessed == set(foreseen[i, :8].tolist()), i
+            vocabulary = Vocabulary(llm.n_vocab() if draft_vocab == "all" else draft_vocab)
+            for i, token in enumerate(text):
+                vocabulary.meet(token)
+                if i in asked:
+                    best = [t for t in foreseen[i].tolist() if kind == "eagle3" or t in vocabulary.rows]
+                    assert asked[i] == set(best[:8]), i
             n_steps += len(asked)
     assert n_steps > 40
     assert n_accepted > 20
+
+
+@pytest.mark.parametrize("draft_vocab", [16, 100])
+def test_a_draft_vocabulary_changes_no_token(nextn: Path, tmp_path: Path, draft_vocab: int) -> None:
+    other = write_model(tmp_path / "other.gguf", SPECS["qwen3"], seed=5)
+    for path, more in ((nextn, {}), (model_path("llama"), {"draft_model": other})):
+        with (
+            loaded(path) as plain,
+            loaded(path, draft="entmtp", drafters=["model"], draft_vocab=draft_vocab, **more) as llm,
+        ):
+            assert llm.draft_vocab == draft_vocab
+            check_equal(plain, draft_a_lot(llm))
+            assert llm.draft_stats.n_drafted > 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernels"),
+    [("F16", "auto"), ("Q4_0", "auto"), ("Q4_0", "off"), ("Q4_K", "auto"), ("IQ3_S", "auto")],
+)
+def test_a_draft_vocabulary_of_quantised_weights(kind: str, kernels: str, tmp_path: Path) -> None:
+    """Rows of what our kernels packed or left (IQ3_S), and of what ggml has. The drafter is the model itself: it is
+    right wherever the next token is in its vocabulary."""
+    path = write_typed(tmp_path / "model.gguf", kind)
+    with (
+        loaded(path, kernels=kernels) as plain,
+        loaded(
+            path, kernels=kernels, draft="entmtp", draft_model=path, drafters=["model"], draft_vocab=1024
+        ) as llm,
+    ):
+        draft_a_lot(llm, bias=None)
+        # what ggml repacked has an order that only it knows
+        assert llm.draft_vocab == 1024 or (kernels == "off" and llm.draft_vocab == llm.n_vocab())
+        for prompt in PROMPTS:
+            tokens = answer(llm, prompt, **GREEDY)
+            if kernels == "auto":
+                assert tokens == answer(plain, prompt, **GREEDY)
+        assert llm.draft_stats.tokens_per_step > 2.5
+
+
+def test_where_all_tokens_can_be_proposed(eagle3: tuple[Path, Weights]) -> None:
+    """A layer with a draft vocabulary of its own keeps that; small vocabularies are taken whole."""
+    path = model_path("llama")
+    with loaded(path, draft="entmtp", draft_model=eagle3[0], draft_vocab=16) as llm:
+        assert llm.draft_vocab == llm.n_vocab()
+    with loaded(path, draft="entmtp", draft_model=path) as llm:
+        assert llm.draft_vocab == llm.n_vocab()
+    with loaded(path, draft="entmtp") as llm:
+        assert llm.draft_vocab == 0
 
 
 def test_a_small_model_that_is_the_model_itself_is_always_right() -> None:
@@ -310,6 +377,12 @@ def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
         ({"draft_model": "small.gguf"}, "pass draft="),
         ({"draft": "entmtp", "drafters": ["model"]}, "no layers for multi-token prediction"),
         ({"draft": "entmtp", "draft_model": "small.gguf", "policy": "off"}, "under the policies"),
+        (
+            {"draft": "entmtp", "draft_vocab": 8},
+            'draft_vocab is 8, must be "auto" or "all" or a number of tokens, 16 or',
+        ),
+        ({"draft": "entmtp", "draft_vocab": "some"}, "draft_vocab is 'some'"),
+        ({"draft": "entmtp", "draft_vocab": True}, "draft_vocab is True"),
     ],
 )
 def test_arguments_that_cannot_work(argument: dict[str, Any], message: str) -> None:

@@ -61,7 +61,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
                   "the same again: another instance of the model"},
     "--forms": {"nargs": "+", "choices": heads.FORMS, "help": "forms of the heads"},
     "--types": {"type": some_of(tuple(OUTTYPES)), "nargs": "+", "metavar": "TYPE", "help": "of the weights"},
-    "--draft-vocab": {"type": int, "metavar": "N", "help": "tokens of a draft vocabulary"},
+    "--heads-vocab": {"type": int, "metavar": "N", "help": "tokens of the heads' draft vocabulary"},
     "--draft-text": {"nargs": "+", "metavar": "FILE", "help": "text to choose it by (default: the base's own)"},
     "--shapes": {"type": some_of(tuple(SHAPES)), "metavar": "NAME[,..]", "help": "models, unless --model is given"},
     "--device": {"choices": ("auto", "cpu", "gpu"), "help": "where they run; auto: on a GPU, if there is one"},
@@ -136,7 +136,7 @@ COMMANDS = {
         heads.run, "heads of several forms and types: size, draft time, acceptance, tokens per second",
         "entmtp bench heads ./hydra -m model.gguf --prompts code.jsonl prose.jsonl -o heads.json",
         ANSWERS | {"checkpoints": None, "--limit": None, "--tokens": 128, "--rounds": 8, "--forms": list(heads.FORMS),
-                   "--types": [list(heads.TYPES)], "--draft-vocab": 1024, "--draft-text": []},
+                   "--types": [list(heads.TYPES)], "--heads-vocab": 1024, "--draft-text": []},
     ),
     "gpu": Command(
         gpu.run, "what passes, drafts and the rest of a step cost on one device, for shapes of real models, and replay",

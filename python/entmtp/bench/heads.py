@@ -145,7 +145,7 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
         file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="entmtp-heads-"))) / "heads.gguf"
         plain = stack.enter_context(closing(load_plain(args)))
         prompts = asked_of(plain, tasks, args)
-        vocab = make_vocab(read_base(Path(args.model)), args.draft_vocab, args.draft_text)
+        vocab = make_vocab(read_base(Path(args.model)), args.heads_vocab, args.draft_text)
         for name, path, form, kind in variants:
             small, shared = FORMS[form]
             tokens = vocab.tokens.tolist() if small else None

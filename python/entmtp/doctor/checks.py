@@ -308,6 +308,8 @@ def check_model(args: argparse.Namespace) -> Iterator[Check]:
         name = drafter["path"] or "its own layers for multi-token prediction"
         share = drafter["us"] / max(drafter["pass_us"], 1.0)
         text = f"{name}: {drafter['us'] / 1e3:.2f} ms a token, {share:.0%} of a pass of the model"
+        if drafter["vocab"] < drafter["all"]:
+            text += f", among {drafter['vocab']:,} of {drafter['all']:,} tokens"
         if share > DEAR:
             yield Check(
                 "draft model", "note", text, "a token that it drafts costs too much to pay: leave it out"

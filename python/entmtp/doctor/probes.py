@@ -138,7 +138,10 @@ def model(arguments: list[str]) -> dict[str, Any]:
             "tuned": str(tuned) if tuned.is_file() else None,
         }
     if llm.model_drafts:
-        result["drafter"] = {"path": llm.draft_model_path, "us": llm.draft_token_us, "pass_us": one_pass(llm)}
+        result["drafter"] = {
+            "path": llm.draft_model_path, "us": llm.draft_token_us, "pass_us": one_pass(llm),
+            "vocab": llm.draft_vocab, "all": llm.n_vocab(),
+        }  # fmt: skip
     result["no_prediction"] = llm.no_prediction
     result["chain"] = chain(llm)
     llm.close()

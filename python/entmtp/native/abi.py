@@ -247,14 +247,18 @@ heads_prefix = bind("entmtp_heads_prefix", c_int32, c_void_p, c_void_p, c_int32,
 vocab_fingerprint = bind("entmtp_vocab_fingerprint", c_uint64, c_void_p)
 
 # struct entmtp_draft_model * entmtp_draft_model_init(
-#         struct llama_context * ctx, struct llama_model * model, const struct llama_context_params * params);
-draft_model_init = bind("entmtp_draft_model_init", c_void_p, c_void_p, c_void_p, c_void_p)
+#         struct llama_context * ctx, struct llama_model * model, const struct llama_context_params * params,
+#         int32_t n_draft_vocab);
+draft_model_init = bind("entmtp_draft_model_init", c_void_p, c_void_p, c_void_p, c_void_p, c_int32)
 
 # void entmtp_draft_model_free(struct entmtp_draft_model * draft);
 draft_model_free = bind("entmtp_draft_model_free", None, c_void_p)
 
 # const char * entmtp_draft_model_broken(const struct entmtp_draft_model * draft);
 draft_model_broken = bind("entmtp_draft_model_broken", c_char_p, c_void_p)
+
+# int32_t entmtp_draft_model_vocab(const struct entmtp_draft_model * draft);
+draft_model_vocab = bind("entmtp_draft_model_vocab", c_int32, c_void_p)
 
 # double entmtp_draft_model_cost(const struct entmtp_draft_model * draft);
 draft_model_cost = bind("entmtp_draft_model_cost", c_double, c_void_p)

@@ -55,7 +55,7 @@ def arguments(args: argparse.Namespace, heads: Path | None) -> dict[str, Any]:
     found: dict[str, Any] = {"draft": "entmtp", "heads": heads} if drafts else {}
     for option in OPTIONS:
         value = getattr(args, option.name, None)
-        drafting = option.group == "drafting" or option.name == "draft_model"
+        drafting = option.group == "drafting" or option.name in ("draft_model", "draft_vocab")
         if value is not None and (option.group == "machine" or (drafting and drafts)):
             found |= dict.fromkeys(option.arguments, value)
     return found
@@ -76,6 +76,7 @@ def model_files(args: argparse.Namespace) -> tuple[Path, Path | None]:
     for what, given in {
         "--heads are": args.heads,
         "--draft-model is": getattr(args, "draft_model", None),
+        "--draft-vocab is": getattr(args, "draft_vocab", None),
     }.items():
         if args.draft == "off" and given:
             raise ModelError(f"{what} given, but --draft is off; leave one of them out")

@@ -103,6 +103,17 @@ def _servers(word: str) -> list[str]:
         raise argparse.ArgumentTypeError(str(e)) from e
 
 
+def _draft_vocab(word: str) -> int | str:
+    from ..drafting import draft_vocab_of
+
+    value = int(word) if word.isdecimal() else word
+    try:
+        draft_vocab_of(value)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+    return value
+
+
 def _drafters(word: str) -> str:
     if unknown := [name for name in word.split(",") if name not in ("auto", *DRAFTERS)]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of auto, {', '.join(DRAFTERS)}")
@@ -137,6 +148,11 @@ OPTIONS = (
         "a smaller model of the same family that drafts, an EAGLE-3 layer or Gemma 4's assistant: a GGUF file, or "
         "hf:owner/repo[/file]",
         "the model's own prediction layers (MTP), if its file has any", metavar="FILE",
+    ),
+    Option(
+        "draft_vocab", ("draft_vocab",), "files",
+        "tokens that a model that drafts can propose, those that the text brought last and the first of its "
+        "vocabulary: a number, or all", "an eighth of a large vocabulary", type=_draft_vocab, metavar="N|all",
     ),
     Option(
         "ctx", ("n_ctx",), "machine", "context length in tokens, 0 for the model's own",

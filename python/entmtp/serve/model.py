@@ -247,9 +247,10 @@ class Models(LlamaProxy):
             raise EntmtpError(
                 "parallel answers cannot be combined with embedding or logits_all; leave parallel out"
             )
-        if "draft_model" in ours:
+        if of_one := [name for name in ("draft_model", "draft_vocab") if name in ours]:
             raise EntmtpError(
-                "parallel answers cannot be combined with draft_model, which follows one text; leave one out"
+                f"parallel answers cannot be combined with {of_one[0]}: a model that drafts follows one text; "
+                "leave one out"
             )
         known = {} if "flash_attn" in settings.model_fields_set else {"flash_attn": True}
 
