@@ -123,15 +123,11 @@ void draft_model::check_vocabulary() const {
     }
 }
 
-// what its graph multiplies with to get logits of the whole vocabulary; null: something follows that needs them all
+// what its graph multiplies with to get logits; null: something follows that needs those of the whole vocabulary
 const ggml_tensor * draft_model::projection() const {
     const llama_model * model = llama_get_model(ctx.get());
-    for (const char * name : { "output.bias", "d2t" }) {
-        if (llama_model_get_tensor(model, name)) {
-            return nullptr;
-        }
-    }
-    if (is_of(model, "chameleon")) { // its graph crosses out a range of tokens
+    if (llama_model_get_tensor(model, "output.bias") ||
+        is_of(model, "chameleon")) { // its graph crosses out a range of tokens
         return nullptr;
     }
     const std::string of_layers =
@@ -141,13 +137,34 @@ const ggml_tensor * draft_model::projection() const {
     return res || kind != what::eagle3 ? res : llama_model_get_tensor(llama_get_model(target), "output.weight");
 }
 
-// have it propose n tokens only, if that can be: 0 or all there are: any
+// the tokens of an EAGLE-3 layer's own draft vocabulary
+std::vector<int32_t> draft_model::own_tokens(const ggml_tensor * d2t) const {
+    std::vector<int64_t> tokens((size_t) d2t->ne[0]);
+    ggml_backend_tensor_get(d2t, tokens.data(), 0, ggml_nbytes(d2t));
+    for (const int64_t token : tokens) {
+        if (token < 0 || token >= n_known) {
+            throw std::runtime_error("draft model: its draft vocabulary names token " + std::to_string(token) +
+                                     ", and there are " + std::to_string(n_known));
+        }
+    }
+    return { tokens.begin(), tokens.end() };
+}
+
+// have it propose n tokens only, if that can be, 0 or all there are: any; or those of its own draft vocabulary
 void draft_model::choose_vocabulary(int32_t n) {
-    const ggml_tensor * output = n > 0 && n < n_known ? projection() : nullptr;
-    if (!output || !output->buffer || output->ne[1] != n_vocab || output->ne[2] != 1 || !has_rows(output)) {
+    const ggml_tensor * output = projection();
+    const ggml_tensor * d2t =
+        kind == what::eagle3 ? llama_model_get_tensor(llama_get_model(ctx.get()), "d2t") : nullptr;
+    if (!output || !output->buffer || output->ne[2] != 1) {
         return;
     }
-    vocabulary = std::make_unique<draft_vocabulary>(output, n);
+    if (d2t && d2t->ne[0] == output->ne[1]) {
+        vocabulary = std::make_unique<draft_vocabulary>(output, own_tokens(d2t));
+    } else if (!d2t && n > 0 && n < n_known && output->ne[1] == n_vocab && has_rows(output)) {
+        vocabulary = std::make_unique<draft_vocabulary>(output, n);
+    } else {
+        return;
+    }
     llama_set_output_rows(ctx.get(), output, vocabulary->rows());
     llama_set_outputs_to_host(ctx.get(), false);
 
@@ -156,7 +173,7 @@ void draft_model::choose_vocabulary(int32_t n) {
     own.assign(from_states() ? n_embd : 0, 0.0f);
     has_memory() ? run(0, { 0, 0 }, rows.data()) : ask(0, 0);
     const ggml_tensor * logits = why.empty() ? llama_get_logits_tensor(ctx.get()) : nullptr;
-    if (!logits || logits->ne[0] != n) {
+    if (!logits || logits->ne[0] != vocabulary->size()) {
         llama_set_output_rows(ctx.get(), nullptr, nullptr);
         llama_set_outputs_to_host(ctx.get(), true);
         vocabulary.reset();

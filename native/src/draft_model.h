@@ -70,28 +70,29 @@ class draft_model {
     bool    has_memory() const { return kind != what::assistant; }
     int32_t shift() const { return kind == what::eagle3 ? 1 : 0; } // a token's position, less that in its memory
 
-    void                follow_layers();
-    void                check_vocabulary() const;
-    void                choose_vocabulary(int32_t n);
-    const ggml_tensor * projection() const;
-    const float *       last_logits(int32_t row);
-    void                measure();
-    int32_t             n_new(const text_index & text, int32_t l) const;
-    void                observe(int32_t n, double us);
-    void                cut(int32_t pos);
-    int32_t             n_states() const { return (int32_t) states.size() / n_state; }
-    bool                read_state(int32_t row);
-    bool                encode(std::vector<float> & rows);
-    const float *       run(int32_t pos0, const std::vector<int32_t> & tokens, const float * rows);
-    int32_t             in_common(const text_index & text) const;
-    const float *       go_on(const text_index & text, const std::vector<int32_t> & path);
-    const float *       predict(const text_index & text, const std::vector<int32_t> & path);
-    const float *       catch_up(int32_t root);
-    const float *       ask(int32_t token, int32_t pos);
-    const float *       look(const text_index & text, const std::vector<int32_t> & path);
-    void                drop_old_states();
-    bool                add(int32_t i, int32_t token, int32_t pos, const float * row, bool output);
-    bool                process(int32_t last);
+    void                 follow_layers();
+    void                 check_vocabulary() const;
+    void                 choose_vocabulary(int32_t n);
+    const ggml_tensor *  projection() const;
+    std::vector<int32_t> own_tokens(const ggml_tensor * d2t) const;
+    const float *        last_logits(int32_t row);
+    void                 measure();
+    int32_t              n_new(const text_index & text, int32_t l) const;
+    void                 observe(int32_t n, double us);
+    void                 cut(int32_t pos);
+    int32_t              n_states() const { return (int32_t) states.size() / n_state; }
+    bool                 read_state(int32_t row);
+    bool                 encode(std::vector<float> & rows);
+    const float *        run(int32_t pos0, const std::vector<int32_t> & tokens, const float * rows);
+    int32_t              in_common(const text_index & text) const;
+    const float *        go_on(const text_index & text, const std::vector<int32_t> & path);
+    const float *        predict(const text_index & text, const std::vector<int32_t> & path);
+    const float *        catch_up(int32_t root);
+    const float *        ask(int32_t token, int32_t pos);
+    const float *        look(const text_index & text, const std::vector<int32_t> & path);
+    void                 drop_old_states();
+    bool                 add(int32_t i, int32_t token, int32_t pos, const float * row, bool output);
+    bool                 process(int32_t last);
 
     struct free_context {
         void operator()(llama_context * c) const { llama_free(c); }

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 
 namespace entmtp {
 
@@ -44,6 +45,9 @@ draft_vocabulary::draft_vocabulary(const ggml_tensor * projection, int32_t n) :
     copy_rows(all, ids, some);
 }
 
+draft_vocabulary::draft_vocabulary(const ggml_tensor * projection, std::vector<int32_t> tokens) :
+    all(projection), some(const_cast<ggml_tensor *>(projection)), ids(std::move(tokens)), next(0) {}
+
 void draft_vocabulary::put(int32_t row, int32_t token) {
     ids[row] = token;
     copy_row(all, token, some, row);
@@ -60,6 +64,9 @@ void draft_vocabulary::meet(int32_t token) {
 }
 
 void draft_vocabulary::forget() {
+    if (is_here.empty()) {
+        return;
+    }
     for (int32_t row = size() / 2; row < size(); ++row) {
         if (ids[row] != row) {
             put(row, row);

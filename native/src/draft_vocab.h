@@ -9,7 +9,7 @@
 
 namespace entmtp {
 
-// A copy of n rows of an output projection. Half of them are the first of the vocabulary, which vocabularies begin with for
+// Rows of an output projection: all of one that has few, or a copy of n rows of a large one. Half of these are the first of the vocabulary, which vocabularies begin with for
 // they are the most frequent; the others are those that the text brought last, at first the next ones.
 class draft_vocabulary {
   public:
@@ -20,10 +20,12 @@ class draft_vocabulary {
     //   projection  [n_embd, n_vocab], which outlives this; single rows of it can be read (projection.h)
     draft_vocabulary(const ggml_tensor * projection, int32_t n);
 
-    const ggml_tensor * projection() const { return all; }
-    ggml_tensor *       rows() const { return some; } // [n_embd, n]
-    int32_t             size() const { return (int32_t) ids.size(); }
-    int32_t             token(int32_t row) const { return ids[row]; }
+    // all rows of a projection, and which tokens they are: they stay that
+    draft_vocabulary(const ggml_tensor * projection, std::vector<int32_t> tokens);
+
+    ggml_tensor * rows() const { return some; } // [n_embd, n]
+    int32_t       size() const { return (int32_t) ids.size(); }
+    int32_t       token(int32_t row) const { return ids[row]; }
 
     void meet(int32_t token); // it came in the text, so it can be proposed from now on
     void forget();            // what came
@@ -38,7 +40,7 @@ class draft_vocabulary {
     ggml_backend_buffer_ptr buffer;
 
     std::vector<int32_t> ids;     // [n] token of a row
-    std::vector<bool>    is_here; // [n_vocab]
+    std::vector<bool>    is_here; // [n_vocab]; empty: rows stay what they are
     int32_t              next;    // the row that the next token takes
 };
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from entmtp.bank import PLAIN, Tree
 from entmtp.doctor import probes
 from entmtp.models.nextn import prediction_layers
 from entmtp.options.demo import demo_files
-from helpers.eagle3 import Weights, foresee, write_eagle3
+from helpers.eagle3 import DRAFT_VOCAB, Weights, foresee, write_eagle3
 from helpers.forced import draft_a_lot
 from helpers.hybrids import hybrid_path
 from helpers.models import LATENT_NEXTN, SPECS, model_path, write_model
@@ -192,7 +192,7 @@ def test_where_all_tokens_can_be_proposed(eagle3: tuple[Path, Weights]) -> None:
     """A layer with a draft vocabulary of its own keeps that; small vocabularies are taken whole."""
     path = model_path("llama")
     with loaded(path, draft="entmtp", draft_model=eagle3[0], draft_vocab=16) as llm:
-        assert llm.draft_vocab == llm.n_vocab()
+        assert llm.draft_vocab == DRAFT_VOCAB
     with loaded(path, draft="entmtp", draft_model=path) as llm:
         assert llm.draft_vocab == llm.n_vocab()
     with loaded(path, draft="entmtp") as llm:
@@ -390,8 +390,11 @@ def test_arguments_that_cannot_work(argument: dict[str, Any], message: str) -> N
         Llama(model_path("llama"), **argument, **SETTINGS)
 
 
-def edited(source: Path, path: Path, leave_out: str = "", nan: str = "") -> Path:
-    """A copy of a model without a tensor, or with a tensor of what are no numbers."""
+def edited(
+    source: Path, path: Path, leave_out: str = "", nan: str = "", tensor: str = "",
+    as_: Callable[[np.ndarray], np.ndarray | None] = lambda x: x,
+) -> Path:  # fmt: skip
+    """A copy of a model without a tensor, with a tensor of what are no numbers, or with one as it is made."""
     reader = gguf.GGUFReader(source)
     w = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
@@ -399,11 +402,15 @@ def edited(source: Path, path: Path, leave_out: str = "", nan: str = "") -> Path
             continue
         array = field.types[0] == gguf.GGUFValueType.ARRAY
         w.add_key_value(name, field.contents(), field.types[0], field.types[-1] if array else None)
-    for tensor in reader.tensors:
-        if leave_out and leave_out in tensor.name:
+    for t in reader.tensors:
+        if leave_out and leave_out in t.name:
             continue
-        data = np.full_like(tensor.data, np.nan) if nan and nan in tensor.name else tensor.data
-        w.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
+        if t.name == tensor:
+            if (data := as_(t.data)) is not None:
+                w.add_tensor(t.name, data)
+            continue
+        data = np.full_like(t.data, np.nan) if nan and nan in t.name else t.data
+        w.add_tensor(t.name, data, raw_dtype=t.tensor_type)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -443,6 +450,28 @@ def test_a_layer_of_what_are_no_numbers_stops_drafting(nextn: Path, tmp_path: Pa
         assert tokens == answer(plain, PROMPTS[0], **GREEDY)
         assert "not numbers" in llm.draft_model_broken
         assert llm.draft_stats.accepted_by["model"] == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"tensor": "d2t", "as_": lambda x: x.astype(np.int32)}, r"d2t\) is I32 \[\d+\], not I64"),
+        ({"tensor": "d2t", "as_": lambda x: x[:-1]}, r"is I64 \[\d+\], not I64"),
+        ({"tensor": "output.weight", "as_": lambda x: None}, r"not I64 \[\]"),
+        (
+            {"tensor": "d2t", "as_": lambda x: x + 5},
+            "its draft vocabulary names token 320, and there are 320",
+        ),
+        ({"tensor": "d2t", "as_": lambda x: x - (1 << 40)}, "its draft vocabulary names token -10995"),
+    ],
+)
+def test_an_eagle3_layer_with_a_damaged_draft_vocabulary(
+    eagle3: tuple[Path, Weights], tmp_path: Path, damage: dict[str, Any], message: str
+) -> None:
+    """llama.cpp would end the process."""
+    path = edited(eagle3[0], tmp_path / "damaged.gguf", **damage)
+    with pytest.raises(EntmtpError, match=message):
+        Llama(model_path("llama"), draft="entmtp", draft_model=path, **SETTINGS)
 
 
 def test_what_a_file_says_of_its_layers(nextn: Path, tmp_path: Path) -> None:

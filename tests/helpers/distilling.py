@@ -25,7 +25,7 @@ class Batch:
     tokens: torch.Tensor
     hidden: torch.Tensor  # [texts, n, n_embd]
     ids: npt.NDArray[np.int64]  # [texts, n, k] most probable next tokens, the best first
-    p: npt.NDArray[np.float32]  # [texts, n, k]; zeros where there is no text
+    p: npt.NDArray[np.float32]  # [texts, n, k]; zeros where there is no answer of the model
 
 
 class Teacher:
@@ -66,6 +66,7 @@ class Teacher:
             m = at.stop - at.start
             tokens[row, :m], hidden[row, :m] = self.texts.tokens[at], states.hidden[at]
             ids[row, :m], p[row, :m] = states.ids[at], states.p[at][:, : self.k]
+            p[row, : max(0, int(self.texts.given[i]) - 1)] = 0.0  # what the model did not write
         return Batch(torch.tensor(tokens), torch.tensor(hidden), ids, p)
 
 

@@ -61,7 +61,7 @@ def changed(args: Namespace, **other: Any) -> Namespace:
 
 def undrafted(args: Namespace) -> Namespace:
     """The options without anything that drafts."""
-    return changed(args, draft="off", heads=None, draft_model=None)
+    return changed(args, draft="off", heads=None, draft_model=None, draft_vocab=None)
 
 
 def load_plain(args: Namespace, **more: Any) -> Llama:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gguf import GGMLQuantizationType
+
 from ..common.errors import ConvertError, ModelError
 from .base import fingerprint, read_base
 from .formats.gguf_header import read_gguf_header, read_gguf_keys
@@ -37,6 +39,8 @@ def check_drafter(drafter: Path, model: Path) -> None:
             f"{drafter}: an EAGLE-3 layer sees inside the model, and llama.cpp's graph of {base} does not let it; "
             "give a smaller model"
         )
+    if kind == EAGLE3 and (problem := _unlike_any(drafter)):
+        raise ModelError(f"{drafter}: {problem}, which llama.cpp ends the process for; get the file anew")
     if kind == ASSISTANT:
         try:
             problem = _misfit(read_gguf_header(drafter).keys, read_gguf_header(model).keys)
@@ -64,7 +68,9 @@ def find_drafter(model: Path, say: Say = warn) -> Path | None:
             base = base or read_base(model)
             keys = read_gguf_header(path).keys
             fits = (
-                keys.get(f"{EAGLE3}.target_hidden_size") == base.n_embd and base.architecture in GIVE_INPUTS
+                keys.get(f"{EAGLE3}.target_hidden_size") == base.n_embd
+                and base.architecture in GIVE_INPUTS
+                and not _unlike_any(path)
                 if kind == EAGLE3
                 else not _misfit(keys, read_gguf_header(model).keys)
             )
@@ -77,6 +83,22 @@ def find_drafter(model: Path, say: Say = warn) -> Path | None:
         others = ", ".join(path.name for path in found[1:])
         say(f"{len(found)} drafters fit {model.name}: using {found[0].name}, not {others}")
     return found[0] if found else None
+
+
+def _unlike_any(layer: Path) -> str:
+    """What is wrong with the draft vocabulary of an EAGLE-3 file; empty: nothing, or it cannot be read."""
+    try:
+        tensors = read_gguf_header(layer).tensors
+    except (ConvertError, OSError):
+        return ""
+    if (d2t := tensors.get("d2t")) is None:
+        return ""
+    output = tensors.get("output.weight")
+    rows = output.shape[1:] if output is not None else ()
+    if d2t.type != GGMLQuantizationType.I64 or d2t.shape != rows:
+        found = f"{d2t.type.name} {list(d2t.shape)}"
+        return f"its draft vocabulary (d2t) is {found}, not I64 {list(rows)} as it has rows of output.weight"
+    return ""
 
 
 def _misfit(assistant: dict[str, Any], model: dict[str, Any]) -> str:
