@@ -16,7 +16,7 @@ foresight::foresight() {
 
 void foresight::see(int32_t i, const scenario & s) {
     bin & b               = bins[i];
-    b.seen[b.next % most] = s; // the guess is the eighth to go, and then the oldest
+    b.seen[b.next % most] = s; // the guess is the last of the first ones to go, then the oldest
     b.next++;
     b.n = std::min(b.n + 1, most);
 }

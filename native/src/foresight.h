@@ -12,7 +12,7 @@ namespace entmtp {
 class foresight {
   public:
     static constexpr int32_t n_bins = 4;
-    static constexpr int32_t most   = 8;   // scenarios that are remembered
+    static constexpr int32_t most   = 16;  // scenarios that are remembered
 
     using scenario = std::array<float, 3>; // decreasing
 
