@@ -160,7 +160,8 @@ void draft_model::choose_vocabulary(int32_t n) {
     }
     if (d2t && d2t->ne[0] == output->ne[1]) {
         vocabulary = std::make_unique<draft_vocabulary>(output, own_tokens(d2t));
-    } else if (!d2t && n > 0 && n < n_known && output->ne[1] == n_vocab && has_rows(output)) {
+    } else if (!d2t && n > 0 && n < n_known && output->ne[1] == n_vocab && has_rows(output) &&
+               !is_remote(output)) { // there each token that comes would take two round trips
         vocabulary = std::make_unique<draft_vocabulary>(output, n);
     } else {
         return;

@@ -34,6 +34,12 @@ bool has_rows(const ggml_tensor * t) {
     return is_packed(t) || (!is_repacked(t) && !is_split(t));
 }
 
+bool is_remote(const ggml_tensor * t) {
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(buffer_type(t));
+    ggml_backend_reg_t reg = dev ? ggml_backend_dev_backend_reg(dev) : nullptr;
+    return reg && strcmp(ggml_backend_reg_name(reg), "RPC") == 0;
+}
+
 const ggml_tensor * base_projection(const llama_model * model, int32_t n_embd, int32_t n_vocab) {
     const ggml_tensor * t = llama_model_get_tensor(model, "output.weight");
     if (!t || !t->buffer) {

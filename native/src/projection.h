@@ -29,9 +29,10 @@ sharing choose_sharing(const ggml_tensor * projection, ggml_backend_t backend, c
 // whether rows of it belong into a buffer of the CPU kernels
 bool rows_are_packed(const ggml_tensor * projection);
 
-// whether it lies in a buffer of the CPU kernels; whether single rows of it can be read at all
+// whether it lies in a buffer of the CPU kernels; whether single rows of it can be read at all; whether on another machine
 bool is_packed(const ggml_tensor * projection);
 bool has_rows(const ggml_tensor * projection);
+bool is_remote(const ggml_tensor * projection);
 
 // row `from` of the projection, in its type, in place of row `to` of `rows`, which lies in a buffer of the same kind
 void copy_row(const ggml_tensor * projection, int32_t from, ggml_tensor * rows, int32_t to);

@@ -75,6 +75,18 @@ def test_a_warning_says_where_texts_are_up_to_rounding(
         Llama(models["f32"], draft="entmtp", heads=models["hydra"], **(ONE | TREE)).close()
 
 
+def test_a_drafting_model_over_rpc(load: Callable[..., Llama], models: dict[str, Path]) -> None:
+    """Its projection lies on a server, where no token of the text could come into a draft vocabulary in time."""
+    drafter = {"draft": "entmtp", "draft_model": models["f32"], "drafters": ["model"], "draft_vocab": 512}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that texts are up to rounding
+        plain, llm = load(), load(**drafter)
+    assert llm.draft_vocab == llm.n_vocab()
+    prompt = plain.tokenize(CODE[0].encode(), special=True)
+    expected, answer = (decode(model, prompt, 24, temp=0.0) for model in (plain, llm))
+    assert_same(plain, prompt, expected, answer)
+
+
 @pytest.mark.parametrize("heads", ["medusa", "hydra"])
 def test_drafting_over_rpc_changes_no_token(heads: str, load: Callable[..., Llama]) -> None:
     plain, llm = load(), load(heads, **{**TREE, "trees": f"generic-{heads}:n8"})
