@@ -9,8 +9,9 @@
 
 namespace entmtp {
 
-// Rows of an output projection: all of one that has few, or a copy of n rows of a large one. Half of these are the first of the vocabulary, which vocabularies begin with for
-// they are the most frequent; the others are those that the text brought last, at first the next ones.
+// Rows of an output projection: all of one that has few, or a copy of n rows of a large one. Half of these are the first
+// of the vocabulary, which are its most frequent tokens; the others are those that the text brought last, at first the
+// next ones.
 class draft_vocabulary {
   public:
     // what pays about: an eighth, at least 4096; all where that is not less than half

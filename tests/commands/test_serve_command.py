@@ -14,7 +14,7 @@ import pytest
 from entmtp.serve.cli import setup_arg_parser, spelled
 from entmtp.serve.metrics import Metrics
 from entmtp.serve.model import Models
-from entmtp.serve.settings import from_options, read_config
+from entmtp.serve.settings import ModelSettings, from_options, read_config
 from helpers.serving import Server, one_sentence, run
 
 PROMPT = "It was a cold and windy night when"
@@ -115,6 +115,22 @@ def test_options_of_drafting(models: dict[str, Path], tmp_path: Path) -> None:
     assert accepted > 10 and drafted - accepted <= 1
 
 
+def test_who_drafts_and_from_what(models: dict[str, Path], tmp_path: Path) -> None:
+    """Options that make a value of a word themselves: as the other commands read them, or as a config file has them."""
+    notes = tmp_path / "notes.md"
+    notes.write_text(3 * PROMPT)
+    words = ["--model", str(models["q8_0"]), "--drafters", "text,recycling", "--lookup", f"{notes},{notes}"]
+    _, [found] = from_options(vars(setup_arg_parser().parse_args(spelled([*words, "--draft-vocab", "1024"]))))
+    assert (found.drafters, found.lookup) == ("text,recycling", [str(notes), str(notes)])
+    assert found.draft_vocab == 1024
+    assert ModelSettings(model="m", drafters=["text"], draft_vocab=512).draft_vocab == 512
+    served = Models([found], Metrics())
+    llm: Any = served()
+    assert llm.drafters == ("text", "recycling")
+    assert llm.n_lookup > 10
+    served.free()
+
+
 def test_interrupting_is_still_there(models: dict[str, Path]) -> None:
     with Server(
         "--model", models["q8_0"], "--draft", "off", "--interrupt-requests", "true", "--threads", 1
@@ -137,6 +153,11 @@ def test_interrupting_is_still_there(models: dict[str, Path]) -> None:
         (
             ["--draft", "sometimes"],
             "draft: input should be 'off', 'static', 'entropy', 'confidence', 'ladder'",
+        ),
+        (["--drafters", "nobody"], "drafters: 'nobody' is none of auto, text, recycling, heads, model"),
+        (
+            ["--draft-vocab", "5"],
+            'draft_vocab is 5, must be "auto" or "all" or a number of tokens, 16 or more',
         ),
         (["--accept", "most"], "accept: input should be 'lossless' or 'typical'"),
         (["--typical-epsilon=-1"], "typical_epsilon: input should be greater than or equal to 0"),

@@ -39,7 +39,7 @@ def check_drafter(drafter: Path, model: Path) -> None:
             f"{drafter}: an EAGLE-3 layer sees inside the model, and llama.cpp's graph of {base} does not let it; "
             "give a smaller model"
         )
-    if kind == EAGLE3 and (problem := _unlike_any(drafter)):
+    if kind == EAGLE3 and (problem := _damage(drafter)):
         raise ModelError(f"{drafter}: {problem}, which llama.cpp ends the process for; get the file anew")
     if kind == ASSISTANT:
         try:
@@ -70,7 +70,7 @@ def find_drafter(model: Path, say: Say = warn) -> Path | None:
             fits = (
                 keys.get(f"{EAGLE3}.target_hidden_size") == base.n_embd
                 and base.architecture in GIVE_INPUTS
-                and not _unlike_any(path)
+                and not _damage(path)
                 if kind == EAGLE3
                 else not _misfit(keys, read_gguf_header(model).keys)
             )
@@ -85,7 +85,7 @@ def find_drafter(model: Path, say: Say = warn) -> Path | None:
     return found[0] if found else None
 
 
-def _unlike_any(layer: Path) -> str:
+def _damage(layer: Path) -> str:
     """What is wrong with the draft vocabulary of an EAGLE-3 file; empty: nothing, or it cannot be read."""
     try:
         tensors = read_gguf_header(layer).tensors

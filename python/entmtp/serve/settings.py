@@ -5,8 +5,10 @@ Each is an option of the command, an environment variable, and a key of the conf
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Optional  # Optional: llama-cpp-python's parser knows no `X | None`
 
@@ -41,9 +43,25 @@ def spellings() -> dict[str, str]:
     return found
 
 
+def _is_type(option: Option) -> bool:
+    return isinstance(option.type, type)
+
+
+def _reader(option: Option) -> Callable[[Any], Any]:
+    """What makes a value of a word for an option that says so itself; a config file may have the value."""
+
+    def read(value: Any) -> Any:
+        try:
+            return option.parse(value) if isinstance(value, str) else value
+        except argparse.ArgumentTypeError as e:
+            raise ValueError(str(e)) from e
+
+    return read
+
+
 def _field(option: Option) -> tuple[Any, Any]:
     """A setting's type and default, as pydantic wants them."""
-    kind: Any = Literal[option.choices] if option.choices else option.type
+    kind: Any = Literal[option.choices] if option.choices else option.type if _is_type(option) else str
     if option.default is not None:  # it is said beside the description
         return kind, Field(default=option.default, description=option.help)
     kind = Optional[kind]  # noqa: UP045
@@ -51,7 +69,12 @@ def _field(option: Option) -> tuple[Any, Any]:
 
 
 _fields: dict[str, Any] = {option.name: _field(option) for option in OURS}
-_Ours: Any = create_model("_Ours", __base__=stock.ModelSettings, **_fields)
+_readers: dict[str, Any] = {
+    f"_read_{option.name}": field_validator(option.name, mode="plain")(_reader(option))
+    for option in OURS
+    if not _is_type(option)
+}
+_Ours: Any = create_model("_Ours", __base__=stock.ModelSettings, __validators__=_readers, **_fields)
 
 
 class ModelSettings(_Ours):
