@@ -38,7 +38,7 @@ def test_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "heads", str(assets() / "medusa"), "-m", str(assets() / "demo-base-q8_0.gguf"),
         "--prompts", *write_prompts(tmp_path, 2), "--draft-text", str(text),
-        "--forms", "full", "shared+vocab", "--types", "q4_k", "--draft-vocab", "512", "--tokens", "24",
+        "--forms", "full", "shared+vocab", "--types", "q4_k", "--heads-vocab", "512", "--tokens", "24",
         "--rounds", "1", "--threads", "1", "--ctx", "768", "--flash-attn", "-o", str(out),
     ]  # fmt: skip
     with every_model() as made:
