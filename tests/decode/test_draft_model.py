@@ -21,7 +21,7 @@ from entmtp.options.demo import demo_files
 from helpers.eagle3 import DRAFT_VOCAB, Weights, foresee, write_eagle3
 from helpers.forced import draft_a_lot
 from helpers.hybrids import hybrid_path
-from helpers.models import LATENT_NEXTN, SPECS, model_path, write_model
+from helpers.models import EXPERTS, LATENT_NEXTN, SPECS, model_path, write_model
 from helpers.nextn import predict, random_layer, shapes_of, with_nextn
 from helpers.typed import write_typed
 
@@ -154,7 +154,8 @@ def test_layers_are_asked_what_they_are_trained_for(
 @pytest.mark.parametrize("draft_vocab", [16, 100])
 def test_a_draft_vocabulary_changes_no_token(nextn: Path, tmp_path: Path, draft_vocab: int) -> None:
     other = write_model(tmp_path / "other.gguf", SPECS["qwen3"], seed=5)
-    for path, more in ((nextn, {}), (model_path("llama"), {"draft_model": other})):
+    latent = write_model(tmp_path / "latent.gguf", LATENT_NEXTN)
+    for path, more in ((nextn, {}), (latent, {}), (model_path("llama"), {"draft_model": other})):
         with (
             loaded(path) as plain,
             loaded(path, draft="entmtp", drafters=["model"], draft_vocab=draft_vocab, **more) as llm,
@@ -188,9 +189,16 @@ def test_a_draft_vocabulary_of_quantised_weights(kind: str, kernels: str, tmp_pa
         assert llm.draft_stats.tokens_per_step > 2.5
 
 
-def test_where_all_tokens_can_be_proposed(eagle3: tuple[Path, Weights]) -> None:
-    """A layer with a draft vocabulary of its own keeps that; small vocabularies are taken whole."""
+def test_where_all_tokens_can_be_proposed(eagle3: tuple[Path, Weights], tmp_path: Path) -> None:
+    """A layer with a draft vocabulary of its own keeps that; small vocabularies are taken whole, and so are those of
+    models whose graph in llama.cpp multiplies with the projection by itself (DeepSeek)."""
     path = model_path("llama")
+    other = write_model(tmp_path / "other.gguf", EXPERTS["deepseek2"])
+    with loaded(path) as plain, loaded(path, draft="entmtp", draft_model=other, draft_vocab=16) as llm:
+        assert llm.draft_vocab == llm.n_vocab()
+        draft_a_lot(llm)
+        assert answer(llm, PROMPTS[0], **GREEDY) == answer(plain, PROMPTS[0], **GREEDY)
+        assert llm.draft_stats.n_drafted > 20
     with loaded(path, draft="entmtp", draft_model=eagle3[0], draft_vocab=16) as llm:
         assert llm.draft_vocab == DRAFT_VOCAB
     with loaded(path, draft="entmtp", draft_model=path) as llm:
