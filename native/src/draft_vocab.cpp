@@ -1,6 +1,5 @@
 #include "draft_vocab.h"
 
-#include "hook.h"
 #include "projection.h"
 
 #include "ggml-backend.h"

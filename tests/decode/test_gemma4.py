@@ -56,14 +56,15 @@ def test_the_reference_is_the_model(folder: Path) -> None:
     assert np.abs(found - logits).max() < NEAR * logits.std()
 
 
-@pytest.mark.parametrize("assistant", [False, True])
+@pytest.mark.parametrize(("assistant", "draft_vocab"), [(False, "auto"), (True, "auto"), (True, 64)])
 @pytest.mark.parametrize("name", SHAPES)
-def test_drafts_change_no_token(folder: Path, name: str, assistant: bool) -> None:
+def test_drafts_change_no_token(folder: Path, name: str, assistant: bool, draft_vocab: Any) -> None:
     """Windows, layers that share keys and values, embeddings of every layer, experts with scales."""
     path = folder / name / "model.gguf"
-    more = {"draft_model": folder / "assistant.gguf"} if assistant else {}
+    more = {"draft_model": folder / "assistant.gguf", "draft_vocab": draft_vocab} if assistant else {}
     with load(path) as plain, load(path, draft="entmtp", **more) as llm:
         assert llm.lossless == "exact"
+        assert llm.draft_vocab == (0 if not assistant else llm.n_vocab() if draft_vocab == "auto" else 64)
         assert ("model" in llm.drafters) == assistant
         draft_a_lot(llm)
         for sampling in ({"temp": 0.0}, {"temp": 0.9, "top_k": 40}):
