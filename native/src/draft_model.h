@@ -66,6 +66,8 @@ class draft_model {
   private:
     enum class what { model, layers, eagle3, assistant };
 
+    static bool is_of(const llama_model * model, const char * architecture);
+
     bool    from_states() const { return kind != what::model; }
     bool    has_memory() const { return kind != what::assistant; }
     int32_t shift() const { return kind == what::eagle3 ? 1 : 0; } // a token's position, less that in its memory

@@ -87,8 +87,7 @@ void copy_rows(const ggml_tensor * projection, const std::vector<int32_t> & ids,
         const weight_type type = packed_type(projection->type);
         if (type == W_COUNT) {   // these are not in panels
             for (size_t i = 0; i < ids.size(); ++i) {
-                memcpy((char *) rows->data + i * rows->nb[1],
-                       (const char *) projection->data + ids[i] * projection->nb[1], projection->nb[1]);
+                copy_row(projection, ids[i], rows, (int32_t) i);
             }
             return;
         }

@@ -63,11 +63,9 @@ class Llama(Drafted):
             that was trained for the model: a GGUF file, or its `hf:` name. None: the model's own layers for multi-token
             prediction (NextN, MTP), if its file has any that llama.cpp can use, else such a layer or assistant beside
             it. With draft=None a `LlamaDraftModel`, as in llama-cpp-python.
-        draft_vocab: tokens that a model that drafts can propose: those that the text brought last and the first of its
-            vocabulary. `"auto"` (an eighth of a large vocabulary), `"all"`, or how many. Speed depends on it, the text
-            does not.
-        lookup: files or folders of your own texts or code to draft from besides the text itself, up to 32 MB. Their
-            tokens are kept in the user's cache.
+        draft_vocab: how many tokens a model that drafts can propose, those that the text brought last and the first of
+            its vocabulary: a number, `"all"`, or `"auto"` (an eighth of a large vocabulary).
+        lookup: files or folders of your own texts to draft from, too, up to 32 MB; their tokens are kept in the cache.
         score: what a published policy follows: `"entropy"`, `"top1"` or `"path"`.
         calibrate: measure what passes cost on this machine (under two seconds, once per model and machine; kept in the
             user's cache) unless the bank was tuned here. False: believe the bank's costs until the process knows
