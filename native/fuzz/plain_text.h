@@ -10,7 +10,9 @@
 
 class plain_text {
   public:
-    explicit plain_text(llama_model * model) : ctx(tiny::new_context(model, 512)) {}
+    // with ggml's flash attention, whose kernel for 64 tokens and more rounds elsewhere, in passes of fewer
+    explicit plain_text(llama_model * model, bool flash = false)
+        : ctx(tiny::new_context(model, 512, flash)), n_most(flash ? 32 : 100) {}
 
     // of the last token of a text, [n_vocab]
     const std::vector<float> & logits(const std::vector<int32_t> & text) {
@@ -25,7 +27,7 @@ class plain_text {
         llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, (int32_t) n, -1);
         at = text;
         while (n < text.size()) {
-            const auto part = (int32_t) std::min<size_t>(text.size() - n, 100);
+            const auto part = (int32_t) std::min<size_t>(text.size() - n, n_most);
             MUST(llama_decode(ctx.get(), llama_batch_get_one(at.data() + n, part)) == 0);
             n += part;
         }
@@ -37,6 +39,7 @@ class plain_text {
 
   private:
     tiny::context_ptr    ctx;
+    size_t               n_most; // tokens in a pass
     std::vector<int32_t> at;
     std::vector<float>   row;
 };

@@ -47,7 +47,7 @@ static size_t hook_packed_size(const ggml_tensor * t) {
 
 constexpr int64_t GIVEN_BACK = 4 << 20; // bytes of a file at a time
 
-static void pack(ggml_tensor * t, const void * data) {
+static void pack(ggml_tensor * t, const void * data, bool is_mapped) {
     const weight_type type = packed_type(t->type);
     if (type == W_COUNT) {
         memcpy(t->data, data, ggml_nbytes(t));
@@ -60,7 +60,6 @@ static void pack(ggml_tensor * t, const void * data) {
 
     // as many panels at a time as are worth giving the file's pages back
     const int64_t some_panels = std::max<int64_t>(1, GIVEN_BACK / (PANEL * t->nb[1]));
-    const bool    is_mapped   = is_of_file(data, ggml_nbytes(t));
 
     const auto some = [&](int64_t begin, int64_t end) {
         for (int64_t p = begin, n; p < end; p += n) {
@@ -91,8 +90,9 @@ static void hook_pack(ggml_tensor * t, const void * data) {
     if (g_locked && !lock_memory(base, size)) { // all of it: where the kind of memory changes, no large page can lie
         g_unlocked += hook_packed_size(t);
     }
-    pack(t, data);
-    if (is_of_file(data, ggml_nbytes(t))) {
+    const bool is_mapped = is_of_file(data, ggml_nbytes(t));
+    pack(t, data, is_mapped);
+    if (is_mapped) { // the pages that two pieces share
         give_back(data, ggml_nbytes(t));
     }
 }

@@ -53,7 +53,7 @@ void make_large_pages(void * begin, size_t size) {
 }
 
 bool is_of_file(const void * first, size_t size) {
-    static constexpr size_t least = 256 << 10; // less is not worth looking the mapping up
+    static constexpr size_t least = 16 << 10; // less is not worth looking the mapping up
     const uintptr_t         begin = (uintptr_t) first, end = begin + size;
 
     FILE * maps = size >= least ? fopen("/proc/self/maps", "r") : nullptr;

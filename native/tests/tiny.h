@@ -333,7 +333,7 @@ inline model_ptr load_base(const std::string & path) {
     return model_ptr(llama_model_load_from_file(path.c_str(), params));
 }
 
-inline context_ptr new_context(llama_model * model, uint32_t n_ctx = 512) {
+inline context_ptr new_context(llama_model * model, uint32_t n_ctx = 512, bool flash = false) {
     llama_context_params params = llama_context_default_params();
     params.n_ctx                = n_ctx;
     params.n_batch              = 128;
@@ -344,7 +344,7 @@ inline context_ptr new_context(llama_model * model, uint32_t n_ctx = 512) {
     // the CPU's flash attention has a kernel for large batches that differs by 1e-2
     params.type_k               = GGML_TYPE_F32;
     params.type_v               = GGML_TYPE_F32;
-    params.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    params.flash_attn_type      = flash ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
     return context_ptr(llama_init_from_model(model, params));
 }
 
