@@ -34,7 +34,7 @@ namespace {
 struct setting {
     tiny::folder                dir;
     tiny::model_ptr             base;
-    std::unique_ptr<plain_text> plain[2]; // without and with flash attention
+    std::unique_ptr<plain_text> plain[2];                        // without and with flash attention
 
     std::map<std::pair<bool, bool>, tiny::context_ptr> contexts; // unified, flash attention; making one takes long
 
@@ -418,9 +418,9 @@ class session {
     setting &   s;
     decisions & d;
 
-    llama_context *   ctx   = nullptr;
-    llama_memory_t    mem   = nullptr;
-    llama_batch_ext * batch = nullptr;
+    llama_context *   ctx          = nullptr;
+    llama_memory_t    mem          = nullptr;
+    llama_batch_ext * batch        = nullptr;
     plain_text *      plain_logits = nullptr;
     bool              unified;
     float             tolerance;
