@@ -62,6 +62,20 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @needs_kernels
 @needs_smaps
+def test_small_matrices_are_held_once_too(tmp_path: Path) -> None:
+    """Those of attention in a model of 135M are 69 to 207 KB each, a fifth of its file."""
+    shape = replace(SHAPES["tiny"], n_layer=40, n_embd=256, n_ff=512, n_head=4, n_head_kv=2)
+    path = write_model(tmp_path / "model.gguf", shape, quant="q8_0")
+    with Holder(path, "none", "off") as process:
+        base = process.loaded
+    with Holder(path, "mapped", "auto") as process:
+        held = process.loaded["Rss"] - base["Rss"]
+    weights = path.stat().st_size
+    assert 0.95 * weights < held < 1.25 * weights, f"{held / 1e6:.1f} MB of {weights / 1e6:.1f}"
+
+
+@needs_kernels
+@needs_smaps
 @pytest.mark.parametrize("how", ["mapped", "read", "locked"])
 def test_weights_are_held_once(how: str, large: Path) -> None:
     weights = 200_000 * 256 * 34 / 32
