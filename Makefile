@@ -39,7 +39,7 @@ AUDIT     := $(RUN) pip-audit==2.10.1 --strict --disable-pip
 PLATFORMS := x86_64-manylinux2014 aarch64-manylinux2014 aarch64-apple-darwin x86_64-pc-windows-msvc
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-tsan test-arm \
+.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-tsan test-arm test-valgrind \
 	soak soak-serve kill-matrix fuzz fuzz-server build install baselines archs wheel wheel-check wheel-install bump bump-tools \
 	sbom audit lint format clean distclean
 .DELETE_ON_ERROR:
@@ -71,6 +71,10 @@ test-torch: $(VENV)/.torch ## run the tests that need PyTorch (fetches it)
 
 test-gpu: install ## run the tests that need a GPU; with CUDA=1, METAL=1 or VULKAN=1
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
+
+test-valgrind: install ## load, generate, close, from Python, under valgrind; with NATIVE=0
+	@command -v valgrind > /dev/null || { echo "valgrind was not found; on Debian and Ubuntu: apt install valgrind"; exit 1; }
+	$(PY) tests/valgrind.py
 
 soak: install ## random calls to a drafting model and a plain twin, 1000000 tokens or TOKENS=n
 	$(PY) tests/soak.py --tokens $(or $(TOKENS),1000000)
