@@ -39,13 +39,13 @@ AUDIT     := $(RUN) pip-audit==2.10.1 --strict --disable-pip
 PLATFORMS := x86_64-manylinux2014 aarch64-manylinux2014 aarch64-apple-darwin x86_64-pc-windows-msvc
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-tsan test-arm test-valgrind \
-	soak soak-serve kill-matrix fuzz fuzz-server build install baselines archs wheel wheel-check wheel-install bump bump-tools \
-	sbom audit lint format clean distclean
+.PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-asan-python test-tsan test-arm \
+	test-valgrind soak soak-serve kill-matrix fuzz fuzz-server build install baselines archs wheel wheel-check wheel-install \
+	bump bump-tools sbom audit lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-22s%s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-24s%s\n", $$1, $$2}'
 	@echo
 	@echo "  CUDA=1 METAL=1 VULKAN=1    build for that GPU"
 	@echo "  NATIVE=0                   no instructions that only this CPU has"
@@ -109,6 +109,12 @@ test-asan: $(VENV)/.tools ## run the native tests with AddressSanitizer and UBSa
 		-DCMAKE_BUILD_TYPE=RelWithDebInfo $(FLAGS)
 	$(BIN)/cmake --build build/asan
 	UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/ctest --test-dir build/asan --output-on-failure
+
+test-asan-python: install ## run the Python tests on a libentmtp with AddressSanitizer and UBSan; GCC
+	$(BIN)/cmake -S . -B build/asan-python -G Ninja -DENTMTP_SANITIZE=address,undefined -DENTMTP_SANITIZE_KERNELS=OFF \
+		-DCMAKE_BUILD_TYPE=RelWithDebInfo $(FLAGS)
+	$(BIN)/cmake --build build/asan-python --target entmtp
+	$(PY) tests/asan.py build/asan-python/lib -n auto --dist worksteal -m "not torch" $(PYTEST_ARGS)
 
 # The CPU kernels on processors with all they know, without i8mm, and with neither: each must find the sets it can run.
 ARM  := aarch64-linux-gnu

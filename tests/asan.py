@@ -1,0 +1,67 @@
+"""`make test-asan-python`: the Python tests on a libentmtp with AddressSanitizer and UBSan, leaks included.
+
+    python tests/asan.py build/asan-python/lib [arguments of pytest]
+
+Every process that the tests start reports into a folder. A report fails the run where libentmtp or llama.cpp is among
+the callers: Python's own memory, and that of programs like git, is theirs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from entmtp.native.library import library_folder
+
+OURS = re.compile(r"libentmtp|libllama|libggml")
+
+
+def runtime(name: str) -> str:
+    """A library of GCC's, which must be there before all others."""
+    return subprocess.run(
+        ["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def reports(folder: Path) -> list[str]:
+    """What the processes wrote, error by error and leak by leak."""
+    texts = [path.read_text("utf-8", "replace") for path in sorted(folder.iterdir())]
+    parts = [
+        part for text in texts for part in re.split(r"(?m)^(?==+\d+==ERROR|(?:In)?[Dd]irect leak )", text)
+    ]
+    return [part for part in parts if part.strip()]
+
+
+def main(built: str, *pytest: str) -> int:
+    with tempfile.TemporaryDirectory(prefix="entmtp-asan-") as tmp:
+        libraries, logs = Path(tmp) / "lib", Path(tmp) / "logs"
+        shutil.copytree(library_folder(), libraries)
+        logs.mkdir()
+        for library in Path(built).glob("libentmtp.*"):
+            shutil.copy2(library, libraries)
+        options = f"log_path={logs}/report:allocator_may_return_null=1:handle_segv=0"
+        env = os.environ | {
+            "ENTMTP_LIB_PATH": str(libraries),
+            "LD_PRELOAD": " ".join(map(runtime, ("libasan.so", "libubsan.so", "libstdc++.so"))),
+            "ASAN_OPTIONS": f"{options}:detect_leaks=1",
+            "LSAN_OPTIONS": "exitcode=0",
+            "UBSAN_OPTIONS": f"log_path={logs}/report:print_stacktrace=1",
+            "OMP_WAIT_POLICY": "passive",
+        }
+        status = subprocess.run([sys.executable, "-m", "pytest", "-q", *pytest], env=env).returncode
+        found = reports(logs)
+    ours = [report for report in found if OURS.search(report)]
+    print(*ours, sep="\n")
+    print(
+        f"{len(ours)} reports with libentmtp or llama.cpp among the callers, {len(found) - len(ours)} others"
+    )
+    return status or bool(ours)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
