@@ -78,11 +78,7 @@ def build_baselines(
     tools = tools or find_tools()
     with file_lock(cache / "baselines" / f".{info['key']}.lock"):
         if not (folder / SERVER).exists():
-            plain, _ = prepare_source(cache, pin, [], llama_dir)
-            log("building llama.cpp's own server, without our patches (once; about ten minutes on two cores)")
-            definitions = {**DEFAULT_FLAGS, **flags_of(info), **SERVER_FLAGS, **named(info["commit"])}
-            name = f"server-{info['key']}"
-            keep(build_target(tools, plain, name, SERVER, definitions), folder)
+            keep(_server(cache, pin, info, llama_dir, tools), folder)
 
         sources = make_key([[p.name, sha256_file(p)] for p in sorted(DRIVER_SOURCE.iterdir())])
         stamp = folder / "driver.key"
@@ -121,6 +117,21 @@ def _of_libraries(
     if info["source"] != key_of_source or not prefix.is_dir():
         raise BuildError(f"the libraries in {libraries} are not of this source; run make install first")
     return info, patched, prefix
+
+
+def _server(
+    cache: Path, pin: dict[str, str], info: dict[str, Any], llama_dir: Path | None, tools: Tools
+) -> Path:
+    """The server in the cache, which stays the same when our patches change."""
+    plain, key_of_source = prepare_source(cache, pin, [], llama_dir)
+    definitions = {**DEFAULT_FLAGS, **flags_of(info), **SERVER_FLAGS, **named(info["commit"])}
+    key = make_key([key_of_source, definitions, info.get("compilers")])
+    folder = cache / "baselines" / f"server-{key}"
+    with file_lock(cache / "baselines" / f".server-{key}.lock"):
+        if not (folder / SERVER).exists():
+            log("building llama.cpp's own server, without our patches (once; about ten minutes on two cores)")
+            keep(build_target(tools, plain, f"server-{key}", SERVER, definitions), folder)
+    return folder / SERVER
 
 
 def _driver(tools: Tools, info: dict[str, Any], patched: Path, prefix: Path, target: str) -> Path:

@@ -384,6 +384,13 @@ def test_baselines_are_of_the_libraries_that_are_compared(cache, tmp_path, monke
     assert [source for source, _ in configured[2:]] == [driver]
     assert (folder / "entmtp-speculative").read_text() == "3" and (folder / "llama-server").read_text() == "1"
 
+    # libraries with other patches: their driver is another, the server has none
+    (libraries / "build-info.json").write_text(json.dumps(info | {"source": key, "key": "l"}))
+    (cache / "build" / "l").mkdir()
+    folder = build()
+    assert folder == cache / "baselines" / "l" and [source for source, _ in configured[3:]] == [driver]
+    assert (folder / "llama-server").read_text() == "1"
+
 
 def test_cache_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("ENTMTP_CACHE", str(tmp_path))
