@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import pickletools
 import random
 import struct
@@ -343,6 +344,7 @@ def load_zip(data: bytes) -> dict[str, bytes]:
         EOFError,
         RuntimeError,
         struct.error,
+        lzma.LZMAError,
         zlib.error,
         OSError,
         KeyError,
