@@ -3,8 +3,10 @@
 #include "memory.h"
 
 #include "check.h"
+#include "ggml-backend.h"
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -68,8 +70,24 @@ static void test_give_back() {
     CHECK(!entmtp::is_of_file(data.data(), size));
     close(file);
 }
+
+// a large buffer goes back when it is freed, and not to a heap in which smaller blocks would settle where it was
+static void test_large_buffers() {
+    free(malloc(31 << 20)); // from now on glibc keeps blocks of that size in its heap
+    for (const size_t size : { 12 << 20, 2 << 20 }) {
+        ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
+        CHECK(buffer && ggml_backend_buffer_get_size(buffer) == size);
+        void * base = ggml_backend_buffer_get_base(buffer);
+        memset(base, 1, size);
+        CHECK(resident(base) >= (long) (size >> 10));
+        ggml_backend_buffer_free(buffer);
+        CHECK_EQ(resident(base), -1); // nothing is mapped there
+    }
+}
 #else
 static void test_give_back() {}
+
+static void test_large_buffers() {}
 #endif
 
 static void test_large_pages() {
@@ -81,6 +99,7 @@ static void test_large_pages() {
 
 int main() {
     test_give_back();
+    test_large_buffers();
     test_large_pages();
     return check_result("test_memory");
 }
