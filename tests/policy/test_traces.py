@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,24 @@ def test_a_file_that_cannot_be_trusted(tmp_path: Path) -> None:
         Traces.load(path)
     np.savez(path, **good | {"ranks": good["ranks"].astype(object)})  # a pickle, which could run anything
     with pytest.raises(ValueError, match=r"t\.npz holds no rank traces: .*pickle"):
+        Traces.load(path)
+
+
+def test_an_archive_packed_in_a_way_that_is_none(tmp_path: Path) -> None:
+    """Settings of LZMA that there are not: an error of Python's own, unlike all others of an archive."""
+    make().save(path := tmp_path / "t.npz")
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+        begins = [info.header_offset + 30 + len(info.filename) for info in archive.infolist()]
+    assert Traces.load(path).task == TASKS
+    data = bytearray(path.read_bytes())
+    for begin in begins:  # [version: 2][size of the settings: 2][settings]
+        data[begin + 4] = 0xFF
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"t\.npz holds no rank traces: "):
         Traces.load(path)
 
 
