@@ -11,8 +11,8 @@
 class plain_text {
   public:
     // with ggml's flash attention, whose kernel for 64 tokens and more rounds elsewhere, in passes of fewer
-    explicit plain_text(llama_model * model, bool flash = false)
-        : ctx(tiny::new_context(model, 512, flash)), n_most(flash ? 32 : 100) {}
+    explicit plain_text(llama_model * model, bool flash = false) :
+        ctx(tiny::new_context(model, 512, flash)), n_most(flash ? 32 : 100) {}
 
     // of the last token of a text, [n_vocab]
     const std::vector<float> & logits(const std::vector<int32_t> & text) {
