@@ -21,7 +21,8 @@ from entmtp.native.library import library_folder
 
 # what holds memory for other reasons under AddressSanitizer, and a test that preloads a library itself
 UNFIT = ("tests/decode/test_held.py", "tests/commands/test_command.py::test_doctor_sees_a_second_ggml")
-OURS = re.compile(r"libentmtp|libllama|libggml")
+# the last is how UBSan's reports begin, which is in libentmtp alone
+OURS = re.compile(r"libentmtp|libllama|libggml|runtime error:")
 
 
 def runtime(name: str) -> str:
