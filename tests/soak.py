@@ -32,9 +32,10 @@ GRAMMARS = (
     'root ::= ("yes" | "no") " because " [a-z ]+ "."',
     r'root ::= "{\"name\": \"" [A-Za-z ]+ "\", \"age\": " [0-9]+ "}"',
 )
+N_CTX = 768
 WARM = 0.2  # of the run: allocators and graphs settle,
 FILLED = 80_000  # tokens until the logs of the last 65,536 steps are full
-LOOK = 500  # tokens between two looks at the memory, at least: they take some, too
+LOOK = 2000  # tokens between two looks at the memory, at least: both texts begin anew then
 
 
 class Twins:
@@ -54,6 +55,7 @@ class Twins:
         self.n_tokens = self.n_accepted = 0
         self.calls: Counter[str] = Counter()
         self.grammars = [LlamaGrammar.from_string(g, verbose=False) for g in GRAMMARS]
+        self.longest = plain.tokenize("".join(texts).encode())[: N_CTX - 1]
         # they are freed with the models
         self.adapters = [llama_adapter_lora_init(llm.model, str(adapter).encode()) for llm in self.models]
         if not all(self.adapters):
@@ -180,6 +182,13 @@ class Twins:
         for llm in self.models:
             llm.set_threads(self.rng.choice((1, 1, 2)))
 
+    def largest_passes(self) -> None:
+        """Buffers that were made anew are in memory as far as passes have touched them: equally far after these."""
+        for llm in self.models:
+            llm.reset()
+            llm.eval(self.longest[: -llm.n_batch])
+            llm.eval(self.longest[-llm.n_batch :])
+
     def step(self) -> None:
         """One call, of a kind that is drawn."""
         kinds: list[tuple[int, Callable[[], None]]] = [
@@ -206,7 +215,7 @@ def soak(
         for line in path.read_text("utf-8").splitlines()
     ]  # fmt: skip
     model, heads = demo_files()
-    how: dict[str, Any] = {"n_ctx": 768, "verbose": False, "n_threads": 1, "n_threads_batch": 1}
+    how: dict[str, Any] = {"n_ctx": N_CTX, "verbose": False, "n_threads": 1, "n_threads_batch": 1}
     with (
         tempfile.TemporaryDirectory() as folder,
         closing(Llama(model, draft="entmtp", heads=heads, calibrate=False, **how)) as drafting,
@@ -218,6 +227,7 @@ def soak(
         while twins.n_tokens < n_tokens and time.monotonic() - begin < seconds:
             twins.step()
             if twins.n_tokens // LOOK > len(growth.samples):
+                twins.largest_passes()
                 growth.look(twins.n_tokens)
             if time.monotonic() - said > 30:
                 said = time.monotonic()
