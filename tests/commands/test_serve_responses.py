@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from helpers.serving import Server
+from helpers.settings import LEEWAY
 from helpers.typed import DEMO
 
 QUESTION = "How many apples are left?"
@@ -116,7 +117,7 @@ def test_a_stopped_server_ends_the_stream_with_an_error() -> None:
             server.process.send_signal(signal.SIGTERM)
             events = [line for line in lines if line.startswith("event: ")]
         assert events[-1] == "event: error"
-        assert server.process.wait(10) is not None
+        assert server.process.wait(10 * LEEWAY) is not None
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,9 @@ from .models import ON_GPU
 # xdist workers share the cores between them
 N_THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
+# how much more memory and time AddressSanitizer takes, on a busy machine (`make test-asan-python`)
+LEEWAY = 6 if "libasan" in os.environ.get("LD_PRELOAD", "") else 1
+
 # f32 weights and cache: the only differences left between batch sizes are orders of summation
 F32 = {
     "n_ctx": 1024,
