@@ -1,6 +1,7 @@
 """`entmtp bench memory`: what a process holds of a model's weights, and at most while it loads them; how long it takes.
 
-Each in a process of its own, without the context and without what a process holds with the vocabulary alone.
+Each in a process of its own, without the context and without what a process holds with the vocabulary alone. Then, with
+the context, what one holds that has written some answers, without drafts and with them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ WAYS = {
     "two": "mapped, by two processes together",
 }
 KERNELS = {"off": "ggml's", "auto": "ours"}
+WRITES = {"plain": "without drafts", "drafting": "with drafts"}
 MB = 1e6
 AIM = 1.05  # of the file
 
@@ -71,6 +73,21 @@ def together(model: str, how: str, kernels: str) -> float:
         return one.held()["Pss"] + other.held()["Pss"]
 
 
+def vocabulary(model: str) -> dict[str, float]:
+    """Bytes that a process holds with the vocabulary alone."""
+    with Holder(model, "none", "off") as process:
+        return process.held()
+
+
+def writing(model: str) -> dict[str, float]:
+    """Bytes beyond that of processes that have written some answers, by whether they draft."""
+    base, found = vocabulary(model)["Rss"], {}
+    for how in WRITES:
+        with Holder(model, how, "auto") as process:
+            found[how] = process.loaded["Rss"] - base
+    return found
+
+
 def measure(model: str, size: int, n_rounds: int, advance: Any) -> list[dict[str, Any]]:
     """What is held by way of loading and kernels, all in turn.
 
@@ -81,8 +98,7 @@ def measure(model: str, size: int, n_rounds: int, advance: Any) -> list[dict[str
         how, kernels, and in bytes without what a process with the vocabulary alone holds: held, peak while loading,
         locked, large (in pages of 2 MB); and seconds.
     """
-    with Holder(model, "none", "off") as process:
-        base = process.held()
+    base = vocabulary(model)
     base_of_two = together(model, "none", "off")
     cases = [(how, kernels) for how in WAYS for kernels in KERNELS]
     loads: dict[tuple[str, str], list[dict[str, float]]] = {}
@@ -120,6 +136,7 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
             files = [path.with_name(part) for part in hub.parts(path.name)]
             size = sum(len(file.read_bytes()) for file in files)  # read: in the system's cache from now on
             found = {"model": name, "bytes": size, "rows": measure(str(path), size, args.rounds, advance)}
+            found["writing"] = writing(str(path))
         report["memory"].append(found)
         yield markdown(found)
 
@@ -138,4 +155,7 @@ def markdown(found: dict[str, Any]) -> str:
         "peak, MB": "{peak:.0f}", "beyond the file, MB": "{beyond:+.0f}", "in large pages, MB": "{large:.0f}",
         "locked, MB": "{locked:.0f}", "loaded in, s": "{seconds:.2f}",
     }  # fmt: skip
-    return f"#### {found['model']}: a file of {size / MB:.0f} MB\n\n" + table(columns, rows, n_text=2)
+    written = [{"way": WRITES[how], "held": held / MB} for how, held in found["writing"].items()]
+    of_weights = table(columns, rows, n_text=2)
+    of_all = table({"has written four answers": "{way}", "held, MB": "{held:.0f}"}, written, n_text=1)
+    return f"#### {found['model']}: a file of {size / MB:.0f} MB\n\n{of_weights}\n{of_all}"
