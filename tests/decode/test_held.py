@@ -13,14 +13,13 @@ import pytest
 from test_invariance import decode, needs_kernels
 
 from entmtp import Llama
-from entmtp.bench.memory import Holder, writing
+from entmtp.bench.memory import Holder
 from entmtp.common.machine import held_memory
 from entmtp.models.gguf_expand import expand
 from entmtp.models.shapes import SHAPES, write_model
 from entmtp.native import kernels
 from helpers.models import SPECS
 from helpers.models import write_model as write_spec
-from helpers.typed import DEMO
 
 SETTINGS: dict[str, Any] = {"n_ctx": 128, "n_threads": 2, "n_threads_batch": 2, "verbose": False}
 TOKENS = np.random.default_rng(1).integers(0, 256, 90).tolist()
@@ -88,9 +87,3 @@ def test_weights_are_held_once(how: str, large: Path) -> None:
         if how == "locked" and process.loaded["Locked"] == 0:
             pytest.skip("this system does not let tests lock memory")
         assert how != "locked" or process.loaded["Locked"] > 0.95 * weights
-
-
-@needs_smaps
-def test_what_is_held_after_answers_is_told() -> None:
-    found = writing(str(DEMO))
-    assert DEMO.stat().st_size < found["plain"] < found["drafting"], found

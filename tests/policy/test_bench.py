@@ -348,8 +348,13 @@ def test_memory_of_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         # 13 MB of a model, and what every process differs by
         assert 0.7 * found["bytes"] < by[way, "auto"]["held"] < 1.05 * found["bytes"] + 6e6, by
         assert by[way, "auto"]["peak"] > 0 and by[way, "auto"]["seconds"] > 0
+    assert found["bytes"] < found["writing"]["plain"] < found["writing"]["drafting"]
     text = capsys.readouterr().out
-    assert "#### demo:f16: a file of" in text and "| read (use_mmap=False) | ours |" in text
+    assert (
+        "#### demo:f16: a file of" in text
+        and "| read (use_mmap=False) | ours |" in text
+        and "| with drafts |" in text
+    )
 
 
 def test_accuracy_of_kernels(

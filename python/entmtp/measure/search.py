@@ -215,9 +215,13 @@ def oracle(traces: Traces, costs: Costs) -> float:
     """Seconds of a decoder that knows the future: each step verifies a chain of real tokens alone, of the best length.
 
     A chain can hold a real token only if the heads rank it at all (below `entmtp.traces.MAX_RANK`). The lengths
-    minimise the time of the whole text, by dynamic programming from its end. Draft and verify time, as `Replay.us`.
+    minimise the time of the whole text, by dynamic programming from its end. Draft and verify time, as `Replay.us`;
+    where a larger pass was measured to take less time, the chain is verified in that.
     """
-    chain = [costs.step(Tree("", tuple((0,) * (d + 1) for d in range(n)))) for n in range(traces.n_heads + 1)]
+    curve = costs.curve()
+    drafted = [costs.draft(Tree("", tuple((0,) * (d + 1) for d in range(n)))) for n in range(traces.n_heads + 1)]
+    steps = [curve[0], *(curve[n:].min() + drafted[n] for n in range(1, traces.n_heads + 1))]
+    chain = [min(steps[n:]) for n in range(traces.n_heads + 1)]  # us, by tokens of it that are kept
     total = 0.0
     for part in traces.slices():
         ranks = traces.ranks[part]
