@@ -219,7 +219,9 @@ def oracle(traces: Traces, costs: Costs) -> float:
     where a larger pass was measured to take less time, the chain is verified in that.
     """
     curve = costs.curve()
-    drafted = [costs.draft(Tree("", tuple((0,) * (d + 1) for d in range(n)))) for n in range(traces.n_heads + 1)]
+    drafted = [
+        costs.draft(Tree("", tuple((0,) * (d + 1) for d in range(n)))) for n in range(traces.n_heads + 1)
+    ]
     steps = [curve[0], *(curve[n:].min() + drafted[n] for n in range(1, traces.n_heads + 1))]
     chain = [min(steps[n:]) for n in range(traces.n_heads + 1)]  # us, by tokens of it that are kept
     total = 0.0
