@@ -79,26 +79,26 @@ def vocabulary(model: str) -> dict[str, float]:
         return process.held()
 
 
-def writing(model: str) -> dict[str, float]:
-    """Bytes beyond that of processes that have written some answers, by whether they draft."""
-    base, found = vocabulary(model)["Rss"], {}
-    for how in WRITES:
+def writing(model: str, base: float, advance: Any) -> dict[str, float]:
+    """Bytes beyond `base` of processes that have written some answers, by whether they draft."""
+    found = {}
+    for i, how in enumerate(WRITES):
         with Holder(model, how, "auto") as process:
             found[how] = process.loaded["Rss"] - base
+        advance("processes that write", i + 1, len(WRITES))
     return found
 
 
-def measure(model: str, size: int, n_rounds: int, advance: Any) -> list[dict[str, Any]]:
+def measure(model: str, base: dict[str, float], n_rounds: int, advance: Any) -> list[dict[str, Any]]:
     """What is held by way of loading and kernels, all in turn.
 
     Args:
-        size: bytes of the model's files.
+        base: what a process with the vocabulary alone holds.
 
     Returns:
         how, kernels, and in bytes without what a process with the vocabulary alone holds: held, peak while loading,
         locked, large (in pages of 2 MB); and seconds.
     """
-    base = vocabulary(model)
     base_of_two = together(model, "none", "off")
     cases = [(how, kernels) for how in WAYS for kernels in KERNELS]
     loads: dict[tuple[str, str], list[dict[str, float]]] = {}
@@ -135,8 +135,9 @@ def run(args: Namespace, report: dict[str, Any]) -> Iterator[str]:
             path = Path(stack.enter_context(model_of(args, name, drafts=False)).model)
             files = [path.with_name(part) for part in hub.parts(path.name)]
             size = sum(len(file.read_bytes()) for file in files)  # read: in the system's cache from now on
-            found = {"model": name, "bytes": size, "rows": measure(str(path), size, args.rounds, advance)}
-            found["writing"] = writing(str(path))
+            base = vocabulary(str(path))
+            found = {"model": name, "bytes": size, "rows": measure(str(path), base, args.rounds, advance)}
+            found["writing"] = writing(str(path), base["Rss"], advance)
         report["memory"].append(found)
         yield markdown(found)
 
