@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_int32, c_void_p
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def _quiet(_level: int, _text: bytes, _data: Any) -> None:
 
 
 class Model:
-    """A loaded model."""
+    """A loaded model, freed with the object or at the end of the process."""
 
     def __init__(self, path: Path) -> None:
         C.llama_log_set(_quiet, None)
@@ -55,6 +56,7 @@ class Model:
         params.n_gpu_layers = GPU_LAYERS
         self.ptr = C.llama_model_load_from_file(str(path).encode(), params)
         assert self.ptr, f"cannot load {path}"
+        weakref.finalize(self, C.llama_model_free, self.ptr)
         self.n_vocab = C.llama_vocab_n_tokens(C.llama_model_get_vocab(self.ptr))
         self.n_embd = C.llama_model_n_embd(self.ptr)
 
