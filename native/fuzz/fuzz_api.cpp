@@ -465,10 +465,7 @@ class calls : public session {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     static setting s;
-    if (size > 1024) {
-        return 0;
-    }
-    decisions d(data, size);
+    decisions      d(data, size);
     calls(s, d).run();
     return 0;
 }

@@ -434,10 +434,7 @@ class session {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     static setting s;
-    if (size > 2048) {
-        return 0;
-    }
-    decisions d(data, size);
+    decisions      d(data, size);
     session(s, d).run();
     return 0;
 }

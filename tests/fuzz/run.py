@@ -19,7 +19,9 @@ CORPUS = HERE / "corpus"
 BUILD = Path("build/fuzz")
 NATIVE = ("fuzz_heads", "fuzz_api", "fuzz_tree")
 READERS = ("gguf", "safetensors", "torch", "bank", "conversation", "traces")
-LIMITS = ("-timeout=60", "-rss_limit_mb=3000", "-max_len=100000", "-len_control=0")
+LIMITS = ("-timeout=60", "-rss_limit_mb=3000", "-len_control=0")
+MAX_LEN = {"fuzz_api": 1024, "fuzz_tree": 2048}  # decisions, each of which may be a pass
+MAX_FILE = 100_000  # bytes, of the others
 MAX_KEPT = 16 << 10  # bytes of a file of the corpus
 
 # a memory of files, where there is one: a disk would be the slowest part
@@ -42,14 +44,14 @@ def start(name: str, arguments: list[str], log: Path) -> int:
         return subprocess.run([*program, *arguments], env=env, stdout=file, stderr=file).returncode
 
 
-def figures(log: str) -> tuple[str, str, str, str]:
-    """Runs, edges, features, and the run that brought the last edge, from libFuzzer's lines."""
-    lines = re.findall(r"^#(\d+)\s+(\w+)\s+cov: (\d+) ft: (\d+)", log, re.M)
+def figures(log: str) -> tuple[str, str, str, str, str]:
+    """Runs, edges, features, and the run that brought the last edge and its minute, from libFuzzer's lines."""
+    lines = re.findall(r"^#(\d+)\s+\w+\s+cov: (\d+) ft: (\d+).* exec/s: (\d+)", log, re.M)
     if not lines:
-        return ("", "", "", "")
-    runs, _, edges, features = lines[-1]
-    first = next(run for run, _, cov, _ in lines if cov == edges)
-    return runs, edges, features, first
+        return ("", "", "", "", "")
+    runs, edges, features, _ = lines[-1]
+    first, per_second = next((run, int(rate)) for run, cov, _, rate in lines if cov == edges)
+    return runs, edges, features, first, f"{int(first) / per_second / 60:.1f}" if per_second else "0.0"
 
 
 def fuzz(name: str, seconds: int) -> bool:
@@ -61,6 +63,7 @@ def fuzz(name: str, seconds: int) -> bool:
         name,
         [
             *LIMITS,
+            f"-max_len={MAX_LEN.get(name, MAX_FILE)}",
             f"-max_total_time={seconds}",
             f"-artifact_prefix={found}-",
             "-print_final_stats=1",
@@ -104,7 +107,7 @@ def main() -> int:
         for name in names:
             merge(name)
         return 0
-    print(f"{'':14}", *(f"{x:>10}" for x in ("runs", "edges", "features", "last edge")), flush=True)
+    print(f"{'':14}", *(f"{x:>10}" for x in ("runs", "edges", "features", "last edge", "minute")), flush=True)
     results = [fuzz(name, int(60 * args.minutes)) for name in names]
     return 0 if all(results) else 1
 
