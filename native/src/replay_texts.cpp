@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
+#include <string>
 
 namespace entmtp {
 
@@ -33,6 +34,24 @@ void check(const entmtp_texts * t, const entmtp_policy_params * p, const void * 
     }
 }
 
+// heads look embeddings up by token, and a table has a place for each
+void check_tokens(const entmtp_texts & t, int32_t n_vocab) {
+    const auto check = [n_vocab](const int32_t * tokens, int64_t n, int32_t lowest) {
+        const auto * end   = tokens + n;
+        const auto * wrong = std::find_if(tokens, end, [&](int32_t x) { return x < lowest || x >= n_vocab; });
+        if (wrong != end) {
+            throw std::runtime_error("texts: token " + std::to_string(*wrong) + " is not in the vocabulary");
+        }
+    };
+    int64_t n_prompt = 0, n = 0;
+    for (int32_t i = 0; i < t.n_texts; ++i) {
+        n_prompt += t.n_prompt[i];
+        n += t.n_tokens[i];
+    }
+    check(t.tokens, n_prompt + n, 0);
+    check(t.best, n * t.n_best, -1);
+}
+
 } // namespace
 
 int64_t replay_texts(const entmtp_texts *         recorded,
@@ -53,6 +72,7 @@ int64_t replay_texts(const entmtp_texts *         recorded,
     const int32_t        n_embd  = guessing ? guessing->info().n_embd : 0;
     const int32_t        n_heads = by_head ? guessing->n_heads() : 0;
     const int32_t        n_best  = std::min(t.n_best, successors::k);
+    check_tokens(t, guessing ? guessing->info().n_vocab : 1 << 24);
 
     entmtp_policy_params own = *params;
     own.drafters &= by_head ? ~0u : ~(uint32_t) ENTMTP_SOURCE_HEADS;

@@ -17,11 +17,14 @@ from typing import Any
 import numpy as np
 from fuzz import mutators
 
+from entmtp.bank import Bank
 from entmtp.bank import bank as bank_file
+from entmtp.bank.texts import Texts
 from entmtp.bank.traces import Traces
 from entmtp.bank.tree import Tree
 from entmtp.chat import conversation
 from entmtp.common.errors import BankError, ConvertError, EntmtpError
+from entmtp.measure.replay import replay_auto
 from entmtp.models.formats import gguf_header, safetensors_file, torch_file
 from entmtp.models.formats.tensors import SourceTensor
 
@@ -192,15 +195,24 @@ def read_traces(path: Path) -> None:
     assert sum(len(traces.of_task(task).signals) for task in set(traces.task)) == len(traces.signals)
     for head in range(traces.n_heads):
         assert traces.level(head).shape[0] == len(traces.signals)
+    if traces.texts is not None:
+        replayed = replay_auto(traces, Bank.without_heads(), drafters=("text", "recycling"))
+        assert replayed.n_tokens == int((traces.n_tokens - 1).sum())
 
 
 def traces_seeds() -> list[bytes]:
     seeds = []
-    for sees_path, rows in ((False, 2), (True, 5)):
+    texts = Texts(
+        n_prompt=np.array([3, 1], np.int32), temp=np.array([0, 1], np.float32),
+        tokens=np.array([1, 2, 1, 2, 1, 3, 4], np.int32), best=np.tile(np.arange(7, -1, -1, np.int32), (3, 1)),
+        log_p=np.full((3, 8), -1, np.float32), states=np.zeros((3, 2), np.float32),
+    )  # fmt: skip
+    for sees_path, rows, more in ((False, 2, None), (True, 5, None), (False, 2, texts)):
         traces = Traces(
             n_tokens=np.array([2, 1], np.int32), task=("a", "b"), prompt=(0, 1),
             signals=np.zeros((3, 3), np.float32), ranks=np.zeros((3, 2), np.int32),
             log_p=np.full((3, rows, 8), -1, np.float32), sees_path=sees_path, about={"model": "m"},
+            texts=more,
         )  # fmt: skip
         path = WRITTEN / "seed.npz"
         traces.save(path)

@@ -269,3 +269,29 @@ def test_what_cannot_be_replayed_is_said(recorded: tuple[Llama, Traces]) -> None
 
 def test_sets_are_named_by_their_bits() -> None:
     assert len(SETS) == N_SETS and SETS[0] == "" and SETS[5] == "text+heads" and SETS[15].count("+") == 3
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("tokens", 100_000, "token 100000 is not in the vocabulary"),
+        ("tokens", 2**31 - 1, "token 2147483647 is not in the vocabulary"),
+        ("best", 100_000, "token 100000 is not in the vocabulary"),
+        ("best", -2, "token -2 is not in the vocabulary"),
+        ("states", None, "hidden states of 3 values"),
+    ],
+)
+def test_texts_of_another_model_are_refused(
+    field: str, value: int | None, why: str, recorded: tuple[Llama, Traces]
+) -> None:
+    """Who wrote a file of traces may have written anything: what the heads are asked about must be theirs."""
+    llm, traces = recorded
+    if llm._heads is None and value != 2**31 - 1:
+        pytest.skip("without heads nothing is looked up by token, and hidden states have no use")
+    assert traces.texts is not None
+    values = getattr(traces.texts, field)[:, :3] if value is None else getattr(traces.texts, field).copy()
+    if value is not None:
+        values[len(values) // 2 :] = value
+    strange = replace(traces, texts=replace(traces.texts, **{field: np.ascontiguousarray(values)}))
+    with pytest.raises((EntmtpError, ValueError), match=why):
+        replay_auto(strange, bank_of(llm), llm._heads)

@@ -53,6 +53,7 @@ class Texts:
             and self.tokens.shape == (int(self.n_prompt.sum()) + n,)
             and (self.tokens >= 0).all()
             and self.best.shape == (n, N_BEST)
+            and (self.best >= -1).all()
             and self.log_p.shape == (n, N_BEST)
             and self.states.ndim == 2
             and len(self.states) == n

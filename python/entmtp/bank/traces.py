@@ -24,7 +24,10 @@ from .texts import Texts
 
 MAX_RANK = 64  # a token that a head ranks lower counts as not guessed
 VERSION = 1
-KINDS = {"n_tokens": "iu", "signals": "f", "ranks": "iu", "log_p": "f", "sees_path": "b"}  # of numpy's types
+# kinds of numpy's types that arrays of a file may have
+KINDS = {"n_tokens": "iu", "signals": "f", "ranks": "iu", "log_p": "f", "sees_path": "b"}
+INTEGERS, FLOATS = ("n_prompt", "tokens", "best"), ("temp", "log_p", "states")  # of its texts
+MAX_VOCAB = 1 << 24  # no model's is as large
 
 
 @dataclass(frozen=True)
@@ -165,10 +168,7 @@ class Traces:
         try:
             with np.load(path, allow_pickle=False) as data:
                 text = parse_json(data["text"].tobytes())
-                arrays = {key: data[key] for key in KINDS}
-                for key, array in arrays.items():
-                    if array.dtype.kind not in KINDS[key]:
-                        raise ValueError(f"{key} holds values of type {array.dtype}")
+                arrays = {key: _array(data, key, kinds) for key, kinds in KINDS.items()}
                 traces = Traces(
                     n_tokens=arrays["n_tokens"].astype(np.int32),
                     task=tuple(map(str, text["task"])),
@@ -210,11 +210,22 @@ class Traces:
             raise ValueError(f"{label}: these traces are damaged or of another version; record them again")
 
 
+def _array(data: Any, key: str, kinds: str) -> npt.NDArray[Any]:
+    """An array of an .npz file, of one of these kinds of values."""
+    array: npt.NDArray[Any] = data[key]
+    if array.dtype.kind not in kinds:
+        raise ValueError(f"{key} holds values of type {array.dtype}")
+    return array
+
+
 def _texts(data: Any) -> Texts:
     """The texts in an .npz file."""
-    kinds: dict[str, Any] = {name: np.int32 for name in ("n_prompt", "tokens", "best")}
-    kinds |= {name: np.float32 for name in ("temp", "log_p", "states")}
-    return Texts(**{name: np.ascontiguousarray(data[f"text_{name}"], kind) for name, kind in kinds.items()})
+    arrays = {name: _array(data, f"text_{name}", "iu").astype(np.int64) for name in INTEGERS}
+    if any(((array < -1) | (array >= MAX_VOCAB)).any() for array in arrays.values()):
+        raise ValueError("there are tokens beyond any vocabulary")
+    found: dict[str, Any] = {name: array.astype(np.int32) for name, array in arrays.items()}
+    found |= {name: _array(data, f"text_{name}", "f").astype(np.float32) for name in FLOATS}
+    return Texts(**found)
 
 
 def join(traces: Sequence[Traces]) -> Traces:

@@ -116,10 +116,15 @@ def replay_auto(
         costs, context, settings: as in `replay`.
 
     Raises:
-        ValueError: the traces hold no texts.
+        ValueError: the traces hold no texts, or those of another model.
     """
     if traces.texts is None:
         raise ValueError("these traces hold no texts, which the policy auto drafts from: record them again")
+    n_embd = traces.texts.states.shape[1]
+    if heads is not None and n_embd not in (0, heads.info.n_embd):
+        raise ValueError(
+            f"these traces hold hidden states of {n_embd} values, the heads read {heads.info.n_embd}: record them again"
+        )
     who = [name for name in drafters if name != "heads" or (heads is not None and traces.n_heads > 0)]
     bits = sum(1 << (len(INPUTS) if name == AGREEMENT else INPUTS.index(name)) for name in without)
     truth = costs or bank.need_costs()
