@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,20 @@ def heads_for(model: Path, n_embd: int, folder: Path, n_heads: int = 2) -> Path:
     heads = folder / "heads.gguf"
     convert(checkpoint, model, heads, outtype="f32", progress=False)
     return heads
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_prompt_at_once_is_one_token_by_token(name: str) -> None:
+    """The row of logits is the last token's, however the prompt was cut."""
+    with closing(Llama(model_path(name), **SETTINGS)) as llm:
+        rows = []
+        for size in (1, 7, 60):
+            llm.reset()
+            for i in range(0, 60, size):
+                llm.eval(PROMPTS[3][i : i + size])
+            rows.append(llm.decoder.logits(N_VOCAB).copy())
+    for row in rows[1:]:
+        np.testing.assert_allclose(row, rows[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("name", SPECS)

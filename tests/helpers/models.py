@@ -61,6 +61,8 @@ SPECS = {
     "olmo2-narrow": Spec("olmo2", n_layer=4, window=4, n_head=2, n_head_kv=1),
     "qwen3moe": Spec("qwen3moe", n_expert=8, n_expert_used=2, n_ff=32),
     "mamba": Spec("mamba"),
+    # its text side; every layer has other matrices for images
+    "cogvlm": Spec("cogvlm", n_embd=128, n_head_kv=4),
 }
 
 # mixtures of experts as files of them are: rows of whole blocks of 256, types by what a matrix is for
@@ -142,6 +144,16 @@ def add_vocab(w: gguf.GGUFWriter, n_vocab: int = N_VOCAB) -> None:
     w.add_bos_token_id(257)
     w.add_eos_token_id(257)
     w.add_add_bos_token(False)
+
+
+def _add_cogvlm(t: Weights, s: Spec, prefix: str) -> None:
+    t.norm(f"{prefix}.ffn_norm.weight", s.n_embd)
+    for kind, ffn in (("attn", "ffn"), ("vis_attn", "vis")):
+        t.normal(f"{prefix}.{kind}_qkv.weight", 3 * s.n_embd, s.n_embd)
+        t.normal(f"{prefix}.{kind}_output.weight", s.n_embd, s.n_embd)
+        t.normal(f"{prefix}.{ffn}_gate.weight", s.n_ff, s.n_embd)
+        t.normal(f"{prefix}.{ffn}_up.weight", s.n_ff, s.n_embd)
+        t.normal(f"{prefix}.{ffn}_down.weight", s.n_embd, s.n_ff)
 
 
 def _add_attention(t: Weights, s: Spec, prefix: str) -> None:
@@ -276,6 +288,8 @@ def write_model(path: Path, spec: Spec, seed: int = 1, split: int = 0) -> Path:
             t.norm(f"{prefix}.attn_norm.weight", s.n_embd)
         if s.arch == "mamba":
             _add_mamba(w, t, s, prefix)
+        elif s.arch == "cogvlm":
+            _add_cogvlm(t, s, prefix)
         else:
             (_add_latent_attention if s.latent else _add_attention)(t, s, prefix)
             _add_ffn(t, s, prefix)
