@@ -37,14 +37,14 @@ struct entmtp_proposal {
 #define ENTMTP_MAX_SAMPLES 40
 
 // One text after the other, as a fresh prompt each; rows that were seen, and what the policy learned, are kept.
-//   heads    NULL: they do not draft, whatever params->drafters says
+//   heads    NULL: they do not draft, whatever params->drafters says. Theirs are the tokens and hidden states of `texts`
 //   truth    what steps really cost; NULL: params->costs
 //   without  inputs that the acceptance model is not given, bits; bit ENTMTP_N_INPUTS: where several drafters agree, only
 //            the first of them counts
 //   steps    [n_max] results; times are the true costs
 //   samples  [n tokens][ENTMTP_MAX_SAMPLES] results; NULL: none
 //   n_samples  how many
-// Returns the number of steps, or a negative status.
+// Returns the number of steps, or a negative status: also for a token that is not in the heads' vocabulary.
 ENTMTP_API int64_t entmtp_replay_texts(const struct entmtp_texts *         texts,
                                        struct entmtp_heads *               heads,
                                        const struct entmtp_policy_params * params,
