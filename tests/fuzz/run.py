@@ -89,7 +89,11 @@ def merge(name: str) -> None:
     for path in found.iterdir():
         if path.stat().st_size > MAX_KEPT:
             path.rename(large / path.name)
-    start(name, [*LIMITS, "-set_cover_merge=1", str(kept), str(found)], BUILD / "found" / f"{name}-merge.log")
+    start(
+        name,
+        [*LIMITS, "-use_counters=0", "-set_cover_merge=1", str(kept), str(found)],
+        BUILD / "found" / f"{name}-merge.log",
+    )
     files = list(kept.iterdir())
     print(f"{name:14} {len(files)} files, {sum(f.stat().st_size for f in files)} bytes", flush=True)
 
