@@ -286,12 +286,15 @@ def test_texts_of_another_model_are_refused(
 ) -> None:
     """Who wrote a file of traces may have written anything: what the heads are asked about must be theirs."""
     llm, traces = recorded
-    if llm._heads is None and value != 2**31 - 1:
-        pytest.skip("without heads nothing is looked up by token, and hidden states have no use")
     assert traces.texts is not None
     values = getattr(traces.texts, field)[:, :3] if value is None else getattr(traces.texts, field).copy()
     if value is not None:
         values[len(values) // 2 :] = value
     strange = replace(traces, texts=replace(traces.texts, **{field: np.ascontiguousarray(values)}))
+    if llm._heads is None and (value is None or 0 <= value < 1 << 24):
+        assert (
+            len(replay_auto(strange, bank_of(llm)).steps) > 0
+        )  # any vocabulary will do, and no states are read
+        return
     with pytest.raises((EntmtpError, ValueError), match=why):
         replay_auto(strange, bank_of(llm), llm._heads)
