@@ -398,12 +398,18 @@ class calls : public session {
                 set_draft_model(m);
                 break;
             case 21: {
-                const tokens t = some_tokens(d.between(0, 30));
-                auto         c =
+                tokens     t       = some_tokens(d.between(0, 30));
+                const bool strange = t.size() == 30;
+                if (strange) { // of another model
+                    t[7] = tiny::n_vocab;
+                }
+                auto c =
                     std::unique_ptr<entmtp_corpus, corpus_deleter>(entmtp_corpus_init(t.data(), (int64_t) t.size()));
                 MUST(c);
                 for (member & other : members) {
-                    MUST(entmtp_decoder_set_corpus(other.dec, d.rarely() ? nullptr : c.get()) == ENTMTP_OK);
+                    const bool none = d.rarely();
+                    MUST(entmtp_decoder_set_corpus(other.dec, none ? nullptr : c.get()) ==
+                         (strange && !none ? ENTMTP_ERROR : ENTMTP_OK));
                 }
                 corpora.push_back(std::move(c));
                 break;

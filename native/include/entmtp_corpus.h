@@ -16,7 +16,7 @@ ENTMTP_API struct entmtp_corpus * entmtp_corpus_init(const int32_t * tokens, int
 ENTMTP_API void                   entmtp_corpus_free(struct entmtp_corpus * corpus);
 
 // Under the auto policy, where the text drafts (ENTMTP_SOURCE_TEXT), drafts come from there, too. Several decoders may have
-// the same corpus, which outlives them. NULL: from the text alone.
+// the same corpus, which outlives them. NULL: from the text alone. An error: a token is not in the model's vocabulary.
 ENTMTP_API int32_t entmtp_decoder_set_corpus(struct entmtp_decoder * dec, const struct entmtp_corpus * corpus);
 
 #ifdef __cplusplus

@@ -64,7 +64,10 @@ class decoder {
     // by which drafters, enum entmtp_source; 0: by none
     uint32_t drafted_by(int32_t token) const;
 
-    void set_text(const int32_t * tokens, int32_t n);               // what is in the memory, for drafting from it
+    int32_t size_of_vocabulary() const { return n_vocab; }
+
+    // what is in the memory, for drafting from it; tokens that are in no vocabulary are not drafted from
+    void set_text(const int32_t * tokens, int32_t n);
 
     void look_in(const text_index * texts) { text.look_in(texts); } // for drafts from them; they outlive the decoder
 

@@ -71,7 +71,7 @@ void decoder::set_text(const int32_t * toks, int32_t n) {
     }
     text.truncate(0);
     for (int32_t i = 0; i < n; ++i) {
-        text.append(toks[i]);
+        text.append(toks[i] >= 0 && toks[i] < n_vocab ? toks[i] : (int32_t) text_index::unknown);
     }
 }
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from entmtp import Engine, Llama
-from entmtp.common.errors import ModelError
+from entmtp.common.errors import EntmtpError, ModelError
 from entmtp.models import corpus
 from entmtp.models.corpus import corpus_tokens, find_texts
+from entmtp.native.corpus import Corpus
 from helpers.policies import PAYING_NODES
 from helpers.settings import F32, prompts
 
@@ -167,3 +168,19 @@ def test_nobody_would_draft_from_it(load: Callable[..., Llama], models: dict[str
     for more in ({"drafters": "recycling"}, {"policy": "static", "trees": "generic-hydra:n4"}):
         with pytest.raises(ValueError, match="lookup names texts to draft from, which the drafter"):
             Llama(models["f32"], draft="entmtp", heads=models["hydra"], lookup=__file__, **more)
+
+
+def test_tokens_of_another_model(models: dict[str, Path], cache: Path) -> None:
+    """They are refused as texts to draft from, and never drafted from the text that a state is said to be of."""
+    llm, plain = drafting(models["q8_0"]), Llama(models["q8_0"], **F32)
+    with pytest.raises(EntmtpError, match="token 99999 of the corpus is not in the vocabulary"):
+        llm.decoder.set_corpus(Corpus(np.array([5, 99_999, 6], np.int32)))
+    prompt = [10, 20, 30] * 6 + [10]
+    expected = answer(plain, [*prompt, 20], 12, temp=0.0)
+    for strange in (99_999, -7):
+        llm.reset()
+        llm.eval(prompt)
+        llm.decoder.set_text([10, 20, strange] * 6 + [10])  # after 10 and 20 there came another model's
+        assert answer(llm, [*prompt, 20], 12, temp=0.0) == expected
+    llm.close()
+    plain.close()

@@ -113,7 +113,11 @@ class Decoder:
             n.check(n.decoder_set_threads(self._ptr, n_threads, pointer))
 
     def set_corpus(self, corpus: Corpus | None) -> None:
-        """Draft from other texts, too, which must outlive this; None: from the text alone."""
+        """Draft from other texts, too, which must outlive this; None: from the text alone.
+
+        Raises:
+            EntmtpError: they hold a token that is not in the model's vocabulary.
+        """
         n.check(n.decoder_set_corpus(self._ptr, corpus.pointer if corpus is not None else None))
 
     def eval(self, tokens: Sequence[int], n_past: int, all_outputs: bool = False) -> None:
