@@ -5,6 +5,7 @@
 #include "entmtp_corpus.h"
 
 #include <algorithm>
+#include <stdexcept>
 #include <string>
 
 struct entmtp_corpus {
@@ -41,8 +42,9 @@ void entmtp_corpus_free(entmtp_corpus * corpus) {
 int32_t entmtp_decoder_set_corpus(entmtp_decoder * dec, const entmtp_corpus * corpus) {
     return guarded(dec, [&](entmtp::decoder & d) {
         if (corpus && corpus->largest >= d.size_of_vocabulary()) {
-            return fail("token " + std::to_string(corpus->largest) + " of the corpus is not in the vocabulary of " +
-                        std::to_string(d.size_of_vocabulary()));
+            throw std::runtime_error("token " + std::to_string(corpus->largest) +
+                                     " of the corpus is not in the vocabulary of " +
+                                     std::to_string(d.size_of_vocabulary()));
         }
         d.look_in(corpus ? &corpus->impl : nullptr);
         return (int32_t) ENTMTP_OK;
