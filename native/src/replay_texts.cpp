@@ -40,7 +40,8 @@ void check_tokens(const entmtp_texts & t, int32_t n_vocab) {
         const auto * end   = tokens + n;
         const auto * wrong = std::find_if(tokens, end, [&](int32_t x) { return x < lowest || x >= n_vocab; });
         if (wrong != end) {
-            throw std::runtime_error("texts: token " + std::to_string(*wrong) + " is not in the vocabulary");
+            throw std::runtime_error("texts: token " + std::to_string(*wrong) +
+                                     " is not in the vocabulary; record the traces again");
         }
     };
     int64_t n_prompt = 0, n = 0;
