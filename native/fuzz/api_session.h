@@ -6,6 +6,7 @@
 #include "entmtp_corpus.h"
 #include "entmtp_draft.h"
 #include "entmtp_group.h"
+#include "entmtp_replay.h"
 
 #include "fuzz.h"
 #include "plain_text.h"
@@ -169,7 +170,7 @@ class session {
         }
     }
 
-    void eval(member & m, const tokens & t, int32_t past, bool all = false) {
+    int32_t eval(member & m, const tokens & t, int32_t past, bool all = false) {
         const auto n = (int32_t) t.size();
         const bool valid =
             n > 0 && std::all_of(t.begin(), t.end(), [](int32_t x) { return x >= 0 && x < tiny::n_vocab; });
@@ -197,6 +198,7 @@ class session {
         if (status != ENTMTP_OK) {
             MUST(strlen(entmtp_last_error()) > 3);
         }
+        return status;
     }
 
     setting &   s;

@@ -4,6 +4,7 @@
 #include "api_session.h"
 #include "entmtp_walk.h"
 #include "policy_of.h"
+#include "replays.h"
 
 namespace {
 
@@ -43,7 +44,20 @@ class calls : public session {
         const auto size = (int32_t) m.text.size();
         int32_t    past = d.flag() ? size : d.between(0, std::max(size, 1));
         past            = d.rarely() ? d.between(0, 255) - 100 : past;
-        eval(m, t, past, d.flag());
+        const bool all  = d.flag();
+        if (eval(m, t, past, all) == ENTMTP_OK) {
+            check_all(m, all);
+        }
+    }
+
+    // the rows of all tokens, the last of which is the text's
+    void check_all(member & m, bool all) {
+        const float * rows = entmtp_decoder_all_logits(m.dec);
+        MUST((rows != nullptr) == all);
+        if (all) {
+            entmtp_decoder_logits(m.dec); // where another text's pass may come, rows lie elsewhere
+            MUST(entmtp_decoder_all_logits(m.dec) == rows);
+        }
     }
 
     // tokens as a user would ask for them
@@ -159,7 +173,28 @@ class calls : public session {
         m.live = false;
     }
 
+    // what is recycled after the last token: the most probable ones of the plain model over the same text
+    void check_best(member & m) {
+        int32_t       ids[8];
+        float         log_p[8];
+        const int32_t k = 1 + (int32_t) m.text.size() % 8;
+        const int32_t n = entmtp_decoder_best(m.dec, k, ids, log_p);
+        MUST(m.live ? n >= 0 && n <= k : n == ENTMTP_ERROR);
+        if (n > 0 && m.known()) {
+            const auto & want = s.plain->logits(m.text);
+            double       sum  = 0.0;
+            for (const float x : want) {
+                sum += std::exp((double) x);
+            }
+            for (int32_t i = 0; i < n; ++i) {
+                MUST(ids[i] >= 0 && ids[i] < tiny::n_vocab && (i == 0 || log_p[i] <= log_p[i - 1]));
+                MUST(std::fabs(log_p[i] - (want[ids[i]] - std::log(sum))) < 2e-3);
+            }
+        }
+    }
+
     void look(member & m) {
+        check_best(m);
         entmtp_signals signals = {};
         const int32_t  t       = token();
         const bool     valid   = t >= 0 && t < tiny::n_vocab;
@@ -186,12 +221,15 @@ class calls : public session {
         entmtp_decoder_get_traffic(m.dec, &traffic);
         MUST(traffic.n_passes >= 0);
         MUST(entmtp_decoder_can_tree(m.dec) && entmtp_decoder_can_chain(m.dec));
-        MUST(!draft || (std::isfinite(entmtp_draft_model_cost(draft.get())) && entmtp_draft_model_broken(draft.get())));
+        MUST(!draft || (std::isfinite(entmtp_draft_model_cost(draft.get())) && entmtp_draft_model_broken(draft.get()) &&
+                        entmtp_draft_model_vocab(draft.get()) >= 0));
         int64_t n_passes = 0, n_parts = 0, n_tokens = 0;
         entmtp_group_get_passes(group.get(), &n_passes, &n_parts, &n_tokens);
         MUST(n_parts >= n_passes && n_tokens >= n_parts);
         float weights[ENTMTP_N_SETS * ENTMTP_N_INPUTS];
         MUST(entmtp_decoder_get_acceptance(m.dec, weights) == ENTMTP_OK);
+        weights[(uint32_t) t % (ENTMTP_N_SETS * ENTMTP_N_INPUTS)] = t < 0 ? NAN : 0.1f * (float) t;
+        MUST(entmtp_decoder_set_acceptance(m.dec, weights) == (t < 0 ? ENTMTP_ERROR : ENTMTP_OK));
     }
 
     void read_steps(member & m) {
@@ -222,57 +260,6 @@ class calls : public session {
             for (int32_t i = 0; i < n * k; ++i) {
                 MUST(ids[i] >= 0 && ids[i] < tiny::n_vocab);
             }
-        }
-    }
-
-    // a policy over texts of before, without a model
-    void replay() {
-        const int32_t n_heads = d.between(1, 3), n_texts = d.between(0, 3), n_trees = d.between(1, 3);
-        const int32_t n_rows = d.flag() ? 1 + 4 * (n_heads - 1) : n_heads;
-
-        tokens lengths(3), rank;
-        for (int32_t & n : lengths) {
-            n = d.rarely() ? 0 : d.between(1, 5);
-        }
-        std::vector<entmtp_signals> signals;
-        std::vector<float>          log_p;
-        for (int32_t i = 0; i < 15; ++i) {
-            signals.push_back({ (float) d.between(0, 30) / 10.0f, 0.5f, -1.0f });
-            for (int32_t h = 0; h < n_heads; ++h) {
-                rank.push_back(d.between(0, 6) - 1);
-            }
-        }
-        for (int32_t i = 0; i < 15 * n_rows * 8; ++i) {
-            log_p.push_back(-0.5f * (float) (1 + i % 8));
-        }
-        const tokens n_nodes = { 1, 2, 4 }, parent = { -1, -1, 0, -1, 0, 0, 1 }, order = { 0, 0, 0, 0, 0, 1, 0 };
-
-        entmtp_trace trace = {};
-        trace.n_texts      = n_texts;
-        trace.n_tokens     = lengths.data();
-        trace.n_heads      = n_heads;
-        trace.n_guess      = d.rarely() ? 3 : 8;
-        trace.signals      = signals.data();
-        trace.rank         = rank.data();
-        trace.log_p        = d.rarely() ? nullptr : log_p.data();
-        trace.sees_path    = n_rows > n_heads;
-
-        const policy_of          p(d, n_trees, n_heads, 0);
-        std::vector<entmtp_step> steps(16);
-        const int64_t n = entmtp_replay(&trace, n_trees, n_nodes.data(), parent.data(), order.data(), &p.params,
-                                        nullptr, steps.data(), d.rarely() ? 2 : 16);
-        MUST(n <= 16);
-        int32_t n_tokens = 0;
-        for (int64_t i = 0; i < n; ++i) {
-            MUST(steps[i].n_accepted >= 0 && steps[i].n_accepted < steps[i].n_nodes);
-            n_tokens += 1 + steps[i].n_accepted;
-        }
-        if (n >= 0) { // every token but the first of each text
-            int32_t expected = 0;
-            for (int32_t i = 0; i < n_texts; ++i) {
-                expected += lengths[i] - 1;
-            }
-            MUST(n_tokens == expected);
         }
     }
 
@@ -389,7 +376,7 @@ class calls : public session {
                 read_steps(m);
                 break;
             case 18:
-                d.flag() ? use_heads() : replay();
+                d.flag() ? use_heads() : replay(d, heads.get());
                 break;
             case 19:
                 share(m);

@@ -36,7 +36,8 @@ struct policy_of {
         params.ladder = bad() ? nullptr : ladder.data();
 
         costs.n_verify = bad() ? d.between(0, 2) : 32;
-        fill(verify, 32, 2.0f, 100.0f);
+        // a model that drafts costs what it takes here, and is asked where that is little beside a pass
+        fill(verify, 32, 2.0f, params.drafters & ENTMTP_SOURCE_MODEL ? 1e5f : 100.0f);
         costs.verify   = bad() ? nullptr : verify.data();
         costs.n_levels = bad() ? d.between(0, 2) : n_heads;
         fill(level, 3 * 3, 5.0f);

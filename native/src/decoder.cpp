@@ -214,10 +214,9 @@ int32_t decoder::eval(const int32_t * toks, int32_t n, int32_t past, bool all_ou
     }
     has_all  = false;
     all_rows = {};
-    if (n == 1 && live && past == n_past + (int32_t) path.size()) {
-        return advance(toks[0]);
-    }
-    const int32_t status = eval_prompt(toks, n, past, all_outputs);
+    goes_on  = n == 1 && live && past == n_past + (int32_t) path.size();
+
+    const int32_t status = goes_on ? advance(toks[0]) : eval_prompt(toks, n, past, all_outputs);
     has_all              = all_outputs && status == ENTMTP_OK;
     return status;
 }

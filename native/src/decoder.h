@@ -191,6 +191,7 @@ class decoder {
     part    work;                         // of this sequence in the last pass
 
     bool               has_all = false;   // the last eval gave logits of all its tokens
+    bool               goes_on = false;   // it was one token more: its row is the last one
     std::vector<float> all_rows;          // [n, n_vocab] of them, in company: the next pass may begin at any time
 
     // the verified tree, while it is being walked

@@ -19,7 +19,10 @@ const float * decoder::logits() {
 }
 
 const float * decoder::all_logits() {
-    return !has_all ? nullptr : shared.n_seq > 1 ? all_rows.data() : llama_get_logits(ctx);
+    if (!has_all) {
+        return nullptr;
+    }
+    return goes_on ? logits() : shared.n_seq > 1 ? all_rows.data() : llama_get_logits(ctx);
 }
 
 const float * decoder::hidden() {
