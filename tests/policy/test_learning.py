@@ -292,9 +292,8 @@ def test_texts_of_another_model_are_refused(
         values[len(values) // 2 :] = value
     strange = replace(traces, texts=replace(traces.texts, **{field: np.ascontiguousarray(values)}))
     if llm._heads is None and (value is None or 0 <= value < 1 << 24):
-        assert (
-            len(replay_auto(strange, bank_of(llm)).steps) > 0
-        )  # any vocabulary will do, and no states are read
+        # any vocabulary will do, and no states are read
+        assert len(replay_auto(strange, bank_of(llm)).steps) > 0
         return
     with pytest.raises((EntmtpError, ValueError), match=why):
         replay_auto(strange, bank_of(llm), llm._heads)
