@@ -88,14 +88,15 @@ kill-matrix: install ## kill every long command 50 times, or KILLS=n, and give i
 # libFuzzer (Clang) and atheris: docs/guarantees.md
 # FUZZ_SANITIZE=undefined: several times as many inputs, for finding edges; run what it kept with the default, too
 FUZZ_SANITIZE ?= address,undefined
+FUZZ_BUILD := build/fuzz$(if $(findstring address,$(FUZZ_SANITIZE)),,-fast)
 FUZZERS := $(patsubst native/fuzz/%.cpp,%,$(wildcard native/fuzz/fuzz_*.cpp))
 
 fuzz: $(VENV)/.atheris ## files and calls made up by coverage, 5 minutes for each fuzzer or MINUTES=n
 	@command -v clang++ > /dev/null || { echo "clang++ was not found; on Debian and Ubuntu: apt install clang"; exit 1; }
-	$(BIN)/cmake -S . -B build/fuzz -G Ninja -DENTMTP_FUZZ=ON -DENTMTP_SANITIZE=$(FUZZ_SANITIZE),fuzzer-no-link \
+	$(BIN)/cmake -S . -B $(FUZZ_BUILD) -G Ninja -DENTMTP_FUZZ=ON -DENTMTP_SANITIZE=$(FUZZ_SANITIZE),fuzzer-no-link \
 		-DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_BUILD_TYPE=RelWithDebInfo $(FLAGS)
-	$(BIN)/cmake --build build/fuzz --target $(FUZZERS)
-	$(PY) tests/fuzz/run.py --minutes $(or $(MINUTES),5) $(FUZZ_ARGS)
+	$(BIN)/cmake --build $(FUZZ_BUILD) --target $(FUZZERS)
+	$(PY) tests/fuzz/run.py --build $(FUZZ_BUILD) --minutes $(or $(MINUTES),5) $(FUZZ_ARGS)
 
 fuzz-server: $(VENV)/.fuzz ## requests made up from the server's OpenAPI description, 100 a path or EXAMPLES=n
 	$(PY) tests/fuzz_server.py --examples $(or $(EXAMPLES),100)

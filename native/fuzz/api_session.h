@@ -150,14 +150,18 @@ class session {
         MUST(entmtp_decoder_n_evaluated(m.dec) == (m.live ? (int32_t) m.text.size() : -1));
     }
 
+    void check_row(const float * row, const tokens & text) {
+        const auto & want = s.plain->logits(text);
+        for (int32_t t = 0; t < tiny::n_vocab; ++t) {
+            MUST(std::fabs(row[t] - want[t]) < 1e-3f);
+        }
+    }
+
     void check_logits(member & m) {
         const float * row = entmtp_decoder_logits(m.dec);
         MUST((row != nullptr) == m.live);
         if (row && m.known()) {
-            const auto & want = s.plain->logits(m.text);
-            for (int32_t t = 0; t < tiny::n_vocab; ++t) {
-                MUST(std::fabs(row[t] - want[t]) < 1e-3f);
-            }
+            check_row(row, m.text);
         }
         MUST((entmtp_decoder_hidden(m.dec) != nullptr) == (m.live && heads));
     }

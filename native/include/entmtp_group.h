@@ -38,7 +38,8 @@ ENTMTP_API int32_t entmtp_decoder_clear(struct entmtp_decoder * dec);
 ENTMTP_API int32_t entmtp_decoder_in_common(const struct entmtp_decoder * dec, const int32_t * tokens, int32_t n);
 
 // Begin with as many of n tokens as another decoder of the group has evaluated, without evaluating them; what was in the
-// decoder's own sequence is forgotten. Returns how many, or a negative status.
+// decoder's own sequence is forgotten. Returns how many, or a negative status. 0: there are none, or layers with a sliding
+// window forget them (swa_full = false), and the decoder keeps its text.
 ENTMTP_API int32_t entmtp_decoder_share(struct entmtp_decoder *       dec,
                                         const struct entmtp_decoder * from,
                                         const int32_t *               tokens,

@@ -36,6 +36,9 @@ struct entmtp_proposal {
 // proposals at one place, at most
 #define ENTMTP_MAX_SAMPLES 40
 
+// tokens of texts are below it, where no heads tell how large the vocabulary is; no model's is as large
+#define ENTMTP_MAX_VOCAB (1 << 24)
+
 // One text after the other, as a fresh prompt each; rows that were seen, and what the policy learned, are kept.
 //   heads    NULL: they do not draft, whatever params->drafters says. Theirs are the tokens and hidden states of `texts`
 //   truth    what steps really cost; NULL: params->costs

@@ -212,12 +212,14 @@ int32_t decoder::eval(const int32_t * toks, int32_t n, int32_t past, bool all_ou
         error     = "cancelled";
         return ENTMTP_CANCELLED;
     }
-    has_all  = false;
+    all      = all_of::nothing;
     all_rows = {};
-    goes_on  = n == 1 && live && past == n_past + (int32_t) path.size();
 
-    const int32_t status = goes_on ? advance(toks[0]) : eval_prompt(toks, n, past, all_outputs);
-    has_all              = all_outputs && status == ENTMTP_OK;
+    const bool    goes_on = n == 1 && live && past == n_past + (int32_t) path.size();
+    const int32_t status  = goes_on ? advance(toks[0]) : eval_prompt(toks, n, past, all_outputs);
+    if (all_outputs && status == ENTMTP_OK) {
+        all = goes_on ? all_of::token : all_of::prompt;
+    }
     return status;
 }
 

@@ -190,9 +190,9 @@ class decoder {
     int32_t row    = -1;                  // its index in the last pass, or the name of a row that was kept
     part    work;                         // of this sequence in the last pass
 
-    bool               has_all = false;   // the last eval gave logits of all its tokens
-    bool               goes_on = false;   // it was one token more: its row is the last one
-    std::vector<float> all_rows;          // [n, n_vocab] of them, in company: the next pass may begin at any time
+    // whose rows entmtp_decoder_all_logits() has: of the token that went on, or of a prompt
+    enum class all_of { nothing, token, prompt } all = all_of::nothing;
+    std::vector<float> all_rows;          // [n, n_vocab] of a prompt in company: the next pass may begin at any time
 
     // the verified tree, while it is being walked
     int32_t               tree_id = -1; // in the bank; n_trees: the grown one; -1: none

@@ -42,6 +42,9 @@ int32_t decoder::share(const decoder & from, const int32_t * toks, int32_t n) {
         throw std::runtime_error("share: it is not another sequence of the same group");
     }
     n = from.in_common(toks, std::min(n, n_ctx));
+    if (n == 0 || !memory.can_share(from.seq, n)) {
+        return 0;
+    }
     settle();
     memory.truncate(seq, 0);
     memory.share(from.seq, seq, n);

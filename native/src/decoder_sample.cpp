@@ -19,10 +19,14 @@ const float * decoder::logits() {
 }
 
 const float * decoder::all_logits() {
-    if (!has_all) {
-        return nullptr;
+    switch (all) {
+        case all_of::nothing:
+            return nullptr;
+        case all_of::token:
+            return logits();
+        default:
+            return shared.n_seq > 1 ? all_rows.data() : llama_get_logits(ctx);
     }
-    return goes_on ? logits() : shared.n_seq > 1 ? all_rows.data() : llama_get_logits(ctx);
 }
 
 const float * decoder::hidden() {

@@ -73,7 +73,7 @@ int64_t replay_texts(const entmtp_texts *         recorded,
     const int32_t        n_embd  = guessing ? guessing->info().n_embd : 0;
     const int32_t        n_heads = by_head ? guessing->n_heads() : 0;
     const int32_t        n_best  = std::min(t.n_best, successors::k);
-    check_tokens(t, guessing ? guessing->info().n_vocab : 1 << 24);
+    check_tokens(t, guessing ? guessing->info().n_vocab : ENTMTP_MAX_VOCAB);
 
     entmtp_policy_params own = *params;
     own.drafters &= by_head ? ~0u : ~(uint32_t) ENTMTP_SOURCE_HEADS;

@@ -70,6 +70,12 @@ bool verifier::truncate(int32_t seq, int32_t pos) {
     return llama_memory_seq_rm(mem, seq, pos, -1);
 }
 
+bool verifier::can_share(int32_t from, int32_t n) const {
+    // llama.cpp takes cells that have left the window from one text, never from two. A cache of a window that has room for all
+    // else can be shifted
+    return n_swa == 0 || (llama_memory_can_shift(mem) && can_continue(from, n));
+}
+
 void verifier::share(int32_t from, int32_t to, int32_t n) {
     llama_memory_seq_cp(mem, from, to, 0, n);
 }
@@ -79,7 +85,8 @@ bool verifier::can_continue(int32_t seq, int32_t pos) const {
         return true;
     }
     // a token at pos attends to the positions pos - n_swa + 1 .. pos
-    return llama_memory_seq_pos_min(mem, seq) <= std::max(pos - n_swa + 1, 0);
+    const int32_t first = llama_memory_seq_pos_min(mem, seq);
+    return first >= 0 && first <= std::max(pos - n_swa + 1, 0);
 }
 
 } // namespace entmtp

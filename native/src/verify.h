@@ -107,6 +107,9 @@ class verifier {
     // forget the positions of a sequence from pos on
     bool truncate(int32_t seq, int32_t pos);
 
+    // the first n positions of a sequence can be those of another, too, which then goes on by itself
+    bool can_share(int32_t from, int32_t n) const;
+
     // give a sequence that is empty the first n positions of another
     void share(int32_t from, int32_t to, int32_t n);
 

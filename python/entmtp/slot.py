@@ -100,8 +100,9 @@ class Slot(Llama):
         common = {other: other.decoder.in_common(prompt) for other in self._engine.slots if other is not self}
         best = max(common, key=lambda other: common[other], default=None)
         if best is not None and common[best] >= own + WORTH_SHARING:
-            self.n_tokens = self.decoder.share(best.decoder, prompt)
-            self.input_ids[: self.n_tokens] = prompt[: self.n_tokens]
+            if n := self.decoder.share(best.decoder, prompt):
+                self.n_tokens = n
+                self.input_ids[:n] = prompt[:n]
 
     def forget(self) -> None:
         """Give the cells of the text to others."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_architectures import BUSHY, SETTINGS, heads_for
 
-from entmtp import EntmtpError, Llama, kernels
+from entmtp import Engine, EntmtpError, Llama, kernels
 from helpers.models import N_VOCAB, SPECS, model_path
 
 SMALL: dict[str, Any] = SETTINGS | {"n_ctx": 1536, "n_batch": 64, "n_ubatch": 64, "swa_full": False}
@@ -97,6 +97,31 @@ def test_saved_states_go_on(drafting: bool, heads: Path) -> None:
         fresh.reset()
         assert answer(llm, prompt) == answer(fresh, prompt)
     llm.close()
+    fresh.close()
+
+
+@pytest.mark.parametrize("swa_full", [False, True], ids=["forgets", "full"])
+@pytest.mark.parametrize("drafting", [False, True], ids=["plain", "drafting"])
+def test_begun_from_another_text_in_company(drafting: bool, swa_full: bool, heads: Path) -> None:
+    """What the other's window has left behind is evaluated, not missed."""
+    settings: dict[str, Any] = SMALL | {"swa_full": swa_full}
+    settings |= {"heads": heads, "trees": BUSHY, "policy": "static"} if drafting else {}
+    fresh = make(None, swa_full=True)
+    expected_alone = answer(fresh, TEXT[:1103])
+    for keep in (1100, 1090, 1100 - WINDOW, 1000, 700, 100):
+        prompt = [*TEXT[:keep], 5, 6, 7]
+        fresh.reset()
+        expected = answer(fresh, prompt)
+        with (
+            Engine(model_path("olmo2"), slots=2, **settings | {"draft": "entmtp" if drafting else None}) as engine,
+            engine.slot() as one, engine.slot() as other,
+        ):  # fmt: skip
+            answer(one, TEXT[:1100], 3)
+            before = engine.passes.tokens
+            assert answer(other, prompt, 24) == expected, f"after {keep} tokens"
+            if swa_full and keep >= 700:  # and what is there is not evaluated again
+                assert engine.passes.tokens - before < keep
+            assert answer(one, TEXT[:1103], 24) == expected_alone
     fresh.close()
 
 

@@ -1,7 +1,7 @@
 """`make fuzz MINUTES=5`: every fuzzer for so long, one after the other, and a table of what they came to.
 
-What they find new is in build/fuzz/found, beside the inputs that broke something (NAME-crash-...). `--merge` puts what
-brings new edges into tests/fuzz/corpus, which `make test` runs; `--only NAME` takes one fuzzer.
+What they find new is in build/fuzz/found (build/fuzz-fast, where FUZZ_SANITIZE=undefined), beside the inputs that broke
+something (NAME-crash-...). `--merge` puts what brings new edges into tests/fuzz/corpus, which `make test` runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CORPUS = HERE / "corpus"
-BUILD = Path("build/fuzz")
 NATIVE = ("fuzz_heads", "fuzz_api", "fuzz_tree")
 READERS = ("gguf", "safetensors", "torch", "bank", "conversation", "traces")
 LIMITS = ("-timeout=60", "-rss_limit_mb=3000", "-len_control=0")
@@ -30,14 +29,14 @@ ENV = {
     **os.environ,
     "ASAN_OPTIONS": "detect_leaks=1:allocator_may_return_null=1",
     "UBSAN_OPTIONS": "print_stacktrace=1",
-    "OMP_WAIT_POLICY": "passive",  # two threads that wait for each other, beside other programs
+    "OMP_THREAD_LIMIT": "1",  # for passes of a tiny model two threads take twice as long; `make test` has them
 }
 
 
-def start(name: str, arguments: list[str], log: Path) -> int:
+def start(build: Path, name: str, arguments: list[str], log: Path) -> int:
     """Run one fuzzer, its output into a file; returns its exit code."""
     program = (
-        [str(BUILD / "native" / name)] if name in NATIVE else [sys.executable, str(HERE / "reader.py"), name]
+        [str(build / "native" / name)] if name in NATIVE else [sys.executable, str(HERE / "reader.py"), name]
     )
     with tempfile.TemporaryDirectory(prefix="entmtp-fuzz-", dir=FILES) as tmp, open(log, "wb") as file:
         env = {**ENV, "TMPDIR": tmp}
@@ -54,12 +53,13 @@ def figures(log: str) -> tuple[str, str, str, str, str]:
     return runs, edges, features, first, f"{int(first) / per_second / 60:.1f}" if per_second else "0.0"
 
 
-def fuzz(name: str, seconds: int) -> bool:
-    found, kept = BUILD / "found" / name, CORPUS / name
+def fuzz(build: Path, name: str, seconds: int) -> bool:
+    found, kept = build / "found" / name, CORPUS / name
     for folder in (found, kept):
         folder.mkdir(parents=True, exist_ok=True)
-    log = BUILD / "found" / f"{name}.log"
+    log = found.with_suffix(".log")
     code = start(
+        build,
         name,
         [
             *LIMITS,
@@ -81,8 +81,8 @@ def fuzz(name: str, seconds: int) -> bool:
     return not (code or blind)
 
 
-def merge(name: str) -> None:
-    found, kept = BUILD / "found" / name, CORPUS / name
+def merge(build: Path, name: str) -> None:
+    found, kept = build / "found" / name, CORPUS / name
     kept.mkdir(parents=True, exist_ok=True)
     large = found.with_name(f"{name}-large")
     large.mkdir(exist_ok=True)
@@ -90,9 +90,10 @@ def merge(name: str) -> None:
         if path.stat().st_size > MAX_KEPT:
             path.rename(large / path.name)
     start(
+        build,
         name,
         [*LIMITS, "-use_counters=0", "-set_cover_merge=1", str(kept), str(found)],
-        BUILD / "found" / f"{name}-merge.log",
+        found.with_name(f"{name}-merge.log"),
     )
     files = list(kept.iterdir())
     print(f"{name:14} {len(files)} files, {sum(f.stat().st_size for f in files)} bytes", flush=True)
@@ -103,16 +104,19 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=5.0, help="for each (default: 5)")
-    parser.add_argument("--only", choices=(*NATIVE, *READERS), action="append")
-    parser.add_argument("--merge", action="store_true")
+    parser.add_argument("--only", choices=(*NATIVE, *READERS), action="append", help="may be given again")
+    parser.add_argument(
+        "--merge", action="store_true", help="what was found into the corpus, without fuzzing"
+    )
+    parser.add_argument("--build", type=Path, default=Path("build/fuzz"), help="folder of the native fuzzers")
     args = parser.parse_args()
     names = args.only or (*NATIVE, *READERS)
     if args.merge:
         for name in names:
-            merge(name)
+            merge(args.build, name)
         return 0
     print(f"{'':14}", *(f"{x:>10}" for x in ("runs", "edges", "features", "last edge", "minute")), flush=True)
-    results = [fuzz(name, int(60 * args.minutes)) for name in names]
+    results = [fuzz(args.build, name, int(60 * args.minutes)) for name in names]
     return 0 if all(results) else 1
 
 

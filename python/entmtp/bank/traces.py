@@ -27,7 +27,7 @@ VERSION = 1
 # kinds of numpy's types that arrays of a file may have
 KINDS = {"n_tokens": "iu", "signals": "f", "ranks": "iu", "log_p": "f", "sees_path": "b"}
 INTEGERS, FLOATS = ("n_prompt", "tokens", "best"), ("temp", "log_p", "states")  # of its texts
-MAX_VOCAB = 1 << 24  # no model's is as large
+MAX_VOCAB = 1 << 24  # ENTMTP_MAX_VOCAB
 
 
 @dataclass(frozen=True)

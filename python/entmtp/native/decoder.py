@@ -278,7 +278,10 @@ class Decoder:
         return int(n.decoder_in_common(self._ptr, (ctypes.c_int32 * len(tokens))(*tokens), len(tokens)))
 
     def share(self, other: Decoder, tokens: Sequence[int]) -> int:
-        """Begin with as many of `tokens` as `other`, of the same group, has evaluated; returns how many they are."""
+        """Begin with as many of `tokens` as `other`, of the same group, has evaluated; returns how many they are.
+
+        0: there are none that can be shared, and the own text stays.
+        """
         array = (ctypes.c_int32 * len(tokens))(*tokens)
         return int(n.check(n.decoder_share(self._ptr, other._ptr, array, len(tokens))))
 
