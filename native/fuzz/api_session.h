@@ -18,28 +18,44 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 using tokens = std::vector<int32_t>;
 
 static constexpr int32_t n_batch = 128;
 
+// a model, and what plain llama.cpp makes of texts
+struct base_model {
+    tiny::model_ptr             model;
+    std::unique_ptr<plain_text> plain;
+
+    explicit base_model(const std::string & path) : model(tiny::load_base(path)) {
+        MUST(model);
+        plain = std::make_unique<plain_text>(model.get());
+    }
+};
+
+// a layer with a sliding window, and whether its cache has room for what lies before it
+enum window_kind { NO_WINDOW, FORGETS, FULL };
+
 // models, heads files, and contexts
 struct setting {
     tiny::folder                dir;
-    tiny::model_ptr             base, small;
-    std::unique_ptr<plain_text> plain;
+    std::unique_ptr<base_model> base, windowed;
+    tiny::model_ptr             small;
 
-    std::map<std::pair<int32_t, int32_t>, tiny::context_ptr>
-        contexts; // by sequences and n_ubatch; making one takes long
+    // by sequences, n_ubatch and window; making one takes long
+    std::map<std::tuple<int32_t, int32_t, window_kind>, tiny::context_ptr> contexts;
 
     setting() {
         tiny::be_quiet();
         MUST(entmtp_kernels_enable(nullptr) == ENTMTP_OK);
-        base  = tiny::load_base(tiny::write_base(dir / "base.gguf", 1));
+        base     = std::make_unique<base_model>(tiny::write_base(dir / "base.gguf", 1));
+        windowed = std::make_unique<base_model>(
+            tiny::make_base(3, "llama", false, GGML_TYPE_F32, 16).write(dir / "windowed.gguf"));
         small = tiny::load_base(tiny::write_base(dir / "small.gguf", 7));
-        MUST(base && small);
-        plain = std::make_unique<plain_text>(base.get());
+        MUST(small);
 
         tiny::head_options o;
         tiny::write_heads(dir / "1.gguf", o);
@@ -84,13 +100,17 @@ struct draft_deleter {
 class session {
   public:
     session(setting & s, decisions & d) : s(s), d(d) {
-        const int32_t kind = d.between(0, 9);
-        n_seq              = kind > 7 ? 2 : 1;
+        const int32_t first = d.byte(), kind = first % 10;
+        n_seq  = kind > 7 ? 2 : 1;
+        window = first < 200 ? NO_WINDOW : first < 240 ? FORGETS : FULL;
+        base   = window ? s.windowed.get() : s.base.get();
+        n_ctx  = window ? 440 : n_seq > 1 ? 128 : 256;
 
         const int32_t n_ubatch = d.rarely() ? 4 : n_batch;
 
         params           = llama_context_default_params();
-        params.n_ctx     = 256;
+        params.n_ctx     = n_seq * n_ctx;
+        params.swa_full  = window == FULL;
         params.n_batch   = n_batch;
         params.n_ubatch  = n_ubatch;
         params.n_threads = params.n_threads_batch = 1;
@@ -98,9 +118,9 @@ class session {
         params.flash_attn_type        = LLAMA_FLASH_ATTN_TYPE_DISABLED;
         params.n_seq_max              = n_seq;
         params.kv_unified             = true;
-        auto & kept                   = s.contexts[{ n_seq, n_ubatch }];
+        auto & kept                   = s.contexts[{ n_seq, n_ubatch, window }];
         if (!kept) {
-            kept.reset(llama_init_from_model(s.base.get(), params));
+            kept.reset(llama_init_from_model(base->model.get(), params));
         }
         ctx = kept.get();
         MUST(ctx);
@@ -109,7 +129,7 @@ class session {
 
         const int32_t which = kind > 7 ? (kind - 8) * 3 : kind % 5;
         if (which > 0) {
-            heads.reset(entmtp_heads_load((s.dir / (std::to_string(which) + ".gguf")).c_str(), s.base.get(), 1));
+            heads.reset(entmtp_heads_load((s.dir / (std::to_string(which) + ".gguf")).c_str(), base->model.get(), 1));
             MUST(heads);
         }
         members.resize(n_seq);
@@ -121,16 +141,24 @@ class session {
   protected:
     void begin() {
         if (n_seq > 1) {
-            group.reset(entmtp_group_init(ctx, heads.get(), n_seq, 128));
+            group.reset(entmtp_group_init(ctx, heads.get(), n_seq, n_ctx));
             MUST(group);
             entmtp_group_set_stall(group.get(), 1.0);
         }
         for (int32_t i = 0; i < n_seq; ++i) {
             member & m = members[i];
             m          = {};
-            m.n_ctx    = n_seq > 1 ? 128 : (int32_t) llama_n_ctx_seq(ctx);
+            m.n_ctx    = n_seq > 1 ? n_ctx : (int32_t) llama_n_ctx_seq(ctx);
             m.dec      = n_seq > 1 ? entmtp_group_decoder(group.get(), i) : entmtp_decoder_init(ctx, heads.get());
             MUST(m.dec);
+        }
+        // a cache of a window has 256 cells: from here on it comes round
+        for (int32_t i = 0; window && i < 250; i += 125) {
+            tokens long_text;
+            for (int32_t k = 0; k < 125; ++k) {
+                long_text.push_back((i + k * k) % tiny::n_vocab);
+            }
+            MUST(eval(members[0], long_text, i) == ENTMTP_OK);
         }
     }
 
@@ -151,7 +179,7 @@ class session {
     }
 
     void check_row(const float * row, const tokens & text) {
-        const auto & want = s.plain->logits(text);
+        const auto & want = base->plain->logits(text);
         for (int32_t t = 0; t < tiny::n_vocab; ++t) {
             MUST(std::fabs(row[t] - want[t]) < 1e-3f);
         }
@@ -169,16 +197,26 @@ class session {
     // of the plain model over the same text, as far as rounding lets it be told
     void check_greedy(member & m, int32_t token) {
         if (m.known()) {
-            const auto & want = s.plain->logits(m.text);
+            const auto & want = base->plain->logits(m.text);
             MUST(want[token] > *std::max_element(want.begin(), want.end()) - 1e-3f);
         }
+    }
+
+    // a prompt may go on there; one token that follows the text always
+    bool remembers(const member & m, int32_t n, int32_t past) const {
+        if (n == 1 && m.live && past == (int32_t) m.text.size()) {
+            return true;
+        }
+        entmtp_decoder_settle(m.dec);
+        return entmtp_decoder_can_continue(m.dec, past);
     }
 
     int32_t eval(member & m, const tokens & t, int32_t past, bool all = false) {
         const auto n = (int32_t) t.size();
         const bool valid =
             n > 0 && std::all_of(t.begin(), t.end(), [](int32_t x) { return x >= 0 && x < tiny::n_vocab; });
-        const bool placed = past >= 0 && past <= (int32_t) m.text.size() && n <= n_batch;
+        const bool placed = past >= 0 && past <= (int32_t) m.text.size() && n <= n_batch &&
+                            (!window || remembers(m, n, past));
 
         const int32_t status = entmtp_decoder_eval(m.dec, t.data(), n, past, all);
         if (!valid) {
@@ -189,7 +227,7 @@ class session {
         } else if (!placed) {
             MUST(status == ENTMTP_ERROR);
         } else if (status == ENTMTP_OK) {
-            MUST(past + n <= m.n_ctx || !m.known());
+            MUST(past + n <= m.n_ctx);
             m.text.resize(past);
             m.text.insert(m.text.end(), t.begin(), t.end());
             m.live = true;
@@ -208,7 +246,10 @@ class session {
     setting &   s;
     decisions & d;
 
+    base_model *         base;
+    window_kind          window;
     int32_t              n_seq = 1;
+    int32_t              n_ctx; // that each may have
     llama_context_params params;
     llama_context *      ctx;
 

@@ -183,7 +183,7 @@ class calls : public session {
         const int32_t n = entmtp_decoder_best(m.dec, k, ids, log_p);
         MUST(m.live ? n >= 0 && n <= k : n == ENTMTP_ERROR);
         if (n > 0 && m.known()) {
-            const auto & want = s.plain->logits(m.text);
+            const auto & want = base->plain->logits(m.text);
             double       sum  = 0.0;
             for (const float x : want) {
                 sum += std::exp((double) x);
@@ -216,7 +216,8 @@ class calls : public session {
             MUST(nodes[i].parent < 0 || !nodes[i].walked || nodes[nodes[i].parent].walked);
         }
         MUST((entmtp_decoder_drafted_by(m.dec, t) != 0) == entmtp_decoder_is_drafted(m.dec, t));
-        MUST(entmtp_decoder_can_continue(m.dec, d.between(0, 10)));
+        const int32_t n = d.between(0, 10);
+        MUST(entmtp_decoder_can_continue(m.dec, n) == (n <= (int32_t) m.text.size()) || window);
         entmtp_outputs_info info;
         entmtp_decoder_get_outputs(m.dec, &info);
         entmtp_traffic traffic;
@@ -312,7 +313,10 @@ class calls : public session {
         tokens   t    = from.known() && d.flag() ? from.text : some_tokens(d.between(0, 5));
         t.reserve(1); // none is no list
         const int32_t n = entmtp_decoder_share(m.dec, from.dec, t.data(), (int32_t) t.size());
-        MUST(n >= 0 && n <= (int32_t) t.size());
+        MUST(n >= 0 && n <= (int32_t) t.size() && (n == 0 || window != FORGETS));
+        if (n == 0) {
+            return;
+        }
         if (from.known()) {
             MUST(std::equal(t.begin(), t.begin() + n, from.text.begin()));
         }

@@ -353,9 +353,9 @@ ENTMTP_API void entmtp_decoder_get_traffic(const struct entmtp_decoder * dec, st
 // or the last evaluation failed or was cancelled, and the text must be evaluated again.
 ENTMTP_API int32_t entmtp_decoder_n_evaluated(const struct entmtp_decoder * dec);
 
-// Evaluation can go on after the first n_past tokens: the memory still holds all that a token there attends to. Where
-// layers have a sliding window and their cache is no larger (swa_full = false), it forgets what lies before it, so that
-// a text cannot be cut back far. Recurrent and hybrid memories are asked by cutting them back.
+// Evaluation can go on after the first n_past tokens: they are evaluated, and the memory still holds all that a token
+// there attends to. Where layers have a sliding window and their cache is no larger (swa_full = false), it forgets what
+// lies before it, so that a text cannot be cut back far. Recurrent and hybrid memories are asked by cutting them back.
 ENTMTP_API bool entmtp_decoder_can_continue(const struct entmtp_decoder * dec, int32_t n_past);
 
 // The memory of the model can hold a token tree; recurrent and hybrid memories cannot.

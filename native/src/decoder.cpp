@@ -215,8 +215,14 @@ int32_t decoder::eval(const int32_t * toks, int32_t n, int32_t past, bool all_ou
     all      = all_of::nothing;
     all_rows = {};
 
-    const bool    goes_on = n == 1 && live && past == n_past + (int32_t) path.size();
-    const int32_t status  = goes_on ? advance(toks[0]) : eval_prompt(toks, n, past, all_outputs);
+    const bool goes_on = n == 1 && live && past == n_past + (int32_t) path.size();
+    int32_t    status;
+    try {
+        status = goes_on ? advance(toks[0]) : eval_prompt(toks, n, past, all_outputs);
+    } catch (...) {
+        abandon();
+        throw;
+    }
     if (all_outputs && status == ENTMTP_OK) {
         all = goes_on ? all_of::token : all_of::prompt;
     }
@@ -289,7 +295,7 @@ int32_t decoder::step(int32_t token) {
         return status;
     }
 
-    if (shared.n_seq > 1 && n_past >= n_ctx) {
+    if (n_past >= n_ctx) {
         return decode_status(1);
     }
 
@@ -344,9 +350,15 @@ int32_t decoder::step(int32_t token) {
 }
 
 int32_t decoder::settle(int32_t next) {
-    if (tree_id < 0) {
-        return ENTMTP_OK;
+    try {
+        return tree_id < 0 ? (int32_t) ENTMTP_OK : keep_path(next);
+    } catch (...) {
+        abandon();
+        throw;
     }
+}
+
+int32_t decoder::keep_path(int32_t next) {
 
     if (in_step) {
         const int32_t id         = tree_id == (int32_t) bank.size() ? scheduler::grow_tree : tree_id;
@@ -395,6 +407,22 @@ int32_t decoder::settle(int32_t next) {
     n_past += (int32_t) path.size();
     leave_tree();
     return ENTMTP_OK;
+}
+
+// what failed half done: the text ends where it was settled last
+void decoder::abandon() {
+    leave_tree();
+    live        = false;
+    walked.tree = -1;
+    set_row(-1);
+    memory.truncate(seq, n_past);
+    text.truncate(n_past);
+    if (draft_heads && draft_heads->prefix()) {
+        draft_heads->prefix()->truncate(n_past);
+    }
+    if (drafting) {
+        drafting->truncate(n_past);
+    }
 }
 
 void decoder::leave_tree() {

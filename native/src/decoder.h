@@ -108,7 +108,9 @@ class decoder {
     // tokens evaluated, the last of which can be sampled after; -1: none
     int32_t n_evaluated() const { return live ? n_past + (int32_t) path.size() : -1; }
 
-    bool can_continue(int32_t past) const { return memory.can_continue(seq, past); }
+    bool can_continue(int32_t past) const {
+        return past <= n_past + (int32_t) path.size() && memory.can_continue(seq, past);
+    }
 
     void invalidate(int32_t n_past);
     void clear(); // and free the memory's cells
@@ -139,7 +141,9 @@ class decoder {
     int32_t advance(int32_t token);
     int32_t step(int32_t token);
     int32_t decode_status(int32_t status);
+    int32_t keep_path(int32_t next);
     void    leave_tree();
+    void    abandon();
     void    keep_graphs(uint32_t n);
 
     int32_t verify_tree(int32_t id);

@@ -48,8 +48,8 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
         prefix->truncate(past);
     }
 
-    if (shared.n_seq > 1 && n > n_ctx - past) {
-        return decode_status(1); // llama.cpp knows of the room of all alone
+    if (n > n_ctx - past) {
+        return decode_status(1); // in company llama.cpp knows of the room of all alone
     }
 
     // the prefix layer wants every hidden state, and hidden states come with output rows: in small batches, so that the

@@ -273,6 +273,38 @@ static void test_commit_fails() {
     }
 }
 
+// heads that cannot go on: their cache is made anew for another decoder, which needs less room
+static void test_heads_fail() {
+    const tokens      expected = [] {
+        loop plain;
+        return run(plain, greedy().get(), 20);
+    }();
+    loop              l("hydra-prefix.gguf");
+    tiny::context_ptr small = tiny::new_context(base.get(), 256);
+    l.use_tree(bushy);
+    CHECK_EQ(l.eval(prompt, 0), ENTMTP_OK);
+    decoder_ptr(entmtp_decoder_init(small.get(), l.heads.get())).reset();
+
+    int32_t status = ENTMTP_OK, pos = (int32_t) prompt.size();
+    for (; status == ENTMTP_OK && pos < 300; ++pos) {
+        int32_t token = -1;
+        CHECK_EQ(entmtp_decoder_sample(l.dec.get(), greedy().get(), &token), ENTMTP_OK);
+        status = l.eval({ token }, pos);
+    }
+    CHECK_EQ(status, ENTMTP_ERROR);
+    CHECK(pos > 256 && pos < 300);
+    CHECK_HAS(entmtp_last_error(), "outside the cache of the prefix layer");
+
+    // no logits of a pass that is over, no text beyond what was settled
+    int32_t token = -1;
+    CHECK_EQ(entmtp_decoder_n_evaluated(l.dec.get()), -1);
+    CHECK(!entmtp_decoder_logits(l.dec.get()));
+    CHECK_EQ(entmtp_decoder_sample(l.dec.get(), greedy().get(), &token), ENTMTP_ERROR);
+    CHECK(!entmtp_decoder_can_continue(l.dec.get(), pos));
+    CHECK_EQ(llama_memory_seq_pos_max(llama_get_memory(l.ctx.get()), 0), 255);
+    CHECK(run(l, greedy().get(), 20) == expected); // and it is as good as new
+}
+
 int main() {
     if (set_up()) {
         test_cancel();
@@ -280,6 +312,7 @@ int main() {
         test_errors();
         test_changes_in_a_step();
         test_commit_fails();
+        test_heads_fail();
     }
     return tear_down("test_decoder_faults");
 }

@@ -131,23 +131,29 @@ inline std::string fingerprint(const std::vector<std::string> & vocab) {
     return hex;
 }
 
-// a Llama of two layers
+// a Llama of two layers; with a window an OLMo 2, whose first layer attends to so many tokens
 inline file make_base(uint32_t            seed      = 1,
                       const std::string & tokenizer = "llama",
                       bool                tied      = false, // the embeddings are the output projection
-                      ggml_type           output    = GGML_TYPE_F32) {
-    file f(seed);
+                      ggml_type           output    = GGML_TYPE_F32,
+                      uint32_t            window    = 0) {
+    file              f(seed);
+    const std::string arch = window ? "olmo2" : "llama";
 
-    f.set("general.architecture", "llama");
+    f.set("general.architecture", arch.c_str());
     f.set("general.name", "tiny base");
-    f.set("llama.context_length", (uint32_t) 1024);
-    f.set("llama.embedding_length", (uint32_t) n_embd);
-    f.set("llama.block_count", (uint32_t) n_layer);
-    f.set("llama.feed_forward_length", (uint32_t) n_ff);
-    f.set("llama.attention.head_count", (uint32_t) n_head);
-    f.set("llama.attention.head_count_kv", (uint32_t) n_head_kv);
-    f.set("llama.attention.layer_norm_rms_epsilon", 1e-5f);
-    f.set("llama.vocab_size", (uint32_t) n_vocab);
+    f.set(arch + ".context_length", (uint32_t) 1024);
+    f.set(arch + ".embedding_length", (uint32_t) n_embd);
+    f.set(arch + ".block_count", (uint32_t) n_layer);
+    f.set(arch + ".feed_forward_length", (uint32_t) n_ff);
+    f.set(arch + ".attention.head_count", (uint32_t) n_head);
+    f.set(arch + ".attention.head_count_kv", (uint32_t) n_head_kv);
+    f.set(arch + ".attention.layer_norm_rms_epsilon", 1e-5f);
+    f.set(arch + ".vocab_size", (uint32_t) n_vocab);
+    if (window) {
+        f.set(arch + ".attention.sliding_window", window);
+        f.set(arch + ".attention.sliding_window_pattern", (uint32_t) n_layer);
+    }
 
     const auto                vocab = vocabulary();
     std::vector<const char *> texts;
@@ -176,15 +182,28 @@ inline file make_base(uint32_t            seed      = 1,
     }
     for (int32_t i = 0; i < n_layer; ++i) {
         const std::string b = "blk." + std::to_string(i) + ".";
-        f.add(b + "attn_norm.weight", GGML_TYPE_F32, n_embd, 1, 0.1f, 1.0f);
+        const auto        norm = [&](const char * name, int32_t n) {
+            f.add(b + name + ".weight", GGML_TYPE_F32, n, 1, 0.1f, 1.0f);
+        };
+        if (!window) {
+            norm("attn_norm", n_embd);
+        }
         f.add(b + "attn_q.weight", GGML_TYPE_F32, n_embd, n_embd, 1.5f * s);
         f.add(b + "attn_k.weight", GGML_TYPE_F32, n_embd, n_kv, 1.5f * s);
         f.add(b + "attn_v.weight", GGML_TYPE_F32, n_embd, n_kv, s);
         f.add(b + "attn_output.weight", GGML_TYPE_F32, n_embd, n_embd, s);
-        f.add(b + "ffn_norm.weight", GGML_TYPE_F32, n_embd, 1, 0.1f, 1.0f);
+        if (!window) {
+            norm("ffn_norm", n_embd);
+        }
         f.add(b + "ffn_gate.weight", GGML_TYPE_F32, n_embd, n_ff, s);
         f.add(b + "ffn_up.weight", GGML_TYPE_F32, n_embd, n_ff, s);
         f.add(b + "ffn_down.weight", GGML_TYPE_F32, n_ff, n_embd, 0.7f * s);
+        if (window) {
+            norm("attn_q_norm", n_embd);
+            norm("attn_k_norm", n_kv);
+            norm("post_attention_norm", n_embd);
+            norm("post_ffw_norm", n_embd);
+        }
     }
     return f;
 }
