@@ -36,17 +36,18 @@ struct base_model {
     }
 };
 
-// a layer with a sliding window, and whether its cache has room for what lies before it
-enum window_kind { NO_WINDOW, FORGETS, FULL };
+// of a base model: texts whole; a layer with a sliding window, whose cache has no room for what lies before it, or has;
+// a state in part
+enum memory_kind { WHOLE, FORGETS, FULL, HYBRID };
 
 // models, heads files, and contexts
 struct setting {
     tiny::folder                dir;
-    std::unique_ptr<base_model> base, windowed;
+    std::unique_ptr<base_model> base, windowed, hybrid;
     tiny::model_ptr             small;
 
-    // by sequences, n_ubatch and window; making one takes long
-    std::map<std::tuple<int32_t, int32_t, window_kind>, tiny::context_ptr> contexts;
+    // by sequences, n_ubatch and memory; making one takes long
+    std::map<std::tuple<int32_t, int32_t, memory_kind>, tiny::context_ptr> contexts;
 
     setting() {
         tiny::be_quiet();
@@ -54,7 +55,8 @@ struct setting {
         base     = std::make_unique<base_model>(tiny::write_base(dir / "base.gguf", 1));
         windowed = std::make_unique<base_model>(
             tiny::make_base(3, "llama", false, GGML_TYPE_F32, 16).write(dir / "windowed.gguf"));
-        small = tiny::load_base(tiny::write_base(dir / "small.gguf", 7));
+        hybrid = std::make_unique<base_model>(tiny::make_hybrid(5).write(dir / "hybrid.gguf"));
+        small  = tiny::load_base(tiny::write_base(dir / "small.gguf", 7));
         MUST(small);
 
         tiny::head_options o;
@@ -101,16 +103,18 @@ class session {
   public:
     session(setting & s, decisions & d) : s(s), d(d) {
         const int32_t first = d.byte(), kind = first % 10;
-        n_seq  = kind > 7 ? 2 : 1;
-        window = first < 200 ? NO_WINDOW : first < 240 ? FORGETS : FULL;
-        base   = window ? s.windowed.get() : s.base.get();
+        memory = first < 180 ? WHOLE : first < 200 ? HYBRID : first < 240 ? FORGETS : FULL;
+        n_seq  = kind > 7 && memory != HYBRID ? 2 : 1;
+        window = memory == FORGETS || memory == FULL;
+        base   = window ? s.windowed.get() : memory == HYBRID ? s.hybrid.get() : s.base.get();
         n_ctx  = window ? 440 : n_seq > 1 ? 128 : 256;
 
         const int32_t n_ubatch = d.rarely() ? 4 : n_batch;
 
         params           = llama_context_default_params();
         params.n_ctx     = n_seq * n_ctx;
-        params.swa_full  = window == FULL;
+        params.swa_full  = memory == FULL;
+        params.n_rs_seq  = memory == HYBRID ? 4 : 0;
         params.n_batch   = n_batch;
         params.n_ubatch  = n_ubatch;
         params.n_threads = params.n_threads_batch = 1;
@@ -118,7 +122,7 @@ class session {
         params.flash_attn_type        = LLAMA_FLASH_ATTN_TYPE_DISABLED;
         params.n_seq_max              = n_seq;
         params.kv_unified             = true;
-        auto & kept                   = s.contexts[{ n_seq, n_ubatch, window }];
+        auto & kept                   = s.contexts[{ n_seq, n_ubatch, memory }];
         if (!kept) {
             kept.reset(llama_init_from_model(base->model.get(), params));
         }
@@ -127,7 +131,7 @@ class session {
         llama_memory_clear(llama_get_memory(ctx), true);
         llama_set_n_threads(ctx, 1, 1);
 
-        const int32_t which = kind > 7 ? (kind - 8) * 3 : kind % 5;
+        const int32_t which = n_seq > 1 ? (kind - 8) * 3 : kind % 5;
         if (which > 0) {
             heads.reset(entmtp_heads_load((s.dir / (std::to_string(which) + ".gguf")).c_str(), base->model.get(), 1));
             MUST(heads);
@@ -226,6 +230,8 @@ class session {
             m.cancelled = false;
         } else if (!placed) {
             MUST(status == ENTMTP_ERROR);
+        } else if (memory == HYBRID && status == ENTMTP_ERROR) { // a state goes back by a few tokens, if at all
+            MUST(past > 0 && (past < (int32_t) m.text.size() || !m.live));
         } else if (status == ENTMTP_OK) {
             MUST(past + n <= m.n_ctx);
             m.text.resize(past);
@@ -247,7 +253,8 @@ class session {
     decisions & d;
 
     base_model *         base;
-    window_kind          window;
+    memory_kind          memory;
+    bool                 window;
     int32_t              n_seq = 1;
     int32_t              n_ctx; // that each may have
     llama_context_params params;

@@ -223,7 +223,7 @@ class calls : public session {
         entmtp_traffic traffic;
         entmtp_decoder_get_traffic(m.dec, &traffic);
         MUST(traffic.n_passes >= 0);
-        MUST(entmtp_decoder_can_tree(m.dec) && entmtp_decoder_can_chain(m.dec));
+        MUST(entmtp_decoder_can_tree(m.dec) == (memory != HYBRID) && entmtp_decoder_can_chain(m.dec));
         MUST(!draft || (std::isfinite(entmtp_draft_model_cost(draft.get())) && entmtp_draft_model_broken(draft.get()) &&
                         entmtp_draft_model_vocab(draft.get()) >= 0));
         int64_t n_passes = 0, n_parts = 0, n_tokens = 0;
@@ -313,7 +313,7 @@ class calls : public session {
         tokens   t    = from.known() && d.flag() ? from.text : some_tokens(d.between(0, 5));
         t.reserve(1); // none is no list
         const int32_t n = entmtp_decoder_share(m.dec, from.dec, t.data(), (int32_t) t.size());
-        MUST(n >= 0 && n <= (int32_t) t.size() && (n == 0 || window != FORGETS));
+        MUST(n >= 0 && n <= (int32_t) t.size() && (n == 0 || memory != FORGETS));
         if (n == 0) {
             return;
         }

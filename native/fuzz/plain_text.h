@@ -24,7 +24,10 @@ class plain_text {
         while (n < std::min(text.size() - 1, at.size()) && text[n] == at[n]) {
             ++n;
         }
-        llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, (int32_t) n, -1);
+        if (!llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, (int32_t) n, -1)) { // a state
+            llama_memory_clear(llama_get_memory(ctx.get()), true);
+            n = 0;
+        }
         at = text;
         while (n < text.size()) {
             const auto part = (int32_t) std::min<size_t>(text.size() - n, n_most);

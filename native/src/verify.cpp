@@ -1,12 +1,21 @@
 #include "verify.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 namespace entmtp {
 
 verifier::verifier(llama_context * ctx) :
     ctx(ctx), mem(llama_get_memory(ctx)), batch(llama_batch_ext_init(ctx)),
     n_swa(llama_model_n_swa(llama_get_model(ctx))), n_back((int32_t) llama_n_rs_seq(ctx)) {
+    // llama.cpp ends the process over the first prompt otherwise
+    if (n_back > 0 && (int32_t) llama_n_ubatch(ctx) < n_back + 2) {
+        llama_batch_ext_free(batch);
+        throw std::runtime_error("a pass of " + std::to_string(llama_n_ubatch(ctx)) +
+                                 " tokens (n_ubatch) cannot keep states to go back to by " + std::to_string(n_back) +
+                                 " (n_rs_seq); two more than these must fit into it");
+    }
     // ask with a tree of two tokens that is never decoded
     tree_ok = llama_n_ubatch(ctx) >= 2 && llama_batch_ext_add_token(batch, 0, 0) == 0 &&
               llama_batch_ext_add_token(batch, 0, 0) == 1 && llama_batch_ext_set_parent(batch, 1, 0);

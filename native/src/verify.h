@@ -78,6 +78,7 @@ struct part {
 
 class verifier {
   public:
+    // throws std::runtime_error where the context keeps more states than a pass has tokens
     explicit verifier(llama_context * ctx);
     ~verifier();
 

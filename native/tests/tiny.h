@@ -131,6 +131,26 @@ inline std::string fingerprint(const std::vector<std::string> & vocab) {
     return hex;
 }
 
+inline void set_vocabulary(file & f, const std::string & tokenizer) {
+    const auto                vocab = vocabulary();
+    std::vector<const char *> texts;
+    std::vector<float>        scores;
+    std::vector<int32_t>      types;
+    for (int32_t i = 0; i < n_vocab; ++i) {
+        texts.push_back(vocab[i].c_str());
+        scores.push_back((float) -i);
+        types.push_back(i == 0 ? 2 : i < 3 ? 3 : i == 3 ? 6 : 1); // unknown, control, byte, normal
+    }
+    f.set("tokenizer.ggml.model", tokenizer.c_str());
+    if (tokenizer != "no_vocab") {
+        gguf_set_arr_str(f.gguf.get(), "tokenizer.ggml.tokens", texts.data(), n_vocab);
+        gguf_set_arr_data(f.gguf.get(), "tokenizer.ggml.scores", GGUF_TYPE_FLOAT32, scores.data(), n_vocab);
+        gguf_set_arr_data(f.gguf.get(), "tokenizer.ggml.token_type", GGUF_TYPE_INT32, types.data(), n_vocab);
+        f.set("tokenizer.ggml.bos_token_id", (uint32_t) 1);
+        f.set("tokenizer.ggml.eos_token_id", (uint32_t) 2);
+    }
+}
+
 // a Llama of two layers; with a window an OLMo 2, whose first layer attends to so many tokens
 inline file make_base(uint32_t            seed      = 1,
                       const std::string & tokenizer = "llama",
@@ -155,23 +175,7 @@ inline file make_base(uint32_t            seed      = 1,
         f.set(arch + ".attention.sliding_window_pattern", (uint32_t) n_layer);
     }
 
-    const auto                vocab = vocabulary();
-    std::vector<const char *> texts;
-    std::vector<float>        scores;
-    std::vector<int32_t>      types;
-    for (int32_t i = 0; i < n_vocab; ++i) {
-        texts.push_back(vocab[i].c_str());
-        scores.push_back((float) -i);
-        types.push_back(i == 0 ? 2 : i < 3 ? 3 : i == 3 ? 6 : 1); // unknown, control, byte, normal
-    }
-    f.set("tokenizer.ggml.model", tokenizer.c_str());
-    if (tokenizer != "no_vocab") {
-        gguf_set_arr_str(f.gguf.get(), "tokenizer.ggml.tokens", texts.data(), n_vocab);
-        gguf_set_arr_data(f.gguf.get(), "tokenizer.ggml.scores", GGUF_TYPE_FLOAT32, scores.data(), n_vocab);
-        gguf_set_arr_data(f.gguf.get(), "tokenizer.ggml.token_type", GGUF_TYPE_INT32, types.data(), n_vocab);
-        f.set("tokenizer.ggml.bos_token_id", (uint32_t) 1);
-        f.set("tokenizer.ggml.eos_token_id", (uint32_t) 2);
-    }
+    set_vocabulary(f, tokenizer);
 
     const float s = 1.0f / std::sqrt((float) n_embd);
 
@@ -205,6 +209,51 @@ inline file make_base(uint32_t            seed      = 1,
             norm("post_ffw_norm", n_embd);
         }
     }
+    return f;
+}
+
+// an LFM2 of a short convolution and a layer of attention, whose memory is a state in part
+inline file make_hybrid(uint32_t seed = 1) {
+    file f(seed);
+
+    f.set("general.architecture", "lfm2");
+    f.set("general.name", "tiny hybrid");
+    f.set("lfm2.context_length", (uint32_t) 1024);
+    f.set("lfm2.embedding_length", (uint32_t) n_embd);
+    f.set("lfm2.block_count", (uint32_t) 2);
+    f.set("lfm2.feed_forward_length", (uint32_t) n_ff);
+    f.set("lfm2.attention.head_count", (uint32_t) n_head);
+    f.set("lfm2.attention.layer_norm_rms_epsilon", 1e-5f);
+    f.set("lfm2.vocab_size", (uint32_t) n_vocab);
+    f.set("lfm2.shortconv.l_cache", (uint32_t) 3);
+    const int32_t of_layer[] = { 0, n_head_kv };
+    gguf_set_arr_data(f.gguf.get(), "lfm2.attention.head_count_kv", GGUF_TYPE_INT32, of_layer, 2);
+    set_vocabulary(f, "llama");
+
+    const float s = 1.0f / std::sqrt((float) n_embd);
+
+    const auto norm = [&](const std::string & name, int32_t n) {
+        f.add(name + ".weight", GGML_TYPE_F32, n, 1, 0.1f, 1.0f);
+    };
+    f.add("token_embd.weight", GGML_TYPE_F32, n_embd, n_vocab, 1.0f);
+    f.add("output.weight", GGML_TYPE_F32, n_embd, n_vocab, 2.0f * s);
+    norm("token_embd_norm", n_embd);
+    for (const char * b : { "blk.0.", "blk.1." }) {
+        norm(std::string(b) + "attn_norm", n_embd);
+        norm(std::string(b) + "ffn_norm", n_embd);
+        f.add(std::string(b) + "ffn_gate.weight", GGML_TYPE_F32, n_embd, n_ff, s);
+        f.add(std::string(b) + "ffn_up.weight", GGML_TYPE_F32, n_embd, n_ff, s);
+        f.add(std::string(b) + "ffn_down.weight", GGML_TYPE_F32, n_ff, n_embd, 0.7f * s);
+    }
+    f.add("blk.0.shortconv.conv.weight", GGML_TYPE_F32, 3, n_embd, 0.5f);
+    f.add("blk.0.shortconv.in_proj.weight", GGML_TYPE_F32, n_embd, 3 * n_embd, s);
+    f.add("blk.0.shortconv.out_proj.weight", GGML_TYPE_F32, n_embd, n_embd, s);
+    norm("blk.1.attn_q_norm", n_embd / n_head);
+    norm("blk.1.attn_k_norm", n_embd / n_head);
+    f.add("blk.1.attn_q.weight", GGML_TYPE_F32, n_embd, n_embd, 1.5f * s);
+    f.add("blk.1.attn_k.weight", GGML_TYPE_F32, n_embd, n_kv, 1.5f * s);
+    f.add("blk.1.attn_v.weight", GGML_TYPE_F32, n_embd, n_kv, s);
+    f.add("blk.1.attn_output.weight", GGML_TYPE_F32, n_embd, n_embd, s);
     return f;
 }
 

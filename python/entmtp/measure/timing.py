@@ -174,7 +174,7 @@ def measure_chains(llm: Subject, n_rounds: int, budget: float | None, seed: int 
     dec, start = llm.decoder, time.perf_counter()
     sizes = range(1, 2 + llama_cpp.llama_n_rs_seq(llm.ctx))
     rng = np.random.default_rng(seed)
-    depth, verify = 16, _Timings()
+    depth, verify = min(16, llm.n_batch), _Timings()
 
     def run(n: int, at: int) -> float:
         tokens = rng.integers(0, llm.n_vocab(), n).tolist()
