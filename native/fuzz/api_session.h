@@ -114,7 +114,7 @@ class session {
         params           = llama_context_default_params();
         params.n_ctx     = n_seq * n_ctx;
         params.swa_full  = memory == FULL;
-        params.n_rs_seq  = memory == HYBRID ? 4 : 0;
+        params.n_rs_seq  = memory == HYBRID ? std::min(4, n_ubatch - 2) : 0;
         params.n_batch   = n_batch;
         params.n_ubatch  = n_ubatch;
         params.n_threads = params.n_threads_batch = 1;

@@ -358,6 +358,14 @@ int32_t decoder::settle(int32_t next) {
     }
 }
 
+bool decoder::can_continue(int32_t past) const {
+    const int32_t end = n_past + (int32_t) path.size();
+    // a state goes back once: to the end of what is being walked, if not all of it is
+    const bool    is_cut = tree_id >= 0 && (int32_t) path.size() < topology(tree_id).n_nodes();
+    return past <= end && (past == end || past == 0 || !is_cut || !memory.recurrent()) &&
+           memory.can_continue(seq, past);
+}
+
 int32_t decoder::keep_path(int32_t next) {
 
     if (in_step) {
@@ -440,6 +448,7 @@ void decoder::invalidate(int32_t past) {
     walked.tree = -1;
     set_row(-1);
     n_past = std::clamp(past, 0, n_ctx);
+    memory.changed(seq);
     text.truncate(0); // it may be another one
     text.truncate(n_past);
     running.reset();

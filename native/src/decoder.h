@@ -108,9 +108,7 @@ class decoder {
     // tokens evaluated, the last of which can be sampled after; -1: none
     int32_t n_evaluated() const { return live ? n_past + (int32_t) path.size() : -1; }
 
-    bool can_continue(int32_t past) const {
-        return past <= n_past + (int32_t) path.size() && memory.can_continue(seq, past);
-    }
+    bool can_continue(int32_t past) const;
 
     void invalidate(int32_t n_past);
     void clear(); // and free the memory's cells

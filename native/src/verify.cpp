@@ -8,7 +8,9 @@ namespace entmtp {
 
 verifier::verifier(llama_context * ctx) :
     ctx(ctx), mem(llama_get_memory(ctx)), batch(llama_batch_ext_init(ctx)),
-    n_swa(llama_model_n_swa(llama_get_model(ctx))), n_back((int32_t) llama_n_rs_seq(ctx)) {
+    n_swa(llama_model_n_swa(llama_get_model(ctx))), n_back((int32_t) llama_n_rs_seq(ctx)),
+    is_state(llama_model_is_recurrent(llama_get_model(ctx)) || llama_model_is_hybrid(llama_get_model(ctx))),
+    back(llama_n_seq_max(ctx), 0) {
     // llama.cpp ends the process over the first prompt otherwise
     if (n_back > 0 && (int32_t) llama_n_ubatch(ctx) < n_back + 2) {
         llama_batch_ext_free(batch);
@@ -65,7 +67,13 @@ int32_t verifier::decode(const std::vector<part *> & parts, int32_t * first_outp
             }
         }
     }
-    return llama_process(ctx, LLAMA_PROCESS_TYPE_DECODE, batch);
+    const int32_t status = llama_process(ctx, LLAMA_PROCESS_TYPE_DECODE, batch);
+    for (const part * x : parts) {
+        if (status != 1) { // where there was no room, nothing was computed
+            back[x->seq] = status == 0 ? std::min((int32_t) x->tokens.size() - 1, n_back) : -1;
+        }
+    }
+    return status;
 }
 
 bool verifier::commit(int32_t seq, const std::vector<int32_t> & path, int32_t pos0) {
@@ -76,7 +84,25 @@ bool verifier::commit(int32_t seq, const std::vector<int32_t> & path, int32_t po
 }
 
 bool verifier::truncate(int32_t seq, int32_t pos) {
+    if (!has_state(seq, pos)) {
+        return false;
+    }
+    if (llama_memory_seq_pos_max(mem, seq) + 1 > pos) {
+        back[seq] = 0; // llama.cpp goes back once
+    }
     return llama_memory_seq_rm(mem, seq, pos, -1);
+}
+
+bool verifier::has_state(int32_t seq, int32_t pos) const {
+    if (!is_state || pos == 0) {
+        return true;
+    }
+    const int32_t n = llama_memory_seq_pos_max(mem, seq) + 1 - pos;
+    return n >= 0 && n <= back[seq];
+}
+
+void verifier::changed(int32_t seq) {
+    back[seq] = 0;
 }
 
 bool verifier::can_share(int32_t from, int32_t n) const {
@@ -90,6 +116,9 @@ void verifier::share(int32_t from, int32_t to, int32_t n) {
 }
 
 bool verifier::can_continue(int32_t seq, int32_t pos) const {
+    if (!has_state(seq, pos)) {
+        return false;
+    }
     if (n_swa == 0 || pos == 0 || !mem || llama_memory_seq_pos_max(mem, seq) + 1 == pos) {
         return true;
     }

@@ -105,8 +105,11 @@ class verifier {
     //   pos0  of the root
     bool commit(int32_t seq, const std::vector<int32_t> & path, int32_t pos0);
 
-    // forget the positions of a sequence from pos on
+    // forget the positions of a sequence from pos on; false: it cannot be cut back there, and nothing is changed
     bool truncate(int32_t seq, int32_t pos);
+
+    // the sequence was changed by others, as when a state was loaded
+    void changed(int32_t seq);
 
     // the first n positions of a sequence can be those of another, too, which then goes on by itself
     bool can_share(int32_t from, int32_t n) const;
@@ -114,19 +117,29 @@ class verifier {
     // give a sequence that is empty the first n positions of another
     void share(int32_t from, int32_t to, int32_t n);
 
-    // the memory holds all that a token of the sequence at position pos attends to
+    // the memory holds all that a token of the sequence at position pos depends on
     bool can_continue(int32_t seq, int32_t pos) const;
+
+    // it is a state, in part at least
+    bool recurrent() const { return is_state; }
 
     // tokens that layers with a sliding window attend to, the token itself among them; 0: there are none
     int32_t window() const { return n_swa; }
 
   private:
+    bool has_state(int32_t seq, int32_t pos) const; // or needs none
+
     llama_context *   ctx;
     llama_memory_t    mem;
     llama_batch_ext * batch;
     const int32_t     n_swa;
-    const int32_t     n_back; // tokens that a recurrent memory can be cut back by
+    const int32_t     n_back; // tokens that a recurrent memory can be cut back by, at most
+    const bool        is_state;
     bool              tree_ok;
+
+    // [n_seq] of a recurrent memory, tokens that it can be cut back by now: a pass keeps the states after its own tokens, and
+    // the next one of fewer leaves older ones in their places. -1: a pass failed, and the state is nobody knows whose
+    std::vector<int32_t> back;
 };
 
 } // namespace entmtp
