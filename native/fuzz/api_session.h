@@ -206,12 +206,14 @@ class session {
         }
     }
 
-    // a prompt may go on there; one token that follows the text always
+    // a prompt may go on there: always at the end, and where a memory of cells is cut back
     bool remembers(const member & m, int32_t n, int32_t past) const {
         if (n == 1 && m.live && past == (int32_t) m.text.size()) {
             return true;
         }
+        const bool asked = entmtp_decoder_can_continue(m.dec, past);
         entmtp_decoder_settle(m.dec);
+        MUST(!asked || entmtp_decoder_can_continue(m.dec, past));
         return entmtp_decoder_can_continue(m.dec, past);
     }
 
@@ -220,7 +222,7 @@ class session {
         const bool valid =
             n > 0 && std::all_of(t.begin(), t.end(), [](int32_t x) { return x >= 0 && x < tiny::n_vocab; });
         const bool placed = past >= 0 && past <= (int32_t) m.text.size() && n <= n_batch &&
-                            (!window || remembers(m, n, past));
+                            (memory == WHOLE || remembers(m, n, past));
 
         const int32_t status = entmtp_decoder_eval(m.dec, t.data(), n, past, all);
         if (!valid) {
@@ -230,8 +232,6 @@ class session {
             m.cancelled = false;
         } else if (!placed) {
             MUST(status == ENTMTP_ERROR);
-        } else if (memory == HYBRID && status == ENTMTP_ERROR) { // a state goes back by a few tokens, if at all
-            MUST(past > 0 && (past < (int32_t) m.text.size() || !m.live));
         } else if (status == ENTMTP_OK) {
             MUST(past + n <= m.n_ctx);
             m.text.resize(past);

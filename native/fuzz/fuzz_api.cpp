@@ -217,7 +217,7 @@ class calls : public session {
         }
         MUST((entmtp_decoder_drafted_by(m.dec, t) != 0) == entmtp_decoder_is_drafted(m.dec, t));
         const int32_t n = d.between(0, 10);
-        MUST(entmtp_decoder_can_continue(m.dec, n) == (n <= (int32_t) m.text.size()) || window);
+        MUST(entmtp_decoder_can_continue(m.dec, n) == (n <= (int32_t) m.text.size()) || memory != WHOLE);
         entmtp_outputs_info info;
         entmtp_decoder_get_outputs(m.dec, &info);
         entmtp_traffic traffic;

@@ -265,7 +265,7 @@ int32_t decoder::verify_tree(int32_t id) {
     work.depth  = t.depth;
     work.p      = reach;
     work.timed  = stats || policy.needs_timing();
-    if (id == (int32_t) bank.size() && shared.n_seq == 1) {
+    if (id == (int32_t) bank.size() && shared.n_seq == 1 && memory.can_tree()) {
         work.fill(std::min(policy.pass_size((int32_t) tokens.size()), room()));
     }
 
