@@ -26,6 +26,9 @@ entmtp_group * entmtp_group_init(llama_context * ctx, entmtp_heads * heads, int3
             return fail("the context was not made for so many sequences (n_seq_max)");
         }
         auto group = std::make_unique<entmtp_group>(ctx, heads != nullptr, n_seq);
+        if (n_seq > 1 && group->shared.memory.recurrent()) {
+            return fail("the memory of this model, a state, cannot hold several texts in one cache");
+        }
         for (int32_t i = 0; i < n_seq; ++i) {
             group->members.emplace_back(
                 new entmtp_decoder{ { ctx, heads ? &heads->impl : nullptr, group->shared, i, n_ctx } });

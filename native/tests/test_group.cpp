@@ -174,6 +174,20 @@ static void test_sharing() {
     CHECK(entmtp_decoder_share(second, second, other.data(), 5) < 0);
 }
 
+// a memory that is a state in part has none that two texts could share
+static void test_states() {
+    const auto           hybrid = tiny::load_base(tiny::make_hybrid().write(dir / "hybrid.gguf"));
+    llama_context_params params = llama_context_default_params();
+    params.n_seq_max            = n_seq;
+    params.n_ctx                = n_seq * n_ctx;
+    params.kv_unified           = true;
+    const tiny::context_ptr ctx(llama_init_from_model(hybrid.get(), params));
+    CHECK(!entmtp_group_init(ctx.get(), nullptr, n_seq, n_ctx));
+    CHECK_HAS(entmtp_last_error(), "cannot hold several texts");
+    const group_ptr alone(entmtp_group_init(ctx.get(), nullptr, 1, n_ctx));
+    CHECK(alone);
+}
+
 // who was never said to be active keeps what he evaluated, though others go on
 static void test_inactive() {
     tiny::context_ptr ctx = shared_context(), own = shared_context();
@@ -228,6 +242,7 @@ int main() {
         test_texts(chain, true);
         test_texts(bushy, false);
         test_sharing();
+        test_states();
         test_inactive();
         test_room();
         test_groups_that_cannot_be();
