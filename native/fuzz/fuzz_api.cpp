@@ -90,6 +90,20 @@ class calls : public session {
         }
     }
 
+    // no tree: of no nodes, whose root has a parent, of a rank beyond any vocabulary
+    void spoil(int32_t & n, int32_t & parent_of_root, int32_t & last_rank) {
+        switch (d.between(0, 2)) {
+            case 0:
+                n = 0;
+                break;
+            case 1:
+                parent_of_root = 0;
+                break;
+            default:
+                last_rank = 1 << 30;
+        }
+    }
+
     void set_trees(member & m) {
         tokens n_nodes, parent, rank;
         for (int32_t i = d.between(1, 4); i > 0; --i) {
@@ -99,9 +113,12 @@ class calls : public session {
                 const int32_t low = k < 2 ? 0 : parent.back();
                 parent.push_back(k == 0 ? -1 : d.rarely() ? d.byte() - 8 : d.between(low, std::max(low, k - 1)));
                 const bool sibling = k > 1 && parent.back() == parent[parent.size() - 2];
-                rank.push_back(k == 0 ? 0 : d.rarely() ? d.byte() : sibling ? rank.back() + d.between(1, 2) : 0);
+                rank.push_back(k == 0 ? 0 : d.rarely() ? d.byte() - 8 : sibling ? rank.back() + d.between(1, 2) : 0);
             }
-            n_nodes.push_back(d.rarely() ? 0 : n);
+            n_nodes.push_back(n);
+            if (d.rarely()) {
+                spoil(n_nodes.back(), parent[parent.size() - n], rank.back());
+            }
         }
         const auto n = (int32_t) n_nodes.size();
         if (entmtp_decoder_set_trees(m.dec, n, n_nodes.data(), parent.data(), rank.data()) == ENTMTP_OK) {
@@ -253,8 +270,11 @@ class calls : public session {
             return;
         }
         std::vector<float> h(4 * tiny::n_embd, 0.1f), out(tiny::n_vocab), log_p(64 * 8);
-        const tokens       paths = some_tokens(64 * 8);
-        tokens             ids(64 * 8);
+        tokens             paths(64 * 8), ids(64 * 8);
+        const int32_t      first = token(), step = d.byte();
+        for (size_t i = 0; i < paths.size(); ++i) {
+            paths[i] = first < 0 || first >= tiny::n_vocab ? first : (first + (int32_t) i * step) % tiny::n_vocab;
+        }
         const int32_t      head = d.between(0, 4) - 1, n = d.between(0, 8), k = d.between(0, 8);
         entmtp_heads_prefix(heads.get(), h.data(), d.between(0, 4), d.between(0, 2) * 100, out.data());
         entmtp_heads_logits(heads.get(), head, h.data(), paths.data(), out.data());
@@ -285,6 +305,10 @@ class calls : public session {
             MUST(entmtp_decoder_get_steps(dec, nullptr, 0, 5) == 0);
             MUST(entmtp_decoder_share(dec, nullptr, &t, 1) == ENTMTP_ERROR);
             MUST(entmtp_decoder_in_common(dec, nullptr, 1) == 0);
+            MUST(entmtp_decoder_best(dec, 1, nullptr, nullptr) == ENTMTP_ERROR);
+            MUST(entmtp_decoder_best(dec, d.byte() - 100, nullptr, nullptr) == ENTMTP_ERROR);
+            MUST(entmtp_decoder_set_acceptance(dec, nullptr) == ENTMTP_ERROR);
+            MUST(n_seq == 1 || entmtp_decoder_share(dec, dec, &t, 1) == ENTMTP_ERROR);
             entmtp_decoder_get_outputs(dec, nullptr);
             entmtp_decoder_get_traffic(dec, nullptr);
             entmtp_decoder_get_older_steps(dec, nullptr, nullptr, 0);
@@ -296,6 +320,13 @@ class calls : public session {
         entmtp_decoder_get_outputs(nullptr, &info);
         entmtp_decoder_cancel(nullptr);
         entmtp_heads_get_info(heads.get(), nullptr);
+        MUST(!entmtp_heads_load(nullptr, base->model.get(), 1));
+        MUST(entmtp_heads_prefix(heads.get(), nullptr, 1, 0, nullptr) == ENTMTP_ERROR);
+        MUST(entmtp_heads_logits(heads.get(), 0, nullptr, nullptr, nullptr) == ENTMTP_ERROR);
+        MUST(entmtp_heads_expand(heads.get(), 0, nullptr, nullptr, 1, 1, nullptr, nullptr) == ENTMTP_ERROR);
+        MUST(entmtp_sample(nullptr, greedy.get(), 0, &t) == ENTMTP_ERROR);
+        MUST(entmtp_vocab_fingerprint(nullptr) == 0);
+        entmtp_acceptance_shipped(nullptr);
         MUST(!entmtp_decoder_init(nullptr, heads.get()) && !entmtp_group_init(nullptr, nullptr, 1, 1));
         MUST(!entmtp_group_init(ctx, nullptr, n_seq + 1, 1) && !entmtp_group_decoder(group.get(), n_seq));
         MUST(!entmtp_corpus_init(nullptr, 3) && !entmtp_corpus_init(&t, -1));

@@ -98,7 +98,7 @@ inline void replay_texts(decisions & d, entmtp_heads * heads) {
     texts.states       = d.flag() ? states.data() : nullptr;
 
     policy_of p(d, 1, heads ? 3 : 1, ENTMTP_SOURCE_TEXT | ENTMTP_SOURCE_ROWS | (heads ? ENTMTP_SOURCE_HEADS : 0));
-    p.params.policy = ENTMTP_POLICY_AUTO;
+    p.params.policy = d.rarely() ? ENTMTP_POLICY_ENTROPY : ENTMTP_POLICY_AUTO;
 
     std::vector<entmtp_step>     steps(most_tokens);
     std::vector<entmtp_proposal> proposals(most_tokens * ENTMTP_MAX_SAMPLES);
