@@ -221,8 +221,8 @@ class session {
         const auto n = (int32_t) t.size();
         const bool valid =
             n > 0 && std::all_of(t.begin(), t.end(), [](int32_t x) { return x >= 0 && x < tiny::n_vocab; });
-        const bool placed = past >= 0 && past <= (int32_t) m.text.size() && n <= n_batch &&
-                            (memory == WHOLE || remembers(m, n, past));
+        const bool placed =
+            past >= 0 && past <= (int32_t) m.text.size() && n <= n_batch && (memory == WHOLE || remembers(m, n, past));
 
         const int32_t status = entmtp_decoder_eval(m.dec, t.data(), n, past, all);
         if (!valid) {

@@ -275,7 +275,7 @@ class calls : public session {
         for (size_t i = 0; i < paths.size(); ++i) {
             paths[i] = first < 0 || first >= tiny::n_vocab ? first : (first + (int32_t) i * step) % tiny::n_vocab;
         }
-        const int32_t      head = d.between(0, 4) - 1, n = d.between(0, 8), k = d.between(0, 8);
+        const int32_t head = d.between(0, 4) - 1, n = d.between(0, 8), k = d.between(0, 8);
         entmtp_heads_prefix(heads.get(), h.data(), d.between(0, 4), d.between(0, 2) * 100, out.data());
         entmtp_heads_logits(heads.get(), head, h.data(), paths.data(), out.data());
         if (entmtp_heads_expand(heads.get(), head, h.data(), paths.data(), n, k, ids.data(), log_p.data()) ==

@@ -359,7 +359,7 @@ int32_t decoder::settle(int32_t next) {
 }
 
 bool decoder::can_continue(int32_t past) const {
-    const int32_t end = n_past + (int32_t) path.size();
+    const int32_t end    = n_past + (int32_t) path.size();
     // a state goes back once: to the end of what is being walked, if not all of it is
     const bool    is_cut = tree_id >= 0 && (int32_t) path.size() < topology(tree_id).n_nodes();
     return past <= end && (past == end || past == 0 || !is_cut || !memory.recurrent()) &&
@@ -367,7 +367,6 @@ bool decoder::can_continue(int32_t past) const {
 }
 
 int32_t decoder::keep_path(int32_t next) {
-
     if (in_step) {
         const int32_t id         = tree_id == (int32_t) bank.size() ? scheduler::grow_tree : tree_id;
         const int32_t next_token = next;

@@ -194,7 +194,7 @@ class decoder {
 
     // whose rows entmtp_decoder_all_logits() has: of the token that went on, or of a prompt
     enum class all_of { nothing, token, prompt } all = all_of::nothing;
-    std::vector<float> all_rows;          // [n, n_vocab] of a prompt in company: the next pass may begin at any time
+    std::vector<float> all_rows; // [n, n_vocab] of a prompt in company: the next pass may begin at any time
 
     // the verified tree, while it is being walked
     int32_t               tree_id = -1; // in the bank; n_trees: the grown one; -1: none

@@ -23,15 +23,14 @@ int32_t decoder::eval_prompt(const int32_t * toks, int32_t n, int32_t past, bool
 
     prefix_layer * prefix = draft_heads ? draft_heads->prefix() : nullptr;
 
-    if (!memory.can_continue(seq, past) && !memory.recurrent()) {
-        error = "the memory of this model keeps a window of " + std::to_string(memory.window()) +
-                " tokens, and part of what token " + std::to_string(past) +
-                " attends to has left it; evaluate the text from its beginning, or create the model with swa_full=True";
-        return ENTMTP_ERROR;
-    }
     if (!memory.can_continue(seq, past) || !memory.truncate(seq, past)) {
-        error = "the memory of this model, a state, cannot be cut back to " + std::to_string(past) +
-                " tokens; evaluate the text from its beginning";
+        error = memory.recurrent() || memory.window() == 0
+                    ? "the memory of this model cannot be cut back to " + std::to_string(past) +
+                          " tokens; evaluate the text from its beginning"
+                    : "the memory of this model keeps a window of " + std::to_string(memory.window()) +
+                          " tokens, and part of what token " + std::to_string(past) +
+                          " attends to has left it; evaluate the text from its beginning, or create the model with "
+                          "swa_full=True";
         return ENTMTP_ERROR;
     }
     n_past = past;

@@ -67,10 +67,16 @@ int32_t verifier::decode(const std::vector<part *> & parts, int32_t * first_outp
             }
         }
     }
+    const std::vector<int32_t> before = back;
+    for (const part * x : parts) {
+        back[x->seq] = -1; // also where this throws
+    }
     const int32_t status = llama_process(ctx, LLAMA_PROCESS_TYPE_DECODE, batch);
     for (const part * x : parts) {
-        if (status != 1) { // where there was no room, nothing was computed
-            back[x->seq] = status == 0 ? std::min((int32_t) x->tokens.size() - 1, n_back) : -1;
+        if (status == 0) {
+            back[x->seq] = std::min((int32_t) x->tokens.size() - 1, n_back);
+        } else if (status == 1) { // no room, and nothing was computed
+            back[x->seq] = before[x->seq];
         }
     }
     return status;
@@ -87,7 +93,7 @@ bool verifier::truncate(int32_t seq, int32_t pos) {
     if (!has_state(seq, pos)) {
         return false;
     }
-    if (llama_memory_seq_pos_max(mem, seq) + 1 > pos) {
+    if (is_state && llama_memory_seq_pos_max(mem, seq) + 1 > pos) {
         back[seq] = 0; // llama.cpp goes back once
     }
     return llama_memory_seq_rm(mem, seq, pos, -1);

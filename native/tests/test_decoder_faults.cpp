@@ -275,7 +275,7 @@ static void test_commit_fails() {
 
 // heads that cannot go on: their cache is made anew for another decoder, which needs less room
 static void test_heads_fail() {
-    const tokens      expected = [] {
+    const tokens expected = [] {
         loop plain;
         return run(plain, greedy().get(), 20);
     }();

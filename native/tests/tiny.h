@@ -185,7 +185,7 @@ inline file make_base(uint32_t            seed      = 1,
         f.add("output.weight", output, n_embd, n_vocab, 2.0f * s);
     }
     for (int32_t i = 0; i < n_layer; ++i) {
-        const std::string b = "blk." + std::to_string(i) + ".";
+        const std::string b    = "blk." + std::to_string(i) + ".";
         const auto        norm = [&](const char * name, int32_t n) {
             f.add(b + name + ".weight", GGML_TYPE_F32, n, 1, 0.1f, 1.0f);
         };
