@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -173,8 +174,11 @@ def test_nobody_would_draft_from_it(load: Callable[..., Llama], models: dict[str
 def test_tokens_of_another_model(models: dict[str, Path], cache: Path) -> None:
     """They are refused as texts to draft from, and never drafted from the text that a state is said to be of."""
     llm, plain = drafting(models["q8_0"]), Llama(models["q8_0"], **F32)
-    with pytest.raises(EntmtpError, match="token 99999 of the corpus is not in the vocabulary"):
-        llm.decoder.set_corpus(Corpus(np.array([5, 99_999, 6], np.int32)))
+    with (
+        closing(Corpus(np.array([5, 99_999, 6], np.int32))) as other,
+        pytest.raises(EntmtpError, match="token 99999 of the corpus is not in the vocabulary"),
+    ):
+        llm.decoder.set_corpus(other)
     prompt = [10, 20, 30] * 6 + [10]
     expected = answer(plain, [*prompt, 20], 12, temp=0.0)
     for strange in (99_999, -7):
