@@ -99,10 +99,11 @@ class Slot(Llama):
         own = self.decoder.in_common(prompt)
         common = {other: other.decoder.in_common(prompt) for other in self._engine.slots if other is not self}
         best = max(common, key=lambda other: common[other], default=None)
-        if best is not None and common[best] >= own + WORTH_SHARING:
-            if n := self.decoder.share(best.decoder, prompt):
-                self.n_tokens = n
-                self.input_ids[:n] = prompt[:n]
+        if best is None or common[best] < own + WORTH_SHARING:
+            return
+        if n := self.decoder.share(best.decoder, prompt):
+            self.n_tokens = n
+            self.input_ids[:n] = prompt[:n]
 
     def forget(self) -> None:
         """Give the cells of the text to others."""
