@@ -19,8 +19,8 @@ from pathlib import Path
 
 from entmtp.native.library import library_folder
 
-# what holds memory for other reasons under AddressSanitizer, a test that preloads a library itself, and one of libraries
-# that go to users
+# what holds memory for other reasons under AddressSanitizer, a test that preloads a library itself, and one of what
+# users get
 UNFIT = (
     "tests/decode/test_held.py",
     "tests/policy/test_bench.py::test_memory_of_weights",
