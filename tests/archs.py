@@ -101,7 +101,7 @@ def texts_that_go_back(llm: Llama, plain: Llama, tokens: list[int]) -> int:
         got = [answer(m, text, 12, temp=0.0) for m in (llm, plain)]
         plain.reset()
         expected = answer(plain, text, 12, temp=0.0)
-        wrong += sum(tokens != expected for tokens in got)
+        wrong += sum(text != expected for text in got)
     return wrong
 
 

@@ -198,6 +198,15 @@ class session {
         MUST((entmtp_decoder_hidden(m.dec) != nullptr) == (m.live && heads));
     }
 
+    // the rows of the n tokens that were evaluated last: one of them, and the last, which is the text's
+    void check_all(member & m, int32_t n) {
+        entmtp_decoder_logits(m.dec); // in company the row is kept; these stay where they are
+        const float * rows = entmtp_decoder_all_logits(m.dec);
+        const int32_t i    = (int32_t) m.text.size() % n;
+        check_row(rows + (ptrdiff_t) i * tiny::n_vocab, tokens(m.text.begin(), m.text.end() - (n - 1 - i)));
+        check_row(rows + (ptrdiff_t) (n - 1) * tiny::n_vocab, m.text);
+    }
+
     // of the plain model over the same text, as far as rounding lets it be told
     void check_greedy(member & m, int32_t token) {
         if (m.known()) {

@@ -53,15 +53,6 @@ class calls : public session {
         }
     }
 
-    // the rows of the n tokens that were evaluated last: one of them, and the last, which is the text's
-    void check_all(member & m, int32_t n) {
-        entmtp_decoder_logits(m.dec); // in company the row is kept; these stay where they are
-        const float * rows = entmtp_decoder_all_logits(m.dec);
-        const int32_t i    = (int32_t) m.text.size() % n;
-        check_row(rows + (ptrdiff_t) i * tiny::n_vocab, tokens(m.text.begin(), m.text.end() - (n - 1 - i)));
-        check_row(rows + (ptrdiff_t) (n - 1) * tiny::n_vocab, m.text);
-    }
-
     // tokens as a user would ask for them
     void generate(member & m) {
         for (int32_t i = d.between(1, 12); i > 0 && m.live; --i) {

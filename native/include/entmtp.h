@@ -355,8 +355,7 @@ ENTMTP_API int32_t entmtp_decoder_n_evaluated(const struct entmtp_decoder * dec)
 
 // Evaluation can go on after the first n_past tokens: they are evaluated, and the memory still holds all that a token
 // there attends to. Where layers have a sliding window and their cache is no larger (swa_full = false), it forgets what
-// lies before it, so that a text cannot be cut back far. A memory that is a state, in part at least, goes back by a few
-// tokens of the last pass, and only where llama_context_params.n_rs_seq asks for that.
+// lies before it. A state goes back by a few tokens of the last pass, where llama_context_params.n_rs_seq asks for that.
 ENTMTP_API bool entmtp_decoder_can_continue(const struct entmtp_decoder * dec, int32_t n_past);
 
 // The memory of the model can hold a token tree; recurrent and hybrid memories cannot.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,6 +194,23 @@ def check_lookup(lookup: Any, policy: str, who: Sequence[str]) -> None:
             'lookup names texts to draft from, which the drafter "text" does under policy="auto": leave lookup out, or '
             "policy and drafters as they are by default"
         )
+
+
+def states_kept(arguments: Mapping[str, Any]) -> int:
+    """How many states a hybrid memory keeps to go back to: llama.cpp wants room for two tokens more in a pass.
+
+    Args:
+        arguments: of `Llama`, for llama-cpp-python.
+    """
+    n_pass = min(arguments.get(name) or 512 for name in ("n_ctx", "n_batch", "n_ubatch"))
+    return max(min(CHAIN, n_pass - 2), 0)
+
+
+def why_plain(n_ubatch: int) -> str:
+    """The warning where nothing can be drafted, in passes of so many tokens at most."""
+    if n_ubatch < 3:
+        return f"passes of {n_ubatch} tokens (n_batch, n_ubatch) have no room for drafts: decoding plainly"
+    return "the memory of this model cannot hold a token tree: decoding plainly"
 
 
 def up_to_rounding(llm: Subject) -> str:

@@ -163,15 +163,13 @@ class Llama(Drafted):
         mapped = kwargs.get("use_mmap", True) and not kwargs.get("lora_path")
         self._holds = {"embeddings": packs and not mapped, "locked": locked}
         follows = not (kwargs.get("n_threads") or kwargs.get("n_threads_batch") or kwargs.get("n_gpu_layers"))
-        self._most_in_pass = min(kwargs.get(name) or 512 for name in ("n_ctx", "n_batch", "n_ubatch"))
+        self._n_states = drafting.states_kept(kwargs) if self._drafts else 0
         kwargs |= self.begin_pace(follows and cpu_kernels.current() != cpu_kernels.OFF)
         try:
             super().__init__(str(model_path), **kwargs)
         except ValueError as e:
             self._check_servers()
-            if (
-                self._no_prediction
-            ):  # llama.cpp loads no file that lacks part of a layer, whether it is used or not
+            if self._no_prediction:  # llama.cpp loads no file that lacks part of a layer, used or not
                 raise ValueError(f"{e}: {self._no_prediction}") from e
             raise
         self._check_servers()  # a model that was loaded to a lost server looks like one
@@ -217,12 +215,7 @@ class Llama(Drafted):
             self._decoder.set_outputs("host" if self.logits_all else outputs)
 
             if draft is not None and self._heads is None and not self._decoder.can_chain():
-                n_ubatch = llama_cpp.llama_n_ubatch(self.ctx)
-                self.warn_once(
-                    f"passes of {n_ubatch} tokens (n_batch, n_ubatch) have no room for drafts: decoding plainly"
-                    if n_ubatch < 3
-                    else "the memory of this model cannot hold a token tree: decoding plainly"
-                )
+                self.warn_once(drafting.why_plain(llama_cpp.llama_n_ubatch(self.ctx)))
             elif draft is not None:
                 if not self._decoder.can_tree() and self.architecture not in drafting.EXACT_CHAINS:
                     self.lossless = "rounding" if self.lossless == "exact" else self.lossless
@@ -245,8 +238,7 @@ class Llama(Drafted):
             params.use_extra_bufts = False
 
     def prepare_context(self, params: Any) -> None:
-        # 0 where llama.cpp cannot go back. It wants room for two tokens more in a pass
-        params.n_rs_seq = max(min(drafting.CHAIN, self._most_in_pass - 2), 0) if self._drafts else 0
+        params.n_rs_seq = self._n_states  # none where llama.cpp cannot go back
 
     @property
     def architecture(self) -> str:

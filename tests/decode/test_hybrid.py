@@ -5,6 +5,8 @@ last pass had fewer.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from entmtp import EntmtpError, Llama
 from helpers.forced import draft_a_lot
 from helpers.hybrids import hybrid_path
 from helpers.models import model_path
+
+pytestmark = pytest.mark.filterwarnings("ignore:the memory of this model cannot hold a token tree")
 
 
 @pytest.mark.parametrize("name", ["qwen35", "lfm2", "nemotron_h"])
@@ -57,18 +61,19 @@ NAMES = ["qwen35", "lfm2", "nemotron_h", "rwkv6", "mamba"]
 KINDS = ["plain", "steady", "drafting"]  # not drafting, drafting now and then, and always
 
 
-def make(name: str, kind: str) -> Any:
-    return loaded(memory_path(name), **({} if kind == "plain" else {"draft": "entmtp"}))
+@contextmanager
+def make(name: str, kind: str) -> Iterator[Llama]:
+    with loaded(memory_path(name), **({} if kind == "plain" else {"draft": "entmtp"})) as llm:
+        if kind == "drafting" and llm.decoder.can_chain():
+            draft_a_lot(llm)
+        yield llm
 
 
-@pytest.mark.filterwarnings("ignore:the memory of this model cannot hold a token tree")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_texts_that_go_back_by_a_few_tokens(name: str, kind: str) -> None:
     """By as many as the last pass kept states for, by more, and twice in a row."""
     with make(name, kind) as llm, loaded(memory_path(name)) as fresh:
-        if kind == "drafting" and llm.decoder.can_chain():
-            draft_a_lot(llm)
         text = answer(llm, PROMPTS[2], 12, **GREEDY)
         for back in (2, 1, 4, 3, 5, 2, 2, 9):
             kept = llm.input_ids[: llm.n_tokens].tolist()[:-back]
@@ -82,14 +87,11 @@ def test_texts_that_go_back_by_a_few_tokens(name: str, kind: str) -> None:
         assert answer(llm, PROMPTS[2], 12, **GREEDY) == text == answer(fresh, PROMPTS[2], 12, **GREEDY)
 
 
-@pytest.mark.filterwarnings("ignore:the memory of this model cannot hold a token tree")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_stopped_in_the_middle_of_a_pass(name: str, kind: str) -> None:
     """Some layers have the states of one text then, some of another."""
     with make(name, kind) as llm:
-        if kind == "drafting" and llm.decoder.can_chain():
-            draft_a_lot(llm)
         prompt = PROMPTS[2]
         expected = first(llm, prompt, 9)
         stop = Stop(llm)
@@ -115,7 +117,6 @@ def test_stopped_in_the_middle_of_a_pass(name: str, kind: str) -> None:
 def test_states_that_are_loaded_cannot_be_cut_back(name: str) -> None:
     """They come without those before them."""
     with make(name, "drafting") as llm, loaded(hybrid_path(name)) as fresh:
-        draft_a_lot(llm)
         answer(llm, PROMPTS[0], 12, **GREEDY)
         state, text = llm.save_state(), llm.input_ids[: llm.n_tokens].tolist()
         for prompt in (text[:-1], text[:-3], [*text, 7], text):
