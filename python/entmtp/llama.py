@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from .native.arrays import SCORES
 from .native.decoder import Decoder, sample
 from .native.heads import Heads
 from .native.rpc import Servers
-from .upstream import is_readable_grammar
+from .upstream import Ending, is_readable_grammar
 
 READ_AT_ONCE = 64  # tokens of a prompt whose logits are wanted; rows may have 1 MB
 
@@ -125,7 +125,6 @@ class Llama(Drafted):
         self.begin_drafting(drafts=draft is not None and policy in (None, "auto"))
         self._servers: Servers | None = None
         self._use = Use()
-        self._record: Logprobs | None = None  # of the next `generate`
         self._reading: Logprobs | None = None  # of the one whose prompt is being evaluated
         # called with each sampled token, and which drafters had guessed it (bits of native.abi.SOURCES; 0: none)
         self.on_token: Callable[[int, int], None] | None = None
@@ -268,25 +267,13 @@ class Llama(Drafted):
             raise ValueError(f"logprobs is {n}, it must be 0 or more")
         stream = bool(kwargs.get("stream"))
         record = Logprobs(self, n, bool(kwargs.get("echo")) and not stream, len(prompt))
-        with self._recording(record):
-            answer = super().create_completion(prompt, *args, **{**kwargs, "logprobs": None})
+        ending = Ending(kwargs.get("stopping_criteria"), stream, record)
+        wanted = {**kwargs, "logprobs": None, "stopping_criteria": ending}
+        answer = super().create_completion(prompt, *args, **wanted)
         if stream:  # nothing was generated yet
-            return self._recorded(record, answer)
+            return record.streamed(answer)
         answer["choices"][0]["logprobs"] = record.all(self._has_text)
         return answer
-
-    @contextlib.contextmanager
-    def _recording(self, record: Logprobs) -> Iterator[None]:
-        """The next `generate` is that of the record."""
-        self._record = record
-        try:
-            yield
-        finally:
-            self._record = None
-
-    def _recorded(self, record: Logprobs, chunks: Iterator[Any]) -> Iterator[Any]:
-        with self._recording(record):
-            yield from record.streamed(chunks)
 
     def _has_text(self, token: int) -> bool:
         vocab = llama_cpp.llama_model_get_vocab(self.model)
@@ -413,7 +400,8 @@ class Llama(Drafted):
             BusyError: another thread is in a call of this model, or another generation began after this one.
         """
         tokens, grammar = list(tokens), kwargs.get("grammar")
-        record, self._record = self._record, None
+        ending = Ending.of(kwargs)
+        record = ending.record if ending else None
         if grammar is not None and not is_readable_grammar(self.model, grammar):
             raise ValueError(
                 "the grammar cannot be read: it is not GBNF, has no rule named root, or leads to too much"
@@ -437,8 +425,12 @@ class Llama(Drafted):
                         record.draw(self._decoder.logits(self.vocab_size), token)
                         self._reading = None
                 sent = yield token
-        except (Cancelled, StopIteration):
-            return
+                if ending and self.n_tokens >= self.n_ctx():  # its last token was part of a character only
+                    ending.early = True
+                    return
+        except (Cancelled, StopIteration) as e:
+            if ending:
+                ending.early = isinstance(e, Cancelled)
         finally:
             with contextlib.suppress(BusyError), self._use.of(turn):
                 self._reading = None

@@ -226,12 +226,14 @@ class Upstream(llama_cpp.Llama):
         check_request(self, kwargs)
         if not isinstance(prompt, str):
             self.check_tokens(prompt)
-        # asked also where an answer was cancelled before its first token
-        if stops := kwargs.get("stopping_criteria"):
-            kwargs["stopping_criteria"] = lambda tokens, logits: len(tokens) > 0 and stops(tokens, logits)
         if processors := kwargs.get("logits_processor"):
             kwargs["logits_processor"] = Processors(processors)
-        return super().create_completion(prompt, *args, **kwargs)
+        stops = kwargs.get("stopping_criteria")
+        ending = stops if isinstance(stops, Ending) else Ending(stops, bool(kwargs.get("stream")))
+        answer: Any = super().create_completion(prompt, *args, **{**kwargs, "stopping_criteria": ending})
+        if ending.early and not ending.streamed:
+            answer["choices"][0]["finish_reason"] = "length"
+        return answer
 
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         """As `llama_cpp.Llama.create_chat_completion`; what it would pass over in silence is a ValueError."""
@@ -288,6 +290,36 @@ def requantise(source: str | Path, target: str | Path, ftype: int) -> bool:
     return (
         llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)) == 0
     )
+
+
+class Ending:
+    """A completion's stopping criteria, and whether its generation ended before it was told to.
+
+    llama-cpp-python asks them once more behind the last token, and leaves an answer without its text where nothing
+    ended it: neither a limit, nor an end of text, nor they.
+
+    Attributes:
+        stops: criteria of the user, None for none.
+        record: what keeps log probabilities on the way (`Logprobs`), None for nothing.
+        early: it was cancelled, or the context was full; set by `generate`.
+    """
+
+    def __init__(self, stops: Any, streamed: bool, record: Any = None):
+        self.stops, self.streamed, self.record, self.early = stops, streamed, record, False
+
+    def __call__(self, tokens: Any, logits: Any) -> bool:
+        if self.early:
+            return not self.streamed  # what is streamed was given
+        return bool(self.stops) and len(tokens) > 0 and bool(self.stops(tokens, logits))
+
+    @classmethod
+    def of(cls, kwargs: dict[str, Any]) -> Ending | None:
+        """That of the completion which calls `generate`, if one does; only criteria of the user stay."""
+        ending = kwargs.get("stopping_criteria")
+        if not isinstance(ending, cls):
+            return None
+        kwargs["stopping_criteria"] = ending.stops
+        return ending
 
 
 class Processors(llama_cpp.LogitsProcessorList):

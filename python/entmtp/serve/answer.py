@@ -102,14 +102,10 @@ def _calls(llama: Any, asked: Asked, stream: bool) -> Iterator[Any]:
         yield partial(create, **{**named, **choice, "model": llama.alias, "stream": stream})
 
 
-def _finish(
-    choice: dict[str, Any], index: int, asked: Asked, served: ServedRequest, begun: dict[str, str]
-) -> None:
+def _finish(choice: dict[str, Any], index: int, asked: Asked, begun: dict[str, str]) -> None:
     choice["index"] = index
     if isinstance(asked.body, Chat):
         calls.tidy(choice, asked.body.functions is not None, begun)
-    if served.cut and choice.get("finish_reason") == "stop":
-        choice["finish_reason"] = "length"
 
 
 def write_whole(llama: Any, asked: Asked, served: ServedRequest) -> dict[str, Any]:
@@ -119,7 +115,7 @@ def write_whole(llama: Any, asked: Asked, served: ServedRequest) -> dict[str, An
         one = create()
         if isinstance(asked.body, Chat):
             written.whole(one["choices"][0], asked.functions)
-        _finish(one["choices"][0], index, asked, served, {})
+        _finish(one["choices"][0], index, asked, {})
         if answer:
             answer["choices"] += one["choices"]
             answer["usage"] = served.usage()
@@ -266,7 +262,7 @@ class Streamed(Response):
             begun = dict[str, str]()
             with contextlib.closing(create()) as chunks:
                 for chunk in written.streamed(chunks, functions) if chat else chunks:
-                    _finish(chunk["choices"][0], index, self.asked, served, begun)
+                    _finish(chunk["choices"][0], index, self.asked, begun)
                     if served.details is not None:
                         served.details.add_to(chunk)
                     self.pipe.put(chunk, served)

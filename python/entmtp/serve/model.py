@@ -23,6 +23,7 @@ from ..models.names import resolve
 from ..native.group import Passes
 from ..options.model import arguments, explained, model_files
 from ..slot import Slot
+from ..upstream import Ending
 from .errors import Refused
 from .metrics import Metrics
 from .requests import ServedRequest, current
@@ -100,9 +101,8 @@ class Served(Llama):
                         yield token
                         if request.over:
                             break
-                if request.expired:
-                    request.cut = True
-                    yield self.token_eos()  # llama-cpp-python keeps the text of answers that end by themselves
+                if request.expired and isinstance(ending := kwargs.get("stopping_criteria"), Ending):
+                    ending.early = True
             finally:
                 stats = self.draft_stats
                 if self.metrics is not None:

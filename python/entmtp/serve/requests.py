@@ -45,7 +45,7 @@ class ServedRequest:
         first_token: the first token of the answer was drawn.
         n_prompt, n_tokens: of the prompts, and of the answers.
         stopped: why nobody wants the answer any more.
-        expired, cut: the answer has had its seconds, and was ended for that.
+        expired: the answer has had its seconds, and was ended for that.
         at_end: the last token that was drawn is one that ends a text.
     """
 
@@ -55,7 +55,7 @@ class ServedRequest:
         self.started: float | None = None
         self.first_token: float | None = None
         self.stopped: str | None = None
-        self.expired = self.cut = self.at_end = False
+        self.expired = self.at_end = False
         self.status: int | None = None  # of the response, once that has begun
         self.streams = False  # the response comes piece by piece
         self.error_event: Callable[[Refused], bytes] = lambda refused: refused.event(path)
