@@ -271,7 +271,13 @@ void pass::lead(std::unique_lock<std::mutex> & lock) {
             t_prompt            = t_prompt > 0.0 ? t_prompt + (t_each - t_prompt) / 4 : t_each;
         }
     }
+    // no cells for a tree beside the others: it goes back to who drafted it, and their turn comes again without it
+    const auto is_tree = [](const part * p) { return !p->is_prompt && p->tokens.size() > 1; };
+    const bool crowded = status == 1 && std::any_of(parts.begin(), parts.end(), is_tree);
     for (part * p : parts) {
+        if (crowded && !is_tree(p)) {
+            continue;
+        }
         p->status              = status;
         p->t_us                = t;
         p->built               = out.built();

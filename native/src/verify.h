@@ -57,6 +57,7 @@ struct part {
     void keep(F && wanted) {
         std::vector<int32_t> place(tokens.size(), -1);
         size_t               n = 0;
+        kept.clear(); // of an earlier try, which left the root alone
         for (size_t i = 0; i < tokens.size(); ++i) {
             if ((i > 0 && place[parent[i]] < 0) || !wanted(i)) {
                 continue;

@@ -15,9 +15,9 @@ using sampler_ptr = std::unique_ptr<llama_sampler, decltype(&llama_sampler_free)
 
 static constexpr int32_t n_seq = 4, n_ctx = 256;
 
-static tiny::context_ptr shared_context() {
+static tiny::context_ptr shared_context(uint32_t n_cells = n_seq * n_ctx) {
     llama_context_params params = llama_context_default_params();
-    params.n_ctx                = n_seq * n_ctx;
+    params.n_ctx                = n_cells;
     params.n_batch = params.n_ubatch = 128;
     params.n_threads = params.n_threads_batch = 1;
     params.n_seq_max                          = n_seq;
@@ -224,6 +224,44 @@ static void test_room() {
     CHECK_EQ(entmtp_decoder_eval(dec, text.data(), 2, 14, false), ENTMTP_OK);
 }
 
+// cells for the texts alone: a tree that does not fit beside another's tokens is left out, and those tokens are not
+static void test_no_room_for_trees() {
+    constexpr int32_t most = 128;
+    tiny::context_ptr ctx = shared_context(2 * most), own = shared_context();
+    const group_ptr   group(entmtp_group_init(ctx.get(), nullptr, 2, n_ctx));
+    const decoder_ptr alone(entmtp_decoder_init(own.get(), nullptr));
+    struct text {
+        tokens   begin;
+        uint32_t seed;
+        tokens   rest;
+    };
+    std::vector<text> texts[2];
+    for (int32_t i = 0; i < 2; ++i) {
+        for (uint32_t k = 0; k < 8; ++k) {
+            tokens begin(k % 2 ? 20 : 100);
+            for (size_t t = 0; t < begin.size(); ++t) {
+                begin[t] = (int32_t) ((t * (3 + k) + (size_t) i) % tiny::n_vocab);
+            }
+            texts[i].push_back({ begin, k, write(alone.get(), begin, k, most - (int32_t) begin.size()) });
+        }
+    }
+    std::vector<std::thread> users;
+    for (int32_t i = 0; i < 2; ++i) {
+        users.emplace_back([&, i] {
+            entmtp_decoder * dec = entmtp_group_decoder(group.get(), i);
+            draft_from(dec, i == 0 ? (int32_t) bushy : 0);
+            entmtp_group_set_active(group.get(), i, true);
+            for (const text & t : texts[i]) {
+                CHECK(write(dec, t.begin, t.seed, (int32_t) t.rest.size()) == t.rest);
+            }
+            entmtp_group_set_active(group.get(), i, false);
+        });
+    }
+    for (std::thread & user : users) {
+        user.join();
+    }
+}
+
 static void test_groups_that_cannot_be() {
     tiny::context_ptr ctx = shared_context();
     CHECK(!entmtp_group_init(nullptr, nullptr, 2, 64));
@@ -245,6 +283,7 @@ int main() {
         test_states();
         test_inactive();
         test_room();
+        test_no_room_for_trees();
         test_groups_that_cannot_be();
     }
     return tear_down("test_group");

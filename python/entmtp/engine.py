@@ -30,6 +30,8 @@ class Host(Llama):
 
     def __init__(self, model_path: str | Path, *, n_slots: int, **kwargs: Any):
         self._n_slots = n_slots
+        if "n_batch" in kwargs:  # a token of each at least, or llama.cpp ends the process
+            kwargs["n_batch"] = max(kwargs["n_batch"], n_slots)
         super().__init__(model_path, **kwargs)
 
     def prepare_context(self, params: Any) -> None:
@@ -206,9 +208,12 @@ class Engine:
         return sum(map(len, self._reserved.values()))
 
     def _give_way(self, slot: Slot) -> None:
-        """What idle slots keep of their texts goes where there is no room for it, the oldest first."""
+        """What slots keep of earlier texts goes where there is no room for it: of idle ones first, the oldest before the
+        others, then of those that wait for room themselves.
+        """
         room = self.kv_tokens - self._taken()
-        kept = [s for s in self._idle if s is not slot and s not in self._reserved]
+        waiting = [s for s in self.slots if s not in self._idle]
+        kept = [s for s in (*self._idle, *waiting) if s is not slot and s not in self._reserved]
         while sum(s.n_tokens for s in kept) > room:
             kept.pop(0).forget()
 

@@ -152,6 +152,24 @@ def test_memory_is_shared_out(alone: Alone) -> None:
             pass
 
 
+@needs_kernels
+def test_what_slots_keep_gives_way(alone: Alone) -> None:
+    """Also what those keep that wait for room themselves: several slots of long texts, and room for one."""
+    settings: dict[str, Any] = {"max_tokens": 200, "temperature": 0.0}
+    with Engine(DEMO, slots=4, n_ctx=256, kv_tokens=256, draft=None, **SETTINGS) as engine:
+        for _ in range(3):
+            streams = [engine.submit(p, **settings) for p in PROMPTS]
+            for prompt, stream in zip(PROMPTS, streams, strict=True):
+                assert stream.text == alone.text(prompt, **settings)
+
+
+def test_a_pass_has_a_token_of_each() -> None:
+    """llama.cpp ends the process over passes of fewer."""
+    with Engine(DEMO, slots=3, n_ctx=256, n_batch=2, **SETTINGS) as engine:
+        streams = [engine.submit(p, max_tokens=8) for p in PROMPTS]
+        assert all(stream.text for stream in streams)
+
+
 def test_async_readers(engine: Engine, alone: Alone) -> None:
     async def read(prompt: str) -> str:
         return "".join([piece async for piece in engine.submit(prompt, max_tokens=25, temperature=0.0)])
