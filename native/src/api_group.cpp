@@ -88,6 +88,14 @@ int32_t entmtp_decoder_in_common(const entmtp_decoder * dec, const int32_t * tok
     return dec->impl.in_common(tokens, n);
 }
 
+int32_t entmtp_decoder_n_held(const entmtp_decoder * dec) {
+    if (!dec) {
+        return 0;
+    }
+    const auto hold = dec->impl.hold();
+    return dec->impl.n_held();
+}
+
 int32_t entmtp_decoder_share(entmtp_decoder * dec, const entmtp_decoder * from, const int32_t * tokens, int32_t n) {
     int32_t       n_shared = 0;
     const int32_t status   = guarded(dec, [&](entmtp::decoder & d) {

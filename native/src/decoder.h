@@ -108,6 +108,9 @@ class decoder {
     // tokens evaluated, the last of which can be sampled after; -1: none
     int32_t n_evaluated() const { return live ? n_past + (int32_t) path.size() : -1; }
 
+    // cells that the text takes in the memory, those of an unsettled tree included
+    int32_t n_held() const { return n_past + (tree_id >= 0 ? (int32_t) tokens.size() : 0); }
+
     bool can_continue(int32_t past) const;
 
     void invalidate(int32_t n_past);

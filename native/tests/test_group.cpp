@@ -221,7 +221,12 @@ static void test_room() {
     CHECK_EQ(entmtp_decoder_eval(dec, text.data(), 1, 16, false), ENTMTP_CONTEXT_FULL);
     CHECK_HAS(entmtp_last_error(), "16 of 16 positions");
     CHECK_EQ(entmtp_decoder_n_evaluated(dec), -1);
-    CHECK_EQ(entmtp_decoder_eval(dec, text.data(), 2, 14, false), ENTMTP_OK);
+    CHECK_EQ(entmtp_decoder_n_held(dec), 16); // what it has evaluated stays, though it cannot be sampled after
+    CHECK_EQ(entmtp_decoder_eval(dec, text.data(), 2, 12, false), ENTMTP_OK);
+    CHECK_EQ(entmtp_decoder_n_held(dec), 14);
+    CHECK_EQ(entmtp_decoder_clear(dec), ENTMTP_OK);
+    CHECK_EQ(entmtp_decoder_n_held(dec), 0);
+    CHECK_EQ(entmtp_decoder_n_held(nullptr), 0);
 }
 
 // cells for the texts alone: a tree that does not fit beside another's tokens is left out, and those tokens are not

@@ -208,14 +208,17 @@ class Engine:
         return sum(map(len, self._reserved.values()))
 
     def _give_way(self, slot: Slot) -> None:
-        """What slots keep of earlier texts goes where there is no room for it: of idle ones first, the oldest before the
-        others, then of those that wait for room themselves.
+        """What slots keep of earlier texts goes where there is no room for it: of idle ones first, the oldest before
+        the others, then of those that wait for room themselves.
         """
         room = self.kv_tokens - self._taken()
         waiting = [s for s in self.slots if s not in self._idle]
         kept = [s for s in (*self._idle, *waiting) if s is not slot and s not in self._reserved]
-        while sum(s.n_tokens for s in kept) > room:
-            kept.pop(0).forget()
+        held = {s: s.decoder.n_held for s in kept}
+        while sum(held.values()) > room:
+            oldest = next(iter(held))
+            oldest.forget()
+            del held[oldest]
 
     # -- requests --
 

@@ -267,7 +267,7 @@ class Llama(Drafted):
             raise ValueError(f"logprobs is {n}, it must be 0 or more")
         stream = bool(kwargs.get("stream"))
         record = Logprobs(self, n, bool(kwargs.get("echo")) and not stream, len(prompt))
-        ending = Ending(kwargs.get("stopping_criteria"), stream, record)
+        ending = Ending(args, kwargs, record)
         wanted = {**kwargs, "logprobs": None, "stopping_criteria": ending}
         answer = super().create_completion(prompt, *args, **wanted)
         if stream:  # nothing was generated yet
@@ -417,6 +417,7 @@ class Llama(Drafted):
                 self._reading = record
             inner = super().generate(tokens, *args, **kwargs)
         sent: Sequence[int] | None = None
+        n_drawn = 0
         try:
             while True:
                 with self._use.of(turn):
@@ -425,8 +426,8 @@ class Llama(Drafted):
                         record.draw(self._decoder.logits(self.vocab_size), token)
                         self._reading = None
                 sent = yield token
-                if ending and self.n_tokens >= self.n_ctx():  # its last token was part of a character only
-                    ending.early = True
+                n_drawn += 1
+                if ending and ending.must_end(n_drawn, self.n_ctx() - self.n_tokens):
                     return
         except (Cancelled, StopIteration) as e:
             if ending:

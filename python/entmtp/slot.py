@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from .common.use import Use
 from .llama import Llama
 from .native.decoder import Decoder
+from .upstream import LONGEST_REST, most_tokens
 
 # A text is begun from another slot's cells where that saves so many tokens more than the slot's own
 WORTH_SHARING = 8
@@ -62,8 +63,8 @@ class Slot(Llama):
         raise ValueError("an engine gives no embeddings; use a Llama with embedding=True")
 
     def create_completion(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        limit = kwargs.get("max_tokens", 16)
-        self.expected = self.n_ctx() if limit is None or limit <= 0 else limit
+        most = most_tokens(args, kwargs)
+        self.expected = self.n_ctx() if most is None else most + LONGEST_REST
         with self._own_limit():
             answer = super().create_completion(prompt, *args, **kwargs)
         return self._stream(answer) if isinstance(answer, Iterator) else answer

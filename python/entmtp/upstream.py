@@ -228,8 +228,9 @@ class Upstream(llama_cpp.Llama):
             self.check_tokens(prompt)
         if processors := kwargs.get("logits_processor"):
             kwargs["logits_processor"] = Processors(processors)
-        stops = kwargs.get("stopping_criteria")
-        ending = stops if isinstance(stops, Ending) else Ending(stops, bool(kwargs.get("stream")))
+        ending = kwargs.get("stopping_criteria")
+        if not isinstance(ending, Ending):
+            ending = Ending(args, kwargs)
         answer: Any = super().create_completion(prompt, *args, **{**kwargs, "stopping_criteria": ending})
         if ending.early and not ending.streamed:
             answer["choices"][0]["finish_reason"] = "length"
@@ -292,20 +293,30 @@ def requantise(source: str | Path, target: str | Path, ftype: int) -> bool:
     )
 
 
+LONGEST_REST = 3  # tokens beyond max_tokens that an answer may have, for the rest of a character
+
+
+def most_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """`max_tokens` among the arguments of `create_completion` behind the prompt; None: as many as fit."""
+    most = args[1] if len(args) > 1 else kwargs.get("max_tokens", 16)
+    return None if most is None or most <= 0 else int(most)
+
+
 class Ending:
     """A completion's stopping criteria, and whether its generation ended before it was told to.
 
     llama-cpp-python asks them once more behind the last token, and leaves an answer without its text where nothing
-    ended it: neither a limit, nor an end of text, nor they.
+    ended it: neither a limit, nor an end of text, nor they. It looks at no limit while a character is not complete.
 
     Attributes:
         stops: criteria of the user, None for none.
         record: what keeps log probabilities on the way (`Logprobs`), None for nothing.
-        early: it was cancelled, or the context was full; set by `generate`.
+        early: it was cancelled, or nothing more fits, or is allowed, in the middle of a character; set by `generate`.
     """
 
-    def __init__(self, stops: Any, streamed: bool, record: Any = None):
-        self.stops, self.streamed, self.record, self.early = stops, streamed, record, False
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], record: Any = None):
+        self.stops, self.streamed = kwargs.get("stopping_criteria"), bool(kwargs.get("stream"))
+        self.most, self.record, self.early = most_tokens(args, kwargs), record, False
 
     def __call__(self, tokens: Any, logits: Any) -> bool:
         if self.early:
@@ -320,6 +331,11 @@ class Ending:
             return None
         kwargs["stopping_criteria"] = ending.stops
         return ending
+
+    def must_end(self, n_drawn: int, n_free: int) -> bool:
+        """Whether the last token was the last one, with so many drawn and room for so many more in the context."""
+        self.early = n_free < 1 or (self.most is not None and n_drawn >= self.most + LONGEST_REST)
+        return self.early
 
 
 class Processors(llama_cpp.LogitsProcessorList):

@@ -40,6 +40,24 @@ def test_the_context_ends_within_a_character(draft: str | None, bias: dict[int, 
             asked["seed"] += 1
 
 
+@pytest.mark.parametrize("draft", [None, "entmtp"])
+def test_no_more_than_the_rest_of_a_character(draft: str | None) -> None:
+    """llama-cpp-python looks at no limit while a character is not complete, which may be never."""
+    with closing(Llama(model_path("llama"), draft=draft, **SETTINGS)) as llm:
+        asked: dict[str, Any] = {"max_tokens": 5, "logit_bias": BEGUN}
+        for how in ({}, {"logprobs": 1}):
+            answer = llm.create_completion(PROMPT, **asked, **how)
+            assert answer["usage"]["completion_tokens"] == 5 + 3
+            assert answer["choices"][0]["finish_reason"] == "length"
+        assert llm.create_completion(PROMPT, None, 2, logit_bias=BEGUN)["usage"]["completion_tokens"] == 2 + 3
+        llm.reset()
+        chunks = list(llm.create_completion(PROMPT, stream=True, **asked))
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+        assert llm.n_tokens == len(PROMPT) + 5 + 2  # the last one is not evaluated
+        whole = llm.create_completion(PROMPT, max_tokens=5, logit_bias={ord("a"): 100.0})
+        assert whole["choices"][0]["text"] == "aaaaa" and whole["usage"]["completion_tokens"] == 5
+
+
 def test_with_a_criterion_of_ones_own() -> None:
     with closing(Llama(model_path("llama"), **SETTINGS)) as llm:
         asked: dict[str, Any] = {"max_tokens": None, "logit_bias": BEGUN}

@@ -412,6 +412,9 @@ group_get_passes = bind("entmtp_group_get_passes", None, c_void_p, *[POINTER(c_i
 # int32_t entmtp_decoder_clear(struct entmtp_decoder * dec);
 decoder_clear = bind("entmtp_decoder_clear", c_int32, c_void_p)
 
+# int32_t entmtp_decoder_n_held(const struct entmtp_decoder * dec);
+decoder_n_held = bind("entmtp_decoder_n_held", c_int32, c_void_p)
+
 # int32_t entmtp_decoder_in_common(const struct entmtp_decoder * dec, const int32_t * tokens, int32_t n);
 decoder_in_common = bind("entmtp_decoder_in_common", c_int32, c_void_p, c_void_p, c_int32)
 

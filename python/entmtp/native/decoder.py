@@ -277,6 +277,11 @@ class Decoder:
         """How many of these tokens the memory begins with."""
         return int(n.decoder_in_common(self._ptr, (ctypes.c_int32 * len(tokens))(*tokens), len(tokens)))
 
+    @property
+    def n_held(self) -> int:
+        """Cells of the memory that the text takes, whether or not it can be gone on with."""
+        return int(n.decoder_n_held(self._ptr))
+
     def share(self, other: Decoder, tokens: Sequence[int]) -> int:
         """Begin with as many of `tokens` as `other`, of the same group, has evaluated; returns how many they are.
 
