@@ -16,7 +16,7 @@ import random
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -315,13 +315,14 @@ class Ending:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], record: Any = None):
-        self.stops, self.streamed = kwargs.get("stopping_criteria"), bool(kwargs.get("stream"))
-        self.most, self.record, self.early = most_tokens(args, kwargs), record, False
+        self.stops: Callable[[Any, Any], bool] | None = kwargs.get("stopping_criteria")
+        self.streamed, self.most = bool(kwargs.get("stream")), most_tokens(args, kwargs)
+        self.record, self.early = record, False
 
     def __call__(self, tokens: Any, logits: Any) -> bool:
         if self.early:
             return not self.streamed  # what is streamed was given
-        return bool(self.stops) and len(tokens) > 0 and bool(self.stops(tokens, logits))
+        return self.stops is not None and len(tokens) > 0 and bool(self.stops(tokens, logits))
 
     @classmethod
     def of(cls, kwargs: dict[str, Any]) -> Ending | None:
