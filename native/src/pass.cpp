@@ -272,7 +272,9 @@ void pass::lead(std::unique_lock<std::mutex> & lock) {
         }
     }
     // no cells for a tree beside the others: it goes back to who drafted it, and their turn comes again without it
-    const auto is_tree = [](const part * p) { return !p->is_prompt && p->tokens.size() > 1; };
+    const auto is_tree = [](const part * p) {
+        return !p->is_prompt && p->tokens.size() > 1;
+    };
     const bool crowded = status == 1 && std::any_of(parts.begin(), parts.end(), is_tree);
     for (part * p : parts) {
         if (crowded && !is_tree(p)) {
