@@ -40,6 +40,11 @@ draft_model::draft_model(llama_context *      target,
             throw std::runtime_error("draft model: this model has no layers for multi-token prediction");
         }
     }
+    if (kind == what::model && (llama_model_is_recurrent(model) || llama_model_is_hybrid(model))) {
+        throw std::runtime_error(
+            "draft model: its memory holds states (a recurrent or hybrid model), which cannot be cut back when a draft "
+            "is refused; use a model of attention alone");
+    }
     n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
     n_known = std::min(n_vocab, llama_vocab_n_tokens(llama_model_get_vocab(base)));
     n_embd  = kind == what::eagle3 ? llama_model_n_embd(model) : llama_model_n_embd_out(base);
@@ -160,7 +165,7 @@ void draft_model::cut(int32_t pos) {
         return;
     }
     if (!llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, std::max(pos - shift(), 0), -1)) {
-        why = "its memory cannot be cut back (recurrent or hybrid)";
+        why = "llama.cpp could not cut its memory back";
     }
     held.resize(std::max(pos, 0));
 }
@@ -266,6 +271,9 @@ const float * draft_model::go_on(const text_index & text, const std::vector<int3
     }
     same = std::min(same, n - 1); // the last one's logits are wanted
     cut(same);
+    if (!why.empty()) {
+        return nullptr;
+    }
 
     std::vector<int32_t> tokens;
     for (int32_t i = same; i < n; ++i) {
