@@ -56,7 +56,9 @@ def test_more_states_than_a_pass_has_tokens_are_refused() -> None:
 @pytest.mark.parametrize("name", ["lfm2", "mamba", "qwen35"])
 def test_states_cannot_draft_for_another_model(name: str) -> None:
     """What is refused of a draft could not be taken back; they said so at the first refusal, and llama.cpp loudly."""
-    with pytest.raises(EntmtpError, match=r"draft model: its memory holds states .* use a model of attention alone"):
+    with pytest.raises(
+        EntmtpError, match=r"draft model: its memory holds states .* use a model of attention alone"
+    ):
         Llama(model_path("llama"), draft="entmtp", draft_model=memory_path(name), n_ctx=256, verbose=False)
 
 
