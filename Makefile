@@ -40,8 +40,8 @@ PLATFORMS := x86_64-manylinux2014 aarch64-manylinux2014 aarch64-apple-darwin x86
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-native test-python test-torch test-gpu test-asan test-asan-python test-tsan test-arm \
-	test-valgrind soak soak-serve kill-matrix fuzz fuzz-server build install baselines archs wheel wheel-check wheel-install \
-	bump bump-tools sbom audit lint format clean distclean
+	test-valgrind soak soak-settings soak-serve kill-matrix fuzz fuzz-server build install baselines archs wheel \
+	wheel-check wheel-install bump bump-tools sbom audit lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -78,6 +78,9 @@ test-valgrind: install ## load, generate, close, from Python, under valgrind; wi
 
 soak: install ## random calls to a drafting model and a plain twin, 1000000 tokens or TOKENS=n
 	$(PY) tests/soak.py --tokens $(or $(TOKENS),1000000)
+
+soak-settings: install ## small models of all kinds under settings drawn at random, alone and in company, for 10 minutes or MINUTES=n
+	$(PY) tests/soak_settings.py --minutes $(or $(MINUTES),10)
 
 soak-serve: install ## a server under 16 clients, some of whom leave or read slowly, for 10 minutes or MINUTES=n
 	$(PY) tests/soak_serve.py --minutes $(or $(MINUTES),10) $(SOAK_ARGS)

@@ -307,6 +307,9 @@ def main() -> int:
     parser.add_argument("--model", help="a model's path or name (default: the demo)")
     parser.add_argument("--questions", type=int, default=200, help="different ones (default: 200)")
     parser.add_argument("--seed", type=int, default=1, help="of the questions and clients (default: 1)")
+    parser.add_argument(
+        "--kv-tokens", type=int, help="room for all answers together (default: for the longest of each)"
+    )
     args = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if args.model:
@@ -316,6 +319,8 @@ def main() -> int:
     else:
         model, heads = demo_files()
         options = ["--heads", heads]
+    if args.kv_tokens:
+        options += ["--kv-tokens", args.kv_tokens]
     found = soak(
         Path(model), *options, seconds=60 * args.minutes, parallel=args.parallel, n_questions=args.questions,
         seed=args.seed, say=lambda text: print(text, file=sys.stderr, flush=True),

@@ -21,10 +21,12 @@ MEMORY = 400.0 * LEEWAY  # MB that a server of the toy may come to; 230 were mea
     os.name == "nt", reason="connections are reset, and the server is stopped, as POSIX has it"
 )
 @pytest.mark.skipif(not kernels.available(), reason="bits are equal with the CPU kernels only")
-@pytest.mark.parametrize("parallel", [1, 4])
-def test_nobody_notices_the_others(models: dict[str, Path], parallel: int) -> None:
+@pytest.mark.parametrize(
+    ("parallel", "room"), [(1, ()), (4, ()), (4, ("--kv-tokens", 768))], ids=["one", "four", "room-for-one"]
+)
+def test_nobody_notices_the_others(models: dict[str, Path], parallel: int, room: tuple[object, ...]) -> None:
     found = soak(
-        DEMO, "--heads", models["hydra"], seconds=SECONDS, parallel=parallel, n_questions=12, seed=3
+        DEMO, "--heads", models["hydra"], *room, seconds=SECONDS, parallel=parallel, n_questions=12, seed=3
     )  # fmt: skip
     assert found["wrong"] == []
     assert len(found["requests"]) == len(KINDS)
