@@ -217,7 +217,8 @@ class Engine:
         held = {s: s.decoder.n_held for s in kept}
         while sum(held.values()) > room:
             oldest = next(iter(held))
-            oldest.forget()
+            # not by a call of the slot, whose thread may be in one: it finds out with its next text
+            oldest.decoder.clear()
             del held[oldest]
 
     # -- requests --
