@@ -37,7 +37,7 @@ ENTMTP_API int32_t entmtp_decoder_clear(struct entmtp_decoder * dec);
 // How many of n tokens the decoder's memory begins with, of those that are settled.
 ENTMTP_API int32_t entmtp_decoder_in_common(const struct entmtp_decoder * dec, const int32_t * tokens, int32_t n);
 
-// Cells of the memory that the decoder's text takes, whether or not it can be gone on with.
+// Cells of the memory that the decoder's sequence takes, whether or not its text can be gone on with.
 ENTMTP_API int32_t entmtp_decoder_n_held(const struct entmtp_decoder * dec);
 
 // Begin with as many of n tokens as another decoder of the group has evaluated, without evaluating them; what was in the

@@ -18,6 +18,7 @@
 #include "entmtp_walk.h"
 #include "llama.h"
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <string>
@@ -108,8 +109,10 @@ class decoder {
     // tokens evaluated, the last of which can be sampled after; -1: none
     int32_t n_evaluated() const { return live ? n_past + (int32_t) path.size() : -1; }
 
-    // cells that the text takes in the memory, those of an unsettled tree included
-    int32_t n_held() const { return n_past + (tree_id >= 0 ? (int32_t) tokens.size() : 0); }
+    // cells that are taken in the memory: by the text, an unsettled tree, or what was there before it
+    int32_t n_held() const {
+        return std::max(memory.length(seq), n_past + (tree_id >= 0 ? (int32_t) tokens.size() : 0));
+    }
 
     bool can_continue(int32_t past) const;
 

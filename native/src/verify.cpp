@@ -93,7 +93,7 @@ bool verifier::truncate(int32_t seq, int32_t pos) {
     if (!has_state(seq, pos)) {
         return false;
     }
-    if (is_state && llama_memory_seq_pos_max(mem, seq) + 1 > pos) {
+    if (is_state && length(seq) > pos) {
         back[seq] = 0; // llama.cpp goes back once
     }
     return llama_memory_seq_rm(mem, seq, pos, -1);
@@ -103,7 +103,7 @@ bool verifier::has_state(int32_t seq, int32_t pos) const {
     if (!is_state || pos == 0) {
         return true;
     }
-    const int32_t n = llama_memory_seq_pos_max(mem, seq) + 1 - pos;
+    const int32_t n = length(seq) - pos;
     return n >= 0 && n <= back[seq];
 }
 
@@ -125,7 +125,7 @@ bool verifier::can_continue(int32_t seq, int32_t pos) const {
     if (!has_state(seq, pos)) {
         return false;
     }
-    if (n_swa == 0 || pos == 0 || !mem || llama_memory_seq_pos_max(mem, seq) + 1 == pos) {
+    if (n_swa == 0 || pos == 0 || !mem || length(seq) == pos) {
         return true;
     }
     // a token at pos attends to the positions pos - n_swa + 1 .. pos

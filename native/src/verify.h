@@ -127,6 +127,9 @@ class verifier {
     // tokens that layers with a sliding window attend to, the token itself among them; 0: there are none
     int32_t window() const { return n_swa; }
 
+    // positions that the memory has of a sequence, whether or not a text knows of them
+    int32_t length(int32_t seq) const { return llama_memory_seq_pos_max(mem, seq) + 1; }
+
   private:
     bool has_state(int32_t seq, int32_t pos) const; // or needs none
 

@@ -224,6 +224,8 @@ static void test_room() {
     CHECK_EQ(entmtp_decoder_n_held(dec), 16); // what it has evaluated stays, though it cannot be sampled after
     CHECK_EQ(entmtp_decoder_eval(dec, text.data(), 2, 12, false), ENTMTP_OK);
     CHECK_EQ(entmtp_decoder_n_held(dec), 14);
+    entmtp_decoder_invalidate(dec, 0); // the text is forgotten, its cells are not free
+    CHECK_EQ(entmtp_decoder_n_held(dec), 14);
     CHECK_EQ(entmtp_decoder_clear(dec), ENTMTP_OK);
     CHECK_EQ(entmtp_decoder_n_held(dec), 0);
     CHECK_EQ(entmtp_decoder_n_held(nullptr), 0);

@@ -279,7 +279,7 @@ class Decoder:
 
     @property
     def n_held(self) -> int:
-        """Cells of the memory that the text takes, whether or not it can be gone on with."""
+        """Cells of the memory that its sequence takes, whether or not the text can be gone on with."""
         return int(n.decoder_n_held(self._ptr))
 
     def share(self, other: Decoder, tokens: Sequence[int]) -> int:
