@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import drafting
-from .common.errors import EntmtpError
+from .common.errors import Cancelled, EntmtpError
 from .llama import Llama
 from .native.group import Group, Passes
 from .slot import Slot
@@ -180,7 +180,13 @@ class Engine:
 
     @contextlib.contextmanager
     def room_for(self, slot: Slot, n: int) -> Iterator[None]:
-        """A text of up to n tokens in a slot: waits until they fit into the memory, and lets passes wait for it."""
+        """A text of up to n tokens in a slot: waits until they fit into the memory, and lets passes wait for it.
+
+        Raises:
+            ValueError: so many never fit.
+            Cancelled: nobody wants the text any more.
+            EntmtpError: the engine was closed meanwhile.
+        """
         if n > self.kv_tokens:
             raise ValueError(
                 f"the text may come to {n} tokens, but all texts together have room for {self.kv_tokens} (kv_tokens); "
@@ -189,7 +195,12 @@ class Engine:
         own = range(n)
         with self._free:
             self._reserved.pop(slot, None)  # an older text of the slot, which was left, not closed
-            self._free.wait_for(lambda: self._taken() + n <= self.kv_tokens or self._closed)
+            # who cancels holds no lock, so it is asked now and then
+            while not self._free.wait_for(
+                lambda: self._taken() + n <= self.kv_tokens or self._closed, timeout=0.05
+            ):
+                if slot.left:
+                    raise Cancelled("cancelled while it waited for room")
             if self._closed:
                 raise EntmtpError(CLOSED)
             self._reserved[slot] = own

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Protocol
 
+from .common.errors import Cancelled
 from .common.use import Use
 from .llama import Llama
 from .native.decoder import Decoder
@@ -40,6 +41,7 @@ class Slot(Llama):
         self._use = Use()
         self.on_token = None
         self.expected = engine.n_ctx  # tokens that the text may come to
+        self.left = False  # whoever asked for the text does not want it any more
 
     def follow(self) -> None:
         self._engine.follow()
@@ -82,13 +84,21 @@ class Slot(Llama):
             text, found, _ = str(e).partition("exceed context window of ")
             raise ValueError(f"{text}{found}{self.n_ctx()}") if found else e from None
 
+    def cancel(self) -> None:
+        self.left = True
+        super().cancel()
+
     def generate(
         self, tokens: Sequence[int], *args: Any, **kwargs: Any
     ) -> Generator[int, Sequence[int] | None, None]:
         """As `Llama.generate`; waits where the texts of others leave no room in the memory."""
         tokens = list(tokens)
-        with self._engine.room_for(self, min(len(tokens) + self.expected, self.n_ctx())):
-            return (yield from super().generate(tokens, *args, **kwargs))
+        self.left = False
+        try:
+            with self._engine.room_for(self, min(len(tokens) + self.expected, self.n_ctx())):
+                return (yield from super().generate(tokens, *args, **kwargs))
+        except Cancelled:  # while it waited
+            return None
 
     def _look_at_prompt(self, prompt: list[int], reset: bool) -> None:
         if reset and prompt:

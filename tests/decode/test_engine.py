@@ -163,6 +163,22 @@ def test_what_slots_keep_gives_way(alone: Alone) -> None:
                 assert stream.text == alone.text(prompt, **settings)
 
 
+def test_cancelled_while_it_waits_for_room(alone: Alone) -> None:
+    """It costs nothing any more, however long the one goes on that has the room."""
+    with Engine(DEMO, slots=2, n_ctx=256, kv_tokens=256, draft=None, **SETTINGS) as engine:
+        with engine.slot() as llm:
+            chunks = llm.create_completion(PROMPTS[0], stream=True, max_tokens=200, temperature=0.0)
+            text = next(chunks)["choices"][0]["text"]
+            waiting = engine.submit(PROMPTS[1] * 8, max_tokens=100)
+            time.sleep(0.2)
+            before = engine.passes.tokens
+            waiting.cancel()
+            assert waiting.text == "" and engine.passes.tokens == before
+            text += "".join(c["choices"][0]["text"] for c in chunks)
+        assert text == alone.text(PROMPTS[0], max_tokens=200, temperature=0.0)
+        assert engine.submit(PROMPTS[2], max_tokens=9).text  # the room is there again
+
+
 def test_a_pass_has_a_token_of_each() -> None:
     """llama.cpp ends the process over passes of fewer."""
     with Engine(DEMO, slots=3, n_ctx=256, n_batch=2, **SETTINGS) as engine:
