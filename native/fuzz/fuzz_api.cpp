@@ -3,6 +3,7 @@
 
 #include "api_session.h"
 #include "entmtp_walk.h"
+#include "own_clock.h"
 #include "policy_of.h"
 #include "replays.h"
 
@@ -488,6 +489,7 @@ class calls : public session {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     static setting s;
     decisions      d(data, size);
+    own_clock::begin(size);
     calls(s, d).run();
     return 0;
 }

@@ -239,9 +239,9 @@ void pass::lead(std::unique_lock<std::mutex> & lock) {
     running = true;
     lock.unlock();
 
-    const auto t0           = clock::now();
-    int32_t    first_output = 0;
-    int32_t    status       = failed;
+    const int64_t t0           = ggml_time_us();
+    int32_t       first_output = 0;
+    int32_t       status       = failed;
     try {
         status = memory.decode(parts, &first_output);
         if (status == 0) {
@@ -253,7 +253,7 @@ void pass::lead(std::unique_lock<std::mutex> & lock) {
     } catch (const std::exception & e) { // those who wait must hear of it
         fprintf(stderr, "entmtp: a pass failed: %s\n", e.what());
     }
-    const double t = us(clock::now() - t0).count();
+    const double t = (double) (ggml_time_us() - t0);
 
     lock.lock();
     running = false;
