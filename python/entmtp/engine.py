@@ -225,6 +225,8 @@ class Engine:
         room = self.kv_tokens - self._taken()
         waiting = [s for s in self.slots if s not in self._idle]
         kept = [s for s in (*self._idle, *waiting) if s is not slot and s not in self._reserved]
+        if len(kept) * self.n_ctx <= room:
+            return  # none is asked: each would wait for the pass that runs
         held = {s: s.decoder.n_held for s in kept}
         while sum(held.values()) > room:
             oldest = next(iter(held))
