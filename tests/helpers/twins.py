@@ -232,8 +232,9 @@ class Twins:
         self.n_accepted += self.models[0].draft_stats.n_accepted  # they are counted anew then
         if self.forced:
             draft_a_lot(self.models[0], bias=self.rng.choice((None, 0.0, 3.0)))
-        else:
-            self.models[0].set_trees(policy=self.rng.choice(("auto", "auto", "entropy", "confidence", "off")))
+            return
+        from_heads = ("entropy", "confidence") if self.models[0].heads_path else ()
+        self.models[0].set_trees(policy=self.rng.choice(("auto", "auto", *from_heads, "off")))
 
     def threads(self) -> None:
         for llm in self.models:
