@@ -417,7 +417,7 @@ class Llama(Drafted):
                 self._reading = record
             inner = super().generate(tokens, *args, **kwargs)
         sent: Sequence[int] | None = None
-        n_drawn = 0
+        n_drawn, n_ctx = 0, self.n_ctx()
         try:
             while True:
                 with self._use.of(turn):
@@ -427,7 +427,7 @@ class Llama(Drafted):
                         self._reading = None
                 sent = yield token
                 n_drawn += 1
-                if ending and ending.must_end(n_drawn, self.n_ctx() - self.n_tokens):
+                if ending and ending.must_end(n_drawn, n_ctx - self.n_tokens):
                     return
         except (Cancelled, StopIteration) as e:
             if ending:
