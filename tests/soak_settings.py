@@ -29,9 +29,10 @@ from entmtp.models.assets import assets
 from entmtp.options.demo import demo_files
 from helpers.adapter import write_adapter
 from helpers.hybrids import hybrid_path
-from helpers.models import SPECS, model_path
+from helpers.models import EXPERTS, SPECS, experts_path, model_path
 from helpers.twins import HYBRIDS, Twins
 
+QUANTISED = {f"experts-{name}": name for name in EXPERTS}
 DRAFTING_MODELS = [name for name in SPECS if name != "mamba"]  # of attention alone
 SECONDS = 20.0  # for one draw, at most
 
@@ -61,6 +62,8 @@ class Draw:
 def path_of(name: str) -> Path:
     if name == "demo":
         return demo_files()[0]
+    if name in QUANTISED:
+        return experts_path(QUANTISED[name])
     return hybrid_path(name) if name in HYBRIDS else model_path(name)
 
 
@@ -69,7 +72,7 @@ def draw(seed: int) -> Draw:
     rng = random.Random(seed)
     one_of, rarely = rng.choice, lambda p: rng.random() < p
     in_company = rarely(0.3)
-    names = [*SPECS, "demo", "demo"]
+    names = [*SPECS, *QUANTISED, "demo", "demo"]
     name = one_of([n for n in names if n != "mamba"] if in_company else [*names, *HYBRIDS, *HYBRIDS])
     drafting: dict[str, Any] = {"draft": "entmtp", "calibrate": False}
     if name == "demo" and rarely(0.6):

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from llama_cpp import _logger
 from llama_cpp.llama_grammar import json_schema_to_gbnf
 
+from .common.errors import NO_CONTEXT
 from .common.json_schema import check_schema
 from .models.tokenizer import Tokenizer, check_tokens
 
@@ -63,12 +64,15 @@ STOPPED = (b"compute status: 1\n", b"failed with error 1\n")
 _loading = threading.Lock()
 
 _shown = False  # the last message
+_error = ""  # the last one that was an error
 
 
 @llama_cpp.llama_log_callback
 def _log(level: int, text: bytes, _: Any) -> None:
     """llama.cpp's messages on stderr: all with verbose=True, else errors."""
-    global _shown
+    global _shown, _error
+    if LEVELS.get(level) == logging.ERROR:
+        _error = text.decode("utf-8", "replace").strip()
     if level != CONTINUED:
         quiet = _logger.logger.level > logging.DEBUG
         _shown = _logger.logger.level <= LEVELS.get(level, logging.DEBUG) and not (
@@ -79,6 +83,20 @@ def _log(level: int, text: bytes, _: Any) -> None:
 
 
 llama_cpp.llama_log_set(_log, None)
+
+
+@contextlib.contextmanager
+def said() -> Iterator[None]:
+    """Why a context cannot be made, as llama.cpp says it, is in the error, too."""
+    global _error
+    _error = ""
+    try:
+        yield
+    except ValueError as e:
+        if "llama_context" not in str(e):
+            raise
+        why = _error.partition(": ")[2] or "it does not say why, so memory is likely to be too small"
+        raise ValueError(f"{NO_CONTEXT}: {why}") from e
 
 
 class SequenceContext:
@@ -132,7 +150,7 @@ class Upstream(llama_cpp.Llama):
         self._warned: set[str] = set()
         if kwargs.get("seed") == -1:  # documented as random; llama-cpp-python begins with a fixed one
             kwargs["seed"] = random.randrange(1, 1 << 32)
-        with _loading:
+        with _loading, said():
             super().__init__(model_path, **{**kwargs, **cache_types(kwargs)})
         # llama.cpp rounds small contexts up, llama-cpp-python's arrays are as long as the argument says
         if len(self.input_ids) < self.n_ctx():

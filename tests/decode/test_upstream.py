@@ -14,6 +14,9 @@ import llama_cpp
 import pytest
 
 from entmtp import Llama, drafting, upstream
+from entmtp.common.errors import NO_CONTEXT
+from entmtp.options.model import explained
+from helpers.hybrids import hybrid_path
 from helpers.settings import F32
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,3 +147,15 @@ def test_types_of_the_cache_by_name(models: dict[str, Path]) -> None:
         Llama(file, n_ctx=64, verbose=False, type_k="q9")
     with pytest.raises(ValueError, match="quantised values in the cache need flash attention"):
         Llama(file, n_ctx=64, verbose=False, type_v="q4_0", flash_attn=False)
+
+
+def test_why_there_is_no_context() -> None:
+    """llama.cpp's reason is in the error, not on stderr alone."""
+    with pytest.raises(
+        ValueError, match="cannot make a context: V cache type q8_0 with block size 32 does not divide"
+    ):
+        Llama(hybrid_path("lfm2"), n_ctx=64, verbose=False, type_v="q8_0")
+    error = ValueError(f"{NO_CONTEXT}: no room")
+    assert str(explained(error, Path("m.gguf"), 64, "q8_0")) == (
+        "m.gguf: no context of 64 tokens (no room); choose a smaller --ctx, or leave --cache-type out"
+    )

@@ -1,6 +1,7 @@
 """What can go wrong. The text of every error is one sentence: what, where, how to mend it."""
 
 MAX_CHARS = 800  # of a text with names from files
+NO_CONTEXT = "llama.cpp cannot make a context"  # a ValueError of `Llama`; why follows
 
 
 def shortened(text: str) -> str:

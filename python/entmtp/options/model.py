@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common.errors import ConvertError, ModelError
+from ..common.errors import NO_CONTEXT, ConvertError, ModelError
 from ..models.names import resolve
 from .demo import AUTO, DEMO, demo_files, first_model
 from .table import CONTEXT, NEED_HEADS, OPTIONS
@@ -170,11 +170,7 @@ def explained(error: ValueError, model: Path, n_ctx: int, cache_type: str | None
             f"{model}: llama.cpp cannot load it: it does not know the architecture {architecture}, or memory is too "
             "small; give another model, or a smaller quantisation"
         )
-    if "Failed to create llama_context" in text and cache_type is not None:
-        return ValueError(
-            f"{model}: no room for a context of {n_ctx} tokens, or its heads are no whole blocks of {cache_type}; "
-            "choose a smaller --ctx, or leave --cache-type out"
-        )
-    if "Failed to create llama_context" in text:
-        return ValueError(f"{model}: no room for a context of {n_ctx} tokens; choose a smaller --ctx")
+    if NO_CONTEXT in text:
+        tip = "choose a smaller --ctx" + (", or leave --cache-type out" if cache_type is not None else "")
+        return ValueError(f"{model}: no context of {n_ctx} tokens ({text.partition(': ')[2]}); {tip}")
     return error
