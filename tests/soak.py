@@ -84,7 +84,7 @@ def main() -> int:
     parser.add_argument(
         "--model", default="demo",
         help=f"demo; random weights by the kind of their memory: window, {', '.join(HYBRIDS)}; or a model's path or "
-        "name, without heads (default: demo)",
+        "name, with the heads that are found for it (default: demo)",
     )  # fmt: skip
     args = parser.parse_args()
     found = soak(
