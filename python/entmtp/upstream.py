@@ -95,7 +95,7 @@ def said() -> Iterator[None]:
     except ValueError as e:
         if "llama_context" not in str(e):
             raise
-        why = _error.partition(": ")[2] or "it does not say why, so memory is likely to be too small"
+        why = _error.partition(": ")[2] or "memory may be too small, or the model cannot have such a cache"
         raise ValueError(f"{NO_CONTEXT}: {why}") from e
 
 
