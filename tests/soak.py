@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from entmtp import Llama
-from entmtp.models.assets import assets
 from helpers.adapter import write_adapter
 from helpers.growth import Growth
-from helpers.twins import HYBRIDS, Twins, subject
+from helpers.twins import HYBRIDS, Twins, prompts, subject
 
 WARM = 0.2  # of the run: allocators and graphs settle,
 FILLED = 80_000  # tokens until the logs of the last 65,536 steps are full
@@ -43,11 +42,6 @@ def soak(
     Raises:
         AssertionError: the twins' tokens differ; the text says in which call.
     """
-    texts = [
-        json.loads(line)["prompt"]
-        for path in sorted((assets() / "prompts").glob("*.jsonl")) if path.stem in ("humaneval", "gsm8k", "literature")
-        for line in path.read_text("utf-8").splitlines()
-    ]  # fmt: skip
     asked = subject(name)
     how: dict[str, Any] = {"n_ctx": 768, "verbose": False, "n_threads": 1, "n_threads_batch": 1, **asked.both}
     with (
@@ -56,7 +50,7 @@ def soak(
         closing(Llama(asked.model, **how)) as plain,
     ):
         adapter = write_adapter(asked.model, Path(folder) / "adapter.gguf")
-        twins, growth = Twins(drafting, plain, texts, adapter, seed, asked.forced), Growth()
+        twins, growth = Twins(drafting, plain, prompts(), adapter, seed, asked.forced), Growth()
         begin = said = time.monotonic()
         while twins.n_tokens < n_tokens and time.monotonic() - begin < seconds:
             twins.step()

@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from entmtp import Engine, EntmtpError, Llama
-from entmtp.models.assets import assets
 from entmtp.options.demo import demo_files
 from helpers.adapter import write_adapter
 from helpers.hybrids import hybrid_path
 from helpers.models import EXPERTS, SPECS, experts_path, model_path
-from helpers.twins import HYBRIDS, Twins
+from helpers.twins import HYBRIDS, Twins, prompts
 
 QUANTISED = {f"experts-{name}": name for name in EXPERTS}
 DRAFTING_MODELS = [name for name in SPECS if name != "mamba"]  # of attention alone
@@ -204,11 +203,7 @@ def run(seed: int, texts: list[str], folder: Path) -> tuple[int, int]:
 
 def soak(n_draws: float, seconds: float, seed: int = 1) -> dict[str, Any]:
     """Figures of a run; `wrong` has the draws that failed."""
-    texts = [
-        json.loads(line)["prompt"]
-        for path in sorted((assets() / "prompts").glob("*.jsonl")) if path.stem in ("humaneval", "gsm8k", "literature")
-        for line in path.read_text("utf-8").splitlines()
-    ]  # fmt: skip
+    texts = prompts()
     counts, refused, wrong = Counter[str](), Counter[str](), list[str]()
     end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:

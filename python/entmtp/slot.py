@@ -116,11 +116,6 @@ class Slot(Llama):
             self.n_tokens = n
             self.input_ids[:n] = prompt[:n]
 
-    def forget(self) -> None:
-        """Give the cells of the text to others."""
-        self.reset()
-        self.decoder.clear()
-
     def close(self) -> None:
         """Nothing: the engine holds what there is to free."""
 

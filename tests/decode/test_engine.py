@@ -131,7 +131,7 @@ def test_what_others_have_read_is_not_read_again(engine: Engine, alone: Alone) -
     system = "You are a helpful assistant who answers briefly and never lies to anybody. " * 8
     n = len(engine.host.tokenize(system.encode()))
     for slot in engine.slots:
-        slot.forget()
+        slot.decoder.clear()
     settings: dict[str, Any] = {"max_tokens": 2, "temperature": 0.0}
     assert engine.submit(system + "One.", **settings).text == alone.text(system + "One.", **settings)
     before = engine.passes.tokens

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from llama_cpp import (
 )
 
 from entmtp import Llama
+from entmtp.models.assets import assets
 from entmtp.models.names import resolve
 from entmtp.options.demo import demo_files
 
@@ -54,6 +57,15 @@ def subject(name: str) -> Subject:
         both = {"swa_full": False, "n_ctx": 1536, "n_batch": 64, "n_ubatch": 64}
         return Subject(model_path("olmo2"), both, forced=True)
     return Subject(Path(resolve(name)))
+
+
+def prompts() -> list[str]:
+    """Of the benchmark's tasks."""
+    return [
+        json.loads(line)["prompt"]
+        for path in sorted((assets() / "prompts").glob("*.jsonl")) if path.stem in ("humaneval", "gsm8k", "literature")
+        for line in path.read_text("utf-8").splitlines()
+    ]  # fmt: skip
 
 
 class Twins:
@@ -176,15 +188,15 @@ class Twins:
     def states_exchanged(self) -> None:
         """Each goes on from what the other has kept."""
         prompt, found = self.models[0].tokenize(self.prompt().encode()), []
+        n_drawn = self.rng.randrange(2, 9)
         for llm in self.models:
-            for _ in zip(llm.generate(prompt, temp=0.0), range(self.longest[0] % 7 + 2), strict=False):
-                pass
+            list(islice(llm.generate(prompt, temp=0.0), n_drawn))
         states = [llm.save_state() for llm in self.models]
         n = min(state.n_tokens for state in states)  # what is drafted beyond it may be there, or not
         for llm, state in zip(self.models, reversed(states), strict=True):
             llm.load_state(state)
             go_on = [*state.input_ids[:n].tolist(), self.longest[1]]
-            found.append([token for token, _ in zip(llm.generate(go_on, temp=0.0), range(9), strict=False)])
+            found.append(list(islice(llm.generate(go_on, temp=0.0), 9)))
         self.same("states exchanged", found)
         self.n_tokens += len(found[0])
 
