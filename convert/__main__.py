@@ -1,6 +1,6 @@
-import sys
+from entmtp.common.streams import run_command
 
 from .cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run_command(main))

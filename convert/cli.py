@@ -13,7 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from entmtp.common.errors import ConvertError, ModelError
+from entmtp.common.errors import ConvertError, ModelError, UsageError
+from entmtp.common.files import check_output
 from entmtp.convert.cheap import cheapen
 from entmtp.convert.draft_vocab import DraftVocab, make_vocab
 from entmtp.convert.inspect import inspect_heads, print_heads
@@ -197,13 +198,12 @@ def convert(
     model = read_base(base)
     opened = open_checkpoint(source, revision, progress)
     out = Path(outfile) if outfile else Path(f"{opened.name.rpartition('/')[2] or 'draft'}-heads.gguf")
-    if not out.parent.is_dir() or out.is_dir():
-        raise ConvertError(
-            f"{out}: cannot be written, for its folder is missing or it is a folder; change --outfile"
-        )
-    read = [base, *{tensor.storage.path for tensor in opened.tensors.values()}]
-    if out.exists() and any(out.samefile(path) for path in read):
-        raise ConvertError(f"{out}: this is one of the files to read; give --outfile another name")
+    tensors = {Path(tensor.storage.path) for tensor in opened.tensors.values()}
+    configs = {path.parent / "config.json" for path in tensors}
+    try:
+        check_output(out, [base, *tensors, *configs, *draft_text], "--outfile")
+    except UsageError as e:
+        raise ConvertError(str(e)) from None
     heads = plan_heads(opened.tensors, opened.config, model, opened.label, share_lm_head)
     tokens, vocab = _draft_vocab(draft_vocab, draft_text, model, progress)
     heads = cheapen(heads, model, tokens, share_lm_head)

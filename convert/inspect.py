@@ -171,7 +171,8 @@ def inspect_heads(path: str | os.PathLike[str]) -> HeadsFile:
     """Read a heads file and check it against the format. Raises ConvertError when it breaks it."""
     path = Path(path)
     if not path.is_file():
-        raise ConvertError(f"{path}: there is no such file; give a heads file written by entmtp convert")
+        what = "this is a folder" if path.is_dir() else "there is no such file"
+        raise ConvertError(f"{path}: {what}; give a heads file written by entmtp convert")
     header = read_gguf_header(path)
     _Checker(header).check()
     parameters: dict[str, int] = {}

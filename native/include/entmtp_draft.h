@@ -43,7 +43,8 @@ ENTMTP_API int32_t entmtp_decoder_set_draft_model(struct entmtp_decoder * dec, s
 // on. The model's graph must have them (llama's has).
 ENTMTP_API int32_t entmtp_follow_layer(struct llama_context * ctx, int32_t layer);
 
-// those of the last pass over tokens, of a layer that was followed then: [n_tokens][n_embd] in the order of its batch
+// those of the last pass over tokens, of a layer that was followed then: [n_tokens][n_embd] in the order of its batch. One
+// that was not ends the process (llama.cpp's check); null: there is no such layer
 ENTMTP_API const float * entmtp_layer_inputs(struct llama_context * ctx, int32_t layer);
 
 #ifdef __cplusplus

@@ -74,8 +74,13 @@ static void pack(ggml_tensor * t, const void * data, bool is_mapped) {
         }
     };
     std::vector<std::thread> threads;
-    for (int64_t i = 1; i < n_tasks; ++i) {
-        threads.emplace_back(some, n_all * i / n_tasks, n_all * (i + 1) / n_tasks);
+    int64_t                  n_begun = 1;
+    try {
+        for (; n_begun < n_tasks; ++n_begun) {
+            threads.emplace_back(some, n_all * n_begun / n_tasks, n_all * (n_begun + 1) / n_tasks);
+        }
+    } catch (const std::exception &) {
+        some(n_all * n_begun / n_tasks, n_all); // the system gives no more threads
     }
     some(0, n_all / n_tasks);
     for (std::thread & thread : threads) {

@@ -18,19 +18,29 @@ static double best_seconds(int n_threads, F && f) {
         std::atomic<int>         ready = { 0 };
         std::vector<std::thread> threads;
         std::vector<double>      seconds(n_threads);
-        for (int i = 0; i < n_threads; ++i) {
-            threads.emplace_back([&, i] {
-                ++ready;
-                while (ready < n_threads) {
-                }
-                const auto t0 = std::chrono::steady_clock::now();
-                f(i);
-                seconds[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - t0).count();
-            });
+
+        const auto join = [&] {
+            for (std::thread & t : threads) {
+                t.join();
+            }
+        };
+        try {
+            for (int i = 0; i < n_threads; ++i) {
+                threads.emplace_back([&, i] {
+                    ++ready;
+                    while (ready < n_threads) {
+                    }
+                    const auto t0 = std::chrono::steady_clock::now();
+                    f(i);
+                    seconds[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - t0).count();
+                });
+            }
+        } catch (...) { // the system gives no more threads
+            ready = n_threads;
+            join();
+            throw;
         }
-        for (std::thread & t : threads) {
-            t.join();
-        }
+        join();
         best = std::min(best, *std::max_element(seconds.begin(), seconds.end()));
     }
     return best;

@@ -59,5 +59,9 @@ int32_t entmtp_follow_layer(llama_context * ctx, int32_t layer) {
 }
 
 const float * entmtp_layer_inputs(llama_context * ctx, int32_t layer) {
+    if (!ctx || layer < 0 || layer >= llama_model_n_layer(llama_get_model(ctx))) {
+        fail("no context, or the model has no such layer");
+        return nullptr;
+    }
     return llama_get_embeddings_layer_inp(ctx, (uint32_t) layer);
 }

@@ -25,6 +25,9 @@ entmtp_group * entmtp_group_init(llama_context * ctx, entmtp_heads * heads, int3
         if (n_seq < 1 || n_seq > (int32_t) llama_n_seq_max(ctx) || n_ctx < 1) {
             return fail("the context was not made for so many sequences (n_seq_max)");
         }
+        if (n_seq > 1 && llama_n_ctx_seq(ctx) < llama_n_ctx(ctx)) {
+            return fail("the context has a cache for every sequence; create it with kv_unified");
+        }
         auto group = std::make_unique<entmtp_group>(ctx, heads != nullptr, n_seq);
         if (n_seq > 1 && group->shared.memory.recurrent()) {
             return fail("the memory of this model, a state, cannot hold several texts in one cache");

@@ -52,7 +52,6 @@ decoder::~decoder() {
     shared.join(seq, nullptr);
     if (own) {
         llama_set_abort_callback(ctx, nullptr, nullptr);
-        llama_set_graph_slots(ctx, 0);
     }
 }
 
@@ -309,8 +308,11 @@ int32_t decoder::step(int32_t token) {
     const int64_t t1 = timed ? ggml_time_us() : 0;
 
     int32_t status = verify_tree(id);
-    if (status == 1 && tokens.size() > 1) {
-        // no room for the tree in this memory: the token alone may still fit
+    if (tokens.size() > 1 && (status == 1 || (status < 0 && !cancelled))) {
+        // no room for the tree in this memory, or for its graph, or llama.cpp takes none: the token alone may still fit
+        if (status < 0) {
+            memory.truncate(seq, n_past);
+        }
         id = 0;
         tokens.resize(1);
         sources.clear();

@@ -10,7 +10,7 @@
 
 namespace entmtp {
 
-// In company the next pass may begin at any time: the row is kept for the caller
+// In company the next pass may begin at any time: rows are kept for the caller
 const float * decoder::logits() {
     if (live && shared.n_seq > 1) {
         set_row(out.keep(row));
@@ -30,6 +30,9 @@ const float * decoder::all_logits() {
 }
 
 const float * decoder::hidden() {
+    if (live && shared.n_seq > 1) {
+        set_row(out.keep(row));
+    }
     return live && draft_heads ? out.hidden(row) : nullptr;
 }
 

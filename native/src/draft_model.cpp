@@ -65,6 +65,8 @@ draft_model::draft_model(llama_context *      target,
     params.ctx_type       = kind == what::layers ? LLAMA_CONTEXT_TYPE_MTP : LLAMA_CONTEXT_TYPE_DEFAULT;
     params.ctx_other      = from_states() ? target : nullptr;
     params.abort_callback = nullptr;
+    params.samplers       = nullptr; // the target's own
+    params.n_samplers     = 0;
     ctx.reset(llama_init_from_model(model, params));
     if (!ctx) {
         throw std::runtime_error("draft model: llama.cpp cannot make a context of it");

@@ -160,6 +160,9 @@ void outputs::end(int32_t n, int32_t first) {
 
     t_logits = llama_get_logits_tensor(ctx);
     t_hidden = llama_get_embeddings_tensor(ctx);
+    if (t_logits && t_logits->ne[1] == n) {
+        first_output = 0; // a context for embeddings gives a row of every token
+    }
 }
 
 const reduction * outputs::reduced() {

@@ -31,6 +31,7 @@ pass::pass(llama_context * ctx, bool want_hidden, int32_t n_seq) :
 }
 
 pass::~pass() {
+    llama_set_graph_slots(ctx, 0);
     if (worker.joinable()) {
         {
             const std::lock_guard<std::mutex> lock(mutex);
@@ -147,19 +148,27 @@ void pass::serve() {
     }
 }
 
-// whose turn it is: all that decode, and prompts as they came, while they fit
+// whose turn it is: all that decode, and prompts, both as they came, while they fit
 std::vector<part *> pass::choose() const {
-    std::vector<part *> prompts, res;
+    std::vector<part *> prompts, texts, res;
     int32_t             n_room = (int32_t) std::min(llama_n_ubatch(ctx), llama_n_batch(ctx));
     for (const member & m : members) {
-        if (m.wants && m.wants->is_prompt) {
-            prompts.push_back(m.wants);
-        } else if (m.wants) {
-            res.push_back(m.wants);
-            n_room -= (int32_t) m.wants->tokens.size();
+        if (m.wants) {
+            (m.wants->is_prompt ? prompts : texts).push_back(m.wants);
         }
     }
-    std::sort(prompts.begin(), prompts.end(), [](const part * a, const part * b) { return a->asked < b->asked; });
+    const auto earlier = [](const part * a, const part * b) {
+        return a->asked < b->asked;
+    };
+    std::sort(prompts.begin(), prompts.end(), earlier);
+    std::sort(texts.begin(), texts.end(), earlier);
+    for (part * p : texts) {
+        const auto n = (int32_t) p->tokens.size();
+        if (n <= n_room || res.empty()) { // llama.cpp would split it, and keep the rows of its last piece alone
+            res.push_back(p);
+            n_room -= n;
+        }
+    }
     int32_t n_taken = 0;
     if (!prompts.empty() && (int32_t) prompts[0]->tokens.size() > n_room) {
         return { prompts[0] }; // as large as a pass may be: begun when no other was there

@@ -4,7 +4,9 @@
 
 #include "entmtp_group.h"
 
+#include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <thread>
 
 struct group_deleter {
@@ -15,7 +17,7 @@ using sampler_ptr = std::unique_ptr<llama_sampler, decltype(&llama_sampler_free)
 
 static constexpr int32_t n_seq = 4, n_ctx = 256;
 
-static tiny::context_ptr shared_context(uint32_t n_cells = n_seq * n_ctx) {
+static llama_context_params params_of(uint32_t n_cells) {
     llama_context_params params = llama_context_default_params();
     params.n_ctx                = n_cells;
     params.n_batch = params.n_ubatch = 128;
@@ -23,7 +25,11 @@ static tiny::context_ptr shared_context(uint32_t n_cells = n_seq * n_ctx) {
     params.n_seq_max                          = n_seq;
     params.kv_unified                         = true;
     params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED; // these heads are too narrow for our kernel
-    return tiny::context_ptr(llama_init_from_model(base.get(), params));
+    return params;
+}
+
+static tiny::context_ptr shared_context(uint32_t n_cells = n_seq * n_ctx) {
+    return tiny::context_ptr(llama_init_from_model(base.get(), params_of(n_cells)));
 }
 
 static sampler_ptr drawing(uint32_t seed) {
@@ -269,7 +275,70 @@ static void test_no_room_for_trees() {
     }
 }
 
+// fewer tokens in a pass than texts: llama.cpp would split it, and keep the rows of the last piece alone
+static void test_small_passes() {
+    for (const int32_t mode : { ENTMTP_OUTPUTS_HOST, ENTMTP_OUTPUTS_ROWS, ENTMTP_OUTPUTS_DEVICE }) {
+        tokens texts[2][n_seq];
+        for (const bool company : { false, true }) {
+            llama_context_params params = params_of(n_seq * n_ctx);
+            params.n_ubatch             = 2;
+            const tiny::context_ptr ctx(llama_init_from_model(base.get(), params));
+            const group_ptr         group(entmtp_group_init(ctx.get(), nullptr, n_seq, n_ctx));
+            CHECK_EQ(entmtp_decoder_set_outputs(entmtp_group_decoder(group.get(), 0), mode), ENTMTP_OK);
+
+            const auto run = [&](int32_t i) {
+                entmtp_decoder * dec = entmtp_group_decoder(group.get(), i);
+                texts[company][i]    = write(dec, { 1, 17 + i }, (uint32_t) i, 16);
+                entmtp_group_set_active(group.get(), i, false);
+            };
+            for (int32_t i = 0; company && i < n_seq; ++i) {
+                entmtp_group_set_active(group.get(), i, true);
+            }
+            std::vector<std::thread> users;
+            for (int32_t i = 0; i < n_seq; ++i) {
+                if (company) {
+                    users.emplace_back(run, i);
+                } else {
+                    entmtp_group_set_active(group.get(), i, true);
+                    run(i);
+                }
+            }
+            for (std::thread & user : users) {
+                user.join();
+            }
+        }
+        for (int32_t i = 0; i < n_seq; ++i) {
+            CHECK_EQ((int32_t) texts[0][i].size(), 16);
+            CHECK(texts[0][i] == texts[1][i]);
+        }
+    }
+}
+
+// a state that was asked for stays the caller's while another text's pass runs
+static void test_hidden_states() {
+    const tiny::context_ptr ctx = shared_context();
+    const heads_ptr         heads(entmtp_heads_load((dir / "medusa.gguf").c_str(), base.get(), 1));
+    const group_ptr         group(entmtp_group_init(ctx.get(), heads.get(), 2, n_ctx));
+    entmtp_decoder *        a        = entmtp_group_decoder(group.get(), 0);
+    const int32_t           first[]  = { 1, 17, 4 };
+    const int32_t           second[] = { 1, 33, 9 };
+    CHECK_EQ(entmtp_decoder_eval(a, first, 3, 0, false), ENTMTP_OK);
+    const float * h = entmtp_decoder_hidden(a);
+    if (!CHECK(h)) {
+        return;
+    }
+    const std::vector<float> before(h, h + tiny::n_embd);
+    CHECK_EQ(entmtp_decoder_eval(entmtp_group_decoder(group.get(), 1), second, 3, 0, false), ENTMTP_OK);
+    CHECK(std::equal(before.begin(), before.end(), h));
+}
+
 static void test_groups_that_cannot_be() {
+    llama_context_params apart = params_of(n_seq * n_ctx);
+    apart.kv_unified           = false;
+    const tiny::context_ptr each(llama_init_from_model(base.get(), apart));
+    CHECK(!entmtp_group_init(each.get(), nullptr, 2, 64));
+    CHECK(strstr(entmtp_last_error(), "kv_unified"));
+
     tiny::context_ptr ctx = shared_context();
     CHECK(!entmtp_group_init(nullptr, nullptr, 2, 64));
     CHECK(!entmtp_group_init(ctx.get(), nullptr, n_seq + 1, 64));
@@ -291,6 +360,8 @@ int main() {
         test_inactive();
         test_room();
         test_no_room_for_trees();
+        test_small_passes();
+        test_hidden_states();
         test_groups_that_cannot_be();
     }
     return tear_down("test_group");

@@ -460,6 +460,23 @@ static void test_another_policy() {
     outputs_mode = ENTMTP_OUTPUTS_AUTO;
 }
 
+// a context for embeddings, too, gives rows of all tokens
+static void test_embeddings() {
+    tokens texts[2];
+    for (const int32_t mode : { ENTMTP_OUTPUTS_HOST, ENTMTP_OUTPUTS_ROWS, ENTMTP_OUTPUTS_DEVICE }) {
+        for (const bool embeddings : { false, true }) {
+            outputs_mode = mode;
+            loop l("medusa.gguf");
+            llama_set_embeddings(l.ctx.get(), embeddings);
+            l.use_tree(bushy);
+            CHECK_EQ(l.eval(prompt, 0), ENTMTP_OK);
+            texts[embeddings] = generate(l, greedy().get(), 20, (int32_t) prompt.size());
+        }
+        CHECK(texts[0] == texts[1]);
+    }
+    outputs_mode = ENTMTP_OUTPUTS_AUTO;
+}
+
 int main() {
     if (set_up()) {
         test_needed();
@@ -470,6 +487,7 @@ int main() {
         test_traffic();
         test_changes();
         test_another_policy();
+        test_embeddings();
     }
     return tear_down("test_outputs");
 }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from importlib import import_module
 from typing import NamedTuple
+
+from .common.streams import run_command
 
 
 class Command(NamedTuple):
@@ -80,7 +81,10 @@ def version() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code: 0, 1 on failure, 2 on wrong usage, 130 on Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
+    return run_command(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: list[str]) -> int:
     if not argv:
         print(usage(), file=sys.stderr, end="")
         return 2
@@ -88,24 +92,18 @@ def main(argv: list[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print(usage(), end="")
         return 0
+    if name == "--version":
+        print(version())
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        print(f"entmtp: there is no command {name!r}; {hint}", file=sys.stderr)
+        return 2
     try:
-        if name == "--version":
-            print(version())
-            return 0
-        if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-            print(f"entmtp: there is no command {name!r}; {hint}", file=sys.stderr)
-            return 2
-        try:
-            module = import_module(f".{COMMANDS[name].module}", __package__)
-        except ImportError as e:
-            mend = "run entmtp doctor" if name != "doctor" else "install EntMTP again: pip install ."
-            print(f"entmtp {name}: {e}; {mend}", file=sys.stderr)
-            return 1
-        return int(module.main(rest))
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # as in `entmtp doctor | head`; Python would complain once more when it flushes
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        module = import_module(f".{COMMANDS[name].module}", __package__)
+    except ImportError as e:
+        mend = "run entmtp doctor" if name != "doctor" else "install EntMTP again: pip install ."
+        print(f"entmtp {name}: {e}; {mend}", file=sys.stderr)
         return 1
+    return int(module.main(rest))

@@ -17,6 +17,8 @@ from rich.text import Text
 
 from .bank import Bank
 from .common.errors import EntmtpError, UsageError
+from .common.numbers import COUNT, TEMPERATURE
+from .common.streams import run_command
 from .llama import Llama
 from .measure.compare import Comparison
 from .measure.methods import ENTMTP, HEADS_ALONE, PLAIN_LOOP, TEXT_ALONE, generic, published
@@ -175,8 +177,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         conflict_handler="resolve",
     )
     add_model_options(parser, drafting=False, ctx=1024)
-    parser.add_argument("--tokens", type=int, default=96, help="tokens per answer (default: 96)")
-    parser.add_argument("--temp", type=float, default=0.0, help="temperature (default: 0, greedy)")
+    parser.add_argument("--tokens", type=COUNT, default=96, help="tokens per answer (default: 96)")
+    parser.add_argument("--temp", type=TEMPERATURE, default=0.0, help="temperature (default: 0, greedy)")
     return parser
 
 
@@ -197,4 +199,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .bank import Bank, Costs
+from .common.numbers import MOST_THREADS
 from .measure.at_load import SECONDS, quick
 from .measure.known import machine_key, tuned_path
 from .measure.subject import Subject
@@ -156,6 +157,9 @@ def check(draft: Any, heads: Any, draft_model: Any, policy: str, accept: str, kw
         raise ValueError(f'draft is {draft!r}, must be None or "entmtp"')
     one_of("policy", policy, POLICIES)
     one_of("accept", accept, ACCEPT)
+    for name in ("n_threads", "n_threads_batch"):
+        if not 0 <= (kwargs.get(name) or 0) <= MOST_THREADS:
+            raise ValueError(f"{name} is {kwargs[name]}, it must be 1 to {MOST_THREADS}")
     if draft is None:
         if heads is not None:
             raise ValueError('heads are given but draft is None: pass draft="entmtp" to use them')

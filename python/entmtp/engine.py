@@ -121,6 +121,7 @@ class Engine:
         self._closed = False
         self._free = threading.Condition()
         self._reserved: dict[Slot, range] = {}  # tokens that its text may have
+        self._waiting: list[range] = []  # for room, who came first before the others
         self._pace = threading.Lock()
         with contextlib.ExitStack() as failed:
             failed.callback(self._stack.close)
@@ -174,6 +175,8 @@ class Engine:
         try:
             yield slot
         finally:
+            slot.leave()
+            self._stop_reserving(slot)
             with self._free:
                 self._idle.append(slot)
                 self._free.notify_all()
@@ -193,17 +196,20 @@ class Engine:
                 "ask for fewer, or create the engine with more"
             )
         own = range(n)
+        self._stop_reserving(slot)  # an older text of the slot, which was left, not closed
         with self._free:
-            self._reserved.pop(slot, None)  # an older text of the slot, which was left, not closed
-            # who cancels holds no lock, so it is asked now and then
-            while not self._free.wait_for(
-                lambda: self._taken() + n <= self.kv_tokens or self._closed, timeout=0.05
-            ):
-                if slot.left:
-                    raise Cancelled("cancelled while it waited for room")
-            if self._closed:
-                raise EntmtpError(CLOSED)
-            self._reserved[slot] = own
+            self._waiting.append(own)
+            try:
+                # who cancels holds no lock, so it is asked now and then
+                while not self._free.wait_for(lambda: self._may_have(own) or self._closed, timeout=0.05):
+                    if slot.left:
+                        raise Cancelled("cancelled while it waited for room")
+                if self._closed:
+                    raise EntmtpError(CLOSED)
+                self._reserved[slot] = own
+            finally:
+                self._waiting = [other for other in self._waiting if other is not own]
+                self._free.notify_all()  # the next one may have its room, too
             self._give_way(slot)
         self.group.set_active(slot.number, True)
         try:
@@ -214,6 +220,17 @@ class Engine:
                 with self._free:
                     del self._reserved[slot]
                     self._free.notify_all()
+
+    def _stop_reserving(self, slot: Slot) -> None:
+        with self._free:
+            if self._reserved.pop(slot, None) is None:
+                return
+            self._free.notify_all()
+        self.group.set_active(slot.number, False)
+
+    def _may_have(self, own: range) -> bool:
+        """In turn: many short texts would else keep a long one waiting."""
+        return self._waiting[0] is own and self._taken() + len(own) <= self.kv_tokens
 
     def _taken(self) -> int:
         return sum(map(len, self._reserved.values()))
@@ -249,7 +266,7 @@ class Engine:
         if self._closed:
             raise EntmtpError(CLOSED)
         stream = Stream()
-        is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], dict)
+        is_chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
         written = self._workers.submit(self._write, stream, prompt, is_chat, settings)
         written.add_done_callback(lambda f: stream.fail(EntmtpError(CLOSED)) if f.cancelled() else None)
         return stream

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import os
 import sys
 import threading
 from argparse import Namespace
@@ -27,9 +26,12 @@ from . import options
 from .common.atomic import atomic_path, named
 from .common.errors import EntmtpError, UsageError
 from .common.fields import parse_json
+from .common.files import check_output, read_text
 from .common.interrupt import ctrl_c_stops
+from .common.numbers import COUNT
 from .common.prompts import FORMS, Question, read_questions
 from .common.sampling import add_sampling_options, sampling
+from .common.streams import leave, run_command
 from .llama import Llama
 from .measure.speed import Meter, PlainPass, Speed
 from .models.channels import CALL, TEXT, Channels
@@ -217,8 +219,10 @@ def resume(path: Path, settings: dict[str, Any], questions: list[Question]) -> s
                 raise ValueError
             row = parse_json(line)
             name, had, prompt = row["id"], row["settings"], row["prompt"]
+            if not isinstance(name, str) or not isinstance(had, dict):
+                raise ValueError
         except (ValueError, KeyError, TypeError):
-            if keep + len(line) == len(data) and (done or b'{"id": '.startswith(data[:7])):
+            if not line.endswith(b"\n") and (done or b'{"id": '.startswith(line[:7])):
                 break  # the last line: the run was killed while it wrote
             raise UsageError(
                 f"{path}, line {i}: this is no answer of entmtp.generate; give --overwrite to replace the file, or "
@@ -372,7 +376,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         metavar="JSONL",
         help=f"a question per line: objects with {FORMS}, and an id if any",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts of --prompts")
+    parser.add_argument("--limit", type=COUNT, metavar="N", help="only the first N prompts of --prompts")
     parser.add_argument(
         "--parallel",
         type=int,
@@ -414,7 +418,7 @@ def read_prompt(args: Namespace) -> str:
     if args.text is not None or args.prompt is not None:
         return args.text if args.text is not None else args.prompt
     if args.file and str(args.file) != "-":
-        return args.file.read_text("utf-8")
+        return read_text(args.file)
     if sys.stdin.isatty():
         print("entmtp.generate: reading the prompt from the terminal; Ctrl-D ends it", file=sys.stderr)
     return sys.stdin.read()
@@ -453,8 +457,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{args.prompts}: two prompts have the id {twice}; answers could not be told apart"
             )
         prompt = "" if args.prompts else read_prompt(args)
-        if args.outfile and not args.outfile.absolute().parent.is_dir():
-            raise UsageError(f"{args.outfile}: there is no folder {args.outfile.parent}")
+        check_output(args.outfile, [args.prompts, args.file])
         with contextlib.ExitStack() as stack:
             llms: list[Any]
             if args.parallel > 1:
@@ -462,6 +465,7 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 llms = [stack.enter_context(contextlib.closing(options.load(args)))]
             llm = llms[0]
+            check_output(args.outfile, [llm.model_path, llm.heads_path, llm.draft_model_path])
             args.chat = args.chat or (has_template(llm) and not args.raw)
             if args.system and not args.chat:
                 raise UsageError("--system needs a model with a chat template, or --chat")
@@ -473,7 +477,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"entmtp.generate: {e}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave()
         return 1
     except (EntmtpError, ValueError, OSError) as e:
         reason = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e
@@ -484,4 +488,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

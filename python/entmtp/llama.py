@@ -13,8 +13,9 @@ import llama_cpp
 
 from . import drafting
 from .bank import Bank, load_bank
-from .common.errors import BusyError, Cancelled, EntmtpError
+from .common.errors import BusyError, Cancelled, ClosedError, EntmtpError
 from .common.use import Use
+from .completion import Ending
 from .drafted import Drafted
 from .logprobs import Logprobs
 from .models.beside import find_heads, heads_of
@@ -27,7 +28,7 @@ from .native.arrays import SCORES
 from .native.decoder import Decoder, sample
 from .native.heads import Heads
 from .native.rpc import Servers
-from .upstream import Ending, is_readable_grammar
+from .upstream import loading
 
 READ_AT_ONCE = 64  # tokens of a prompt whose logits are wanted; rows may have 1 MB
 
@@ -120,7 +121,9 @@ class Llama(Drafted):
         outputs: str | None = None,
         **kwargs: Any,
     ):
-        # first: close() needs these, even after an argument that cannot work
+        # what another one is made with
+        self._given = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")} | kwargs
+        # close() needs these, even after an argument that cannot work
         self._stack = contextlib.ExitStack()
         self.begin_drafting(drafts=draft is not None and policy in (None, "auto"))
         self._servers: Servers | None = None
@@ -149,42 +152,16 @@ class Llama(Drafted):
         elif draft_model is not None:
             kwargs["draft_model"] = draft_model
 
-        cpu_kernels.use(kernels)
         if rpc_servers:
             self._servers = Servers(rpc_servers)
             kwargs.setdefault("n_gpu_layers", -1)
-        packs = (
-            cpu_kernels.current() != cpu_kernels.OFF and not kwargs.get("n_gpu_layers") and not rpc_servers
-        )
-        locked = packs and bool(kwargs.get("use_mlock"))
-        if locked:
-            kwargs["use_mmap"] = False  # the mapping would be locked beside what is packed from it
-        mapped = kwargs.get("use_mmap", True) and not kwargs.get("lora_path")
-        self._holds = {"embeddings": packs and not mapped, "locked": locked}
-        follows = not (kwargs.get("n_threads") or kwargs.get("n_threads_batch") or kwargs.get("n_gpu_layers"))
-        self._n_states = drafting.states_kept(kwargs) if self._drafts else 0
-        kwargs |= self.begin_pace(follows and cpu_kernels.current() != cpu_kernels.OFF)
-        try:
-            super().__init__(str(model_path), **kwargs)
-        except ValueError as e:
-            self._check_servers()
-            if self._no_prediction:  # llama.cpp loads no file that lacks part of a layer, used or not
-                raise ValueError(f"{e}: {self._no_prediction}") from e
-            raise
+        with loading:
+            own_kernels = self._load(model_path, kernels, **kwargs)
         self._check_servers()  # a model that was loaded to a lost server looks like one
-        if locked and (left := cpu_kernels.unlocked()):
-            self.warn_once(
-                f"use_mlock: the system did not lock {left / 1e6:.0f} MB of weights in memory (ulimit -l says how much "
-                "it allows)"
-            )
         if kwargs.get("tokenizer") is None:
             self.tokenizer_ = Tokenizer(self)
 
-        on_cpu = (
-            cpu_kernels.current() != cpu_kernels.OFF
-            and not self.model_params.n_gpu_layers
-            and not rpc_servers
-        )
+        on_cpu = own_kernels and not self.model_params.n_gpu_layers and not rpc_servers
         # what drafts give is "exact" (plain decoding's text, bit for bit), "rounding" (where two tokens are as near as
         # what kernels round, either may come: docs/how-it-works.md) or "lossy" (accept="typical")
         self.lossless = drafting.how_lossless(on_cpu, accept)
@@ -227,6 +204,33 @@ class Llama(Drafted):
                     self.warn_once(drafting.up_to_rounding(self))
             failed.pop_all()
 
+    def _load(self, model_path: str | Path, kernels: str | None, **kwargs: Any) -> bool:
+        """Load the model on the kernels that are wanted, which are the process's; whether they are ours."""
+        cpu_kernels.use(kernels)
+        own = cpu_kernels.current() != cpu_kernels.OFF
+        packs = own and not kwargs.get("n_gpu_layers") and self._servers is None
+        locked = packs and bool(kwargs.get("use_mlock"))
+        if locked:
+            kwargs["use_mmap"] = False  # the mapping would be locked beside what is packed from it
+        mapped = kwargs.get("use_mmap", True) and not kwargs.get("lora_path")
+        self._holds = {"embeddings": packs and not mapped, "locked": locked}
+        follows = not (kwargs.get("n_threads") or kwargs.get("n_threads_batch") or kwargs.get("n_gpu_layers"))
+        self._n_states = drafting.states_kept(kwargs) if self._drafts else 0
+        kwargs |= self.begin_pace(follows and own)
+        try:
+            super().__init__(str(model_path), **kwargs)
+        except ValueError as e:
+            self._check_servers()
+            if self._no_prediction:  # llama.cpp loads no file that lacks part of a layer, used or not
+                raise ValueError(f"{e}: {self._no_prediction}") from e
+            raise
+        if locked and (left := cpu_kernels.unlocked()):
+            self.warn_once(
+                f"use_mlock: the system did not lock {left / 1e6:.0f} MB of weights in memory (ulimit -l says how much "
+                "it allows)"
+            )
+        return own
+
     def prepare_model(self, params: Any) -> None:
         cpu_kernels.hold(**self._holds)
         if self._servers is not None:
@@ -245,9 +249,14 @@ class Llama(Drafted):
         return str(self.metadata.get("general.architecture", ""))
 
     def must_evaluate(self) -> bool:
-        if self._decoder is None:
-            return super().must_evaluate()
-        return self._decoder.n_evaluated != self.n_tokens
+        with self._use:
+            if self._decoder is None:
+                return super().must_evaluate()
+            return self._decoder.n_evaluated != self.n_tokens
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, or of one in another process: the arguments that it was made with."""
+        return dict(self._given)
 
     @property
     def rpc_servers(self) -> list[str]:
@@ -258,26 +267,9 @@ class Llama(Drafted):
         if self._servers is not None:
             self._servers.check()
 
-    def create_completion(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `llama_cpp.Llama.create_completion`; `logprobs` need no logits_all."""
-        n = kwargs.get("logprobs")
-        if n is None or self.logits_all or self._decoder is None:
-            return super().create_completion(prompt, *args, **kwargs)
-        if n < 0:
-            raise ValueError(f"logprobs is {n}, it must be 0 or more")
-        stream = bool(kwargs.get("stream"))
-        record = Logprobs(self, n, bool(kwargs.get("echo")) and not stream, len(prompt))
-        ending = Ending(args, kwargs, record)
-        wanted = {**kwargs, "logprobs": None, "stopping_criteria": ending}
-        answer = super().create_completion(prompt, *args, **wanted)
-        if stream:  # nothing was generated yet
-            return record.streamed(answer)
-        answer["choices"][0]["logprobs"] = record.all(self._has_text)
-        return answer
-
-    def _has_text(self, token: int) -> bool:
-        vocab = llama_cpp.llama_model_get_vocab(self.model)
-        return token != self.token_bos() and not llama_cpp.llama_vocab_is_eog(vocab, token)
+    def record(self, asked: dict[str, Any], begin: int) -> Logprobs | None:
+        n, echo = asked.get("logprobs"), bool(asked.get("echo")) and not asked.get("stream")
+        return None if n is None or self._decoder is None else Logprobs(self, n, echo, begin)
 
     def cancel(self) -> None:
         """Stop the running generation within one pass of the model, from any thread. What was generated stays."""
@@ -353,7 +345,11 @@ class Llama(Drafted):
             "logits_processor": logits_processor, "grammar": grammar,
         }  # fmt: skip
         with self._use:
-            return self._sample(settings, idx)
+            with self._use.lent():
+                token = self._sample(settings, idx)
+            if self.on_token is not None and self._decoder is not None:
+                self.on_token(token, self._decoder.drafted_by(token))
+            return token
 
     def _sample(self, settings: dict[str, Any], idx: int | None) -> int:
         if self._decoder is None:
@@ -375,37 +371,29 @@ class Llama(Drafted):
             asked += ["mirostat_mode"] if settings["mirostat_mode"] else []
             if not asked:
                 with self.chain(**settings) as chain:
-                    return self._tell(self._decoder.sample_typical(chain.sampler, temp, *self._typical))
+                    return self._decoder.sample_typical(chain.sampler, temp, *self._typical)
             self.warn_once(f'accept="typical" does not know {asked[0]}: accepting losslessly')
 
         # outside of generate() there is no sampler that lives on, as in llama_cpp
         with self.chain(**settings) as chain:
-            return self._tell(self._decoder.sample(chain.sampler))
-
-    def _tell(self, token: int) -> int:
-        if self.on_token is not None and self._decoder is not None:
-            self.on_token(token, self._decoder.drafted_by(token))
-        return token
+            return self._decoder.sample(chain.sampler)
 
     def generate(
         self, tokens: Sequence[int], *args: Any, **kwargs: Any
     ) -> Generator[int, Sequence[int] | None, None]:
         """Generate tokens; arguments and behaviour as in `llama_cpp.Llama.generate`.
 
-        Another call of this model may come between two tokens; then this generator is over, and says so when it is
-        asked for the next one.
+        Another generation, or `reset`, may come between two tokens; then this generator is over, and says so when it
+        is asked for the next one.
 
         Raises:
             ValueError: the prompt is empty, or the grammar cannot be read.
             BusyError: another thread is in a call of this model, or another generation began after this one.
         """
-        tokens, grammar = list(tokens), kwargs.get("grammar")
-        ending = Ending.of(kwargs)
+        tokens, ending = list(tokens), Ending.of(kwargs)
         record = ending.record if ending else None
-        if grammar is not None and not is_readable_grammar(self.model, grammar):
-            raise ValueError(
-                "the grammar cannot be read: it is not GBNF, has no rule named root, or leads to too much"
-            )
+        if ending:
+            ending.begin(tokens)
         with self._use.of_a_new_generation() as turn:
             self._settle()
             if self._decoder is not None:
@@ -425,15 +413,18 @@ class Llama(Drafted):
                     if record is not None and self._decoder is not None:
                         record.draw(self._decoder.logits(self.vocab_size), token)
                         self._reading = None
+                if ending:
+                    ending.see(token)
                 sent = yield token
                 n_drawn += 1
-                if ending and ending.must_end(n_drawn, n_ctx - self.n_tokens):
+                # the last one is not evaluated; what is in the memory behind it may be a guess (`LlamaDraftModel`)
+                if ending and ending.must_end(n_drawn, n_ctx - len(tokens) - n_drawn + 1):
                     return
         except (Cancelled, StopIteration) as e:
             if ending:
                 ending.early = isinstance(e, Cancelled)
         finally:
-            with contextlib.suppress(BusyError), self._use.of(turn):
+            with contextlib.suppress(BusyError, ClosedError), self._use.of(turn):
                 self._reading = None
                 self.end_chain()
                 self._settle()
@@ -474,13 +465,16 @@ class Llama(Drafted):
     def load_state(self, state: llama_cpp.LlamaState) -> None:
         with self._use:
             self._settle()
-            super().load_state(state)
-            if self._decoder is not None:
-                self._decoder.invalidate(self.n_tokens)
-                self._decoder.set_text(self.input_ids[: self.n_tokens].tolist())
+            try:
+                super().load_state(state)
+            finally:
+                if self._decoder is not None:
+                    self._decoder.invalidate(self.n_tokens)
+                    self._decoder.set_text(self.input_ids[: self.n_tokens].tolist())
 
     def reset(self) -> None:
         with self._use:
+            self._use.begin()
             self._settle()
             super().reset()
             if self._decoder is not None:
@@ -488,5 +482,9 @@ class Llama(Drafted):
 
     def close(self) -> None:
         """Free the model. Raises BusyError where another thread is in a call of it: `cancel` that first."""
+        if self._use.ended:
+            return
         with self._use:
-            super().close()
+            self._use.end()
+            self.free()
+            self._decoder = self._heads = self._draft_model = self._corpus = None

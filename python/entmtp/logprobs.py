@@ -7,9 +7,8 @@ when its token is drawn, and what is kept of it is what the answer says.
 from __future__ import annotations
 
 import codecs
-import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -80,6 +79,11 @@ class Logprobs:
         """A token was drawn from logits [n_vocab]."""
         self._waiting.append(score(row, token, self.n))
 
+    def drop(self, n: int) -> None:
+        """The tokens drawn last are no part of the text."""
+        for _ in range(min(n, len(self._waiting))):
+            self._waiting.pop()
+
     def all(self, has_text: Callable[[int], bool]) -> dict[str, Any]:
         """Of all tokens that were not told of and are part of the text."""
         return self._told([s for s in self._waiting if has_text(s.token)])
@@ -112,12 +116,3 @@ class Logprobs:
 
     def _text(self, token: int) -> str:
         return self.llm.detokenize([token]).decode("utf-8", "ignore")
-
-    def streamed(self, chunks: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The chunks of `create_completion`, each with its own."""
-        with contextlib.closing(chunks):  # type: ignore[type-var]
-            for chunk in chunks:
-                choice = chunk["choices"][0]
-                if choice["finish_reason"] is None:
-                    choice["logprobs"] = self.of(choice["text"])
-                yield chunk

@@ -13,6 +13,8 @@ from ctypes import c_char_p, c_int, c_size_t, c_void_p
 
 from .common.cache import cache_folder
 from .common.errors import EntmtpError, ServerError
+from .common.numbers import THREADS, number
+from .common.streams import run_command
 from .native import kernels, rpc
 from .native.backends import ggml
 
@@ -31,9 +33,13 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     parser.add_argument(
-        "--port", type=int, default=PORT, metavar="N", help=f"port, 0 for a free one (default: {PORT})"
+        "--port",
+        type=number(int, 0, 65535),
+        default=PORT,
+        metavar="N",
+        help=f"port, 0 for a free one (default: {PORT})",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=THREADS, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument("--cpu", action="store_true", help="lend the CPU, even if there is a GPU")
     parser.add_argument(
         "--cache", action="store_true",
@@ -124,4 +130,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

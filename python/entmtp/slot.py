@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Protocol
 
-from .common.errors import Cancelled
+from .common.errors import BusyError, Cancelled
 from .common.use import Use
 from .llama import Llama
 from .native.decoder import Decoder
-from .upstream import LONGEST_REST, most_tokens
+from .request import LONGEST_REST, by_name, most_tokens
 
 # A text is begun from another slot's cells where that saves so many tokens more than the slot's own
 WORTH_SHARING = 8
@@ -61,14 +61,18 @@ class Slot(Llama):
     def load_state(self, state: Any) -> None:
         raise ValueError("a slot of an engine has no state of its own to load; use a Llama")
 
+    def __getstate__(self) -> Any:
+        raise TypeError("a slot of an engine cannot be copied; make an engine of its own there")
+
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError("an engine gives no embeddings; use a Llama with embedding=True")
 
     def create_completion(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        most = most_tokens(args, kwargs)
+        asked = by_name("create_completion", prompt, args, kwargs)
+        most = most_tokens(asked)
         self.expected = self.n_ctx() if most is None else most + LONGEST_REST
         with self._own_limit():
-            answer = super().create_completion(prompt, *args, **kwargs)
+            answer = super().create_completion(prompt, **asked)
         return self._stream(answer) if isinstance(answer, Iterator) else answer
 
     def _stream(self, chunks: Iterator[Any]) -> Iterator[Any]:
@@ -83,6 +87,14 @@ class Slot(Llama):
         except ValueError as e:
             text, found, _ = str(e).partition("exceed context window of ")
             raise ValueError(f"{text}{found}{self.n_ctx()}") if found else e from None
+
+    def leave(self) -> None:
+        """Whoever had the slot is done with it: a text that was not written to its end is over."""
+        try:
+            with self._use:
+                self._use.begin()
+        except BusyError:  # in another thread
+            self.cancel()
 
     def cancel(self) -> None:
         self.left = True

@@ -7,16 +7,14 @@ missing, and this file is what has to be looked at.
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
-import json
 import logging
-import math
 import random
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,11 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from llama_cpp import _logger
-from llama_cpp.llama_grammar import json_schema_to_gbnf
 
-from .common.errors import NO_CONTEXT
-from .common.json_schema import check_schema
+from .common.errors import NO_CONTEXT, ClosedError, EntmtpError
+from .completion import Ending
 from .models.tokenizer import Tokenizer, check_tokens
+from .request import by_name, check_request, is_readable_grammar, with_schema
 
 # What of `llama_cpp.Llama` is used, and what for.
 NEEDS = {
@@ -41,27 +39,28 @@ NEEDS = {
     "_requires_eval": "the last token's logits are not there: `generate` must not sample before it evaluates",
     "_logits_all": "the argument logits_all",
     "_n_vocab": "width of a row of logits",
-    "_ctx": "wrapper of the context: get_logits(), kv_cache_seq_rm(), close()",
+    "_ctx": "wrapper of the context: get_logits(), kv_cache_seq_rm(), kv_cache_clear()",
+    "_model": "wrapper of the model: its vocabulary, and tokens to fill in with",
+    "_lora_adapter": "the adapter of lora_path",
     "model_params": "parameters of the model, set before it is loaded",
     "context_params": "parameters of the context, set before the arguments are put into them",
     "_n_ctx": "tokens that a text may have, [input_ids]",
     "_is_recurrent": "the memory holds a state, not cells",
     "_is_hybrid": "it holds both",
-    "_stack": "what is freed with the object",
+    "_stack": "what is freed with the object; the wrappers have one each, `_exit_stack`",
     "_sampler": "the sampler chain of the running `generate`, with its pointer `sampler` and close()",
     "_init_sampler": "makes such a chain from the arguments of `sample`",
 }
 
 # enum ggml_log_level; llama-cpp-python reads an older one, by which warnings are errors and errors are nothing
 LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
-LONGEST_GRAMMAR = 1 << 18  # characters
 CONTINUED = 5  # belongs to the message before
 # what llama.cpp reports as an error where a pass was stopped (GGML_STATUS_ABORTED), which is none
 STOPPED = (b"compute status: 1\n", b"failed with error 1\n")
 
 # llama-cpp-python points stdout and stderr of the whole process elsewhere while it loads a model quietly: two threads
-# at that at once could leave them there
-_loading = threading.Lock()
+# at that at once could leave them there; and which CPU kernels pack its weights is chosen for the process
+loading = threading.RLock()
 
 _shown = False  # the last message
 _error = ""  # the last one that was an error
@@ -97,6 +96,13 @@ def said() -> Iterator[None]:
             raise
         why = _error.partition(": ")[2] or "memory may be too small, or the model cannot have such a cache"
         raise ValueError(f"{NO_CONTEXT}: {why}") from e
+
+
+class Gone:
+    """In place of what a closed model has no more."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ClosedError("this model is closed: load it anew")
 
 
 class SequenceContext:
@@ -150,8 +156,14 @@ class Upstream(llama_cpp.Llama):
         self._warned: set[str] = set()
         if kwargs.get("seed") == -1:  # documented as random; llama-cpp-python begins with a fixed one
             kwargs["seed"] = random.randrange(1, 1 << 32)
-        with _loading, said():
+        adapter = kwargs.pop("lora_path", None)
+        if adapter is not None:
+            kwargs["use_mmap"] = False  # as llama-cpp-python has it
+        with loading, said():
             super().__init__(model_path, **{**kwargs, **cache_types(kwargs)})
+        self._take_over()
+        if adapter is not None:
+            self._put_on(Path(adapter))
         # llama.cpp rounds small contexts up, llama-cpp-python's arrays are as long as the argument says
         if len(self.input_ids) < self.n_ctx():
             self.input_ids = np.zeros(self.n_ctx(), dtype=np.intc)
@@ -161,10 +173,35 @@ class Upstream(llama_cpp.Llama):
             # none are kept; llama-cpp-python has a row for every token of a batch, and copies as many into each state
             self.scores = np.zeros((1, self.vocab_size), dtype=np.single)
 
+    def _take_over(self) -> None:
+        """The wrappers free model and context when they are collected as garbage, in any order, before what uses them
+        even; here they go with the object, the context first."""
+        freed = contextlib.ExitStack()
+        freed.push(self._model._exit_stack.pop_all())
+        self._context = freed.enter_context(self._ctx._exit_stack.pop_all())
+        freed.push(self._stack.pop_all())
+        self._stack = freed
+
+    def _put_on(self, path: Path) -> None:
+        """A LoRA adapter. llama-cpp-python takes one that cannot be read for one, and refers to itself for its end."""
+        if not path.is_file():
+            raise ValueError(f"lora_path: there is no file {path}")
+        global _error
+        _error = ""
+        adapter = llama_cpp.llama_adapter_lora_init(self.model, str(path).encode())
+        if not adapter:
+            raise ValueError(f"lora_path: {path} is no LoRA adapter of this model: {_error}")
+        self._stack.callback(llama_cpp.llama_adapter_lora_free, adapter)
+        self._lora_adapter, self.lora_path = adapter, str(path)
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
+        if llama_cpp.llama_set_adapters_lora(self.ctx, adapters, 1, (ctypes.c_float * 1)(self.lora_scale)):
+            raise ValueError(f"lora_path: llama.cpp cannot use {path} with this model: {_error}")
+
     def begin_as(self, other: Upstream, n_ctx: int) -> None:
         """Share the model and the context of another, in place of `__init__`, for a text of up to n_ctx tokens."""
         self.__dict__.update(other.__dict__, _ctx=SequenceContext(other._ctx, n_ctx), _n_ctx=n_ctx)
         self._stack = contextlib.ExitStack()  # the other frees them
+        self.cache = None  # of states, which hold all texts of a context
         self.input_ids = np.zeros(n_ctx, dtype=np.intc)
         self.n_tokens = 0
         self._sampler = None
@@ -184,7 +221,13 @@ class Upstream(llama_cpp.Llama):
 
     def free_context(self) -> None:
         """Free the context alone, after which the model can only be closed."""
-        self._ctx.close()
+        self._context.close()
+
+    def free(self) -> None:
+        """Free the model; what is asked of it afterwards is an error."""
+        super().close()
+        gone: Any = Gone()
+        self._model = self._ctx = self.tokenizer_ = gone
 
     def must_evaluate(self) -> bool:
         """Whether the logits of the last token are not there to sample from."""
@@ -229,37 +272,115 @@ class Upstream(llama_cpp.Llama):
         return self.scores[: max(self.n_tokens, 1)]
 
     def load_state(self, state: llama_cpp.LlamaState) -> None:
-        if not self.logits_all and len(state.scores) > 1:
-            state = copy.copy(state)  # of a model that keeps them, or of llama-cpp-python's
-            state.scores = state.scores[:1]
-        super().load_state(state)
+        """As `llama_cpp.Llama.load_state`; where a state cannot be loaded, the text is empty.
+
+        Raises:
+            EntmtpError: it is of another model or context, or of more tokens than this context has room for.
+        """
+        n = state.n_tokens
+        if n > self._n_ctx:
+            raise EntmtpError(
+                f"the state has {n} tokens, and this context has room for {self._n_ctx} (n_ctx)"
+            )
+        if self.logits_all and len(state.scores) < n:
+            raise EntmtpError("the state has no logits of its tokens, which this model keeps (logits_all)")
+        self.check_tokens(state.input_ids[:n].tolist())
+        self.n_tokens, self._stale = 0, True
+        size = len(state.llama_state)
+        data = (ctypes.c_uint8 * size).from_buffer_copy(state.llama_state)
+        if llama_cpp.llama_state_set_data(self.ctx, data, size) != size:
+            self._ctx.kv_cache_clear()
+            raise EntmtpError(
+                "the state cannot be loaded: it is of another model, or of a context with another cache (n_ctx, types)"
+            )
+        self.input_ids[:n] = state.input_ids[:n]
+        if self.logits_all:
+            self.scores[:n] = state.scores[:n]
+        self.n_tokens, self._seed = n, state.seed
 
     @property
     def vocab_size(self) -> int:
         """Width of a row of logits."""
         return int(self._n_vocab)
 
+    def record(self, asked: dict[str, Any], begin: int) -> Any:
+        """What keeps log probabilities of a completion (`Logprobs`); None: nobody, or llama-cpp-python does.
+
+        Args:
+            asked: its arguments.
+            begin: characters before its text.
+        """
+        return None
+
+    def ends_text(self, token: int) -> bool:
+        """Whether it ends an answer, of which it is no part."""
+        return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
+
+    @cached_property
+    def end_tokens(self) -> list[int]:
+        """All that end an answer."""
+        return [token for token in range(self._n_vocab) if self.ends_text(token)]
+
     def create_completion(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `llama_cpp.Llama.create_completion`; what it would pass over in silence is a ValueError."""
-        check_request(self, kwargs)
+        """As `llama_cpp.Llama.create_completion`; what it would pass over in silence is a ValueError.
+
+        Of several stop strings the first in the text counts, empty ones are none; `echo` may be streamed, and `suffix`
+        needs a model that was trained to fill in.
+        """
+        asked = by_name("create_completion", prompt, args, kwargs)
+        check_request(self._n_vocab, asked)
+        text = prompt
         if not isinstance(prompt, str):
+            prompt = [int(token) for token in prompt]
             self.check_tokens(prompt)
-        if processors := kwargs.get("logits_processor"):
-            kwargs["logits_processor"] = Processors(processors)
-        ending = kwargs.get("stopping_criteria")
-        if not isinstance(ending, Ending):
-            ending = Ending(args, kwargs)
-        answer: Any = super().create_completion(prompt, *args, **{**kwargs, "stopping_criteria": ending})
-        if ending.early and not ending.streamed:
-            answer["choices"][0]["finish_reason"] = "length"
-        return answer
+            text = self.detokenize(prompt).decode("utf-8", "ignore")
+        if (suffix := asked.pop("suffix", None)) is not None:
+            prompt = self._between(prompt, suffix)
+        if processors := asked.get("logits_processor"):
+            asked["logits_processor"] = Processors(processors)
+        record = self.record(asked, len(text))
+        first = [self.token_bos()] if prompt == "" else []
+        ending = Ending(self, asked, record, first)
+        asked["stopping_criteria"] = ending
+        if asked.get("logprobs") is not None and record is None:  # from logits that are kept
+            if asked.get("echo") and not isinstance(prompt, str):
+                raise ValueError(
+                    "echo with logprobs needs a prompt of text where logits are kept (logits_all)"
+                )
+            return super().create_completion(prompt, **asked)
+        echoed = text if asked.pop("echo", False) else ""
+        answer: Any = super().create_completion(prompt, **{**asked, "stop": [], "logprobs": None})
+        if ending.streamed:
+            return ending.pieces(answer, echoed)
+        return ending.whole(answer, echoed, lambda token: token not in first and not self.ends_text(token))
+
+    def _between(self, prompt: str | list[int], suffix: str) -> list[int]:
+        """Tokens of a prompt for what comes between two texts, as models that were trained for it have them;
+        llama-cpp-python writes token 0 in their places."""
+        before, behind, between = (
+            self._model.token_prefix(), self._model.token_suffix(), self._model.token_middle()
+        )  # fmt: skip
+        if min(before, behind, between) < 0:
+            raise ValueError("suffix: this model has no tokens to fill in with")
+        first, last = (
+            self.tokenize(text.encode(), add_bos=False, special=False) if isinstance(text, str) else text
+            for text in (prompt, suffix)
+        )
+        bos = [self.token_bos()] if self._model.add_bos_token() else []
+        if self.spm_infill:
+            return [*bos, behind, *last, before, *first, between]
+        return [*bos, before, *first, behind, *last, between]
 
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `llama_cpp.Llama.create_chat_completion`; what it would pass over in silence is a ValueError."""
+        """As `llama_cpp.Llama.create_chat_completion`, and with OpenAI's `json_schema` as a response format; what it
+        would pass over in silence is a ValueError."""
         if not messages:
             raise ValueError("messages are empty: there is nothing to answer")
-        check_request(self, kwargs)
-        return super().create_chat_completion(messages, *args, **kwargs)
+        asked = by_name("create_chat_completion", messages, args, kwargs)
+        if isinstance(asked.get("response_format"), dict):
+            asked["response_format"] = with_schema(asked["response_format"])
+        check_request(self._n_vocab, asked)
+        return super().create_chat_completion(messages, **asked)
 
     def detokenize(self, tokens: Any, *args: Any, **kwargs: Any) -> bytes:
         """As `llama_cpp.Llama.detokenize`; a token that is none is a ValueError, not the end of the process."""
@@ -280,6 +401,14 @@ class Upstream(llama_cpp.Llama):
     def rows(self, n: int) -> npt.NDArray[np.single]:
         """Logits of the last batch of n tokens, [n, n_vocab]; valid until the next."""
         return np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n, self._n_vocab))
+
+    def _init_sampler(self, *args: Any, **settings: Any) -> Any:
+        grammar = settings.get("grammar")
+        if grammar is not None and not is_readable_grammar(self.model, grammar):
+            raise ValueError(
+                "the grammar cannot be read: it is not GBNF, has no rule named root, or leads to too much"
+            )
+        return super()._init_sampler(*args, **settings)
 
     @contextlib.contextmanager
     def chain(self, **settings: Any) -> Iterator[Any]:
@@ -311,133 +440,8 @@ def requantise(source: str | Path, target: str | Path, ftype: int) -> bool:
     )
 
 
-LONGEST_REST = 3  # tokens beyond max_tokens that an answer may have, for the rest of a character
-
-
-def most_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """`max_tokens` among the arguments of `create_completion` behind the prompt; None: as many as fit."""
-    most = args[1] if len(args) > 1 else kwargs.get("max_tokens", 16)
-    return None if most is None or most <= 0 else int(most)
-
-
-class Ending:
-    """A completion's stopping criteria, and whether its generation ended before it was told to.
-
-    llama-cpp-python asks them once more behind the last token, and leaves an answer without its text where nothing
-    ended it: neither a limit, nor an end of text, nor they. It looks at no limit while a character is not complete.
-
-    Attributes:
-        stops: criteria of the user, None for none.
-        record: what keeps log probabilities on the way (`Logprobs`), None for nothing.
-        early: it was cancelled, or nothing more fits, or is allowed, in the middle of a character; set by `generate`.
-    """
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], record: Any = None):
-        self.stops: Callable[[Any, Any], bool] | None = kwargs.get("stopping_criteria")
-        self.streamed, self.most = bool(kwargs.get("stream")), most_tokens(args, kwargs)
-        self.record, self.early = record, False
-
-    def __call__(self, tokens: Any, logits: Any) -> bool:
-        if self.early:
-            return not self.streamed  # what is streamed was given
-        return self.stops is not None and len(tokens) > 0 and bool(self.stops(tokens, logits))
-
-    @classmethod
-    def of(cls, kwargs: dict[str, Any]) -> Ending | None:
-        """That of the completion which calls `generate`, if one does; only criteria of the user stay."""
-        ending = kwargs.get("stopping_criteria")
-        if not isinstance(ending, cls):
-            return None
-        kwargs["stopping_criteria"] = ending.stops
-        return ending
-
-    def must_end(self, n_drawn: int, n_free: int) -> bool:
-        """Whether the last token was the last one, with so many drawn and room for so many more in the context."""
-        self.early = n_free < 1 or (self.most is not None and n_drawn >= self.most + LONGEST_REST)
-        return self.early
-
-
 class Processors(llama_cpp.LogitsProcessorList):
     """Several, which a logit bias joins: llama-cpp-python takes what `extend` returns for all of them."""
 
     def extend(self, others: Any) -> Any:
         return Processors([*self, *others])
-
-
-def is_readable_grammar(model: Any, grammar: Any) -> bool:
-    """Whether llama.cpp can read a `LlamaGrammar`; llama-cpp-python would go on without it, or end the process.
-
-    Args:
-        model: `llama_model *` whose vocabulary it is for.
-    """
-    vocab = llama_cpp.llama_model_get_vocab(model)
-    sampler = llama_cpp.llama_sampler_init_grammar(vocab, grammar._grammar.encode(), grammar._root.encode())
-    if not sampler:
-        return False
-    llama_cpp.llama_sampler_free(sampler)
-    return True
-
-
-def grammar_of_text(text: str) -> Any:
-    """A `LlamaGrammar` of GBNF.
-
-    Raises:
-        ValueError: it is too long to be read while others wait.
-    """
-    if len(text) > LONGEST_GRAMMAR:
-        raise ValueError(f"grammar: it has {len(text)} characters, it may have {LONGEST_GRAMMAR}")
-    return llama_cpp.LlamaGrammar.from_string(text, verbose=False)
-
-
-def grammar_of_schema(schema: Any) -> Any:
-    """A `LlamaGrammar` that answers follow a JSON schema by.
-
-    Raises:
-        ValueError: the schema has a part that no grammar is made of; the text names it.
-    """
-    check_schema(schema)
-    if len(written := json.dumps(schema)) > LONGEST_GRAMMAR:
-        raise ValueError(f"schema: it has {len(written)} characters, it may have {LONGEST_GRAMMAR}")
-    try:
-        return grammar_of_text(json_schema_to_gbnf(written))
-    except Exception as e:  # the converter's own: assertions, keys and types
-        raise ValueError(f"schema: no grammar can be made of this JSON schema: {e}") from None
-
-
-def check_request(llm: Upstream, settings: dict[str, Any]) -> None:
-    """Refuse what llama-cpp-python would pass over in silence.
-
-    Args:
-        settings: arguments of `create_completion` or `create_chat_completion`.
-
-    Raises:
-        ValueError: with one sentence for the user.
-    """
-    n_vocab = llm.n_vocab()
-    if len(settings.get("logit_bias") or {}) > n_vocab:
-        raise ValueError(f"logit_bias has more entries than there are tokens, {n_vocab}")
-    for key, value in (settings.get("logit_bias") or {}).items():
-        try:
-            token, bias = int(key), float(value)
-        except (TypeError, ValueError):
-            token, bias = -1, math.nan
-        if not 0 <= token < n_vocab or math.isnan(bias):
-            raise ValueError(f"logit_bias: {key!r}: {value!r} is no bias of a token from 0 to {n_vocab - 1}")
-    temperature = settings.get("temperature")
-    if temperature is not None and not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature:g}, it must be 0 or more")
-    form = settings.get("response_format") or {}
-    if form.get("type") == "json_object" and form.get("schema") is not None:
-        grammar_of_schema(form["schema"])
-    functions = {}
-    for tool in settings.get("tools") or []:
-        function = tool.get("function") or {}
-        if not function.get("name"):
-            raise ValueError(f"tools: {tool!r} names no function")
-        functions[function["name"]] = function
-    choice = settings.get("tool_choice")
-    if isinstance(choice, dict):
-        wanted = (choice.get("function") or {}).get("name")
-        if wanted not in functions:
-            raise ValueError(f"tool_choice: there is no {wanted!r} in tools")
-        grammar_of_schema(functions[wanted].get("parameters", {"type": "object"}))

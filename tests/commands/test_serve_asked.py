@@ -173,6 +173,9 @@ def test_a_bias_beside_a_least_length(server: Server) -> None:
 def test_logprobs_of_a_chat(server: Server, asked: dict[str, Any], wanted: int, stream: bool) -> None:
     """Also where nothing is said of how many: the token's own."""
     messages = [{"role": "user", "content": "The sea"}]
+    # the toy would end at once, with a text that the template stops at
+    tag = server.post("/tokenize", input="x<|im_end|>").json()["tokens"]
+    asked = {**asked, "logit_bias": {str(token): -100 for token in tag}}
     if stream:
         chunks = server.client().chat.completions.create(
             model="x", messages=messages, stream=True, **asked, **SETTINGS

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from entmtp import Engine, EntmtpError, Llama, kernels
+from entmtp import BusyError, Engine, EntmtpError, Llama, kernels
 from entmtp.convert import convert
 from entmtp.stream import Stream
 from helpers.checkpoints import hydra_config, hydra_state, tiny_base, write_checkpoint
+from helpers.models import model_path
 from helpers.typed import DEMO
 
 SETTINGS: dict[str, Any] = {"n_threads": 1, "verbose": False, "calibrate": False}
@@ -245,3 +246,40 @@ def test_a_closed_engine_says_so() -> None:
 def test_arguments_that_cannot_work(settings: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         Engine(DEMO, **{**SETTINGS, **settings})
+
+
+def test_room_is_given_in_turn() -> None:
+    """A long text, between short ones that would always find room."""
+    path = model_path("llama")
+    settings: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1, "verbose": False, "draft": None}
+    with Engine(path, slots=3, n_ctx=256, kv_tokens=256, **settings) as engine:
+        ended: list[str] = []
+        asked: dict[str, Any] = {"temperature": 0.0, "logit_bias": {0: 100.0}}
+        streams = [("short", engine.submit("some text", max_tokens=90, **asked)) for _ in range(2)]
+        streams.append(("long", engine.submit("some text", max_tokens=230, **asked)))
+        streams += [("short", engine.submit("some text", max_tokens=90, **asked)) for _ in range(12)]
+        threads = [
+            threading.Thread(target=lambda n=name, s=stream: (s.text, ended.append(n)))
+            for name, stream in streams
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert len(ended) == 15 and ended.index("long") <= 3
+
+
+def test_a_slot_that_is_given_back_ends_its_text() -> None:
+    path = model_path("llama")
+    settings: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    with Engine(path, slots=2, n_ctx=256, kv_tokens=256, **settings) as engine:
+        with engine.slot() as llm:
+            left = llm.create_completion("some text", max_tokens=200, stream=True)
+            next(left)
+        other = engine.submit("another", max_tokens=200, temperature=0.0)
+        thread = threading.Thread(target=lambda: other.text)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+        with pytest.raises(BusyError, match="this stream is over"):
+            next(left)

@@ -452,3 +452,25 @@ def test_names_of_before() -> None:
             [sys.executable, "-m", *module, "--help"], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0 and "[NAME[:FORM,..]=]FOLDER" in done.stdout
+
+
+def test_users_is_run(tmp_path: Path) -> None:
+    """All of it, once: engines and their slots, and each answer plain decoding's."""
+    asked = tmp_path / "p.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts("gsm8k")[:2]), "utf-8")
+    out = tmp_path / "users.json"
+    words = [
+        "users",
+        "-m",
+        "demo",
+        "--threads",
+        "1",
+        "--prompts",
+        str(asked),
+        "--limit",
+        "2",
+        "--tokens",
+        "8",
+    ]
+    assert cli.main([*words, "--temp", "0", "--users", "1", "2", "--rounds", "1", "-o", str(out)]) == 0
+    assert json.loads(out.read_text("utf-8"))

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 from ..common.errors import ConvertError, EntmtpError, UsageError
 from ..common.fields import parse_json
+from ..common.files import check_output
 from ..common.machine import cpu_name
+from ..common.numbers import COUNT, TEMPERATURE, THREADS, number
 from ..common.version import __version__
 from ..convert.writer import OUTTYPES
 from ..models.shapes import QUANTS, SHAPES
@@ -29,39 +31,40 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--prompts": {"nargs": "+", "metavar": "JSONL", "help": "files of prompts, one task each"},
     "--suite": {"choices": SUITES, "help": "published prompts: the paper's four tasks, or Spec-Bench's thirteen"},
     "--raw": {"action": "store_true", "help": "prompts are text to go on with: no chat template"},
-    "--limit": {"type": int, "metavar": "N", "help": "prompts of each task, at most"},
-    "--tokens": {"type": int, "metavar": "N", "help": "tokens of an answer, at most"},
-    "--temp --temps": {"type": float, "nargs": "+", "metavar": "T", "help": "temperatures"},
-    "--rounds": {"type": int, "metavar": "N", "help": "how often everything is measured"},
+    "--limit": {"type": COUNT, "metavar": "N", "help": "prompts of each task, at most"},
+    "--tokens": {"type": COUNT, "metavar": "N", "help": "tokens of an answer, at most"},
+    "--temp --temps": {"type": TEMPERATURE, "nargs": "+", "metavar": "T", "help": "temperatures"},
+    "--rounds": {"type": COUNT, "metavar": "N", "help": "how often everything is measured"},
     "--methods": {"nargs": "+", "metavar": "NAME", "help": "methods besides the plain loops (default: all "
                   "but llama.cpp's own, as 'llama.cpp ngram-mod', which `make baselines` builds)"},
     "--replay": {"action": "store_true", "help": "say how fast replay foretells EntMTP to be"},
-    "--busy": {"type": int, "nargs": "+", "metavar": "N", "help": "busy programs beside it"},
-    "--users": {"type": int, "nargs": "+", "metavar": "N", "help": "users at a time, 1 the first"},
-    "--clients": {"type": int, "nargs": "*", "metavar": "N", "help": "clients at a time, each of whom asks again when "
-                  "it is answered"},
-    "--rate": {"type": float, "nargs": "+", "metavar": "R", "help": "requests a second on average, which come by "
-               "themselves (a Poisson process)"},
-    "--requests": {"type": int, "metavar": "N", "help": "requests of a load"},
-    "--slots": {"type": int, "metavar": "N", "help": "answers at a time (default: the most clients, or 4)"},
-    "--stall": {"type": float, "metavar": "SECONDS", "help": "how long answers may wait for the prompts of "
+    "--busy": {"type": number(int, 0), "nargs": "+", "metavar": "N", "help": "busy programs beside it"},
+    "--users": {"type": COUNT, "nargs": "+", "metavar": "N", "help": "users at a time, 1 the first"},
+    "--clients": {"type": COUNT, "nargs": "*", "metavar": "N", "help": "clients at a time, each of whom asks again "
+                  "when it is answered"},
+    "--rate": {"type": number(float, 0, above=True), "nargs": "+", "metavar": "R",
+               "help": "requests a second on average, which come by themselves (a Poisson process)"},
+    "--requests": {"type": COUNT, "metavar": "N", "help": "requests of a load"},
+    "--slots": {"type": COUNT, "metavar": "N", "help": "answers at a time (default: the most clients, or 4)"},
+    "--stall": {"type": number(float, 0), "metavar": "SECONDS", "help": "how long answers may wait for the prompts of "
                 "others, as of entmtp serve"},
     "--servers": {"nargs": "+", "choices": tuple(serve.SERVERS), "help": "ours that drafts, ours that does not, and "
                   "llama.cpp's, which `make baselines` builds"},
-    "--counts": {"type": int, "nargs": "+", "metavar": "N", "help": "fixed numbers of threads (default: 1 and all)"},
-    "--published": {"type": int, "metavar": "N", "help": "how many published trees to include"},
+    "--counts": {"type": THREADS, "nargs": "+", "metavar": "N", "help": "fixed numbers of threads (default: 1 "
+                 "and all)"},
+    "--published": {"type": number(int, 0), "metavar": "N", "help": "how many published trees to include"},
     "--more-models": {"nargs": "+", "metavar": "MODEL", "help": "further base models"},
     "--more-heads": {"nargs": "+", "metavar": "HEADS", "help": "further heads"},
     "--traces": {"metavar": "PATH", "help": "rank traces that study keeps and others replay: a folder of .npz files, "
                  "or one such file"},
     "--banks": {"metavar": "DIR", "help": "keep the tuned banks in this folder"},
     "--contexts": {"type": context_lengths, "nargs": "+", "metavar": "N", "help": "context depths, like 512 4k"},
-    "--sizes": {"type": int, "nargs": "+", "metavar": "N", "help": "numbers of tokens in a pass"},
+    "--sizes": {"type": COUNT, "nargs": "+", "metavar": "N", "help": "numbers of tokens in a pass"},
     "--kernels": {"nargs": "+", "metavar": "NAME", "help": "CPU kernels to compare (default: off and auto); "
                   "the same again: another instance of the model"},
     "--forms": {"nargs": "+", "choices": heads.FORMS, "help": "forms of the heads"},
     "--types": {"type": some_of(tuple(OUTTYPES)), "nargs": "+", "metavar": "TYPE", "help": "of the weights"},
-    "--heads-vocab": {"type": int, "metavar": "N", "help": "tokens of the heads' draft vocabulary"},
+    "--heads-vocab": {"type": COUNT, "metavar": "N", "help": "tokens of the heads' draft vocabulary"},
     "--draft-text": {"nargs": "+", "metavar": "FILE", "help": "text to choose it by (default: the base's own)"},
     "--shapes": {"type": some_of(tuple(SHAPES)), "metavar": "NAME[,..]", "help": "models, unless --model is given"},
     "--device": {"choices": ("auto", "cpu", "gpu"), "help": "where they run; auto: on a GPU, if there is one"},
@@ -216,11 +219,24 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_outfile(args: argparse.Namespace) -> None:
+    """Before anything is measured."""
+    lists = (getattr(args, name, None) for name in ("prompts", "more_models", "more_heads", "checkpoints"))
+    named = [path for names in lists for path in names or ()]
+    check_output(args.outfile, [args.model, getattr(args, "heads", None), *named])
+    if args.outfile and args.outfile.suffix in (".md", ".png"):
+        raise UsageError(
+            f"{args.outfile}: the figures are JSON; tables ({args.outfile.suffix}) come beside them"
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     args = setup_arg_parser().parse_args(modern(sys.argv[1:] if argv is None else argv))
     report: dict[str, Any] = {"machine": cpu_name()}
     texts = []
     try:
+        if args.run is not plot:
+            _check_outfile(args)
         for text in args.run(args, report):
             print(text, flush=True)
             texts.append(text)

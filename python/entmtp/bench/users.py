@@ -82,7 +82,8 @@ def serve(engine: Engine | Alone, prompts: list[Prompt], n_users: int) -> tuple[
             told[i] = Told(tokens, times)
 
     for slot in engine.slots:
-        slot.forget()  # or prompts of before need not be read again
+        slot.reset()
+        slot.decoder.clear()  # or prompts of before need not be read again
     start = time.perf_counter()
     with ThreadPoolExecutor(n_users) as users:
         for one in [users.submit(user) for _ in range(n_users)]:

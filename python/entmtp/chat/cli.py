@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from .. import options
 from ..common.errors import EntmtpError, UsageError
 from ..common.sampling import add_sampling_options
+from ..common.streams import leave
 from ..llama import Llama
 from ..models.templates import CONTINUE, prompt_length
 from .commands import run
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
 
             repl(chat)
     except BrokenPipeError:  # the reader left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave()
         return 1
     except (EntmtpError, ValueError, OSError) as e:
         print(f"entmtp.chat: {e}", file=sys.stderr)

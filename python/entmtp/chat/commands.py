@@ -13,6 +13,7 @@ from rich.table import Table
 from ..bank.bank import Bank, names
 from ..bank.tree import PLAIN
 from ..common.errors import EntmtpError
+from ..common.files import expanded
 from ..models.templates import prompt_length
 from ..options.table import POLICIES
 from .conversation import load
@@ -187,7 +188,7 @@ def _regen(chat: Chat, _: str) -> None:
 
 
 def _save(chat: Chat, argument: str) -> None:
-    path = Path(argument).expanduser() if argument else chat.saved
+    path = expanded(argument) if argument else chat.saved
     if path is None:
         raise EntmtpError("/save needs a file name, such as /save talk.json")
     chat.conversation.save(path, Path(chat.llm.model_path).name)
@@ -198,7 +199,7 @@ def _save(chat: Chat, argument: str) -> None:
 def _load(chat: Chat, argument: str) -> None:
     if not argument:
         raise EntmtpError("/load needs a file name, such as /load talk.json")
-    path = Path(argument).expanduser()
+    path = expanded(argument)
     chat.conversation = load(path)
     chat.saved = path
     chat.say(f"loaded {_turns(chat)} from {path}")
@@ -260,6 +261,8 @@ def run(chat: Chat, line: str) -> None:
         raise EntmtpError(f"/{name} takes nothing after it")
     try:
         command.run(chat, argument.strip())
+    except OSError as e:
+        raise EntmtpError(f"{e.filename}: {e.strerror}" if e.filename else str(e)) from None
     except ValueError as e:  # of trees and banks
         raise EntmtpError(str(e)) from None
 

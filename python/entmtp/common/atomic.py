@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import time
 import zlib
 from collections.abc import Iterator
@@ -39,12 +40,34 @@ def temporary_path(target: str | Path) -> Iterator[Path]:
 def atomic_path(target: str | Path) -> Iterator[Path]:
     """A temporary path beside `target`, renamed to it at the end; removed if the block fails.
 
+    A link stays one, a file keeps its rights, and into a device it is copied.
+
     Raises:
         OSError: it cannot be written; names `target`.
     """
-    with temporary_path(target) as temporary, named(target, temporary):
+    real = Path(os.path.realpath(target))
+    is_special = real.exists() and not real.is_file() and not real.is_dir()
+    with _place(real, is_special) as temporary, named(target, temporary):
         yield temporary
-        os.replace(temporary, target)
+        if is_special:
+            with temporary.open("rb") as source, real.open("wb") as device:
+                shutil.copyfileobj(source, device)
+            return
+        if real.is_file() and temporary.is_file():
+            with suppress(OSError):
+                shutil.copymode(real, temporary)
+        os.replace(temporary, real)
+
+
+@contextmanager
+def _place(real: Path, is_special: bool) -> Iterator[Path]:
+    """Beside a file; what goes into a device waits where files belong."""
+    if not is_special:
+        with temporary_path(real) as temporary:
+            yield temporary
+        return
+    with tempfile.TemporaryDirectory(prefix="entmtp-") as folder:
+        yield Path(folder) / "output"
 
 
 @contextmanager
@@ -54,7 +77,9 @@ def named(target: str | Path | None, temporary: Path | None = None) -> Iterator[
         yield
     except OSError as e:
         if target is not None and e.errno is not None and e.filename in (None, str(temporary)):
-            e.filename, e.filename2 = str(target), None
+            raise type(e)(
+                e.errno, e.strerror, str(target)
+            ) from e  # filename2, once set, is told even if it is None
         raise
 
 

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from .files import expanded
+
 
 def cache_folder() -> Path:
     """The user's cache for entmtp, $ENTMTP_CACHE if that is set: the one that native/llama_cpp.py builds in.
@@ -20,7 +22,7 @@ def cache_folder() -> Path:
 
 def _cache_folder() -> Path:
     if folder := os.environ.get("ENTMTP_CACHE"):
-        return Path(folder).expanduser()
+        return expanded(folder)
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "entmtp"
     if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):

@@ -35,6 +35,10 @@ class BusyError(EntmtpError):
     """A model is in use by another thread, or by a generation that began later."""
 
 
+class ClosedError(EntmtpError):
+    """A model is used after it was closed."""
+
+
 class BankError(OfFile, ValueError):
     """A tree bank is not what the schema asks for."""
 

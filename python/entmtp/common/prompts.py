@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .fields import parse_json
+from .files import read_text
 
 IDS = ("id", "task_id", "question_id")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -71,7 +72,7 @@ def by_task(path: str | Path) -> dict[str, list[Question]]:
         ValueError, OSError: as `read_questions`.
     """
     found: dict[str, list[Question]] = {}
-    lines = [line for line in Path(path).read_text("utf-8").split("\n") if line.strip()]
+    lines = [line for line in read_text(path).split("\n") if line.strip()]
     for line, question in zip(lines, read_questions(path), strict=True):
         found.setdefault(str(parse_json(line).get("task", Path(path).stem)), []).append(question)
     return found
@@ -84,7 +85,7 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[Question]
         ValueError: a line that is none; the text names it. OSError: no such file.
     """
     found: list[Question] = []
-    for i, line in enumerate(Path(path).read_text("utf-8").split("\n"), 1):
+    for i, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -7,20 +7,36 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+from .numbers import SHARE, TEMPERATURE, number
 
 # option: (type, argument of create_completion, default there, help)
 TABLE: dict[str, tuple[Any, str, Any, str]] = {
-    "--temp": (float, "temperature", 0.8, "temperature; 0: always the most probable token"),
-    "--top-k": (int, "top_k", 40, "draw from the k most probable tokens"),
-    "--top-p": (float, "top_p", 0.95, "draw from the most probable tokens that sum up to p"),
-    "--min-p": (float, "min_p", 0.05, "no tokens below this share of the most probable one's probability"),
-    "--typical-p": (float, "typical_p", 1.0, "locally typical sampling"),
-    "--repeat-penalty": (float, "repeat_penalty", 1.0, "divides the logits of tokens seen lately"),
-    "--frequency-penalty": (float, "frequency_penalty", 0.0, "per earlier occurrence of a token"),
-    "--presence-penalty": (float, "presence_penalty", 0.0, "once for a token that occurred"),
+    "--temp": (TEMPERATURE, "temperature", 0.8, "temperature; 0: always the most probable token"),
+    "--top-k": (number(int, 0), "top_k", 40, "draw from the k most probable tokens"),
+    "--top-p": (SHARE, "top_p", 0.95, "draw from the most probable tokens that sum up to p"),
+    "--min-p": (SHARE, "min_p", 0.05, "no tokens below this share of the most probable one's probability"),
+    "--typical-p": (SHARE, "typical_p", 1.0, "locally typical sampling"),
+    "--repeat-penalty": (
+        number(float, 0, 1e6, above=True),
+        "repeat_penalty",
+        1.0,
+        "divides the logits of late tokens",
+    ),
+    "--frequency-penalty": (
+        number(float, -1e6, 1e6),
+        "frequency_penalty",
+        0.0,
+        "per earlier occurrence of a token",
+    ),
+    "--presence-penalty": (
+        number(float, -1e6, 1e6),
+        "presence_penalty",
+        0.0,
+        "once for a token that occurred",
+    ),
     "--mirostat": (int, "mirostat_mode", 0, "Mirostat version, 1 or 2; 0: off"),
-    "--mirostat-tau": (float, "mirostat_tau", 5.0, "its target surprise"),
-    "--mirostat-eta": (float, "mirostat_eta", 0.1, "its learning rate"),
+    "--mirostat-tau": (number(float, 0), "mirostat_tau", 5.0, "its target surprise"),
+    "--mirostat-eta": (number(float, 0), "mirostat_eta", 0.1, "its learning rate"),
 }
 
 ALIASES = {"--temp": ("--temperature",)}

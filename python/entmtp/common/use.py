@@ -6,19 +6,23 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .errors import BusyError
+from .errors import BusyError, ClosedError
 
 
 class Use:
     """Held by the thread that is in a call, `with use: ...`; again by the same thread is fine.
 
-    Nobody waits: a second thread gets an error. Generators hold it from one token to the next, never while they are
-    suspended; so another generation may begin in between, after which `of` of the older turn raises.
+    Nobody waits: a second thread gets an error, and so does what the user's own code calls while a token is drawn
+    (`lent`). Generators hold it from one token to the next, never while they are suspended; so another generation may
+    begin in between, after which `of` of the older turn raises.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._n_held = 0
         self._turn = 0  # of the latest generation
+        self._lent = False
+        self.ended = False
 
     def __enter__(self) -> None:
         if not self._lock.acquire(blocking=False):
@@ -26,9 +30,34 @@ class Use:
                 "another thread is in a call of this model, which takes one at a time: wait, stop it with cancel(), "
                 "or give each thread a Llama of its own"
             )
+        if self._lent or self.ended:
+            self._lock.release()
+            if self.ended:
+                raise ClosedError("this model is closed: load it anew")
+            raise BusyError("this model is drawing a token: what changes its logits cannot call it meanwhile")
+        self._n_held += 1
 
     def __exit__(self, *_: object) -> None:
+        self._n_held -= 1
         self._lock.release()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """While it is held: what calls the model now is called by it."""
+        self._lent = True
+        try:
+            yield
+        finally:
+            self._lent = False
+
+    def begin(self) -> None:
+        """While it is held: the text is another one, and generations before are over, but for who holds it already."""
+        if self._n_held == 1:
+            self._turn += 1
+
+    def end(self) -> None:
+        """While it is held: there is nothing to call any more."""
+        self.ended = True
 
     @contextmanager
     def of_a_new_generation(self) -> Iterator[int]:
@@ -43,7 +72,7 @@ class Use:
         with self:
             if turn != self._turn:
                 raise BusyError(
-                    "this stream is over: another generation of the same model began after it; finish one before the "
-                    "next, or give each a Llama of its own"
+                    "this stream is over: another generation of the same model began after it, or the model was reset; "
+                    "finish one before the next, or give each a Llama of its own"
                 )
             yield

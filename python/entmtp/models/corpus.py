@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ..common.atomic import atomic_path
 from ..common.cache import cache_folder
 from ..common.errors import ModelError
+from ..common.files import expanded
 from ..common.progress import stages
 
 MOST = 32 << 20  # bytes of all texts
@@ -46,7 +47,7 @@ def find_texts(paths: Sequence[str | Path]) -> list[Path]:
     """
     found: list[Path] = []
     for name in paths:
-        path = Path(name).expanduser()
+        path = expanded(name)
         if path.is_dir():
             found += (p for p in _inside(path) if _is_text(p))
         elif not path.is_file():

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..common.errors import ModelError
+from ..common.files import expanded
 from . import hub
 from .known import fetch_known, is_known
 
@@ -40,7 +41,7 @@ def resolve(name: str | os.PathLike[str], kind: str = "model", say: Say = warn) 
         return hub.fetch_gguf(hub.Name.parse(text), kind, say)
     if kind == "model" and is_known(text):
         return fetch_known(text)
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_dir():
         listed = "".join(f"\n  {p}" for p in sorted(path.glob("*.gguf")))
         raise ModelError(

@@ -22,7 +22,7 @@ def grammar(args: argparse.Namespace, llm: Llama) -> Any:
     path = args.grammar or args.json_schema
     if path is None:
         return None
-    from ..upstream import grammar_of_schema, grammar_of_text, is_readable_grammar
+    from ..request import grammar_of_schema, grammar_of_text, is_readable_grammar
 
     try:
         text = path.read_text("utf-8")

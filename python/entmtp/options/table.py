@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..common.numbers import INFINITE, MOST_THREADS, number
 from .demo import AUTO
 
 CONTEXT = 4096  # tokens
@@ -36,7 +37,7 @@ class Option:
         also: other spellings.
         group: `"files"`, `"machine"` (how the model is run) or `"drafting"` (of use with heads only).
         type: what makes a value of a word; bool: `--name` and `--no-name`.
-        least: of a number.
+        least, most: of a number.
         default: None: the argument is left out, and `Llama` does what `usual` says.
         usual: what happens without the option, in words; empty where the help says it.
     """
@@ -50,6 +51,7 @@ class Option:
     type: Callable[[str], Any] = str
     choices: tuple[str, ...] | None = None
     least: int | None = None
+    most: int | None = None
     metavar: str | None = None
     default: Any = None
 
@@ -76,14 +78,8 @@ class Option:
         """
         if self.least is None:
             return self.type(word)
-        try:
-            value = self.type(word)
-        except ValueError:
-            value = None
-        if value is None or not self.least <= value < float("inf"):
-            kind = "a whole number" if self.type is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {kind} of at least {self.least}, not {word!r}")
-        return value
+        most = INFINITE if self.most is None else self.most
+        return number(int if self.type is int else float, self.least, most)(word)
 
     def words(self, value: Any) -> list[str]:
         """The option with a value as words of a command line."""
@@ -160,7 +156,7 @@ OPTIONS = (
     ),
     Option(
         "threads", ("n_threads", "n_threads_batch"), "machine", "CPU threads",
-        "as many as the machine has to spare, looked at again while running", type=int, least=1,
+        "as many as the machine has to spare, looked at again while running", type=int, least=1, most=MOST_THREADS,
         metavar="N",
     ),
     Option(

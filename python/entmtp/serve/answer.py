@@ -97,9 +97,8 @@ class Threads:
 def _calls(llama: Any, asked: Asked, stream: bool) -> Iterator[Any]:
     """What writes each of the answers, when it is called."""
     create = llama.create_chat_completion if isinstance(asked.body, Chat) else llama.create_completion
-    named = asked.arguments(llama)
-    for choice in asked.choices:
-        yield partial(create, **{**named, **choice, "model": llama.alias, "stream": stream})
+    for named in asked.of_choices(llama):
+        yield partial(create, **{**named, "model": llama.alias, "stream": stream})
 
 
 def _finish(choice: dict[str, Any], index: int, asked: Asked, begun: dict[str, str]) -> None:
@@ -254,6 +253,7 @@ class Streamed(Response):
 
     def _write(self, llama: Any) -> None:
         served, functions, chunk = self.served, self.asked.functions, dict[str, Any]()
+        same: dict[str, Any] = {}  # in all chunks of a request
         chat = isinstance(self.asked.body, Chat)
         if self.asked.body.entmtp:
             served.details = Details(self.models.passes)
@@ -263,6 +263,8 @@ class Streamed(Response):
             with contextlib.closing(create()) as chunks:
                 for chunk in written.streamed(chunks, functions) if chat else chunks:
                     _finish(chunk["choices"][0], index, self.asked, begun)
+                    same = same or {key: chunk[key] for key in ("id", "created")}
+                    chunk = {**chunk, **same}
                     if served.details is not None:
                         served.details.add_to(chunk)
                     self.pipe.put(chunk, served)

@@ -58,11 +58,23 @@ class Detokenize(BaseModel):
 
 
 def _embed(llama: Any, body: Embedding) -> Any:
-    return llama.create_embedding(body.input, model=llama.alias)
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    if not texts:
+        raise Refused("input is empty: there is nothing to embed", "input")
+    for text in texts:  # llama-cpp-python would cut it
+        if (n := len(llama.tokenize(text.encode()))) > llama.n_batch:
+            raise Refused(f"input: a text has {n} tokens, it may have {llama.n_batch} (n_batch)", "input")
+    answer = llama.create_embedding(texts, model=llama.alias)
+    if any(isinstance(x, list) for one in answer["data"] for x in one["embedding"][:1]):
+        raise Refused(
+            "this model has a vector for every token and none for a text: its file names no pooling; serve one that is "
+            "made for embeddings", "input",
+        )  # fmt: skip
+    return answer
 
 
 def _embed_as_ollama(llama: Any, body: Embedding) -> Any:
-    vectors = [one["embedding"] for one in llama.create_embedding(body.input)["data"]]
+    vectors = [one["embedding"] for one in _embed(llama, body)["data"]]
     return {"model": body.model, "embeddings": vectors}
 
 
@@ -143,12 +155,15 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    app = FastAPI(title="EntMTP", root_path=server.root_path)
-    if server.cors:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=server.cors.split(","), allow_methods=["*"], allow_headers=["*"],
+    def across_origins(inner: Any) -> Any:
+        if not server.cors:
+            return inner
+        return CORSMiddleware(
+            inner, allow_origins=server.cors.split(","), allow_methods=["*"], allow_headers=["*"],
             expose_headers=["X-Request-ID", "Retry-After"],
         )  # fmt: skip
+
+    app = FastAPI(title="EntMTP", root_path=server.root_path)
     app.add_exception_handler(Refused, _refuse)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_api_route("/health", health, summary="Whether it runs")
@@ -167,7 +182,7 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
 
     requests = Requests(
         app, finished, may_ask, server.max_body, server.max_waiting, server.max_seconds,
-        log=_log if settings[0].verbose else None,
+        log=_log if settings[0].verbose else None, parallel=server.parallel, around=across_origins,
     )  # fmt: skip
     metrics.watch_queue(requests.waiting, requests.running)
     return requests, models

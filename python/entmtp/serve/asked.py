@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
 
 import llama_cpp
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..completion import AtLeast
 from ..llama import Llama
-from ..upstream import grammar_of_text
+from ..request import grammar_of_text, with_schema
 from .calls import demand, for_template
 from .errors import Refused
 
@@ -23,7 +25,7 @@ MOST_PARTS = 1 << 16  # objects and lists of a request
 MOST_STOPS, LONGEST_STOP = 128, 1024  # each is looked for after every token
 MOST_LOGPROBS = 100  # of a token
 LONGEST_NUMBER = 1 << 31  # tokens and counts; more does not fit into the model's own numbers
-SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Body(BaseModel):
@@ -39,7 +41,7 @@ class Body(BaseModel):
     top_k: int = Field(40, ge=0, lt=LONGEST_NUMBER)
     top_p: float = Field(0.95, ge=0.0, le=1.0)
     min_p: float = Field(0.05, ge=0.0, le=1.0)
-    repeat_penalty: float = Field(1.1, ge=0.0)
+    repeat_penalty: float = Field(1.1, gt=0.0, lt=1e6)
     presence_penalty: float | None = Field(0.0, ge=-2.0, le=2.0)
     frequency_penalty: float | None = Field(0.0, ge=-2.0, le=2.0)
     mirostat_mode: int = Field(0, ge=0, le=2)
@@ -113,12 +115,19 @@ class Asked:
         if isinstance(body, Chat):
             template = llama.metadata.get("tokenizer.chat_template", "")
             named["messages"] = for_template(named["messages"], template, self.thoughts)
-        if body.min_tokens > 0:
-            least = llama_cpp.MinTokensLogitsProcessor(body.min_tokens, llama.token_eos())
-            named["logits_processor"] = llama_cpp.LogitsProcessorList([least])
         if isinstance(body, Text) and isinstance(body.prompt, list):
             named["prompt"] = ""  # each choice has its own
         return named
+
+    def of_choices(self, llama: Llama) -> Iterator[dict[str, Any]]:
+        """Of the calls that write each of the answers."""
+        named = self.arguments(llama)
+        for choice in self.choices:
+            one = {**named, **choice}
+            if self.body.min_tokens > 0:  # counted for each
+                least = AtLeast(self.body.min_tokens, llama.end_tokens)
+                one["logits_processor"] = llama_cpp.LogitsProcessorList([least])
+            yield one
 
 
 def parse(body: bytes) -> dict[str, Any]:
@@ -128,8 +137,9 @@ def parse(body: bytes) -> dict[str, Any]:
         Refused: it holds none, or one that is nested too deeply.
     """
     try:
-        request = json.loads(body, parse_constant=_no_number)
-        if SURROGATE.search(body):
+        text = body.decode("utf-8-sig")
+        request = json.loads(text, parse_constant=_no_number)
+        if SURROGATE.search(text):
             json.dumps(request, ensure_ascii=False).encode()
     except RecursionError:
         raise Refused("the body of the request is nested too deeply") from None
@@ -163,12 +173,13 @@ def text(request: dict[str, Any]) -> Asked:
 
 def chat(request: dict[str, Any]) -> Asked:
     """Of `/v1/chat/completions`."""
-    form = request.get("response_format")
-    if isinstance(form, dict) and form.get("type") == "json_schema":
-        schema = form.get("json_schema")
-        if not isinstance(schema, dict) or not isinstance(schema.get("schema"), dict):
-            raise Refused("response_format: json_schema has no schema", "response_format")
-        request["response_format"] = {"type": "json_object", "schema": schema["schema"]}
+    try:
+        request["response_format"] = with_schema(request.get("response_format"))
+    except ValueError as e:
+        raise Refused(str(e), "response_format") from None
+    for name in ("tools", "functions"):
+        if isinstance(request.get(name), list):
+            request[name] = [_tool(tool) for tool in request[name]]
     if isinstance(request.get("messages"), list):
         request["messages"] = [_message(m) for m in request["messages"]]
     functions = demand(request)
@@ -180,8 +191,8 @@ def chat(request: dict[str, Any]) -> Asked:
 
 def _read(request: dict[str, Any], kind: type[Text] | type[Chat], prompts: list[Any]) -> Asked:
     _check(request)
-    if request.get("max_completion_tokens") is not None:
-        request.setdefault("max_tokens", request["max_completion_tokens"])
+    if request.get("max_tokens") is None and request.get("max_completion_tokens") is not None:
+        request["max_tokens"] = request["max_completion_tokens"]
     n_same = request.get("n") or 1
     if len(prompts) * n_same > MOST_ANSWERS:
         raise Refused(f"prompt: at most {MOST_ANSWERS} answers at once; ask for them in parts", "prompt")
@@ -241,8 +252,20 @@ def _message(message: Any) -> Any:
     return message
 
 
+def _tool(tool: Any) -> Any:
+    """A tool, or a function of before tools, with what OpenAI lets a client leave out."""
+    if not isinstance(tool, dict):
+        return tool
+    if isinstance(tool.get("function"), dict):
+        return {**tool, "function": _tool(tool["function"])}
+    said = {k: v for k, v in tool.items() if v is not None}
+    return {"parameters": {"type": "object", "properties": {}}, **said} if "name" in said else tool
+
+
 def _part(part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "refusal" and isinstance(part.get("refusal"), str):
+        return str(part["refusal"])
     if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
         raise Refused(f"messages: this server reads text, and a part of a content is {kind!r}", "messages")
     return str(part["text"])

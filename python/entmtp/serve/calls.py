@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from itertools import zip_longest
 from typing import Any
 
@@ -55,8 +56,19 @@ def _function(tool: Any) -> dict[str, Any]:
     return function
 
 
-# a template that writes a call or its arguments as JSON itself, or walks over them
-OBJECTS = re.compile(r"(arguments|call\.function|tool_calls?)\W{0,3}\|\s{0,3}(tojson|items|dictsort)")
+# a template that writes a call as JSON itself,
+CALL = re.compile(r"(call\.function|tool_calls?)\W{0,3}\|\s{0,3}(tojson|items|dictsort)")
+# or the arguments, by this or by a name of its own for them,
+NAMED = re.compile(r"set\s{1,3}(\w{1,40})\s{0,3}=\s{0,3}[\w.]{0,60}\barguments\b")
+# or walks over them
+WALKED = r"\b{0}\b(\W{{0,3}}\|\s{{0,3}}(tojson|items|dictsort)|\s{{0,3}}\.(items|keys|values)\()"
+
+
+@cache
+def takes_objects(template: str) -> bool:
+    """Whether a chat template reads the arguments of a call as an object, not as a text of JSON."""
+    names = ("arguments", *NAMED.findall(template))
+    return bool(CALL.search(template)) or any(re.search(WALKED.format(name), template) for name in names)
 
 
 def for_template(messages: list[Any], template: str, thoughts: Sequence[Any] = ()) -> list[Any]:
@@ -70,7 +82,7 @@ def for_template(messages: list[Any], template: str, thoughts: Sequence[Any] = (
             {**m, "thinking": thought} if thought and m.get("tool_calls") and not m.get("content") else m
             for m, thought in zip_longest(messages, thoughts)
         ]
-    if not OBJECTS.search(template):
+    if not takes_objects(template):
         return messages
     return [
         {**m, "tool_calls": [_with_object(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m
@@ -80,6 +92,8 @@ def for_template(messages: list[Any], template: str, thoughts: Sequence[Any] = (
 
 def _with_object(call: dict[str, Any]) -> dict[str, Any]:
     arguments = json_of(call["function"]["arguments"], call["function"]["arguments"])
+    if not isinstance(arguments, dict):
+        return call
     return {**call, "function": {**call["function"], "arguments": arguments}}
 
 

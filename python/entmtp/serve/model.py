@@ -15,6 +15,7 @@ import llama_cpp
 from llama_cpp.server.model import LlamaProxy
 
 from ..common.errors import EntmtpError
+from ..completion import Ending
 from ..engine import Engine, Host
 from ..llama import Llama
 from ..measure.speed import PlainPass
@@ -23,7 +24,6 @@ from ..models.names import resolve
 from ..native.group import Passes
 from ..options.model import arguments, explained, model_files
 from ..slot import Slot
-from ..upstream import Ending
 from .errors import Refused
 from .metrics import Metrics
 from .requests import ServedRequest, current
@@ -246,6 +246,11 @@ class Models(LlamaProxy):
         if settings.embedding or settings.logits_all:
             raise EntmtpError(
                 "parallel answers cannot be combined with embedding or logits_all; leave parallel out"
+            )
+        if settings.cache:
+            raise EntmtpError(
+                "parallel answers cannot be combined with cache, whose states are of one text; leave it out: texts are "
+                "begun from each other's cells without it"
             )
         if of_one := [name for name in ("draft_model", "draft_vocab") if name in ours]:
             raise EntmtpError(

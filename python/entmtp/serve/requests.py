@@ -135,16 +135,21 @@ class Requests:
         max_waiting: requests that may wait.
         max_seconds: of an answer, once the model writes it; None: no limit.
         log: called with a line about every request that was answered.
+        parallel: requests that are answered at a time.
+        around: middleware for all answers, refusals too.
     """
 
     def __init__(
         self, app: App, finished: Callable[[ServedRequest], None], may_ask: Callable[[Message], bool],
         max_body: int, max_waiting: int, max_seconds: float | None, log: Callable[[str], None] | None = None,
+        parallel: int = 1, around: Callable[[App], App] = lambda app: app,
     ):  # fmt: skip
         self.app, self.log = app, log
+        self.most = parallel + max_waiting
+        self.entry = around(self._take)
         self.finished = finished
         self.may_ask = may_ask
-        self.max_body, self.max_waiting, self.max_seconds = max_body, max_waiting, max_seconds
+        self.max_body, self.max_seconds = max_body, max_seconds
         self.coming: set[ServedRequest] = set()  # their bodies are not there yet
         self.busy: set[ServedRequest] = set()
         self.n_bytes = 0  # of the bodies that are there
@@ -170,7 +175,7 @@ class Requests:
         statuses: list[int] = []
         token = request_id.set(name)
         try:
-            await self._take(scope, receive, _named(send, name, statuses))
+            await self.entry(scope, receive, _named(send, name, statuses))
         finally:
             request_id.reset(token)
             if self.log is not None:
@@ -206,7 +211,7 @@ class Requests:
                 raise shutting_down()
             if body is None:
                 return  # left before it had asked
-            if self.waiting() >= self.max_waiting:
+            if len(self.busy) >= self.most:
                 raise Refused("too many requests wait for the model; ask again later", status=429)
         except Refused as e:
             request.status, request.complete = e.status, True

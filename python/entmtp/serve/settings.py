@@ -65,7 +65,7 @@ def _field(option: Option) -> tuple[Any, Any]:
     if option.default is not None:  # it is said beside the description
         return kind, Field(default=option.default, description=option.help)
     kind = Optional[kind]  # noqa: UP045
-    return kind, Field(default=None, ge=option.least, description=option.description)
+    return kind, Field(default=None, ge=option.least, le=option.most, description=option.description)
 
 
 _fields: dict[str, Any] = {option.name: _field(option) for option in OURS}

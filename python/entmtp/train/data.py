@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..common.errors import ModelError
 from ..common.fields import parse_json
+from ..common.files import expanded
 from ..common.prompts import FORMS, Question, question_of
 
 
@@ -34,7 +35,7 @@ def read_data(paths: Sequence[str]) -> Data:
     documents: list[str] = []
     prompts: list[Question] = []
     for name in paths:
-        path = Path(name).expanduser()
+        path = expanded(name)
         if not path.exists():
             raise ModelError(f"--data {name}: there is no such file or folder")
         if path.is_dir():

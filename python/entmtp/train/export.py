@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..common.atomic import atomic_path
+from ..common.atomic import atomic_path, named, temporary_path
 from ..common.errors import ModelError
 from ..convert import convert
 from .heads import SHARED, Shape, State
@@ -100,17 +100,16 @@ def _card(shape: Shape, base_name: str, about: Mapping[str, str | int | float]) 
     )
 
 
-def writable(outfile: Path) -> None:
-    """Say before the training that the file could not be written after it.
+def writable(outfile: Path, folder: Path | None) -> None:
+    """Say before the training that its files could not be written after it.
+
+    Args:
+        folder: of the published layout.
 
     Raises:
-        ModelError: there is no such folder, or there is a folder of that name. OSError: it cannot be written to.
+        ModelError: a folder or a file is in the way. OSError: it cannot be written to.
     """
-    if outfile.is_dir() or not outfile.absolute().parent.is_dir():
-        raise ModelError(
-            f"{outfile}: cannot be written, for its folder is missing or it is a folder; change -o"
-        )
-    trial = outfile.with_name(outfile.name + ".test")
-    with atomic_path(trial) as temporary:
-        temporary.write_bytes(b"")
-    trial.unlink()
+    if folder is not None and (folder.absolute() == outfile.absolute() or folder.is_file()):
+        raise ModelError(f"{folder}: a file is to have this name, so no folder can; change --torch-dir")
+    with temporary_path(outfile) as trial, named(outfile, trial):
+        trial.write_bytes(b"")

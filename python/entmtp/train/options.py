@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..common.numbers import INFINITE, THREADS, number
+
 # What --preset sets; what it takes here is said before it starts. Other options given beside it are preferred.
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"n_tokens": 350_000, "epochs": 2.0},
@@ -58,7 +60,7 @@ def _count(text: str) -> int:
     unit = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
     try:
         value = int(float(text[:-1] if unit > 1 else text) * unit)
-    except ValueError:
+    except (ValueError, OverflowError):
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens, as 500k or 2M")
@@ -84,7 +86,7 @@ def _numbers(text: str) -> tuple[float, ...]:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if not values or min(values) < 0:
+    if not values or not all(0 <= value < INFINITE for value in values):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of temperatures, as 0,0.8")
     return values
 
@@ -134,22 +136,23 @@ def option(
 class Settings:
     """How heads are trained once there is text: what the loop follows."""
 
-    epochs: float = option("--epochs", "training", "passes over the text", 3.0, type=float, metavar="N")
+    epochs: float = option("--epochs", "training", "passes over the text", 3.0, type=number(float, 0, 1e6, above=True),
+        metavar="N")  # fmt: skip
     batch_tokens: int = option(
         "--batch-tokens", "training", "tokens per step", 4096, type=_positive, metavar="N"
     )
-    lr: float = option("--lr", "training", "highest learning rate", 1.5e-3, type=float)
+    lr: float = option("--lr", "training", "highest learning rate", 1.5e-3, type=number(float, 0, above=True))
     schedule: str = option(
         "--schedule", "training", "how it falls", "cosine", type=str, choices=("cosine", "linear")
     )
     warmup: float = 0.03  # share of the steps
-    weight_decay: float = option("--weight-decay", "training", "of matrices", 0.01, type=float)
-    clip: float = option("--clip", "training", "gradient norm, 0: not clipped", 1.0, type=float)
+    weight_decay: float = option("--weight-decay", "training", "of matrices", 0.01, type=number(float, 0))
+    clip: float = option("--clip", "training", "gradient norm, 0: not clipped", 1.0, type=number(float, 0))
     head_decay: float = option(
-        "--head-decay", "training", "head i weighs this to the power of i", 0.8, type=float
+        "--head-decay", "training", "head i weighs this to the power of i", 0.8, type=number(float, 0)
     )
     noise: float = option(
-        "--noise", "training", "noise on hidden states, as in Hydra's appendix", 0.0, type=float
+        "--noise", "training", "noise on hidden states, as in Hydra's appendix", 0.0, type=number(float, 0)
     )
     loss: str = option(
         "--loss", "training", "learn the base model's distribution, or the text's tokens", "teacher", type=str,
@@ -254,7 +257,12 @@ class Options(Settings):
         "--outtype", "", "type of the heads file's matrices, as for entmtp.convert", "auto", type=str
     )
     cache_gb: float = option(
-        "--cache-gb", "files", "most that hidden states may take on disk", 4.0, type=float, metavar="GB"
+        "--cache-gb",
+        "files",
+        "most that hidden states may take on disk",
+        4.0,
+        type=number(float, 0, 1e9, above=True),
+        metavar="GB",
     )
     work: Path | None = option(
         "--work",
@@ -271,7 +279,7 @@ class Options(Settings):
         "--keep-work", "files", "keep the work folder: heads of other kinds can use its cache", False
     )
     n_threads: int | None = option(
-        "--threads", "training", "CPU threads", None, "as llama.cpp", type=_positive, metavar="N"
+        "--threads", "training", "CPU threads", None, "as llama.cpp", type=THREADS, metavar="N"
     )
     n_gpu_layers: int = option(
         "--n-gpu-layers", "training", "of the base model, on the GPU", 0, type=int, metavar="N"

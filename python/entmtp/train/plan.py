@@ -75,7 +75,8 @@ class Plan:
         outfile = self.options.outfile
         if isinstance(self.shape, Layer):
             return outfile, None
-        return outfile, self.options.torch_folder or outfile.with_suffix("")
+        beside = outfile.with_suffix("") if outfile.suffix else outfile.with_name(outfile.name + ".torch")
+        return outfile, self.options.torch_folder or beside
 
 
 def make(options: Options) -> Plan:
@@ -266,6 +267,17 @@ def digest(*parts: Any) -> str:
     """Of settings that must be the same for files to be used again."""
     plain = [asdict(p) if hasattr(p, "__dataclass_fields__") else p for p in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+TEXTS = "texts"  # the first thing that a training notes in its folder
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ModelError if a folder, which is removed at the end, holds what no training wrote."""
+    if folder.exists() and not folder.is_dir():
+        raise ModelError(f"{folder}: this is a file; give --work the name of a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / f"{TEXTS}.digest").is_file():
+        raise ModelError(f"{folder}: there are files of others in it; give --work a new or an empty folder")
 
 
 def claim(folder: Path, what: str, value: str) -> None:

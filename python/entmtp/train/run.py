@@ -41,18 +41,21 @@ def train(options: Options, progress: bool = True) -> Acceptance:
     _need_torch()
     import torch
 
+    from ..common.files import check_output
     from . import forecast, plan, stages
     from .base import Base, read_matrices
     from .eagle3 import Layer
     from .export import writable
 
     screen, begin = Screen(progress), time.monotonic()
-    writable(options.outfile)
+    check_output(options.outfile, [options.model, *options.data])
     p = plan.make(options)
+    writable(*p.outputs)
+    plan.check_folder(p.work)
     if options.restart and p.work.is_dir():
         shutil.rmtree(p.work)
     p.work.mkdir(parents=True, exist_ok=True)
-    plan.claim(p.work, "texts", p.text_digest)
+    plan.claim(p.work, plan.TEXTS, p.text_digest)
     plan.check_memory(p)
     plan.check_disk(p.needs.disk - plan.folder_bytes(p.work), p.work)
     if options.n_threads:

@@ -19,6 +19,8 @@ from ..bank.tree import PLAIN
 from ..common.atomic import atomic_path
 from ..common.cache import cache_folder
 from ..common.errors import EntmtpError
+from ..common.files import check_output
+from ..common.numbers import COUNT, SHARE, TEMPERATURE, number
 from ..common.progress import stages
 from ..common.prompts import FORMS, Question, read_questions
 from ..measure.judge import AUTO, AUTO_LEARNED
@@ -108,14 +110,15 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--task", help="what the prompts are, kept in the bank")
     parser.add_argument("--name", help="name of the bank (default: the file's)")
-    parser.add_argument("--limit", type=int, help="use the first N prompts of each file only")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens per rollout (default: 128)")
+    parser.add_argument("--limit", type=COUNT, help="use the first N prompts of each file only")
+    parser.add_argument("--tokens", type=COUNT, default=128, help="tokens per rollout (default: 128)")
     parser.add_argument(
-        "--temp", type=float, nargs="+", default=[0.0, 0.8], help="temperatures you sample at (default: 0 and 0.8)"
+        "--temp", type=TEMPERATURE, nargs="+", default=[0.0, 0.8],
+        help="temperatures you sample at (default: 0 and 0.8)",
     )  # fmt: skip
-    parser.add_argument("--top-k", type=int, default=40, help="as in Llama.generate (default: 40)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="as in Llama.generate (default: 0.95)")
-    parser.add_argument("--min-p", type=float, default=0.05, help="as in Llama.generate (default: 0.05)")
+    parser.add_argument("--top-k", type=number(int, 0), default=40, help="as in Llama.generate (default: 40)")
+    parser.add_argument("--top-p", type=SHARE, default=0.95, help="as in Llama.generate (default: 0.95)")
+    parser.add_argument("--min-p", type=SHARE, default=0.05, help="as in Llama.generate (default: 0.05)")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the rollouts and of the timings' tokens (default: 0)"
     )
@@ -124,12 +127,17 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="file (not a folder) that keeps the rank traces: for another machine's costs (default: in the cache "
         "until the bank is written, so that a run that was stopped goes on)",
     )  # fmt: skip
-    parser.add_argument("--contexts", type=int, nargs="+", default=[64, 512], help="depths to time passes at")
     parser.add_argument(
-        "--rounds", type=int, default=12, help="how often each size is timed, times two (default: 12)"
+        "--contexts", type=number(int, 0), nargs="+", default=[64, 512], help="depths to time passes at"
     )
     parser.add_argument(
-        "--sizes", type=int, nargs="+", help="trees of these sizes, for a bank that serves other machines too"
+        "--rounds", type=COUNT, default=12, help="how often each size is timed, times two (default: 12)"
+    )
+    parser.add_argument(
+        "--sizes",
+        type=COUNT,
+        nargs="+",
+        help="trees of these sizes, for a bank that serves other machines too",
     )
     parser.add_argument(
         "--plot", metavar="BANK", help="draw a tuned bank as PNG files beside it, and measure nothing"
@@ -167,6 +175,9 @@ def main(argv: list[str] | None = None) -> int:
         questions = [(Path(p).stem, q) for p in args.prompts for q in read_questions(p, args.limit)]
         name = args.name or (Path(args.outfile).stem if args.outfile else "tuned")
         model, heads = options.model_files(args)
+        if args.outfile:
+            Path(args.outfile).parent.mkdir(parents=True, exist_ok=True)
+        check_output(args.outfile, [model, heads, args.traces, *args.prompts])
         args.model, args.heads = str(model), str(heads) if heads else None
         kept = args.traces or _kept(args, questions)
         with contextlib.closing(options.load(args, policy="off")) as llm, stages() as advance:

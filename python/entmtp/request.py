@@ -1,0 +1,162 @@
+"""What a call asks for: its arguments by name, refused in a sentence where llama-cpp-python would pass them over."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from typing import Any
+
+import llama_cpp
+from llama_cpp.llama_grammar import json_schema_to_gbnf
+
+from .common.json_schema import check_schema
+
+LONGEST_GRAMMAR = 1 << 18  # characters
+LONGEST_REST = 3  # tokens beyond max_tokens that an answer may have, for the rest of a character
+FORMS = ("text", "json_object", "json_schema")
+
+
+# of its methods; the class itself may be lent to another one (serve)
+SIGNATURES = {
+    name: inspect.signature(getattr(llama_cpp.Llama, name))
+    for name in ("create_completion", "create_chat_completion")
+}
+
+
+def by_name(call: str, first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a method of `llama_cpp.Llama` behind its first, those that were given, by their names.
+
+    Raises:
+        TypeError: it has none of that name, or one is there twice.
+    """
+    given = SIGNATURES[call].bind(None, first, *args, **kwargs).arguments
+    return dict(list(given.items())[2:])
+
+
+def most_tokens(asked: dict[str, Any]) -> int | None:
+    """`max_tokens` of `create_completion`; None: as many as fit."""
+    most = asked.get("max_tokens", 16)
+    return None if most is None or most <= 0 else int(most)
+
+
+def is_readable_grammar(model: Any, grammar: Any) -> bool:
+    """Whether llama.cpp can read a `LlamaGrammar`; llama-cpp-python would go on without it, or end the process.
+
+    Args:
+        model: `llama_model *` whose vocabulary it is for.
+    """
+    vocab = llama_cpp.llama_model_get_vocab(model)
+    sampler = llama_cpp.llama_sampler_init_grammar(vocab, grammar._grammar.encode(), grammar._root.encode())
+    if not sampler:
+        return False
+    llama_cpp.llama_sampler_free(sampler)
+    return True
+
+
+def grammar_of_text(text: str) -> Any:
+    """A `LlamaGrammar` of GBNF.
+
+    Raises:
+        ValueError: it is too long to be read while others wait.
+    """
+    if len(text) > LONGEST_GRAMMAR:
+        raise ValueError(f"grammar: it has {len(text)} characters, it may have {LONGEST_GRAMMAR}")
+    return llama_cpp.LlamaGrammar.from_string(text, verbose=False)
+
+
+def grammar_of_schema(schema: Any) -> Any:
+    """A `LlamaGrammar` that answers follow a JSON schema by.
+
+    Raises:
+        ValueError: the schema has a part that no grammar is made of; the text names it.
+    """
+    check_schema(schema)
+    if len(written := json.dumps(schema)) > LONGEST_GRAMMAR:
+        raise ValueError(f"schema: it has {len(written)} characters, it may have {LONGEST_GRAMMAR}")
+    try:
+        return grammar_of_text(json_schema_to_gbnf(written))
+    except Exception as e:  # the converter's own: assertions, keys and types
+        raise ValueError(f"schema: no grammar can be made of this JSON schema: {e}") from None
+
+
+def check_request(n_vocab: int, asked: dict[str, Any]) -> None:
+    """Refuse what llama-cpp-python would pass over in silence, and what is of another type.
+
+    Args:
+        asked: arguments of `create_completion` or `create_chat_completion`, by name.
+
+    Raises:
+        ValueError: with one sentence for the user.
+    """
+    for name, kind, what in (
+        ("logit_bias", dict, "a dict of tokens and biases"),
+        ("response_format", dict, 'a dict, such as {"type": "json_object"}'),
+        ("tools", list, "a list"),
+        ("grammar", llama_cpp.LlamaGrammar, "a LlamaGrammar, which LlamaGrammar.from_string makes of a text"),
+    ):
+        if asked.get(name) is not None and not isinstance(asked[name], kind):
+            raise ValueError(f"{name} must be {what}")
+    _check_bias(n_vocab, asked.get("logit_bias") or {})
+    temperature = asked.get("temperature")
+    if temperature is not None and not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature:g}, it must be 0 or more")
+    penalty = asked.get("repeat_penalty")
+    if penalty is not None and not 0 < penalty < 1e6:
+        raise ValueError(f"repeat_penalty is {penalty:g}, it must be above 0 (1: none) and below a million")
+    logprobs = asked.get("logprobs")
+    if logprobs is not None and logprobs < 0:
+        raise ValueError(f"logprobs is {logprobs}, it must be 0 or more")
+    _check_form(asked.get("response_format") or {})
+    _check_tools(asked.get("tools") or [], asked.get("tool_choice"))
+
+
+def _check_bias(n_vocab: int, biases: dict[Any, Any]) -> None:
+    if len(biases) > n_vocab:
+        raise ValueError(f"logit_bias has more entries than there are tokens, {n_vocab}")
+    for key, value in biases.items():
+        try:
+            token, bias = int(key), float(value)
+        except (TypeError, ValueError):
+            token, bias = -1, math.nan
+        if not 0 <= token < n_vocab or math.isnan(bias):
+            raise ValueError(f"logit_bias: {key!r}: {value!r} is no bias of a token from 0 to {n_vocab - 1}")
+
+
+def _check_form(form: dict[str, Any]) -> None:
+    if form and form.get("type") not in FORMS:
+        raise ValueError(
+            f"response_format: its type is {form.get('type')!r}, it must be one of {', '.join(FORMS)}"
+        )
+    if form.get("type") == "json_object" and form.get("schema") is not None:
+        grammar_of_schema(form["schema"])
+
+
+def with_schema(form: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A response format as llama-cpp-python knows it: OpenAI's `json_schema` is a `json_object` with its schema.
+
+    Raises:
+        ValueError: there is no schema.
+    """
+    if not isinstance(form, dict) or form.get("type") != "json_schema":
+        return form
+    named = form.get("json_schema")
+    if not isinstance(named, dict) or not isinstance(named.get("schema"), dict):
+        raise ValueError("response_format: json_schema has no schema")
+    return {"type": "json_object", "schema": named["schema"]}
+
+
+def _check_tools(tools: list[Any], choice: Any) -> None:
+    functions = {}
+    for tool in tools:
+        function = (tool.get("function") if isinstance(tool, dict) else None) or {}
+        if not isinstance(function, dict) or not function.get("name"):
+            raise ValueError(f"tools: {tool!r} names no function")
+        functions[function["name"]] = function
+    if isinstance(choice, dict):
+        wanted = (choice.get("function") or {}).get("name")
+        if wanted not in functions:
+            raise ValueError(f"tool_choice: there is no {wanted!r} in tools")
+        grammar_of_schema(functions[wanted].get("parameters") or {"type": "object"})
+    elif choice not in (None, "none", "auto"):
+        raise ValueError(f"tool_choice is {choice!r}, it must be none, auto, or name a function of tools")

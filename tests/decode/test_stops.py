@@ -1,0 +1,178 @@
+"""Stop strings, echoes and suffixes: a stream is the whole answer in pieces, and what is asked for is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from llama_cpp import LlamaGrammar
+
+from entmtp import Engine, Llama
+from entmtp.completion import Ending
+from helpers.models import model_path
+
+SETTINGS: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+
+
+def joined(chunks: Any) -> tuple[str, str, list[str]]:
+    """Text, reason and tokens of a stream."""
+    text, tokens = "", []
+    for chunk in chunks:
+        choice = chunk["choices"][0]
+        text += choice["text"]
+        tokens += (choice["logprobs"] or {"tokens": []})["tokens"]
+    return text, choice["finish_reason"], tokens
+
+
+@pytest.mark.parametrize("how", [{}, {"heads": "hydra"}], ids=["plain", "drafting"])
+@pytest.mark.parametrize(
+    ("written", "stop", "left"),
+    [
+        ("cat 猫", ["猫犬"], "cat 猫"),  # held back, and then not cut off
+        ("Hi 😀", ["😀 User:"], "Hi 😀"),
+        ("so the end", ["e", "th"], "so "),  # the first in the text counts, not the first in the list
+        ("so the end", ["th", "e"], "so "),
+        ("so the end", ["", "end"], "so the "),  # an empty one is none
+        ("so the end", "", "so the end"),
+        ("one User: two", ["User:"], "one "),
+        ("one User, two", ["User:"], "one User, two"),
+    ],
+)
+def test_a_stream_is_the_whole_answer(
+    load: Callable[..., Llama], how: dict[str, Any], written: str, stop: Any, left: str
+) -> None:
+    llm = load(**how)
+    grammar = LlamaGrammar.from_string(f'root ::= "{written}"', verbose=False)
+    asked: dict[str, Any] = {"max_tokens": 60, "stop": stop, "grammar": grammar, "temperature": 0.0}
+    for logprobs in (None, 1):
+        whole = llm("Write:", logprobs=logprobs, **asked)["choices"][0]
+        text, reason, tokens = joined(llm("Write:", logprobs=logprobs, stream=True, **asked))
+        assert whole["text"] == text == left
+        assert whole["finish_reason"] == reason == "stop"
+        if logprobs is not None:
+            assert whole["logprobs"]["tokens"] == tokens
+
+
+def test_an_engine_writes_what_a_model_writes() -> None:
+    grammar = LlamaGrammar.from_string('root ::= "Hi 😀"', verbose=False)
+    asked: dict[str, Any] = {"max_tokens": 60, "stop": ["😀 User:"], "grammar": grammar}
+    with Engine(model_path("llama"), slots=2, **SETTINGS) as engine:
+        assert engine.submit("Write:", **asked).text == "Hi 😀"
+        assert engine.submit(tuple(b"Write:"), **asked).text == "Hi 😀"
+
+
+class Bytes:
+    """A vocabulary of the 256 bytes."""
+
+    def detokenize(self, tokens: Any, prev_tokens: Any = None) -> bytes:
+        return bytes(tokens)
+
+    def ends_text(self, token: int) -> bool:
+        return False
+
+
+@given(
+    st.lists(st.sampled_from(list("ab猫é😀".encode())), max_size=20),
+    st.lists(st.text("ab猫é", max_size=4), max_size=3),
+    st.integers(1, 5),
+)
+def test_pieces_are_the_text_to_the_first_stop(data: list[int], stop: list[str], step: int) -> None:
+    """Against a search in all of it; bytes that form no character come, too."""
+    text = bytes(data)
+    found = [i for s in stop if s and (i := text.find(s.encode())) >= 0]
+    ending = Ending(Bytes(), {"stop": stop, "stream": True, "max_tokens": None})
+
+    def chunks() -> Any:
+        for i, token in enumerate(data):
+            ending.see(token)
+            if i % step == 0:
+                yield {"choices": [{"text": "?", "logprobs": None, "finish_reason": None}]}
+            if ending.must_end(i + 1, 100):
+                break
+        yield {"choices": [{"text": "", "logprobs": None, "finish_reason": "length"}]}
+
+    pieces, reason, _ = joined(ending.pieces(chunks(), ""))
+    # the earliest of those that are complete with the same byte: what is generated ends there
+    ends = [
+        (text.find(s.encode()) + len(s.encode()), text.find(s.encode()))
+        for s in stop
+        if s and s.encode() in text
+    ]
+    first = min((end for end, _ in ends), default=None)
+    at = min((i for end, i in ends if end == first), default=len(text))
+    assert pieces == text[:at].decode("utf-8", "ignore")
+    assert reason == ("stop" if found else "length")
+
+
+@pytest.mark.parametrize("prompt", ["Once upon", list(b"Once upon")])
+@pytest.mark.parametrize("logprobs", [None, 0])
+def test_echo(prompt: Any, logprobs: int | None) -> None:
+    with closing(Llama(model_path("llama"), **SETTINGS)) as llm:
+        asked: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0, "logprobs": logprobs}
+        alone = llm.create_completion(prompt, **asked)["choices"][0]["text"]
+        whole = llm.create_completion(prompt, echo=True, **asked)["choices"][0]
+        text, _, _ = joined(llm.create_completion(prompt, echo=True, stream=True, **asked))
+        assert whole["text"] == text == "Once upon" + alone
+        if logprobs is not None:
+            behind = llm.create_completion(prompt, **asked)["choices"][0]["logprobs"]
+            assert behind["text_offset"][0] == len("Once upon")
+            assert len(whole["logprobs"]["tokens"]) > len(behind["tokens"])
+
+
+def test_a_suffix_needs_tokens_for_it(load: Callable[..., Llama]) -> None:
+    with pytest.raises(ValueError, match="suffix: this model has no tokens to fill in with"):
+        load()("def f(", suffix="return x")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"response_format": {"type": "yaml"}}, "its type is 'yaml'"),
+        ({"response_format": "json_object"}, "response_format must be a dict"),
+        ({"response_format": {"type": "json_schema"}}, "json_schema has no schema"),
+        ({"tools": ["x"]}, "'x' names no function"),
+        ({"tool_choice": "required"}, "tool_choice is 'required'"),
+        ({"logit_bias": [1, 2]}, "logit_bias must be a dict"),
+        ({"grammar": 'root ::= "a"'}, "LlamaGrammar.from_string"),
+        ({"repeat_penalty": 0.0}, "repeat_penalty is 0"),
+    ],
+)
+def test_what_would_be_passed_over(load: Callable[..., Llama], asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        load().create_chat_completion([{"role": "user", "content": "Hi"}], **asked)
+
+
+def test_a_schema_as_openai_writes_it(load: Callable[..., Llama]) -> None:
+    schema = {"type": "object", "properties": {"n": {"const": 7}}, "required": ["n"]}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    answer = load().create_chat_completion([{"role": "user", "content": "n?"}], response_format=form)
+    assert answer["choices"][0]["message"]["content"].replace(" ", "") == '{"n":7}'
+
+
+def test_arguments_by_place(load: Callable[..., Llama]) -> None:
+    """As in llama-cpp-python: suffix, max_tokens, temperature, top_p, min_p, typical_p, logprobs, echo, stop."""
+    llm = load()
+    by_place = llm.create_completion("Tom has", None, 5, 0.0, 0.95, 0.05, 1.0, 1, True, ["zzz"])
+    by_name = llm.create_completion(
+        "Tom has", max_tokens=5, temperature=0.0, logprobs=1, echo=True, stop=["zzz"]
+    )
+    assert by_place["choices"] == by_name["choices"]
+    with pytest.raises(TypeError, match="nonsense"):
+        llm.create_completion("Tom has", nonsense=1)
+
+
+def test_a_grammar_that_cannot_be_read_does_not_end_the_process(load: Callable[..., Llama]) -> None:
+    llm = load()
+    llm.eval(llm.tokenize(b"Tom"))
+    with pytest.raises(ValueError, match="the grammar cannot be read"):
+        llm.sample(grammar=_broken())
+
+
+def _broken() -> Any:
+    grammar = LlamaGrammar.from_string('root ::= "a"', verbose=False)
+    grammar._grammar = "root = nothing that can be read ::"
+    return grammar
