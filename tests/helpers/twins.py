@@ -142,6 +142,33 @@ class Twins:
         grammar = self.rng.choice(self.grammars)
         self.answered("grammar", self.prompt(), **(self.settings() | {"grammar": grammar}))
 
+    def stopped(self) -> None:
+        """By texts of the answer itself: a stream is the whole answer, which ends before the first of them."""
+        prompt, settings = self.prompt(), self.settings() | {"stop": [], "echo": self.rng.random() < 0.3}
+        settings.pop("logprobs", None)
+        text = self.models[1].create_completion(prompt, **settings)["choices"][0]["text"]
+        behind = text[len(prompt) :] if settings["echo"] else text
+        stops = []
+        for _ in range(self.rng.choice((1, 1, 2, 3))):
+            at = self.rng.randrange(len(behind) + 1)
+            stops.append(behind[at : at + self.rng.randrange(1, 9)] + self.rng.choice(("", "", "", "~")))
+        found = []
+        for llm in self.models:
+            whole = llm.create_completion(prompt, **settings | {"stop": stops})["choices"][0]
+            chunks = [
+                c["choices"][0]
+                for c in llm.create_completion(prompt, stream=True, **settings | {"stop": stops})
+            ]
+            pieces = "".join(c["text"] for c in chunks)
+            self.same(
+                "streamed", [(pieces, chunks[-1]["finish_reason"]), (whole["text"], whole["finish_reason"])]
+            )
+            found.append(pieces)
+        self.same("stopped", found)
+        if len(stops) == 1 and stops[0]:
+            self.same("before the stop", [found[0][len(text) - len(behind) :], behind.partition(stops[0])[0]])
+        self.n_tokens += len(self.models[0].tokenize(found[0].encode()))
+
     def stream_left_early(self) -> None:
         prompt, settings, n = self.prompt(), self.settings(), self.rng.randrange(1, 40)
         found = []
@@ -268,7 +295,8 @@ class Twins:
             self.models[1].reset()
         kinds: list[tuple[int, Callable[[], None]]] = [
             (10, self.complete), (4, self.stream_left_early), (3, self.cancelled), (2, self.with_grammar),
-            (4, self.gone_back), (2, self.states), (1, self.to_the_end_of_the_context), (2, self.reset),
+            (4, self.gone_back), (3, self.stopped), (2, self.states), (1, self.to_the_end_of_the_context),
+            (2, self.reset),
             (1, self.other_policy), (1, self.threads), (1, self.long_prompt), (1, self.adapter),
             (1, self.states_exchanged), (1, self.cache),
         ]  # fmt: skip

@@ -386,6 +386,35 @@ def test_another_training_in_the_folder(
     assert main(arguments(tiny, out, *shared, "--seed", "1", "--restart")) == 0
 
 
+def test_files_of_others_stay(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The work folder is removed at the end, and by --restart; what nobody trained is not."""
+    work, thesis = tmp_path / "work", tmp_path / "work" / "thesis" / "chapter.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("precious")
+    out, beside = tmp_path / "heads.gguf", tmp_path / "heads.gguf.test"
+    beside.write_text("mine")
+    for how in ([], ["--restart"], ["--resume"]):
+        assert main(arguments(tiny, out, "--work", str(work), *how)) == 1
+        assert "there are files of others in it" in capsys.readouterr().err
+    assert thesis.read_text() == "precious" and not out.exists()
+    model = tmp_path / "model.gguf"
+    model.write_bytes(tiny.read_bytes())
+    assert main(arguments(model, model)) == 1
+    assert "this is one of the files to read" in capsys.readouterr().err
+    assert model.read_bytes() == tiny.read_bytes()
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left" / ".texts.digest.01234567-1-0.tmp").touch()
+    bare = tmp_path / "heads"  # a name without a suffix, whose folder has one
+    assert (
+        main(arguments(tiny, bare, "--work", str(tmp_path / "left"), "--arch", "medusa", "--epochs", "1"))
+        == 0
+    )
+    assert bare.is_file() and (tmp_path / "heads.torch").is_dir() and beside.read_text() == "mine"
+    capsys.readouterr()
+    assert main(arguments(tiny, bare, "--torch-dir", str(bare))) == 1
+    assert "change --torch-dir" in capsys.readouterr().err
+
+
 def test_damaged_checkpoint(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, work = tmp_path / "heads.gguf", tmp_path / "work"
     options = arguments(tiny, out, "--work", str(work), "--keep-work", "--epochs", "1")

@@ -276,7 +276,9 @@ def check_folder(folder: Path) -> None:
     """Raise ModelError if a folder, which is removed at the end, holds what no training wrote."""
     if folder.exists() and not folder.is_dir():
         raise ModelError(f"{folder}: this is a file; give --work the name of a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / f"{TEXTS}.digest").is_file():
+    if not folder.is_dir() or (folder / f"{TEXTS}.digest").is_file():
+        return
+    if any(path.suffix != ".tmp" for path in folder.iterdir()):  # of a training that was killed as it began
         raise ModelError(f"{folder}: there are files of others in it; give --work a new or an empty folder")
 
 
