@@ -143,7 +143,8 @@ class Ending:
         end = len(self._text) if self.cut is None else self.cut
         is_all = last or self.cut is not None
         if not is_all:
-            end -= max((_begun(self._text, s) for s in self._strings), default=0)
+            new = self._text[self._n_given :]  # what was told holds no beginning of a stop string
+            end -= max((_begun(new, s) for s in self._strings), default=0)
         while self._n_told < len(self._ends) and (is_all or self._ends[self._n_told] <= end):
             to = max(min(self._ends[self._n_told], end), self._n_given)
             piece = self._decoder.decode(self._text[self._n_given : to])

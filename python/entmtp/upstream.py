@@ -340,14 +340,18 @@ class Upstream(llama_cpp.Llama):
             asked["logits_processor"] = Processors(processors)
         record = self.record(asked, len(text))
         first = [self.token_bos()] if prompt == "" else []
-        ending = Ending(self, asked, record, first)
+        is_stocks = asked.get("logprobs") is not None and record is None  # from logits that are kept
+        ending = Ending(self, {**asked, "stop": None} if is_stocks else asked, record, first)
         asked["stopping_criteria"] = ending
-        if asked.get("logprobs") is not None and record is None:  # from logits that are kept
+        if is_stocks:
             if asked.get("echo") and not isinstance(prompt, str):
                 raise ValueError(
                     "echo with logprobs needs a prompt of text where logits are kept (logits_all)"
                 )
-            return super().create_completion(prompt, **asked)
+            kept: Any = super().create_completion(prompt, **asked)
+            if ending.early and not ending.streamed:
+                kept["choices"][0]["finish_reason"] = "length"
+            return kept
         echoed = text if asked.pop("echo", False) else ""
         answer: Any = super().create_completion(prompt, **{**asked, "stop": [], "logprobs": None})
         if ending.streamed:

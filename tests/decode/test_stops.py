@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
+import llama_cpp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -106,6 +107,22 @@ def test_pieces_are_the_text_to_the_first_stop(data: list[int], stop: list[str],
     at = min((i for end, i in ends if end == first), default=len(text))
     assert pieces == text[:at].decode("utf-8", "ignore")
     assert reason == ("stop" if found else "length")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stops_where_llama_cpp_python_keeps_logits(stream: bool) -> None:
+    """A `LlamaDraftModel`, whose log probabilities are read from all logits."""
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    lookup = LlamaPromptLookupDecoding(num_pred_tokens=4)
+    asked: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0, "logprobs": 1, "stream": stream}
+    texts = []
+    for kind, how in ((Llama, {"draft_model": lookup}), (llama_cpp.Llama, {"logits_all": True})):
+        with closing(kind(str(model_path("llama")), **SETTINGS, **how)) as llm:
+            whole = llm.create_completion("ab ab ab", **asked | {"stream": False})["choices"][0]["text"]
+            answer = llm.create_completion("ab ab ab", stop=[whole[3:5]], **asked)
+            texts.append(joined(answer)[:2] if stream else (answer["choices"][0]["text"],))
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("prompt", ["Once upon", list(b"Once upon")])
