@@ -24,7 +24,7 @@ INTRO = """# Python API
 Generated from the docstrings by `python docs/make_api.py`; do not edit.
 
 `entmtp.Llama` is a `llama_cpp.Llama`: what is not listed here is
-[llama-cpp-python's own API](https://llama-cpp-python.readthedocs.io/en/latest/api-reference/), unchanged.
+[llama-cpp-python's own API](https://llama-cpp-python.readthedocs.io/en/latest/api-reference/).
 Import `entmtp` before `llama_cpp`: a process can hold one llama.cpp only, and this package brings its own.
 """
 
@@ -41,6 +41,7 @@ PUBLIC = {
         "ModelError",
         "BankError",
         "Cancelled",
+        "BusyError",
         "ServerError",
     ),
     "entmtp.models": ("resolve", "find_heads", "demo_files"),
@@ -48,6 +49,19 @@ PUBLIC = {
     "entmtp.convert": ("convert", "inspect_heads", "ConvertError"),
     "entmtp.tune": ("tune",),
     "entmtp.cache": ("cache_folder",),
+}
+
+
+# members of a class that are its bases'
+INHERITED = {
+    "Llama": (
+        "create_completion",
+        "create_chat_completion",
+        "set_trees",
+        "draft_stats",
+        "reset_draft_stats",
+        "set_threads",
+    ),
 }
 
 
@@ -66,7 +80,7 @@ def markdown(docstring: str) -> Iterator[str]:
             yield "```python"
         code = is_code
         if is_code:
-            yield re.sub(r"^(    )?(>>> )?", "", line)
+            yield re.sub(r"^(    )?(>>> |\.\.\. )?", "", line)
         elif m := re.fullmatch(r"(Args|Attributes|Raises|Returns|Examples):", line):
             section = m[1]
             yield "" if section == "Examples" else f"**{section}**"
@@ -123,7 +137,8 @@ def entry(name: str, thing: Any, level: int) -> Iterator[str]:
         yield ""
     yield from markdown(inspect.getdoc(thing) or "")
     if inspect.isclass(thing) and not is_error:
-        for member, value in vars(thing).items():
+        inherited = {member: inspect.getattr_static(thing, member) for member in INHERITED.get(name, ())}
+        for member, value in {**vars(thing), **inherited}.items():
             value = value.__func__ if isinstance(value, staticmethod) else value
             documented = isinstance(value, property) or inspect.isfunction(value)
             if documented and not member.startswith("_") and value.__doc__:

@@ -17,8 +17,8 @@ What `entmtp.Llama` takes beyond `llama_cpp.Llama` is an option of the commands 
 or a key of the config file. `tune` draws trees itself: it has no options for drafting. Where llama-cpp-python's server
 has the setting, as `n_ctx`, its default is the one of that server.
 
-In Python, `draft="entmtp"` drafts and `draft=None` decodes plainly; the commands draft where there are heads, unless
-`--draft off`.
+In Python, `draft="entmtp"` drafts and `draft=None` decodes plainly; the commands draft, with heads or without, unless
+`--draft off`. `tune` and `demo` take shorter contexts than the others where none is given.
 """
 
 

@@ -43,7 +43,7 @@ def usage() -> str:
     rows = "".join(f"  {name:<12}{c.does}\n  {'':<12}  {c.example}\n" for name, c in COMMANDS.items())
     return f"""usage: entmtp COMMAND [OPTION...]
 
-Local language models faster, with the same output: draft heads guess a tree of tokens, the model checks it in one pass.
+Local language models faster, with the same output: a tree of tokens is guessed, the model checks it in one pass.
 
 commands:
 {rows}

@@ -15,6 +15,8 @@ import numpy as np
 
 from .request import LONGEST_REST, most_tokens
 
+HALF = "\ufffd".encode()  # of a character, as some tokenizers write it until the rest is there
+
 
 class Writer(Protocol):
     """What is asked of a model."""
@@ -62,6 +64,7 @@ class Ending:
     def __init__(self, llm: Writer, asked: dict[str, Any], record: Any = None, first: Sequence[int] = ()):
         self._llm, self.record, self.early = llm, record, False
         self.stops: Callable[[Any, Any], bool] | None = asked.get("stopping_criteria")
+        self._was_told = False  # by them
         self.streamed, self._most = bool(asked.get("stream")), most_tokens(asked)
         stop = asked.get("stop") or []
         # as in llama.cpp, an empty one is none
@@ -72,13 +75,18 @@ class Ending:
         self._text = b""
         self._ends: list[int] = []  # bytes of the text after each token
         self._n_told = self._n_given = 0  # tokens and bytes of a stream
+        self._n_silent = 0  # tokens since the last piece
         self._decoder = codecs.getincrementaldecoder("utf-8")("ignore")
         self.cut: int | None = None
 
     def __call__(self, tokens: Any, logits: Any) -> bool:
         if self.early or self.cut is not None:
             return not self.streamed  # what is streamed was given
-        return self.stops is not None and len(tokens) > 0 and bool(self.stops(tokens, logits))
+        return self._was_told or (len(tokens) > 0 and self._stops(tokens, logits))
+
+    def _stops(self, tokens: Any, logits: Any) -> bool:
+        self._was_told = self.stops is not None and bool(self.stops(tokens, logits))
+        return self._was_told
 
     @classmethod
     def of(cls, kwargs: dict[str, Any]) -> Ending | None:
@@ -86,7 +94,7 @@ class Ending:
         ending = kwargs.get("stopping_criteria")
         if not isinstance(ending, cls):
             return None
-        kwargs["stopping_criteria"] = ending.stops
+        kwargs["stopping_criteria"] = None if ending.stops is None else ending._stops
         return ending
 
     def begin(self, prompt: list[int]) -> None:
@@ -97,10 +105,14 @@ class Ending:
         if not self._follows or self.cut is not None or self._llm.ends_text(token):
             return
         self._tokens.append(token)
-        before = len(self._text)
-        self._text = self._llm.detokenize(self._tokens, prev_tokens=self._prompt)
+        before, self._text = self._text, self._llm.detokenize(self._tokens, prev_tokens=self._prompt)
+        same = len(before)
+        if not self._text.startswith(before):  # a tokenizer that had U+FFFD for half a character
+            pairs = zip(before, self._text, strict=False)
+            same = next((i for i, (old, new) in enumerate(pairs) if old != new), len(self._text))
+            self._ends = [min(end, same) for end in self._ends]
         self._ends.append(len(self._text))
-        found = [self._text.find(s, max(before - len(s) + 1, 0)) for s in self._strings]
+        found = [self._text.find(s, max(same - len(s) + 1, 0)) for s in self._strings]
         self.cut = min((i for i in found if i >= 0), default=None)
 
     def must_end(self, n_drawn: int, n_free: int) -> bool:
@@ -112,13 +124,8 @@ class Ending:
 
     def _n_behind(self) -> int:
         """Tokens, the last ones, that a stop string leaves nothing of."""
-        n, end = 0, len(self._text)
-        while self.cut is not None and n < len(self._tokens):
-            end -= len(self._llm.detokenize([self._tokens[-1 - n]], prev_tokens=self._prompt))
-            if end < self.cut:
-                break
-            n += 1
-        return n
+        begins = [0, *self._ends[:-1]]
+        return 0 if self.cut is None else sum(begin >= self.cut for begin in begins[: len(self._ends)])
 
     def whole(self, answer: dict[str, Any], said: str, has_text: Callable[[int], bool]) -> dict[str, Any]:
         """An answer of llama-cpp-python's, not streamed, as it was asked for.
@@ -138,19 +145,25 @@ class Ending:
             choice["logprobs"] = self.record.all(has_text)
         return answer
 
-    def _ready(self, last: bool) -> Iterator[str]:
-        """What can be told of the text now and was not, token by token: none that a stop string may begin in."""
+    def _ready(self, last: bool) -> Iterator[tuple[str, int]]:
+        """What can be told of the text now and was not, token by token: none that a stop string may begin in.
+
+        Yields:
+            A piece, and how many tokens have come since the one before.
+        """
         end = len(self._text) if self.cut is None else self.cut
         is_all = last or self.cut is not None
         if not is_all:
             new = self._text[self._n_given :]  # what was told holds no beginning of a stop string
-            end -= max((_begun(new, s) for s in self._strings), default=0)
+            end -= max((_begun(new, s) for s in (*self._strings, HALF * 2)), default=0)
         while self._n_told < len(self._ends) and (is_all or self._ends[self._n_told] <= end):
             to = max(min(self._ends[self._n_told], end), self._n_given)
             piece = self._decoder.decode(self._text[self._n_given : to])
             self._n_given, self._n_told = to, self._n_told + 1
+            self._n_silent += 1
             if piece:
-                yield piece
+                yield piece, self._n_silent
+                self._n_silent = 0
 
     def pieces(self, chunks: Iterator[dict[str, Any]], said: str) -> Iterator[dict[str, Any]]:
         """The chunks of llama-cpp-python's stream, with this text in place of theirs.
@@ -168,8 +181,8 @@ class Ending:
                         "choices": [{**choice, "text": said, "logprobs": None, "finish_reason": None}],
                     }
                     said = ""
-                for piece in self._ready(last):
-                    told = self.record.of(piece) if self.record is not None else None
+                for piece, n in self._ready(last):
+                    told = self.record.of(n) if self.record is not None else None
                     one = {**choice, "text": piece, "logprobs": told, "finish_reason": None}
                     yield {**chunk, "choices": [one]}
                 if last:

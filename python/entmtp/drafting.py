@@ -200,6 +200,18 @@ def check_lookup(lookup: Any, policy: str, who: Sequence[str]) -> None:
         )
 
 
+# sampling settings as they are where typical acceptance knows what to do
+TYPICAL_KNOWS = {
+    "grammar": None, "logits_processor": None, "frequency_penalty": 0.0, "presence_penalty": 0.0, "repeat_penalty": 1.0,
+    "mirostat_mode": 0,
+}  # fmt: skip
+
+
+def unknown_to_typical(settings: Mapping[str, Any]) -> list[str]:
+    """Names of those settings of `sample` that typical acceptance cannot follow."""
+    return [name for name, none in TYPICAL_KNOWS.items() if settings[name] != none]
+
+
 def states_kept(arguments: Mapping[str, Any]) -> int:
     """How many states a hybrid memory keeps to go back to: llama.cpp wants room for two tokens more in a pass.
 

@@ -324,6 +324,8 @@ class Engine:
         with self._free:
             self._free.wait_for(lambda: len(self._idle) == len(self.slots), timeout=60)
         self._stack.close()
+        for slot in self.slots:
+            slot.end()
 
     def __enter__(self) -> Engine:
         return self

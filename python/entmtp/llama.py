@@ -129,6 +129,8 @@ class Llama(Drafted):
         self._servers: Servers | None = None
         self._use = Use()
         self._reading: Logprobs | None = None  # of the one whose prompt is being evaluated
+        self._begins = False  # a generation, which has not evaluated anything
+        self._stopped = False  # what is generated is not wanted any more
         # called with each sampled token, and which drafters had guessed it (bits of native.abi.SOURCES; 0: none)
         self.on_token: Callable[[int, int], None] | None = None
         # read before the model, which may take long to load
@@ -254,10 +256,6 @@ class Llama(Drafted):
                 return super().must_evaluate()
             return self._decoder.n_evaluated != self.n_tokens
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Of a copy, or of one in another process: the arguments that it was made with."""
-        return dict(self._given)
-
     @property
     def rpc_servers(self) -> list[str]:
         """Addresses of the machines that hold layers of this model."""
@@ -273,6 +271,7 @@ class Llama(Drafted):
 
     def cancel(self) -> None:
         """Stop the running generation within one pass of the model, from any thread. What was generated stays."""
+        self._stopped = True
         if self._decoder:
             self._decoder.cancel()
 
@@ -287,6 +286,7 @@ class Llama(Drafted):
             BusyError: another thread is in a call of this model.
         """
         with self._use:
+            self._begins = False
             if self._decoder is None:
                 super().eval(tokens)
                 self._check_servers()
@@ -347,6 +347,9 @@ class Llama(Drafted):
         with self._use:
             with self._use.lent():
                 token = self._sample(settings, idx)
+            if self.failed is not None:
+                error, self.failed = self.failed, None
+                raise error
             if self.on_token is not None and self._decoder is not None:
                 self.on_token(token, self._decoder.drafted_by(token))
             return token
@@ -365,11 +368,7 @@ class Llama(Drafted):
 
         temp = settings["temp"]
         if self._accept == "typical" and temp > 0.0:
-            asked = [k for k in ("grammar", "logits_processor") if settings[k] is not None]
-            asked += [k for k in ("frequency_penalty", "presence_penalty") if settings[k] != 0.0]
-            asked += ["repeat_penalty"] if settings["repeat_penalty"] != 1.0 else []
-            asked += ["mirostat_mode"] if settings["mirostat_mode"] else []
-            if not asked:
+            if not (asked := drafting.unknown_to_typical(settings)):
                 with self.chain(**settings) as chain:
                     return self._decoder.sample_typical(chain.sampler, temp, *self._typical)
             self.warn_once(f'accept="typical" does not know {asked[0]}: accepting losslessly')
@@ -396,14 +395,16 @@ class Llama(Drafted):
             ending.begin(tokens)
         with self._use.of_a_new_generation() as turn:
             self._settle()
+            self._stopped = False
             if self._decoder is not None:
                 self._decoder.resume()  # a cancellation after the end of the last generation is not meant for this one
-                self._look_at_prompt(tokens, args[6] if len(args) > 6 else kwargs.get("reset", True))
+            self._look_at_prompt(tokens, args[6] if len(args) > 6 else kwargs.get("reset", True))
             if record is not None and record.echo:  # all of it
-                self.reset()
+                self._forget_text()
                 record.read(tokens, self.token_bos())
                 self._reading = record
             inner = super().generate(tokens, *args, **kwargs)
+            self._begins = True  # it may reset the model
         sent: Sequence[int] | None = None
         n_drawn, n_ctx = 0, self.n_ctx()
         try:
@@ -420,6 +421,8 @@ class Llama(Drafted):
                 # the last one is not evaluated; what is in the memory behind it may be a guess (`LlamaDraftModel`)
                 if ending and ending.must_end(n_drawn, n_ctx - len(tokens) - n_drawn + 1):
                     return
+                if self._stopped and self._decoder is None:
+                    raise Cancelled("cancelled")
         except (Cancelled, StopIteration) as e:
             if ending:
                 ending.early = isinstance(e, Cancelled)
@@ -432,17 +435,16 @@ class Llama(Drafted):
 
     def _look_at_prompt(self, prompt: list[int], reset: bool) -> None:
         """Refuse a prompt without tokens, and forget what the memory cannot go on from."""
-        assert self._decoder is not None
         if not prompt and (reset or self.must_evaluate()):
             raise ValueError("the prompt is empty: there is no token to go on from")
-        if not reset or self.n_tokens == 0:
+        if not reset or self.n_tokens == 0 or self._decoder is None:
             return
         same = self.longest_token_prefix(self.input_ids[: self.n_tokens].tolist(), prompt)
         if same == len(prompt) == self.n_tokens and not self.must_evaluate():
             return  # its logits are there
         reused = same - 1 if same == len(prompt) else same
         if reused > 0 and not self._decoder.can_continue(reused):
-            self.reset()
+            self._forget_text()
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """Embeddings of texts; arguments and result as in `llama_cpp.Llama.embed`."""
@@ -465,6 +467,8 @@ class Llama(Drafted):
     def load_state(self, state: llama_cpp.LlamaState) -> None:
         with self._use:
             self._settle()
+            if state.input_ids[: state.n_tokens].tolist() != self.input_ids[: self.n_tokens].tolist():
+                self._use.begin()
             try:
                 super().load_state(state)
             finally:
@@ -474,11 +478,16 @@ class Llama(Drafted):
 
     def reset(self) -> None:
         with self._use:
-            self._use.begin()
-            self._settle()
-            super().reset()
-            if self._decoder is not None:
-                self._decoder.invalidate(0)  # the logits that are there belong to a text that is forgotten
+            if not self._begins:
+                self._use.begin()
+            self._forget_text()
+
+    def _forget_text(self) -> None:
+        self._begins = False
+        self._settle()
+        super().reset()
+        if self._decoder is not None:
+            self._decoder.invalidate(0)  # the logits that are there belong to a text that is forgotten
 
     def close(self) -> None:
         """Free the model. Raises BusyError where another thread is in a call of it: `cancel` that first."""

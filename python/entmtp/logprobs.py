@@ -88,14 +88,9 @@ class Logprobs:
         """Of all tokens that were not told of and are part of the text."""
         return self._told([s for s in self._waiting if has_text(s.token)])
 
-    def of(self, text: str) -> dict[str, Any]:
-        """Of the tokens of the next piece of the text: one, or those that make up a character together."""
-        told = [self._waiting.popleft()]
-        data = self.llm.detokenize([told[0].token])
-        while not data.decode("utf-8", "ignore").startswith(text) and self._waiting:
-            told.append(self._waiting.popleft())
-            data += self.llm.detokenize([told[-1].token])
-        return self._told(told)
+    def of(self, n: int) -> dict[str, Any]:
+        """Of the next n tokens, those of a piece of the text."""
+        return self._told([self._waiting.popleft() for _ in range(n)])
 
     def _told(self, scored: list[Scored]) -> dict[str, Any]:
         offsets = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import llama_cpp
@@ -14,6 +16,11 @@ from .common.json_schema import check_schema
 
 LONGEST_GRAMMAR = 1 << 18  # characters
 LONGEST_REST = 3  # tokens beyond max_tokens that an answer may have, for the rest of a character
+WHOLE = ("max_tokens", "top_k", "logprobs", "top_logprobs", "seed", "mirostat_mode")
+REAL = (
+    "temperature", "top_p", "min_p", "typical_p", "tfs_z", "repeat_penalty", "frequency_penalty", "presence_penalty",
+    "mirostat_tau", "mirostat_eta",
+)  # fmt: skip
 FORMS = ("text", "json_object", "json_schema")
 
 
@@ -89,10 +96,21 @@ def check_request(n_vocab: int, asked: dict[str, Any]) -> None:
     Raises:
         ValueError: with one sentence for the user.
     """
+    for names, number, what in (
+        (WHOLE, numbers.Integral, "a whole number"),
+        (REAL, numbers.Real, "a number"),
+    ):
+        for name in names:
+            if asked.get(name) is not None and not isinstance(asked[name], number):
+                raise ValueError(f"{name} is {asked[name]!r}, it must be {what}")
+    stop = asked.get("stop")
+    if stop is not None and not isinstance(stop, str) and not all(isinstance(s, str) for s in _listed(stop)):
+        raise ValueError("stop must be a text, or a list of texts")
     for name, kind, what in (
         ("logit_bias", dict, "a dict of tokens and biases"),
         ("response_format", dict, 'a dict, such as {"type": "json_object"}'),
         ("tools", list, "a list"),
+        ("functions", list, "a list"),
         ("grammar", llama_cpp.LlamaGrammar, "a LlamaGrammar, which LlamaGrammar.from_string makes of a text"),
     ):
         if asked.get(name) is not None and not isinstance(asked[name], kind):
@@ -109,6 +127,10 @@ def check_request(n_vocab: int, asked: dict[str, Any]) -> None:
         raise ValueError(f"logprobs is {logprobs}, it must be 0 or more")
     _check_form(asked.get("response_format") or {})
     _check_tools(asked.get("tools") or [], asked.get("tool_choice"))
+
+
+def _listed(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, (list, tuple)) else [None]
 
 
 def _check_bias(n_vocab: int, biases: dict[Any, Any]) -> None:

@@ -40,6 +40,7 @@ class Slot(Llama):
         self._decoder = decoder
         self._use = Use()
         self.on_token = None
+        self._begins = self._stopped = False
         self.expected = engine.n_ctx  # tokens that the text may come to
         self.left = False  # whoever asked for the text does not want it any more
 
@@ -95,6 +96,12 @@ class Slot(Llama):
                 self._use.begin()
         except BusyError:  # in another thread
             self.cancel()
+
+    def end(self) -> None:
+        """The engine is closed."""
+        self._use.end()
+        self._decoder = None
+        self.forget_model()
 
     def cancel(self) -> None:
         self.left = True

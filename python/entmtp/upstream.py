@@ -151,18 +151,21 @@ def cache_types(given: dict[str, Any]) -> dict[str, Any]:
 class Upstream(llama_cpp.Llama):
     """`llama_cpp.Llama`, with public names for what ours builds upon."""
 
+    _given: dict[str, Any]  # arguments that it was made with
+
     def __init__(self, model_path: str, **kwargs: Any):
         self._stale = True
+        self.failed: BaseException | None = None  # what a logits processor raised
         self._warned: set[str] = set()
         if kwargs.get("seed") == -1:  # documented as random; llama-cpp-python begins with a fixed one
             kwargs["seed"] = random.randrange(1, 1 << 32)
         adapter = kwargs.pop("lora_path", None)
-        if adapter is not None:
+        if adapter:
             kwargs["use_mmap"] = False  # as llama-cpp-python has it
         with loading, said():
             super().__init__(model_path, **{**kwargs, **cache_types(kwargs)})
         self._take_over()
-        if adapter is not None:
+        if adapter:
             self._put_on(Path(adapter))
         # llama.cpp rounds small contexts up, llama-cpp-python's arrays are as long as the argument says
         if len(self.input_ids) < self.n_ctx():
@@ -206,7 +209,13 @@ class Upstream(llama_cpp.Llama):
         self.n_tokens = 0
         self._sampler = None
         self._stale = True
+        self.failed = None
         self._warned = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, or of one in another process: the arguments that it was made with, as they are now."""
+        set_since = ("chat_format", "chat_handler", "spm_infill", "lora_scale", "verbose")
+        return {**self._given, "seed": self._seed, **{name: getattr(self, name) for name in set_since}}
 
     @property
     def is_recurrent(self) -> bool:
@@ -226,6 +235,10 @@ class Upstream(llama_cpp.Llama):
     def free(self) -> None:
         """Free the model; what is asked of it afterwards is an error."""
         super().close()
+        self.forget_model()
+
+    def forget_model(self) -> None:
+        """It is freed."""
         gone: Any = Gone()
         self._model = self._ctx = self.tokenizer_ = gone
 
@@ -330,6 +343,8 @@ class Upstream(llama_cpp.Llama):
         asked = by_name("create_completion", prompt, args, kwargs)
         check_request(self._n_vocab, asked)
         text = prompt
+        if isinstance(prompt, (bytes, bytearray)):
+            raise ValueError("the prompt is bytes, it must be a text or a list of tokens")
         if not isinstance(prompt, str):
             prompt = [int(token) for token in prompt]
             self.check_tokens(prompt)
@@ -366,10 +381,15 @@ class Upstream(llama_cpp.Llama):
         )  # fmt: skip
         if min(before, behind, between) < 0:
             raise ValueError("suffix: this model has no tokens to fill in with")
-        first, last = (
-            self.tokenize(text.encode(), add_bos=False, special=False) if isinstance(text, str) else text
-            for text in (prompt, suffix)
-        )
+
+        def tokens(text: str) -> list[int]:
+            return self.tokenize(text.encode(), add_bos=False, special=False)
+
+        first = tokens(prompt) if isinstance(prompt, str) else prompt
+        # some vocabularies put a space before every text: not where it goes on
+        marker = tokens("\u263a")
+        last = tokens("\u263a" + suffix)
+        last = last[len(marker) :] if last[: len(marker)] == marker else tokens(suffix)
         bos = [self.token_bos()] if self._model.add_bos_token() else []
         if self.spm_infill:
             return [*bos, behind, *last, before, *first, between]
@@ -412,7 +432,24 @@ class Upstream(llama_cpp.Llama):
             raise ValueError(
                 "the grammar cannot be read: it is not GBNF, has no rule named root, or leads to too much"
             )
+        if (processors := settings.get("logits_processor")) is not None:
+            settings["logits_processor"] = [self._watched(processor) for processor in processors]
         return super()._init_sampler(*args, **settings)
+
+    def _watched(self, processor: Any) -> Any:
+        """A logits processor whose error is not lost: llama.cpp calls it, through which none passes."""
+
+        def call(tokens: Any, logits: Any) -> Any:
+            try:
+                changed = np.asarray(processor(tokens, logits))
+                if changed.shape != logits.shape:
+                    raise ValueError(f"logits_processor: gave {changed.shape} logits for {logits.shape}")
+            except BaseException as e:
+                self.failed = self.failed or e
+                return logits
+            return changed
+
+        return call
 
     @contextlib.contextmanager
     def chain(self, **settings: Any) -> Iterator[Any]:

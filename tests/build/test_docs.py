@@ -38,13 +38,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # commands that are run elsewhere, and where
 RULES = {
-    r"make\b": "builds, as tests/test_build.py does",
-    r"(CMAKE_ARGS=\S+|CMAKE_ARGS=\"[^\"]*\") pip install\b": "builds, as tests/test_build.py does",
+    r"make\b": "builds, as tests/build/test_build.py does",
+    r"(CMAKE_ARGS=\S+|CMAKE_ARGS=\"[^\"]*\") pip install\b": "builds, as tests/build/test_build.py does",
     r"SKBUILD_WHEEL_CMAKE=false pip install\b": "installs a wheel, as tests/wheel/install.py does",
     r"pip install\b": "fetches packages",
-    r"python native/llama_cpp.py\b": "builds, as tests/test_build.py does",
+    r"python native/llama_cpp.py\b": "builds, as tests/build/test_build.py does",
     r"(python -m entmtp\.|entmtp )serve\b": "runs until it is stopped, as tests of the server do",
-    r"entmtp rpc-server\b": "runs until it is stopped, as in tests/test_rpc.py",
+    r"entmtp rpc-server\b": "runs until it is stopped, as in tests/decode/test_rpc.py",
     r"(python -m entmtp\.|entmtp )demo\b": "compares 13 methods for a minute; its parts are tested one by one",
 }
 

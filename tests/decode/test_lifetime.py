@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from llama_cpp import LogitsProcessorList
 
-from entmtp import BusyError, Llama
+from entmtp import BusyError, Engine, Llama
 from entmtp.common.errors import ClosedError, EntmtpError
 from helpers.adapter import write_adapter
 from helpers.models import model_path
@@ -133,6 +133,26 @@ def test_a_processor_cannot_call_the_model_that_draws(load: Callable[..., Llama]
     assert refused == dict.fromkeys(calls, refused["stats"]) and "is drawing a token" in refused["stats"]
 
 
+def test_what_a_processor_raises_comes_out(load: Callable[..., Llama]) -> None:
+    """llama.cpp calls it, through which no error passes: the answer was drawn as if it were not there."""
+
+    def broken(tokens: Any, logits: Any) -> Any:
+        raise ZeroDivisionError("of the user")
+
+    for llm in (load(), load(**STATIC)):
+        wanted = llm("Tom has 3", max_tokens=6, temperature=0.0)["choices"]
+        for processor, error in (
+            (broken, ZeroDivisionError),
+            (lambda tokens, logits: logits[:3], ValueError),
+        ):
+            asked: dict[str, Any] = {"logits_processor": LogitsProcessorList([processor]), "max_tokens": 6}
+            with pytest.raises(error):
+                llm("Tom has 3", **asked)
+            with pytest.raises(error):
+                list(llm("Tom has 3", stream=True, **asked))
+            assert llm("Tom has 3", max_tokens=6, temperature=0.0)["choices"] == wanted
+
+
 def test_a_reset_ends_what_is_being_generated(load: Callable[..., Llama]) -> None:
     for llm in (load(), load(**STATIC)):
         running = llm.generate(llm.tokenize(b"Tom has 3 boxes"), temp=0.0)
@@ -140,6 +160,88 @@ def test_a_reset_ends_what_is_being_generated(load: Callable[..., Llama]) -> Non
         llm.reset()
         with pytest.raises(BusyError, match="or the model was reset"):
             next(running)
+
+
+@pytest.mark.parametrize("how", [{}, STATIC], ids=["plain", "drafting"])
+def test_another_text_ends_what_is_being_generated(load: Callable[..., Llama], how: dict[str, Any]) -> None:
+    """From outside between two tokens, or from what is called on the way; the same text may be loaded."""
+    llm = load(**how)
+    llm("another text that is kept", max_tokens=4)
+    other = llm.save_state()
+    asked: dict[str, Any] = {"max_tokens": 16, "temperature": 0.0}
+    wanted = llm("Tom has 3 boxes", **asked)["choices"]
+    for change in (lambda: llm.load_state(other), llm.reset):
+        stream = llm("Tom has 3 boxes", stream=True, **asked)
+        next(stream)
+        change()
+        with pytest.raises(BusyError, match="this stream is over"):
+            list(stream)
+
+        def criteria(tokens: Any, _: Any, change: Callable[[], None] = change) -> bool:
+            if len(tokens) == 12:
+                change()
+            return False
+
+        with pytest.raises(BusyError, match="this stream is over"):
+            llm("Tom has 3 boxes", stopping_criteria=criteria, **asked)
+    stream = llm("Tom has 3 boxes", stream=True, **asked)
+    first = next(stream)["choices"][0]["text"]
+    llm.load_state(llm.save_state())
+    assert first + "".join(c["choices"][0]["text"] for c in stream) == wanted[0]["text"]
+
+
+def test_criteria_that_say_it_once(load: Callable[..., Llama]) -> None:
+    """llama-cpp-python asks them again, and finds no text where they say something else."""
+    llm = load()
+    texts = []
+    for stream in (False, True):
+        calls = iter(range(1000))
+        asked: dict[str, Any] = {"max_tokens": 20, "temperature": 0.0, "stream": stream}
+        answer = llm("Tom has 3", stopping_criteria=lambda tokens, _, n=calls: next(n) == 5, **asked)
+        texts.append(
+            "".join(c["choices"][0]["text"] for c in answer) if stream else answer["choices"][0]["text"]
+        )
+    assert texts[0] == texts[1] != ""
+
+
+@pytest.mark.parametrize("how", ["lookup", "embedding", "tokens"])
+def test_nothing_to_go_on_from(how: str) -> None:
+    """Without a decode loop of ours, too: the process ended."""
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    lookup: dict[str, Any] = {"draft_model": LlamaPromptLookupDecoding(num_pred_tokens=4)}
+    given: dict[str, Any] = {"embedding": True} if how == "embedding" else lookup
+    with (
+        closing(Llama(model_path("llama"), **SETTINGS, **given)) as llm,
+        pytest.raises(ValueError, match="empty"),
+    ):
+        next(llm.generate([])) if how == "tokens" else llm("")
+
+
+def test_cancelling_where_llama_cpp_python_drafts() -> None:
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    with closing(
+        Llama(model_path("llama"), draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4), **SETTINGS)
+    ) as llm:
+        llm.on_token = None
+        stream = llm(list(b"a b a b a b"), max_tokens=40, stream=True)
+        next(stream)
+        llm.cancel()
+        assert len(list(stream)) < 8
+        assert llm(list(b"a b a b a b"), max_tokens=4)["usage"]["completion_tokens"] == 4
+
+
+def test_slots_of_a_closed_engine() -> None:
+    with Engine(model_path("llama"), slots=2, **SETTINGS) as engine, engine.slot() as slot:
+        pass
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: slot.tokenize(b"abc"), lambda: slot("abc"), slot.token_bos, slot.n_ctx, slot.reset,
+        lambda: slot.create_chat_completion([{"role": "user", "content": "Hi"}]),
+    )  # fmt: skip
+    for call in calls:
+        with pytest.raises(ClosedError):
+            call()
 
 
 @pytest.mark.parametrize("name", ["missing", "no adapter", "good"])

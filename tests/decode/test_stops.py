@@ -7,6 +7,7 @@ from contextlib import closing
 from typing import Any
 
 import llama_cpp
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from llama_cpp import LlamaGrammar
 
 from entmtp import Engine, Llama
 from entmtp.completion import Ending
+from entmtp.logprobs import Logprobs
 from helpers.models import model_path
 
 SETTINGS: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
@@ -145,6 +147,23 @@ def test_a_suffix_needs_tokens_for_it(load: Callable[..., Llama]) -> None:
         load()("def f(", suffix="return x")
 
 
+@pytest.mark.parametrize("spm", [False, True])
+def test_what_comes_between_two_texts(spm: bool) -> None:
+    """With the model's own tokens; llama-cpp-python writes token 0 in their places."""
+    ids = {"fim_pre": 290, "fim_suf": 291, "fim_mid": 292}
+    how: dict[str, Any] = {"kv_overrides": {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}}
+    with closing(Llama(model_path("llama"), spm_infill=spm, **SETTINGS, **how)) as llm:
+        first, last = llm.tokenize(b"def f(", add_bos=False), llm.tokenize(b"return x", add_bos=False)
+        written = [291, *last, 290, *first, 292] if spm else [290, *first, 291, *last, 292]
+        asked: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0}
+        filled = llm("def f(", suffix="return x", **asked)
+        assert llm.input_ids[: len(written)].tolist() == written
+        assert filled["choices"] == llm(written, **asked)["choices"]
+        assert llm(list(first), suffix="return x", echo=True, **asked)["choices"][0]["text"].startswith(
+            "def f("
+        )
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
@@ -156,6 +175,13 @@ def test_a_suffix_needs_tokens_for_it(load: Callable[..., Llama]) -> None:
         ({"logit_bias": [1, 2]}, "logit_bias must be a dict"),
         ({"grammar": 'root ::= "a"'}, "LlamaGrammar.from_string"),
         ({"repeat_penalty": 0.0}, "repeat_penalty is 0"),
+        ({"max_tokens": "3"}, "max_tokens is '3', it must be a whole number"),
+        ({"max_tokens": 2.5}, "must be a whole number"),
+        ({"temperature": "a"}, "temperature is 'a', it must be a number"),
+        ({"seed": "x"}, "must be a whole number"),
+        ({"stop": 5}, "stop must be a text"),
+        ({"stop": [1]}, "stop must be a text"),
+        ({"functions": 5}, "functions must be a list"),
     ],
 )
 def test_what_would_be_passed_over(load: Callable[..., Llama], asked: dict[str, Any], said: str) -> None:
@@ -193,3 +219,34 @@ def _broken() -> Any:
     grammar = LlamaGrammar.from_string('root ::= "a"', verbose=False)
     grammar._grammar = "root = nothing that can be read ::"
     return grammar
+
+
+@pytest.mark.parametrize("text", ["a猫b END", "Hi é you END", "👩‍👩‍👧 and 🙂 END"])
+@pytest.mark.parametrize("stop", [[], ["猫"], ["é"], ["🙂"], [" END"]])
+def test_tokenizers_that_write_half_a_character(text: str, stop: list[str]) -> None:
+    """As U+FFFD, until the rest is there: Hugging Face's do. And tokens that end within a character have their own
+    log probabilities each."""
+
+    class Rewriting(Bytes):
+        def detokenize(self, tokens: Any, prev_tokens: Any = None) -> bytes:
+            return bytes(tokens).decode("utf-8", "replace").encode()
+
+    for vocabulary in (Rewriting(), Bytes()):
+        record = Logprobs(Bytes(), 1, False, 0)
+        ending = Ending(vocabulary, {"stop": stop, "stream": True, "max_tokens": None}, record)
+        data = text.encode()
+
+        def chunks(data: bytes = data, ending: Ending = ending, record: Logprobs = record) -> Any:
+            for i, token in enumerate(data):
+                record.draw(np.zeros(256, np.float32), token)
+                ending.see(token)
+                yield {"choices": [{"text": "?", "logprobs": None, "finish_reason": None}]}
+                if ending.must_end(i + 1, 1000):
+                    break
+            yield {"choices": [{"text": "", "logprobs": None, "finish_reason": "length"}]}
+
+        told = list(ending.pieces(chunks(), ""))
+        left = text.partition(stop[0])[0] if stop else text
+        assert "".join(c["choices"][0]["text"] for c in told) == left
+        n_told = sum(len((c["choices"][0]["logprobs"] or {"tokens": []})["tokens"]) for c in told)
+        assert n_told == len(left.encode())

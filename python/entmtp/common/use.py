@@ -19,7 +19,6 @@ class Use:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._n_held = 0
         self._turn = 0  # of the latest generation
         self._lent = False
         self.ended = False
@@ -35,10 +34,8 @@ class Use:
             if self.ended:
                 raise ClosedError("this model is closed: load it anew")
             raise BusyError("this model is drawing a token: what changes its logits cannot call it meanwhile")
-        self._n_held += 1
 
     def __exit__(self, *_: object) -> None:
-        self._n_held -= 1
         self._lock.release()
 
     @contextmanager
@@ -51,9 +48,8 @@ class Use:
             self._lent = False
 
     def begin(self) -> None:
-        """While it is held: the text is another one, and generations before are over, but for who holds it already."""
-        if self._n_held == 1:
-            self._turn += 1
+        """While it is held: the text is another one, and generations before are over."""
+        self._turn += 1
 
     def end(self) -> None:
         """While it is held: there is nothing to call any more."""

@@ -38,7 +38,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         prog="entmtp serve",
         usage="entmtp serve [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Serve a model with OpenAI's, Ollama's and Anthropic's API, drafting with its heads. "
+        description="Serve a model with OpenAI's, Ollama's and Anthropic's API, drafting, with heads or without. "
         "Without options: SmolLM2-135M-Instruct, fetched once.",
         epilog=EXAMPLE,
     )
