@@ -12,7 +12,7 @@ from typing import Any
 import llama_cpp
 from llama_cpp.llama_grammar import json_schema_to_gbnf
 
-from .common.json_schema import check_schema
+from .common.json_schema import check_schema, unfolded
 
 LONGEST_GRAMMAR = 1 << 18  # characters
 LONGEST_REST = 3  # tokens beyond max_tokens that an answer may have, for the rest of a character
@@ -126,7 +126,12 @@ def check_request(n_vocab: int, asked: dict[str, Any]) -> None:
     if logprobs is not None and logprobs < 0:
         raise ValueError(f"logprobs is {logprobs}, it must be 0 or more")
     _check_form(asked.get("response_format") or {})
-    _check_tools(asked.get("tools") or [], asked.get("tool_choice"))
+    # functions are of before tools
+    tools = asked.get("tools") or [{"function": function} for function in asked.get("functions") or []]
+    called = asked.get("function_call")
+    _check_tools(
+        tools, asked.get("tool_choice") or ({"function": called} if isinstance(called, dict) else None)
+    )
 
 
 def _listed(value: Any) -> Iterable[Any]:
@@ -160,12 +165,14 @@ def with_schema(form: dict[str, Any] | None) -> dict[str, Any] | None:
     Raises:
         ValueError: there is no schema.
     """
+    if isinstance(form, dict) and form.get("type") == "json_object" and isinstance(form.get("schema"), dict):
+        return {**form, "schema": unfolded(form["schema"])}
     if not isinstance(form, dict) or form.get("type") != "json_schema":
         return form
     named = form.get("json_schema")
     if not isinstance(named, dict) or not isinstance(named.get("schema"), dict):
         raise ValueError("response_format: json_schema has no schema")
-    return {"type": "json_object", "schema": named["schema"]}
+    return {"type": "json_object", "schema": unfolded(named["schema"])}
 
 
 def _check_tools(tools: list[Any], choice: Any) -> None:

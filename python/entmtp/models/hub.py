@@ -106,7 +106,8 @@ def open_repository(name: Name, progress: bool = True) -> Repository:
         if not local:
             raise
         return Repository(name, {f: _sha_of_blob(p) for f, p in local.items()}, local=local, why_local=e.why)
-    files = {s.rfilename: s.lfs.sha256 if s.lfs else None for s in info.siblings or []}
+    hashes = {s.rfilename: s.lfs.sha256 if s.lfs else None for s in info.siblings or []}
+    files = {file: found if found and _SHA256.fullmatch(found) else None for file, found in hashes.items()}
     license = info.card_data.get("license") if info.card_data else None
     return Repository(name, files, license if isinstance(license, str) else None, info.sha)
 
@@ -270,7 +271,7 @@ def parts(file: str) -> list[str]:
     """All the files of a GGUF that is split into `-00001-of-0000N`; of others the file itself."""
     if not (m := _PART.match(file)):
         return [file]
-    return [f"{m['stem']}-{i:05}-of-{m['n']}.gguf" for i in range(1, int(m["n"]) + 1)]
+    return [f"{m['stem']}-{i:05}-of-{m['n']}.gguf" for i in range(1, int(m["n"]) + 1)] or [file]
 
 
 def choose_gguf(files: Iterable[str], name: Name, kind: str) -> str:

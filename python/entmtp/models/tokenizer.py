@@ -8,12 +8,19 @@ so far is kept.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+import re
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import llama_cpp
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
+# llama.cpp splits a text by regular expressions of the C++ library, which goes one call deeper for every character of a
+# match: some 300 bytes of stack
+RUNS = re.compile(rb"\S+\s*|\s+")
+SAFE_RUN, LONGEST_RUN = 8 << 10, 2 << 20  # bytes
+STACK_OF_BYTE, STACK_FOR_ALL = 1 << 10, 16 << 20
 SHORT = 64  # tokens that are joined anew in every call
 
 
@@ -22,6 +29,35 @@ def check_tokens(tokens: Iterable[int], n_vocab: int) -> None:
     for token in tokens:
         if not 0 <= token < n_vocab:
             raise ValueError(f"token {token} is none of this model's, which go from 0 to {n_vocab - 1}")
+
+
+_sizes = threading.Lock()  # the size of a stack is the process's, for threads that begin
+
+
+def with_stack(n_bytes: int, call: Callable[[], Any]) -> Any:
+    """What a call returns, or raises, in a thread of its own with so large a stack."""
+    done: list[Any] = []
+
+    def run() -> None:
+        try:
+            done.append((call(), None))
+        except BaseException as e:
+            done.append((None, e))
+
+    thread = threading.Thread(target=run, daemon=True)
+    with _sizes:
+        before = threading.stack_size(n_bytes)
+        try:
+            thread.start()
+        except RuntimeError:
+            raise ValueError("there is no memory to read a word of this length; put spaces into it") from None
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    result, error = done[0]
+    if error is not None:
+        raise error
+    return result
 
 
 class Tokenizer(LlamaTokenizer):
@@ -34,6 +70,22 @@ class Tokenizer(LlamaTokenizer):
         self._pieces: dict[int, bytes] = {}
         # replaced as a whole, never changed: another thread may be reading it
         self._memo: tuple[list[int], bytes] = ([], b"")
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
+        """As llama-cpp-python's; a text with a long run without a space may take more stack than a thread has.
+
+        Raises:
+            ValueError: there is a run that no stack is large enough for.
+        """
+        longest = max((len(run) for run in RUNS.findall(text)), default=0) if len(text) > SAFE_RUN else 0
+        if longest <= SAFE_RUN:
+            return list(super().tokenize(text, add_bos, special))
+        if longest > LONGEST_RUN:
+            raise ValueError(
+                f"the text has a word of {longest} bytes, which is too long to read; put spaces into it"
+            )
+        read = super().tokenize
+        return list(with_stack(STACK_FOR_ALL + STACK_OF_BYTE * longest, lambda: read(text, add_bos, special)))
 
     def _piece(self, token: int) -> bytes:
         piece = self._pieces.get(token)

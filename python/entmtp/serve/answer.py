@@ -26,9 +26,8 @@ from .model import Models
 from .requests import ServedRequest
 
 MOST_UNREAD = 4096  # events; a client who reads slower than that makes the model wait
-STALLED = (
-    60.0  # seconds that it may wait; then the client is taken for gone, and the model is free for others
-)
+# seconds that it may wait, and more for every event; then the client is taken for gone, and the model is free
+STALLED, PATIENCE = 60.0, 0.05
 PING_AFTER = 15.0  # seconds without an event, after which a comment keeps the connection open
 PING = b": ping\n\n"
 
@@ -137,6 +136,7 @@ class Pipe:
         self._events: deque[Any] = deque()
         self._ready = asyncio.Event()
         self._woken = False  # or about to be
+        self._waited, self._n_put = 0.0, 0  # seconds for the client, and events
         self._last = self._loop.time()
         self._timer = self._loop.call_later(PING_AFTER, self._ping) if pings else None
 
@@ -144,8 +144,10 @@ class Pipe:
         """In the thread; the rest of an answer that is over does not wait."""
         begun = time.monotonic()
         while not self._room.acquire(timeout=0.1) and not served.over:
-            if time.monotonic() - begun > STALLED:
+            if self._waited + time.monotonic() - begun > STALLED + PATIENCE * self._n_put:
                 served.stop("the client stopped reading")
+        self._waited += time.monotonic() - begun
+        self._n_put += 1
         self._events.append(event)
         if not self._woken:
             self._woken = True

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
@@ -43,7 +44,7 @@ ANSWERS: dict[str, tuple[Read, Callable[[dict[str, Any], ServedRequest], Form]]]
 
 
 class Embedding(BaseModel):
-    input: str | list[str]
+    input: str | asked.Some[str]
     model: str | None = None
 
 
@@ -53,7 +54,7 @@ class Tokenize(BaseModel):
 
 
 class Detokenize(BaseModel):
-    tokens: list[int]
+    tokens: asked.Some[int]
     model: str | None = None
 
 
@@ -163,7 +164,18 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
             expose_headers=["X-Request-ID", "Retry-After"],
         )  # fmt: skip
 
-    app = FastAPI(title="EntMTP", root_path=server.root_path)
+    hosts = _hosts(server)
+
+    def may_call(scope: Any) -> bool:
+        """Whether a page that a browser on this machine has open may ask, where nobody needs a key."""
+        headers = Headers(scope=scope)
+        origin = headers.get("origin") if scope["method"] == "POST" else None
+        if hosts is None or (origin and server.cors and origin in server.cors.split(",")):
+            return True
+        named = [f"//{headers['host']}"] if "host" in headers else []
+        return all(_host_of(name) in hosts for name in (*named, *([origin] if origin else [])))
+
+    app = FastAPI(title="EntMTP", root_path=server.root_path, redirect_slashes=False)
     app.add_exception_handler(Refused, _refuse)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_api_route("/health", health, summary="Whether it runs")
@@ -183,9 +195,29 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
     requests = Requests(
         app, finished, may_ask, server.max_body, server.max_waiting, server.max_seconds,
         log=_log if settings[0].verbose else None, parallel=server.parallel, around=across_origins,
+        may_call=may_call, root_path=server.root_path,
     )  # fmt: skip
     metrics.watch_queue(requests.waiting, requests.running)
     return requests, models
+
+
+def _hosts(server: ServerSettings) -> set[str] | None:
+    """Names by which a server of this machine alone, without a key, is called; None: by any.
+
+    A page of anybody's could ask it in the name of who reads the page, and have its own name lead here.
+    """
+    loopback = {"localhost", "127.0.0.1", "::1"}
+    names = {name.strip() for name in (server.allowed_hosts or "").split(",") if name.strip()}
+    if server.api_key is not None or server.host not in loopback or "*" in {*names, server.cors}:
+        return None
+    return loopback | names
+
+
+def _host_of(address: str) -> str | None:
+    try:
+        return urlsplit(address).hostname
+    except ValueError:
+        return None
 
 
 def _log(line: str) -> None:

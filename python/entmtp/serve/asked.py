@@ -7,10 +7,10 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard
+from typing import Annotated, Any, Literal, TypeGuard, TypeVar
 
 import llama_cpp
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from ..completion import AtLeast
 from ..llama import Llama
@@ -28,6 +28,17 @@ LONGEST_NUMBER = 1 << 31  # tokens and counts; more does not fit into the model'
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
+class First(FailFast):
+    """A list is looked at to the first value that is wrong: a body may hold two million."""
+
+    def __hash__(self) -> int:  # a part of a union must have one
+        return hash(type(self))
+
+
+T = TypeVar("T")
+Some = Annotated[list[T], First()]
+
+
 class Body(BaseModel):
     """What texts and chats have in common. Defaults are llama-cpp-python's server's."""
 
@@ -35,7 +46,7 @@ class Body(BaseModel):
 
     model: str | None = None
     stream: bool = False
-    stop: str | list[str] | None = None
+    stop: str | Some[str] | None = None
     seed: int | None = None
     temperature: float = 0.8
     top_k: int = Field(40, ge=0, lt=LONGEST_NUMBER)
@@ -57,7 +68,7 @@ class Body(BaseModel):
 class Text(Body):
     """Of `create_completion`."""
 
-    prompt: str | list[str] = ""
+    prompt: str | Some[str] = ""
     suffix: str | None = None
     max_tokens: int | None = Field(16, ge=0, lt=LONGEST_NUMBER)
     echo: bool = False
@@ -67,10 +78,10 @@ class Text(Body):
 class Chat(Body):
     """Of `create_chat_completion`."""
 
-    messages: list[llama_cpp.ChatCompletionRequestMessage] = []
-    functions: list[llama_cpp.ChatCompletionFunction] | None = None
+    messages: Some[llama_cpp.ChatCompletionRequestMessage] = []
+    functions: Some[llama_cpp.ChatCompletionFunction] | None = None
     function_call: llama_cpp.ChatCompletionRequestFunctionCall | None = None
-    tools: list[llama_cpp.ChatCompletionTool] | None = None
+    tools: Some[llama_cpp.ChatCompletionTool] | None = None
     tool_choice: llama_cpp.ChatCompletionToolChoiceOption | None = None
     max_tokens: int | None = Field(None, lt=LONGEST_NUMBER)
     logprobs: bool | None = False
@@ -216,8 +227,8 @@ def _check(request: dict[str, Any]) -> None:
             raise Refused(f"{name} is {value:g}, it must be {bounds}", name)
     biases = request.get("logit_bias")
     for bias in biases.values() if isinstance(biases, dict) else ():
-        if isinstance(bias, int | float) and not -100 <= bias <= 100:
-            raise Refused(f"logit_bias has {bias:g}, it must be -100 to 100", "logit_bias")
+        if not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise Refused(f"logit_bias has {bias!r:.40}, it must be -100 to 100", "logit_bias")
     n, seed = request.get("n"), request.get("seed")
     if seed is not None and not is_whole(seed):
         raise Refused(f"seed is {seed!r}, it must be a whole number", "seed")

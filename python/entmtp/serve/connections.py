@@ -46,10 +46,12 @@ def protocol(max_receive: float, most: int) -> Callable[..., asyncio.Protocol]:
         max_receive: seconds from the connection, or from the last answer on it, to the end of a request.
         most: connections at a time.
     """
-    waiting: dict[Connection, None] = {}  # for their request, in the order in which they began to
+    # in the order in which they began to
+    waiting: dict[Connection, None] = {}  # for their request,
+    unread: dict[Connection, None] = {}  # for their client to read
 
     def connect(*args: Any, **kwargs: Any) -> asyncio.Protocol:
-        return Connection(max_receive, most, waiting, *args, **kwargs)
+        return Connection(max_receive, most, waiting, unread, *args, **kwargs)
 
     return connect
 
@@ -58,17 +60,18 @@ class Connection(H11Protocol):
     """uvicorn's, with ends to its waits."""
 
     def __init__(
-        self, max_receive: float, most: int, waiting: dict[Connection, None], *args: Any, **kwargs: Any
-    ):
+        self, max_receive: float, most: int, waiting: dict[Connection, None], unread: dict[Connection, None],
+        *args: Any, **kwargs: Any,
+    ):  # fmt: skip
         super().__init__(*args, **kwargs)
-        self._max_receive, self._most, self._waiting = max_receive, most, waiting
+        self._max_receive, self._most, self._waiting, self._paused = max_receive, most, waiting, unread
         self._late: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self._most:
-            first = next(iter(self._waiting), None)
+            first = next(iter(self._waiting), None) or next(iter(self._paused), None)
             if first is None:
                 self._end(503, "all connections are taken; ask again later")
                 return
@@ -94,10 +97,12 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self._paused[self] = None
         self._unread = self.loop.call_later(MAX_UNREAD_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self._paused.pop(self, None)
         if self._unread is not None:
             self._unread.cancel()
             self._unread = None
@@ -105,6 +110,7 @@ class Connection(H11Protocol):
     def forget(self) -> None:
         """It waits for no request any more."""
         self._waiting.pop(self, None)
+        self._paused.pop(self, None)
         for timer in (self._late, self._unread):
             if timer is not None:
                 timer.cancel()

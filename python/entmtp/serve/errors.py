@@ -23,6 +23,8 @@ ANTHROPIC = {
 # what the request that is being answered is called: its client's name for it, or ours
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
+MOST_ERRORS = 1000  # that pydantic is asked for the words of
+FOLDERS = re.compile(r"(?<![\w:/])(/[^\s/:]+)+/")  # of this machine, in front of a file's name
 TOO_LONG = re.compile(r"Requested tokens \((\d+)\) exceed context window of (\d+)")
 
 
@@ -74,7 +76,9 @@ def worded(error: Exception) -> Refused:
     if isinstance(error, Refused):
         return error
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
+        if error.error_count() > MOST_ERRORS:
+            return Refused(f"the body of the request has {error.error_count()} values of wrong types")
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         return Refused(
             f"{where}: {first['msg']}" if where else first["msg"], str(first["loc"][0]) if where else None
@@ -98,4 +102,4 @@ def worded(error: Exception) -> Refused:
         return Refused(f"grammar: {text}", "grammar")
     print(f"request {request_id.get()} failed:", file=sys.stderr)
     traceback.print_exception(error, file=sys.stderr)
-    return Refused(text, status=500)
+    return Refused(FOLDERS.sub("", text), status=500)

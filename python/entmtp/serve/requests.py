@@ -124,6 +124,12 @@ class ServedRequest:
 current: ContextVar[ServedRequest | None] = ContextVar("current", default=None)
 
 
+NOT_OURS = (
+    "this server has no key and answers pages of this machine alone; call it localhost, or start it with --api-key, "
+    "--cors or --allowed-hosts"
+)
+
+
 class Requests:
     """Middleware that knows all requests under way.
 
@@ -137,16 +143,20 @@ class Requests:
         log: called with a line about every request that was answered.
         parallel: requests that are answered at a time.
         around: middleware for all answers, refusals too.
+        may_call: whether a page may have sent a request, by its ASGI scope.
+        root_path: what paths may begin with.
     """
 
     def __init__(
         self, app: App, finished: Callable[[ServedRequest], None], may_ask: Callable[[Message], bool],
         max_body: int, max_waiting: int, max_seconds: float | None, log: Callable[[str], None] | None = None,
         parallel: int = 1, around: Callable[[App], App] = lambda app: app,
+        may_call: Callable[[Message], bool] = lambda scope: True, root_path: str = "",
     ):  # fmt: skip
         self.app, self.log = app, log
         self.most = parallel + max_waiting
         self.entry = around(self._take)
+        self.may_call, self.root_path = may_call, root_path.rstrip("/")
         self.finished = finished
         self.may_ask = may_ask
         self.max_body, self.max_seconds = max_body, max_seconds
@@ -185,10 +195,15 @@ class Requests:
                 self.log(f"{scope['method']} {path} {status} {seconds:.3f} s {name}")
 
     async def _take(self, scope: Message, receive: App, send: App) -> None:
+        path = scope["path"]
+        if path.startswith(f"{self.root_path}/"):
+            path = path.removeprefix(self.root_path)
+        if not self.may_call(scope):
+            await _answer(send, Refused(NOT_OURS, status=403), path)
+            return
         if scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
         request = ServedRequest(path, self.max_seconds)
         room = Room(self)
         try:

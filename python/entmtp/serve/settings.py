@@ -146,11 +146,23 @@ class ServerSettings(stock.ServerSettings):
     cors: Optional[str] = Field(  # noqa: UP045
         default=None, description="origins of pages whose scripts may ask, with commas between them; *: any"
     )
+    allowed_hosts: Optional[str] = Field(  # noqa: UP045
+        default=None,
+        description="without api_key on this machine's own address: further names it is called by, with commas between "
+        "them; *: any",
+    )
     page: bool = Field(default=True, description="a page to chat with at /, which shows who guessed what")
     interrupt_requests: bool = Field(
         default=False,
         description="cut a running streamed answer when another request comes, instead of answering in order",
     )
+
+    @field_validator("api_key")
+    @classmethod
+    def _a_key(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("it is empty, and everybody would be served; leave it out for that")
+        return value
 
 
 class ConfigFile(ServerSettings):
