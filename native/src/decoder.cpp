@@ -308,8 +308,9 @@ int32_t decoder::step(int32_t token) {
     const int64_t t1 = timed ? ggml_time_us() : 0;
 
     int32_t status = verify_tree(id);
-    if (tokens.size() > 1 && (status == 1 || (status < 0 && !cancelled))) {
-        // no room for the tree in this memory, or for its graph, or llama.cpp takes none: the token alone may still fit
+    // no cells for the tree (1), a batch that llama.cpp takes in no pass (-1), or no memory for its graph (-2): the token
+    // alone may still be possible
+    if (tokens.size() > 1 && (status == 1 || status == -1 || status == -2) && !cancelled && !servers.lost()) {
         if (status < 0) {
             memory.truncate(seq, n_past);
         }

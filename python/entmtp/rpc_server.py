@@ -13,7 +13,7 @@ from ctypes import c_char_p, c_int, c_size_t, c_void_p
 
 from .common.cache import cache_folder
 from .common.errors import EntmtpError, ServerError
-from .common.numbers import THREADS, number
+from .common.numbers import THREADS
 from .common.streams import run_command
 from .native import kernels, rpc
 from .native.backends import ggml
@@ -34,7 +34,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     parser.add_argument(
         "--port",
-        type=number(int, 0, 65535),
+        type=int,
         default=PORT,
         metavar="N",
         help=f"port, 0 for a free one (default: {PORT})",
