@@ -34,7 +34,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "negation": ({"response_format": schema(**{"not": {"required": ["a"]}})}, "the keyword not"),
     "type that is none": ({"response_format": schema(properties={"a": {"type": "strin"}})}, "no grammar can be"),
-    "reference to nothing": ({"response_format": schema(properties={"a": {"$ref": "#/x"}})}, "no grammar can be"),
+    "reference to nothing": ({"response_format": schema(properties={"a": {"$ref": "#/x"}})}, "leads nowhere"),
     "no schema": ({"response_format": {"type": "json_object", "schema": {"properties": 3}}}, "an object of"),
     "tool with a pattern without end": (
         {

@@ -126,7 +126,7 @@ def test_draft_vocabulary_and_missing_output_bias_are_part_of_the_format(tmp_pat
 def test_other_files(tmp_path, heads, capsys):
     for path, words in (
         (tmp_path / "nowhere.gguf", "no such file"),
-        (tmp_path, "no such file"),
+        (tmp_path, "this is a folder"),
         (tmp_path / "base.gguf", "no heads file"),
         (tmp_path / "c" / "config.json", "not a GGUF file"),
     ):

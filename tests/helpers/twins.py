@@ -148,6 +148,11 @@ class Twins:
         settings.pop("logprobs", None)
         text = self.models[1].create_completion(prompt, **settings)["choices"][0]["text"]
         behind = text[len(prompt) :] if settings["echo"] else text
+        llm = self.models[1]
+        written = llm.detokenize(llm.input_ids[: llm.n_tokens].tolist())
+        is_text = (
+            written.decode("utf-8", "ignore").encode() == written
+        )  # else what is left out parts a stop string
         stops = []
         for _ in range(self.rng.choice((1, 1, 2, 3))):
             at = self.rng.randrange(len(behind) + 1)
@@ -165,7 +170,7 @@ class Twins:
             )
             found.append(pieces)
         self.same("stopped", found)
-        if len(stops) == 1 and stops[0]:
+        if len(stops) == 1 and stops[0] and is_text:
             self.same("before the stop", [found[0][len(text) - len(behind) :], behind.partition(stops[0])[0]])
         self.n_tokens += len(self.models[0].tokenize(found[0].encode()))
 

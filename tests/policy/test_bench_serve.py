@@ -183,7 +183,6 @@ def test_table_and_picture(tmp_path: Path) -> None:
     ("options", "says"),
     [
         (["--clients"], "give --clients, --rate"),
-        (["--rate", "-1"], "give --clients, --rate"),
         (["--stall", "0"], "give --clients, --rate"),
         (["--servers", "llama-server"], "make baselines"),
     ],
