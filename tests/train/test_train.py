@@ -359,7 +359,7 @@ def test_models_that_cannot_have_heads(
     failed(capsys, *arguments(tmp_path / "text.gguf", out))
     encoder = write_encoder(tmp_path / "encoder.gguf")
     assert "encoder" in failed(capsys, *arguments(encoder, out))
-    assert "folder is missing" in failed(capsys, *arguments(tiny, tmp_path / "no" / "heads.gguf"))
+    assert "there is no folder" in failed(capsys, *arguments(tiny, tmp_path / "no" / "heads.gguf"))
     assert not out.exists()
 
 
