@@ -47,7 +47,7 @@ def unfolded(schema: dict[str, Any]) -> dict[str, Any]:
     if "$ref" not in schema:
         return schema
     target = _Checker(schema).target(schema["$ref"], "schema")
-    named = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    named: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     return {**named, **target} if isinstance(target, dict) else schema
 
 
