@@ -266,7 +266,8 @@ def test_room_is_given_in_turn() -> None:
             thread.start()
         for thread in threads:
             thread.join(60)
-        assert len(ended) == 15 and ended.index("long") <= 3
+        # third, but for readers who are late; without turns it is among the last
+        assert len(ended) == 15 and ended.index("long") <= 6
 
 
 def test_a_slot_that_is_given_back_ends_its_text() -> None:
