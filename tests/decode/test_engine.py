@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_cpp import LogitsProcessorList
 
 from entmtp import BusyError, Engine, EntmtpError, Llama, kernels
 from entmtp.convert import convert
@@ -250,20 +251,29 @@ def test_arguments_that_cannot_work(settings: dict[str, Any], why: str) -> None:
 
 def test_room_is_given_in_turn() -> None:
     """A long text, between short ones that would always find room."""
-    path = model_path("llama")
+    path, begun = model_path("llama"), threading.Event()
     settings: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1, "verbose": False, "draft": None}
+
+    def held(tokens: Any, logits: Any) -> Any:
+        begun.wait(30)
+        return logits
+
     with Engine(path, slots=3, n_ctx=256, kv_tokens=256, **settings) as engine:
         ended: list[str] = []
         asked: dict[str, Any] = {"temperature": 0.0, "logit_bias": {0: 100.0}}
-        streams = [("short", engine.submit("some text", max_tokens=90, **asked)) for _ in range(2)]
-        streams.append(("long", engine.submit("some text", max_tokens=230, **asked)))
-        streams += [("short", engine.submit("some text", max_tokens=90, **asked)) for _ in range(12)]
-        threads = [
-            threading.Thread(target=lambda n=name, s=stream: (s.text, ended.append(n)))
-            for name, stream in streams
-        ]
-        for thread in threads:
+
+        def submit(name: str, n: int, **more: Any) -> threading.Thread:
+            stream = engine.submit("some text", max_tokens=n, **asked, **more)
+            thread = threading.Thread(target=lambda: (stream.text, ended.append(name)))
             thread.start()
+            return thread
+
+        waits = LogitsProcessorList([held])
+        threads = [submit("short", 70, logits_processor=waits) for _ in range(2)]
+        threads.append(submit("long", 230))
+        threads += [submit("short", 70) for _ in range(12)]
+        time.sleep(0.3)
+        begun.set()
         for thread in threads:
             thread.join(60)
         # third, but for readers who are late; without turns it is among the last
