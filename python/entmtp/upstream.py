@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import _logger
 
-from .common.errors import NO_CONTEXT, ClosedError, EntmtpError
+from .common.errors import CLOSED, NO_CONTEXT, ClosedError, EntmtpError
 from .completion import Ending
 from .models.tokenizer import Tokenizer, check_tokens
 from .request import by_name, check_request, is_readable_grammar, with_schema
@@ -102,7 +102,7 @@ class Gone:
     """In place of what a closed model has no more."""
 
     def __getattr__(self, name: str) -> Any:
-        raise ClosedError("this model is closed: load it anew")
+        raise ClosedError(CLOSED)
 
 
 class SequenceContext:

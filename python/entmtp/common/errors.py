@@ -3,6 +3,8 @@
 MAX_CHARS = 800  # of a text with names from files
 NO_CONTEXT = "llama.cpp cannot make a context"  # a ValueError of `Llama`; why follows
 
+CLOSED = "this model is closed: load it anew"  # a ClosedError
+
 
 def shortened(text: str) -> str:
     return text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + " ..."

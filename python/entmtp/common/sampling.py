@@ -78,8 +78,6 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
         UsageError: a grammar or schema that cannot be used.
     """
     settings = {name: getattr(args, name) for _, name, _, _ in TABLE.values()}
-    if settings["temperature"] < 0:
-        raise UsageError(f"--temp is {settings['temperature']:g}, it must be 0 or more")
     if settings["mirostat_mode"] not in (0, 1, 2):
         raise UsageError(f"--mirostat is {settings['mirostat_mode']}, it must be 0, 1 or 2")
     return settings | {"stop": list(args.stop)}

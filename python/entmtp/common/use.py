@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .errors import BusyError, ClosedError
+from .errors import CLOSED, BusyError, ClosedError
 
 
 class Use:
@@ -32,7 +32,7 @@ class Use:
         if self._lent or self.ended:
             self._lock.release()
             if self.ended:
-                raise ClosedError("this model is closed: load it anew")
+                raise ClosedError(CLOSED)
             raise BusyError("this model is drawing a token: what changes its logits cannot call it meanwhile")
 
     def __exit__(self, *_: object) -> None:

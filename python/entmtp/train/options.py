@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..common.numbers import INFINITE, THREADS, number
+from ..common.numbers import COUNT, INFINITE, SHARE, THREADS, number
 
 # What --preset sets; what it takes here is said before it starts. Other options given beside it are preferred.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -46,16 +46,6 @@ chain and of a tree of 16 nodes, are measured on it. Prompts that you benchmark 
 #
 
 
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
 def _count(text: str) -> int:
     unit = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
     try:
@@ -67,18 +57,8 @@ def _count(text: str) -> int:
     return value
 
 
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
-    return value
-
-
 def _vocab(text: str) -> int | str | None:
-    return {"auto": "auto", "all": None}[text] if text in ("auto", "all") else _positive(text)
+    return {"auto": "auto", "all": None}[text] if text in ("auto", "all") else COUNT(text)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -138,9 +118,7 @@ class Settings:
 
     epochs: float = option("--epochs", "training", "passes over the text", 3.0, type=number(float, 0, 1e6, above=True),
         metavar="N")  # fmt: skip
-    batch_tokens: int = option(
-        "--batch-tokens", "training", "tokens per step", 4096, type=_positive, metavar="N"
-    )
+    batch_tokens: int = option("--batch-tokens", "training", "tokens per step", 4096, type=COUNT, metavar="N")
     lr: float = option("--lr", "training", "highest learning rate", 1.5e-3, type=number(float, 0, above=True))
     schedule: str = option(
         "--schedule", "training", "how it falls", "cosine", type=str, choices=("cosine", "linear")
@@ -164,7 +142,7 @@ class Settings:
     )  # fmt: skip
     seed: int = option("--seed", "training", "of everything that is drawn", 0, type=int)
     eval_every: int | None = option(
-        "--eval-every", "training", "steps between two measurements", None, "a tenth of all", type=_positive,
+        "--eval-every", "training", "steps between two measurements", None, "a tenth of all", type=COUNT,
         metavar="N",
     )  # fmt: skip
     save_every: int = option(
@@ -172,7 +150,7 @@ class Settings:
         "training",
         "steps between two checkpoints, at most 20 seconds apart",
         100,
-        type=_positive,
+        type=COUNT,
         metavar="N",
     )
 
@@ -211,8 +189,8 @@ class Options(Settings):
         "attention, the text so far; eagle3: no heads but a layer that sees inside the model, and goes on by itself",
         "hydra", type=str, choices=("medusa", "hydra", "hydra++", "eagle3"),
     )  # fmt: skip
-    n_heads: int = option("--heads", "heads", "tokens guessed ahead", 4, type=_positive, metavar="N")
-    n_layers: int = option("--layers", "heads", "residual blocks per head", 1, type=_positive, metavar="N")
+    n_heads: int = option("--heads", "heads", "tokens guessed ahead", 4, type=COUNT, metavar="N")
+    n_layers: int = option("--layers", "heads", "residual blocks per head", 1, type=COUNT, metavar="N")
     data: tuple[str, ...] = option(
         "--data", "text",
         "text files, folders, .jsonl with a field text (documents), or prompt, messages or turns (the model answers)",
@@ -224,22 +202,22 @@ class Options(Settings):
     n_tokens: int = option(
         "--tokens", "text", "of training text, as 500k or 2M", 2_000_000, "2M", type=_count, metavar="N"
     )
-    seq_len: int = option("--seq-len", "text", "tokens per sequence", 512, type=_positive, metavar="N")
+    seq_len: int = option("--seq-len", "text", "tokens per sequence", 512, type=COUNT, metavar="N")
     own: float = option(
         "--own", "text",
         "share of the documents of which only the beginning is read, and the model writes the rest", 0.4,
-        type=_share, metavar="SHARE",
+        type=SHARE, metavar="SHARE",
     )  # fmt: skip
     made_up: float = option(
         "--made-up", "text", "share of the sequences that the model makes up besides those of --data", 0.0,
-        type=_share, metavar="SHARE",
+        type=SHARE, metavar="SHARE",
     )  # fmt: skip
     temps: tuple[float, ...] = option(
         "--temps", "text", "temperatures it writes at", (0.0, 0.8), "0,0.8", type=_numbers, metavar="T,T"
     )
-    n_held_out: int = option("--held-out", "text", "sequences to measure on", 48, type=_positive, metavar="N")
+    n_held_out: int = option("--held-out", "text", "sequences to measure on", 48, type=COUNT, metavar="N")
     k: int = option(
-        "--top-k", "training", "tokens of the base model's distribution that are kept", 32, type=_positive,
+        "--top-k", "training", "tokens of the base model's distribution that are kept", 32, type=COUNT,
         metavar="K",
     )  # fmt: skip
     draft_vocab: int | str | None = option(
