@@ -14,6 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
+from entmtp.common.errors import EntmtpError
+from entmtp.serve.model import _name
+from entmtp.serve.settings import ModelSettings
 from helpers.serving import Server, one_sentence, run
 from helpers.typed import DEMO
 
@@ -144,6 +147,20 @@ def test_folders_of_the_machine_are_not_told(tmp_path: Path) -> None:
         with server.http() as http:
             answer = http.post(TEXT, json={"model": "b", "prompt": "Hi", "max_tokens": 1})
         assert answer.status_code == 500 and "two.gguf" in answer.text and "secret-folder" not in answer.text
+
+
+def test_names_of_models() -> None:
+    def names(*models: dict[str, Any]) -> list[str | None]:
+        settings = [ModelSettings.model_validate(m) for m in models]
+        _name(settings)
+        return [m.model_alias for m in settings]
+
+    a, b = {"model": "/secret/a/m.gguf"}, {"model": "/secret/b/m.gguf"}
+    assert names(a, b, {"model": "x.gguf"}) == ["m", "m-2", "x"]
+    assert names(a, a, b) == ["m", "m-2", "m-3"]
+    assert names(a, {**b, "model_alias": "m"}, {"model": "m-2.gguf"}) == ["m-2", "m", "m-2-2"]
+    with pytest.raises(EntmtpError, match="two are called 'm'; give each a model_alias"):
+        names({**a, "model_alias": "m"}, {**b, "model_alias": "m"})
 
 
 def test_a_key_that_is_empty() -> None:

@@ -127,6 +127,15 @@ def test_report_of_a_training(
     assert main([*argv, "--report"]) == 0
     printed = capsys.readouterr().out
     assert "tokens/step" in printed and after["advice"] in printed
-    (tmp_path / "heads" / "training.json").write_text("{")
+    kept = tmp_path / "heads" / "training.json"
+    content = json.loads(kept.read_text())
+    content["history"][0][2:] = [None] * 3  # no held-out text: NaN, for which JSON has no word
+    kept.write_text(json.dumps(content))
+    without = told(capsys, *argv)
+    assert (
+        list(without["history"][0].values())[2:] == [None] * 3
+        and without["history"][1:] == after["history"][1:]
+    )
+    kept.write_text("{")
     assert main([*argv, "--report"]) == 1
     assert "damaged" in capsys.readouterr().err

@@ -32,6 +32,15 @@ def parse_json(text: str | bytes) -> Any:
     return value
 
 
+def without_nan(value: Any) -> Any:
+    """The same with null for numbers that JSON has no words for: NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: without_nan(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Fields:
     """One JSON object of a file called `label`; `what` is what it describes."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.atomic import atomic_path
+from ..common.fields import without_nan
 from .plots import draw
 
 Row = Mapping[str, Any]
@@ -59,7 +60,10 @@ def table(columns: Mapping[str, Form], rows: Iterable[Row], n_text: int = 1) -> 
 
 def write(report: dict[str, Any], text: str, path: Path) -> None:
     """The figures as JSON, beside them their tables as Markdown, and a picture if they have one."""
-    for target, content in ((path, json.dumps(report, indent=1) + "\n"), (path.with_suffix(".md"), text)):
+    for target, content in (
+        (path, json.dumps(without_nan(report), indent=1) + "\n"),
+        (path.with_suffix(".md"), text),
+    ):
         with atomic_path(target) as temporary:
             temporary.write_text(content, "utf-8")
     try:

@@ -124,6 +124,21 @@ class ServedSlot(Served, Slot):
     """Of an engine, for one request among others."""
 
 
+def _name(models: list[ModelSettings]) -> None:
+    """Give each model a name for clients: its file's, with a number where another has it.
+
+    A path would tell of the machine.
+    """
+    taken = [m.model_alias for m in models if m.model_alias]
+    if twice := [name for name in taken if taken.count(name) > 1]:
+        raise EntmtpError(f"models: two are called {twice[0]!r}; give each a model_alias of its own")
+    for settings in (m for m in models if not m.model_alias):
+        stem = Path(settings.model).stem
+        names = (stem, *(f"{stem}-{n}" for n in range(2, len(models) + 2)))
+        settings.model_alias = next(name for name in names if name not in taken)
+        taken.append(settings.model_alias)
+
+
 class Models(LlamaProxy):
     """The models of the server by alias, one of them loaded: llama-cpp-python's, with our `Llama` in it.
 
@@ -145,12 +160,7 @@ class Models(LlamaProxy):
         self._n_waiting = 0
         if parallel > 1 and len(models) > 1:
             raise EntmtpError("parallel answers are for one model: name one, or leave parallel out")
-        names = [Path(m.model).stem for m in models]
-        for settings, name in zip(models, names, strict=True):
-            # a path would tell clients about the machine
-            settings.model_alias = settings.model_alias or (
-                name if names.count(name) == 1 else settings.model
-            )
+        _name(models)
         super().__init__(list[Any](models))
 
     @asynccontextmanager

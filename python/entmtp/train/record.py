@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..common.atomic import atomic_path
 from ..common.errors import ModelError
+from ..common.fields import without_nan
 from .base import read_matrices
 from .eagle3 import Layer
 from .evaluation import HeldOut, Teacher, held_out
@@ -48,7 +50,7 @@ class Record:
 
 def _write(path: Path, about: dict[str, Any]) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(about) + "\n", "utf-8")
+        temporary.write_text(json.dumps(without_nan(about)) + "\n", "utf-8")
 
 
 def _about(p: Plan) -> dict[str, Any]:
@@ -106,9 +108,13 @@ def _finished(folder: Path) -> Record:
 
 
 def _record(
-    about: dict[str, Any], step: int, history: Sequence[Sequence[float]], ranks: Any, temps: Sequence[float]
+    about: dict[str, Any],
+    step: int,
+    history: Sequence[Sequence[Any]],
+    ranks: Any,
+    temps: Sequence[float],
 ) -> Record:
-    measured = [Measured(int(row[0]), *row[1:]) for row in history]
+    measured = [Measured(int(row[0]), *(math.nan if x is None else x for x in row[1:])) for row in history]
     return Record(
         Shape(**about["shape"]),
         about["outtype"],

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from ..common.errors import ModelError
+from ..common.fields import without_nan
 from .options import Options
 from .screen import Screen
 
@@ -107,6 +108,6 @@ def report(options: Options, as_json: bool = False) -> None:
         base.close()
     told = report(found, prices)
     if as_json:
-        print(json.dumps(told, indent=2))
+        print(json.dumps(without_nan(told), indent=2))
     else:
         show(told, Console())
