@@ -35,7 +35,7 @@ static inline float exp_neg1(float x) {
     return t[0];
 }
 
-static constexpr float NEG_INF = -HUGE_VALF;
+static constexpr float NEG_INF = -HUGE_VALF, LOWEST = -3.40282347e38f; // of those that are finite
 
 // s <- probabilities, not yet divided by their sum, which is returned. s has room for whole vectors
 //   NaN among the scores makes the sum NaN
@@ -74,7 +74,8 @@ static double softmax_row(float *          s,
                 }
                 m = simd::loadf(last);
             }
-            x = simd::addf(simd::mulf(simd::set1f(slope), m), x);
+            // a cell that is not seen leaves no trace, whatever its score is: an infinity or NaN that is added stays
+            x = simd::if_less(m, LOWEST, m, simd::addf(simd::mulf(simd::set1f(slope), m), x));
         }
         simd::storef(s + i, x);
         top = simd::maxf(x, top);

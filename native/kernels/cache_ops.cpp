@@ -1,5 +1,6 @@
 #include "cache_ops.h"
 
+#include "half.h"
 #include "hook.h"
 #include "kernels.h"
 #include "sight.h"
@@ -36,6 +37,25 @@ static const ggml_tensor * mask_of_values(const ggml_tensor * product) {
 
 static constexpr int64_t PRODUCT_ROWS = 64; // of a unit of work
 
+// Values [n_rows] of a token by its probabilities [k], where what came is not finite: cells that it does not see, whose
+// probability is 0, leave no trace, though a value of theirs be infinite. Else the bits are those of `matmul_ordered`
+static void
+add_seen(const uint8_t * at, size_t stride, bool f32, int64_t n_rows, int64_t k, const float * p, float * out) {
+    for (int64_t i = 0; i < n_rows; ++i) {
+        if (std::isfinite(out[i])) {
+            continue;
+        }
+        const uint8_t * row = at + i * stride;
+        float           sum = 0.0f;
+        for (int64_t j = 0; j < k; ++j) {
+            if (p[j] != 0.0f) {
+                sum = std::fma(f32 ? ((const float *) row)[j] : half_to_float(((const uint16_t *) row)[j]), p[j], sum);
+            }
+        }
+        out[i] = sum;
+    }
+}
+
 size_t ordered_scratch(const ggml_tensor * op) {
     const int64_t k = op->src[0]->ne[0];
     return mask_of_values(op) ? PRODUCT_ROWS * (size_t) k * (ggml_type_size(op->src[0]->type) + sizeof(float)) : 0;
@@ -50,7 +70,8 @@ void compute_ordered(const ggml_cpu_hook_task * task, ggml_tensor * op) {
     const size_t  size = ggml_type_size(a->type);
 
     // rows with their k in the order of positions
-    const int32_t * order    = cell_order(mask_of_values(op));
+    const bool      is_weighed = mask_of_values(op) != nullptr;
+    const int32_t * order      = cell_order(mask_of_values(op));
     float *         sorted_b = (float *) ((char *) task->wdata + task->ith * ordered_scratch(op)); // [PRODUCT_ROWS][k]
     uint8_t *       sorted_a = (uint8_t *) (sorted_b + PRODUCT_ROWS * k);                          // the same
     int64_t         n_k      = k;
@@ -100,6 +121,9 @@ void compute_ordered(const ggml_cpu_hook_task * task, ggml_tensor * op) {
             if (++n == PRODUCT_ROWS || i + 1 == n_tokens * r2 * r3) {
                 kernels().matmul_ordered(at, stride, a->type == GGML_TYPE_F32, 0, (int) n_rows, (int) n_k, rows, n,
                                          out);
+                for (int q = 0; q < n && is_weighed; ++q) {
+                    add_seen(at, stride, a->type == GGML_TYPE_F32, n_rows, n_k, rows[q], out[q]);
+                }
                 n = 0;
             }
         }

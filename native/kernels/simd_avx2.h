@@ -40,6 +40,9 @@ struct simd {
         return _mm256_and_ps(_mm256_cmp_ps(x, set1f(limit), _CMP_NLT_UQ), y);
     }
 
+    static vf if_less(vf x, float limit, vf a, vf b) /* x < limit ? a : b */ {
+        return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, set1f(limit), _CMP_LT_OQ));
+    }
     static float reduce_max(vf a) {
         __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
         m        = _mm_max_ps(m, _mm_movehl_ps(m, m));

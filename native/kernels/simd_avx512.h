@@ -38,6 +38,9 @@ struct simd {
     static vf zero_if_less(vf x, float limit, vf y) {
         return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set1f(limit), _CMP_NLT_UQ), y);
     }
+    static vf if_less(vf x, float limit, vf a, vf b) /* x < limit ? a : b */ {
+        return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, set1f(limit), _CMP_LT_OQ), b, a);
+    }
     static float reduce_max(vf a) { return _mm512_reduce_max_ps(a); }
 
     static vi set1i(int32_t x) { return _mm512_set1_epi32(x); }

@@ -34,8 +34,11 @@ struct simd {
         const uint32x4_t fits = vcaltq_f32(a, set1f(2147483648.0f));
         return vbslq_s32(fits, vcvtnq_s32_f32(a), set1i(INT32_MIN));
     }
-    static vf    exp2i(vi n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, set1i(127)), 23)); }
-    static vf    zero_if_less(vf x, float limit, vf y) { return vbslq_f32(vcltq_f32(x, set1f(limit)), set1f(0.0f), y); }
+    static vf exp2i(vi n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, set1i(127)), 23)); }
+    static vf zero_if_less(vf x, float limit, vf y) { return vbslq_f32(vcltq_f32(x, set1f(limit)), set1f(0.0f), y); }
+    static vf if_less(vf x, float limit, vf a, vf b) /* x < limit ? a : b */ {
+        return vbslq_f32(vcltq_f32(x, set1f(limit)), a, b);
+    }
     static float reduce_max(vf a) { return vmaxvq_f32(a); }
 
     static vi set1i(int32_t x) { return vdupq_n_s32(x); }

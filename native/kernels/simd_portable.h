@@ -88,6 +88,9 @@ struct simd {
     static vf zero_if_less(vf x, float limit, vf y) {
         return each<vf>([&](int i) { return x.v[i] < limit ? 0.0f : y.v[i]; });
     }
+    static vf if_less(vf x, float limit, vf a, vf b) /* x < limit ? a : b */ {
+        return each<vf>([&](int i) { return x.v[i] < limit ? a.v[i] : b.v[i]; });
+    }
     static float reduce_max(vf a) {
         float m = a.v[0];
         for (float x : a.v) {

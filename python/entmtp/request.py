@@ -134,6 +134,20 @@ def check_request(n_vocab: int, asked: dict[str, Any]) -> None:
     )
 
 
+def check_texts(texts: Any) -> None:
+    """Refuse what no embeddings can be made of.
+
+    Raises:
+        ValueError: it is neither a text nor a list of them, or empty.
+    """
+    if isinstance(texts, str):
+        return
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("input must be a text, or a list of texts")
+    if not texts:
+        raise ValueError("input is empty: there is nothing to embed")
+
+
 def _listed(value: Any) -> Iterable[Any]:
     return value if isinstance(value, (list, tuple)) else [None]
 

@@ -27,7 +27,7 @@ from llama_cpp import _logger
 from .common.errors import CLOSED, NO_CONTEXT, ClosedError, EntmtpError
 from .completion import Ending
 from .models.tokenizer import Tokenizer, check_tokens
-from .request import by_name, check_request, is_readable_grammar, with_schema
+from .request import by_name, check_request, check_texts, is_readable_grammar, with_schema
 
 # What of `llama_cpp.Llama` is used, and what for.
 NEEDS = {
@@ -405,6 +405,18 @@ class Upstream(llama_cpp.Llama):
             asked["response_format"] = with_schema(asked["response_format"])
         check_request(self._n_vocab, asked)
         return super().create_chat_completion(messages, **asked)
+
+    def embed(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `llama_cpp.Llama.embed`.
+
+        Raises:
+            ValueError: the input is no text or list of texts, or the model ranks pairs of texts and has no embeddings.
+        """
+        check_texts(input)
+        # llama-cpp-python would read a vector where llama.cpp has one number for each text
+        if self.pooling_type() == llama_cpp.LLAMA_POOLING_TYPE_RANK:
+            raise ValueError("this model ranks pairs of texts (a reranker): it has scores, and no embeddings")
+        return super().embed(input, *args, **kwargs)
 
     def detokenize(self, tokens: Any, *args: Any, **kwargs: Any) -> bytes:
         """As `llama_cpp.Llama.detokenize`; a token that is none is a ValueError, not the end of the process."""

@@ -3,6 +3,7 @@ and what its edges say to pages, to queues and to bodies that are none."""
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
+import numpy as np
 import pytest
 
+from entmtp import Llama
 from helpers.serving import Server, one_sentence, run
 from helpers.typed import DEMO
 
@@ -189,3 +193,51 @@ def test_embeddings_that_cannot_be(models: dict[str, Path]) -> None:
         ):
             status, text = status_of(server, "/v1/embeddings", input=given)
             assert status == 400 and said in text
+
+
+def test_embeddings(models: dict[str, Path]) -> None:
+    """Of length 1, as floats or as bytes, and shorter where that is asked for; those of llama-cpp-python."""
+    given = ["The sea was calm.", "Hi"]
+    plain = llama_cpp.Llama(
+        str(models["f32"]), embedding=True, pooling_type=1, n_ctx=128, n_threads=1, verbose=False
+    )
+    want = np.array([plain.embed(text) for text in given])
+    with Server(
+        "--model", models["f32"], "--ctx", 128, "--threads", 1, "--embedding", "true",
+        "--kv-overrides", "llama.pooling_type=int:1",
+    ) as server:  # fmt: skip
+
+        def vectors(**body: Any) -> Any:
+            return [one["embedding"] for one in ask(server, "/v1/embeddings", input=given, **body)["data"]]
+
+        found = np.array(vectors())
+        assert found.shape == want.shape and np.allclose(np.linalg.norm(found, axis=1), 1)
+        assert np.allclose(found, want / np.linalg.norm(want, axis=1, keepdims=True), atol=1e-5)
+        assert vectors(encoding_format="float") == vectors()
+        in_bytes = [base64.b64decode(x) for x in vectors(encoding_format="base64")]
+        assert np.allclose([np.frombuffer(x, "<f4") for x in in_bytes], found, atol=1e-7)
+        short = np.array(vectors(dimensions=16))
+        assert short.shape == (2, 16) and np.allclose(np.linalg.norm(short, axis=1), 1)
+        assert np.allclose(np.array(ask(server, "/api/embed", input=given)["embeddings"]), found, atol=1e-7)
+        for body in ({"dimensions": 10_000}, {"dimensions": 0}, {"encoding_format": "hex"}):
+            status, text = status_of(server, "/v1/embeddings", input="Hi", **body)
+            assert status == 400 and next(iter(body)) in text
+
+
+def test_a_model_that_ranks_has_no_embeddings() -> None:
+    """llama-cpp-python reads a vector where there is one number: what lies behind it in memory is of others."""
+    with Server(
+        "--model", DEMO, "--ctx", 128, "--threads", 1, "--embedding", "true",
+        "--kv-overrides", "llama.pooling_type=int:4",
+    ) as server:  # fmt: skip
+        status, text = status_of(server, "/v1/embeddings", input="Hi")
+        assert status == 400 and "ranks pairs of texts" in text
+    llm = Llama(DEMO, embedding=True, pooling_type=4, n_ctx=128, n_threads=1, verbose=False)
+    for given, said in (
+        ("Hi", "ranks pairs"),
+        ([], "empty"),
+        (5, "a text, or a list"),
+        ([1, 2], "a text, or a list"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            llm.embed(given)

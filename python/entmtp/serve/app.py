@@ -7,17 +7,19 @@ and errors.py.
 
 from __future__ import annotations
 
+import base64
 import hmac
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import numpy as np
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
@@ -46,6 +48,8 @@ ANSWERS: dict[str, tuple[Read, Callable[[dict[str, Any], ServedRequest], Form]]]
 class Embedding(BaseModel):
     input: str | asked.Some[str]
     model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1)
 
 
 class Tokenize(BaseModel):
@@ -65,17 +69,27 @@ def _embed(llama: Any, body: Embedding) -> Any:
     for text in texts:  # llama-cpp-python would cut it
         if (n := len(llama.tokenize(text.encode()))) > llama.n_batch:
             raise Refused(f"input: a text has {n} tokens, it may have {llama.n_batch} (n_batch)", "input")
+    if (body.dimensions or 0) > (n := llama.n_embd()):
+        raise Refused(f"dimensions: the vectors of this model have {n}", "dimensions")
     answer = llama.create_embedding(texts, model=llama.alias)
     if any(isinstance(x, list) for one in answer["data"] for x in one["embedding"][:1]):
         raise Refused(
             "this model has a vector for every token and none for a text: its file names no pooling; serve one that is "
             "made for embeddings", "input",
         )  # fmt: skip
+    for one in answer["data"]:  # of length 1, as OpenAI's and Ollama's are
+        vector = np.array(one["embedding"][: body.dimensions], np.float32)
+        vector /= np.linalg.norm(vector) or 1
+        in_bytes = body.encoding_format == "base64"
+        one["embedding"] = (
+            base64.b64encode(vector.astype("<f4").tobytes()).decode() if in_bytes else vector.tolist()
+        )
     return answer
 
 
 def _embed_as_ollama(llama: Any, body: Embedding) -> Any:
-    vectors = [one["embedding"] for one in _embed(llama, body)["data"]]
+    answer = _embed(llama, body.model_copy(update={"encoding_format": None}))
+    vectors = [one["embedding"] for one in answer["data"]]
     return {"model": body.model, "embeddings": vectors}
 
 
