@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import random
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from . import drafting
-from .common.errors import Cancelled, EntmtpError
+from .common.errors import BusyError, Cancelled, EntmtpError
 from .llama import Llama
+from .models.base import context_length
 from .native.group import Group, Passes
 from .slot import Slot
 from .stream import Stream
 
 CLOSED = "the engine is closed"
+MOST_TOKENS = 1 << 30
+CLOSE_WITHIN = 60.0  # seconds
+
+
+def _check(name: str, value: Any, most: int) -> None:
+    if not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"{name} is {value!r}, it must be a whole number from 1 to {most}")
 
 
 class Host(Llama):
@@ -27,6 +38,7 @@ class Host(Llama):
     """
 
     one_text = False
+    has_slots = False
 
     def __init__(self, model_path: str | Path, *, n_slots: int, **kwargs: Any):
         self._n_slots = n_slots
@@ -37,6 +49,20 @@ class Host(Llama):
     def prepare_context(self, params: Any) -> None:
         params.n_seq_max = self._n_slots
         params.kv_unified = True
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "the model of an engine writes in its slots: Engine.submit, or with engine.slot() as llm"
+        )
+
+    def close(self) -> None:
+        """Nothing, once there are slots, which write with it until the engine is closed."""
+        if not self.has_slots:
+            super().close()
+
+    def end(self) -> None:
+        self.has_slots = False
+        self.close()
 
 
 class Engine:
@@ -55,7 +81,7 @@ class Engine:
     Args:
         model_path: as for `Llama`.
         slots: texts at a time; further ones wait for their turn, in the order in which they came.
-        n_ctx: tokens that each text may have, prompt and answer.
+        n_ctx: tokens that each text may have, prompt and answer; 0: as many as the model was trained for.
         kv_tokens: tokens that all texts together have room for. None: `slots * n_ctx`. With fewer, a text waits until
             there is room, and what was kept of finished ones gives way.
         stall: seconds that others may have to wait while a prompt is evaluated: long prompts come in pieces.
@@ -86,6 +112,8 @@ class Engine:
         }.items():
             if kwargs.get(name):
                 raise ValueError(f"{name} is not for an engine: it {why}")
+        if n_ctx == 0:
+            n_ctx = context_length(Path(model_path)) or n_ctx
         settings = {"flash_attn": True, "draft": draft, **kwargs}
         self._begin(
             lambda n_cells: Host(model_path, n_slots=slots, n_ctx=n_cells, **settings),
@@ -114,14 +142,19 @@ class Engine:
         self, load: Callable[[int], Host], slots: int, n_ctx: int, kv_tokens: int | None, stall: float,
         slot_type: type[Slot] = Slot,
     ) -> None:  # fmt: skip
-        if not 1 <= slots <= 64:
-            raise ValueError(f"slots is {slots}, it must be 1 to 64")
-        self.n_ctx, self.kv_tokens = n_ctx, kv_tokens or slots * n_ctx
+        room = slots * n_ctx if kv_tokens is None else kv_tokens
+        _check("slots", slots, 64)
+        _check("n_ctx", n_ctx, MOST_TOKENS)
+        _check("kv_tokens", room, MOST_TOKENS)
+        if not 0 < stall < math.inf:
+            raise ValueError(f"stall is {stall}, it must be a number of seconds above 0")
+        self.n_ctx, self.kv_tokens = n_ctx, room
         self._stack = contextlib.ExitStack()
-        self._closed = False
+        self._closed = self._is_free = False
+        self._lent: dict[Slot, int] = {}  # to which threads
         self._free = threading.Condition()
         self._reserved: dict[Slot, range] = {}  # tokens that its text may have
-        self._waiting: list[range] = []  # for room, who came first before the others
+        self._waiting: dict[Slot, range] = {}  # for room, who came first before the others
         self._pace = threading.Lock()
         with contextlib.ExitStack() as failed:
             failed.callback(self._stack.close)
@@ -130,7 +163,8 @@ class Engine:
             with ThreadPoolExecutor(1) as loader:
                 # a tree needs a few cells more than its text
                 self.host = loader.submit(load, self.kv_tokens + 32 * slots).result()
-            self._stack.callback(self.host.close)
+            self._stack.callback(self.host.end)
+            self._seed = self.host._seed
             if self.host.is_recurrent:
                 raise ValueError(
                     "the memory of this model (recurrent or hybrid) cannot hold several texts in one cache; use a Llama"
@@ -154,7 +188,9 @@ class Engine:
                     self.host.install(decoder)
                     decoder.set_threads(self.host.n_threads)
                 self.slots.append(slot_type(self.host, self, i, decoder))
+            self.host.has_slots = True
             failed.pop_all()
+        weakref.finalize(self, self._stack.close).atexit = False
         self._idle = list(self.slots)  # the one that has been idle longest comes first
         self._workers = ThreadPoolExecutor(slots, thread_name_prefix="entmtp")
 
@@ -172,14 +208,23 @@ class Engine:
             if self._closed:
                 raise EntmtpError(CLOSED)
             slot = self._idle.pop(0)
+            self._lent[slot] = threading.get_ident()
+        slot.begin()
         try:
             yield slot
         finally:
             slot.leave()
             self._stop_reserving(slot)
             with self._free:
+                del self._lent[slot]
                 self._idle.append(slot)
                 self._free.notify_all()
+
+    def next_seed(self) -> int:
+        """For a text that names none: slots that begin with the same would write the same texts."""
+        with self._free:
+            self._seed = random.Random(self._seed).randrange(1 << 32)
+            return self._seed
 
     @contextlib.contextmanager
     def room_for(self, slot: Slot, n: int) -> Iterator[None]:
@@ -198,7 +243,7 @@ class Engine:
         own = range(n)
         self._stop_reserving(slot)  # an older text of the slot, which was left, not closed
         with self._free:
-            self._waiting.append(own)
+            self._waiting[slot] = own
             try:
                 # who cancels holds no lock, so it is asked now and then
                 while not self._free.wait_for(lambda: self._may_have(own) or self._closed, timeout=0.05):
@@ -208,7 +253,7 @@ class Engine:
                     raise EntmtpError(CLOSED)
                 self._reserved[slot] = own
             finally:
-                self._waiting = [other for other in self._waiting if other is not own]
+                del self._waiting[slot]
                 self._free.notify_all()  # the next one may have its room, too
             self._give_way(slot)
         self.group.set_active(slot.number, True)
@@ -221,6 +266,24 @@ class Engine:
                     del self._reserved[slot]
                     self._free.notify_all()
 
+    def make_room_for(self, slot: Slot, n: int) -> None:
+        """Before a slot is to hold n tokens: where no text of it has its room (`room_for`), it takes so much at once.
+
+        Raises:
+            EntmtpError: the texts of others leave no room.
+        """
+        with self._free:
+            own = self._reserved.get(slot, range(0))
+            if n <= len(own):
+                return
+            if self._taken() - len(own) + n > self.kv_tokens:
+                raise EntmtpError(
+                    f"the texts of others leave no room for {n} tokens (of {self.kv_tokens} for all, kv_tokens); "
+                    "wait until one ends, or create the engine with more"
+                )
+            self._reserved[slot] = range(n)
+            self._give_way(slot)
+
     def _stop_reserving(self, slot: Slot) -> None:
         with self._free:
             if self._reserved.pop(slot, None) is None:
@@ -230,7 +293,7 @@ class Engine:
 
     def _may_have(self, own: range) -> bool:
         """In turn: many short texts would else keep a long one waiting."""
-        return self._waiting[0] is own and self._taken() + len(own) <= self.kv_tokens
+        return next(iter(self._waiting.values())) is own and self._taken() + len(own) <= self.kv_tokens
 
     def _taken(self) -> int:
         return sum(map(len, self._reserved.values()))
@@ -240,8 +303,7 @@ class Engine:
         the others, then of those that wait for room themselves.
         """
         room = self.kv_tokens - self._taken()
-        waiting = [s for s in self.slots if s not in self._idle]
-        kept = [s for s in (*self._idle, *waiting) if s is not slot and s not in self._reserved]
+        kept = [s for s in (*self._idle, *self._waiting) if s is not slot and s not in self._reserved]
         if len(kept) * self.n_ctx <= room:
             return  # none is asked: each would wait for the pass that runs
         held = {s: s.decoder.n_held for s in kept}
@@ -267,7 +329,10 @@ class Engine:
             raise EntmtpError(CLOSED)
         stream = Stream()
         is_chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
-        written = self._workers.submit(self._write, stream, prompt, is_chat, settings)
+        try:
+            written = self._workers.submit(self._write, stream, prompt, is_chat, settings)
+        except RuntimeError:  # closed just now
+            raise EntmtpError(CLOSED) from None
         written.add_done_callback(lambda f: stream.fail(EntmtpError(CLOSED)) if f.cancelled() else None)
         return stream
 
@@ -312,17 +377,33 @@ class Engine:
         return self.group.passes
 
     def close(self) -> None:
-        """Stop what is being written, and free the model."""
+        """Stop what is being written, and free the model.
+
+        Raises:
+            BusyError: this thread has a slot, or a call in a slot does not end: nothing is freed until it has, and the
+                engine is closed once more.
+        """
         with self._free:
-            if self._closed:
+            if self._is_free:
                 return
+            if threading.get_ident() in self._lent.values():
+                raise BusyError(
+                    "this thread has a slot of the engine: give it back before the engine is closed"
+                )
             self._closed = True
             self._free.notify_all()
         for slot in self.slots:
             slot.cancel()
-        self._workers.shutdown(cancel_futures=True)
+        self._workers.shutdown(wait=False, cancel_futures=True)
         with self._free:
-            self._free.wait_for(lambda: len(self._idle) == len(self.slots), timeout=60)
+            if not self._free.wait_for(lambda: not self._lent, timeout=CLOSE_WITHIN):
+                raise BusyError(
+                    f"a call in a slot of the engine did not end within {CLOSE_WITHIN:g} s: close the engine then"
+                )
+            if self._is_free:
+                return
+            self._is_free = True
+        self._workers.shutdown()
         self._stack.close()
         for slot in self.slots:
             slot.end()

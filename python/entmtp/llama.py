@@ -275,6 +275,11 @@ class Llama(Drafted):
         if self._decoder:
             self._decoder.cancel()
 
+    def _resume(self) -> None:
+        self._stopped = False
+        if self._decoder is not None:
+            self._decoder.resume()
+
     # The two calls below are the plain decode loop. The rest of llama_cpp.Llama is built on them.
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -306,10 +311,8 @@ class Llama(Drafted):
                 self.input_ids[first:last] = batch
                 if reading is not None:
                     one = len(batch) == 1  # it went on from the last
-                    rows = self._decoder.logits(self.vocab_size)[None] if one else None
-                    reading.see(
-                        self._decoder.all_logits(len(batch), self.vocab_size) if rows is None else rows
-                    )
+                    row = self._decoder.logits(self.vocab_size)[None] if one else None
+                    reading.see(self._decoder.all_logits(len(batch), self.vocab_size) if row is None else row)
                 if self.logits_all:
                     one = len(batch) == 1  # a drafted token's row need not be the last batch's only one
                     self.scores[first:last] = (
@@ -395,9 +398,7 @@ class Llama(Drafted):
             ending.begin(tokens)
         with self._use.of_a_new_generation() as turn:
             self._settle()
-            self._stopped = False
-            if self._decoder is not None:
-                self._decoder.resume()  # a cancellation after the end of the last generation is not meant for this one
+            self._resume()  # a cancellation after the end of the last generation is not meant for this one
             self._look_at_prompt(tokens, args[6] if len(args) > 6 else kwargs.get("reset", True))
             if record is not None and record.echo:  # all of it
                 self._forget_text()
@@ -447,7 +448,6 @@ class Llama(Drafted):
             self._forget_text()
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
-        """Embeddings of texts; arguments and result as in `llama_cpp.Llama.embed`."""
         with self._use:
             result = super().embed(*args, **kwargs)
             self._check_servers()
@@ -480,6 +480,7 @@ class Llama(Drafted):
         with self._use:
             if not self._begins:
                 self._use.begin()
+                self._resume()
             self._forget_text()
 
     def _forget_text(self) -> None:

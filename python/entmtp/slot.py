@@ -23,6 +23,8 @@ class Owner(Protocol):
     slots: list[Any]
 
     def room_for(self, slot: Slot, n: int) -> contextlib.AbstractContextManager[None]: ...
+    def make_room_for(self, slot: Slot, n: int) -> None: ...
+    def next_seed(self) -> int: ...
     def follow(self) -> None: ...
 
 
@@ -72,6 +74,8 @@ class Slot(Llama):
         asked = by_name("create_completion", prompt, args, kwargs)
         most = most_tokens(asked)
         self.expected = self.n_ctx() if most is None else most + LONGEST_REST
+        if asked.get("seed") is None:
+            asked["seed"] = self._engine.next_seed()
         with self._own_limit():
             answer = super().create_completion(prompt, **asked)
         return self._stream(answer) if isinstance(answer, Iterator) else answer
@@ -94,6 +98,8 @@ class Slot(Llama):
         try:
             with self._use:
                 self._use.begin()
+                self.n_tokens = 0  # its cells stay, for texts that begin alike
+                self._requires_eval = True
         except BusyError:  # in another thread
             self.cancel()
 
@@ -106,6 +112,15 @@ class Slot(Llama):
     def cancel(self) -> None:
         self.left = True
         super().cancel()
+
+    def begin(self) -> None:
+        """Somebody else has it from now on: what was cancelled is over."""
+        self.left = False
+        self._resume()
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        self._engine.make_room_for(self, min(self.n_tokens + len(tokens), self.n_ctx()))
+        super().eval(tokens)
 
     def generate(
         self, tokens: Sequence[int], *args: Any, **kwargs: Any
@@ -125,8 +140,11 @@ class Slot(Llama):
         super()._look_at_prompt(prompt, reset)
 
     def _begin_as_others(self, prompt: list[int]) -> None:
-        """What another slot has evaluated of the prompt need not be evaluated again."""
+        """What the slot, or another, has evaluated of the prompt need not be evaluated again."""
         own = self.decoder.in_common(prompt)
+        if own > self.n_tokens:  # of the slot's last text
+            self.n_tokens = own
+            self.input_ids[:own] = prompt[:own]
         common = {other: other.decoder.in_common(prompt) for other in self._engine.slots if other is not self}
         best = max(common, key=lambda other: common[other], default=None)
         if best is None or common[best] < own + WORTH_SHARING:

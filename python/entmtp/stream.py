@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -43,10 +44,12 @@ class Stream:
                 self._add(piece, choice.get("finish_reason"), choice.get("logprobs") or {})
                 if self._cancelled:
                     break
-        finally:
             if hasattr(chunks, "close"):
                 chunks.close()
-            self._end(None)
+        except Exception as e:  # readers must not take what there is for all of it
+            self._end(e)
+            raise
+        self._end(None)
 
     def fail(self, error: Exception) -> None:
         """The text cannot be written, or not to its end: readers get the error."""
@@ -71,9 +74,10 @@ class Stream:
 
     def _wake(self) -> None:
         self._changed.notify_all()
-        for waker in self._wakers:
-            waker()
-        self._wakers.clear()
+        wakers, self._wakers = self._wakers, []
+        for waker in wakers:
+            with suppress(RuntimeError):  # the loop of a reader that gave up is closed
+                waker()
 
     # -- for readers --
 
@@ -83,6 +87,9 @@ class Stream:
             self._cancelled = True
             if self._cancel is not None:
                 self._cancel()
+            else:  # it was not begun, or is over
+                self._done = True
+                self._wake()
 
     def __iter__(self) -> Iterator[str]:
         n, over = 0, False

@@ -273,7 +273,7 @@ class Models(LlamaProxy):
             large = settings.model_copy(update={**known, "n_ctx": n_cells})
             return self._load(large, {**ours, "n_slots": self.parallel}, ServedHost)
 
-        n_ctx = settings.n_ctx
+        n_ctx = settings.n_ctx or context_length(Path(settings.model)) or 0
         self.engine = Engine.around(load, self.parallel, n_ctx, self.kv_tokens, self.stall, ServedSlot)
         return self.engine.host
 
