@@ -114,6 +114,9 @@ void acceptance::observe(uint32_t sources, const proposal_signals & s, bool righ
     if (!adapt) {
         return;
     }
+    if (!std::isfinite(p) || !std::all_of(x, x + n_inputs, [](float v) { return std::isfinite(v); })) {
+        return; // of logits that were none: no later text is to pay for it
+    }
     const float e = (right ? 1.0f : 0.0f) - p;
     float *     v = &w[(size_t) set * n_inputs];
     float *     g = &squares[(size_t) set * n_inputs];

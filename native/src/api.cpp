@@ -224,16 +224,6 @@ int32_t entmtp_decoder_sample_typical(
     });
 }
 
-int32_t entmtp_sample(llama_context * ctx, llama_sampler * sampler, int32_t i, int32_t * token) {
-    return guarded([&] {
-        if (!ctx || !sampler || !token) {
-            return fail("a pointer is missing");
-        }
-        *token = llama_sampler_sample(sampler, ctx, i);
-        return (int32_t) ENTMTP_OK;
-    });
-}
-
 bool entmtp_decoder_is_drafted(const entmtp_decoder * dec, int32_t token) {
     return held(dec, false, [&](const entmtp::decoder & d) { return d.is_drafted(token); });
 }

@@ -1,5 +1,7 @@
 #include "decoder.h"
 
+#include "positions.h"
+
 #include "ggml.h"
 
 #include <algorithm>
@@ -23,7 +25,7 @@ decoder::decoder(llama_context * ctx, heads * h) :
 decoder::decoder(llama_context * ctx, heads * h, std::unique_ptr<pass> p, pass * s, int32_t seq, int32_t n_ctx) :
     n_vocab(llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)))), servers(llama_get_model(ctx)), ctx(ctx),
     draft_heads(h), own(std::move(p)), shared(own ? *own : *s), memory(shared.memory), out(shared.out), seq(seq),
-    n_ctx(std::min(n_ctx, (int32_t) llama_n_ctx_seq(ctx))) {
+    n_ctx(std::min(n_ctx, n_positions(ctx))) {
     const int32_t root_parent = -1;
     const int32_t root_rank   = 0;
     set_trees({ make_tree(&root_parent, &root_rank, 1) });

@@ -61,6 +61,7 @@ void decoder::look() {
     if (uses_rows()) {
         for (int32_t i = 0; i < n; ++i) {
             log_p[i] -= seen.log_sum;
+            n = std::isfinite(log_p[i]) ? n : i;
         }
         rows.see(n_vocab, tree_id >= 0 ? tokens[path.back()] : text.back(), best, log_p, n);
     }

@@ -2,6 +2,7 @@
 
 #include "entropy.h"
 #include "outputs.h"
+#include "positions.h"
 
 #include "../src/llama-ext.h" // prediction layers: C++ only so far, and no part of the public header
 #include "ggml.h"
@@ -40,6 +41,7 @@ draft_model::draft_model(llama_context *      target,
             throw std::runtime_error("draft model: this model has no layers for multi-token prediction");
         }
     }
+    check_layer(base, model);
     if (kind == what::model && (llama_model_is_recurrent(model) || llama_model_is_hybrid(model))) {
         throw std::runtime_error(
             "draft model: its memory holds states (a recurrent or hybrid model), which cannot be cut back when a draft "
@@ -94,6 +96,25 @@ draft_model::draft_model(llama_context *      target,
     }
 }
 
+// EAGLE-3: a layer reads states, and where it has none of its own the embeddings and the projection, of a model as wide as
+// the one it was trained for; llama.cpp ends the process with others
+void draft_model::check_layer(const llama_model * base, const llama_model * model) const {
+    if (kind != what::eagle3) {
+        return;
+    }
+    const auto tensor = [&](const char * name) {
+        return llama_model_get_tensor(model, name);
+    };
+    const int64_t       wide  = llama_model_n_embd(base);
+    const int64_t       n_in  = (int64_t) llama_model_target_layer_ids_n(model) * wide;
+    const ggml_tensor * fc    = tensor("fc.weight");
+    const bool          lends = !tensor("token_embd.weight") || !tensor("output.weight");
+    if ((fc && fc->ne[0] != n_in) || (lends && llama_model_n_embd(model) != wide)) {
+        throw std::runtime_error("draft model: it was trained for a model of another width than " +
+                                 std::to_string(wide));
+    }
+}
+
 // EAGLE-3: have the target give the inputs of some of its layers
 void draft_model::follow_layers() {
     const llama_model * base  = llama_get_model(target);
@@ -109,23 +130,6 @@ void draft_model::follow_layers() {
                                      ", but the model has " + std::to_string(llama_model_n_layer(base)));
         }
         llama_set_embeddings_layer_inp(target, (uint32_t) inputs_of[i], true);
-    }
-}
-
-void draft_model::check_vocabulary() const {
-    const llama_vocab * a = llama_model_get_vocab(llama_get_model(target));
-    const llama_vocab * b = llama_model_get_vocab(llama_get_model(ctx.get()));
-    const int32_t       n = llama_vocab_n_tokens(a);
-    if (std::abs(n - n_vocab) > 128) { // files are padded differently
-        throw std::runtime_error("draft model: its vocabulary has " + std::to_string(n_vocab) +
-                                 " tokens, the model's " + std::to_string(n) + "; a drafter needs the same one");
-    }
-    for (int32_t i = 0; i < n_known; ++i) {
-        if (std::strcmp(llama_vocab_get_text(a, i), llama_vocab_get_text(b, i)) != 0) {
-            throw std::runtime_error("draft model: token " + std::to_string(i) + " is \"" + llama_vocab_get_text(b, i) +
-                                     "\" there and \"" + llama_vocab_get_text(a, i) +
-                                     "\" in the model; a drafter needs the same vocabulary");
-        }
     }
 }
 
@@ -462,7 +466,7 @@ void draft_model::observe(int32_t n, double us) {
 bool draft_model::expand(
     const text_index & text, const std::vector<int32_t> & path, int32_t k, int32_t * tokens, float * log_p) {
     const int32_t n = text.size() + (int32_t) path.size();
-    if (!why.empty() || text.size() < 1 || n > (int32_t) llama_n_ctx_seq(ctx.get()) || n_draft_vocab() < k) {
+    if (!why.empty() || text.size() < 1 || n > n_positions(ctx.get()) || n_draft_vocab() < k) {
         return false;
     }
     const int64_t t0    = ggml_time_us();

@@ -72,6 +72,7 @@ class draft_model {
     bool    has_memory() const { return kind != what::assistant; }
     int32_t shift() const { return kind == what::eagle3 ? 1 : 0; } // a token's position, less that in its memory
 
+    void                 check_layer(const llama_model * base, const llama_model * model) const;
     void                 follow_layers();
     void                 check_vocabulary() const;
     void                 choose_vocabulary(int32_t n);

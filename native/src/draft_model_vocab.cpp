@@ -6,6 +6,7 @@
 
 #include "ggml-backend.h"
 
+#include <cstring>
 #include <stdexcept>
 
 namespace entmtp {
@@ -93,6 +94,26 @@ const float * draft_model::last_logits(int32_t row) {
     fetched.resize((size_t) t->ne[0]);
     ggml_backend_tensor_get(t, fetched.data(), at, fetched.size() * sizeof(float));
     return fetched.data();
+}
+
+void draft_model::check_vocabulary() const {
+    const llama_vocab * a = llama_model_get_vocab(llama_get_model(target));
+    const llama_vocab * b = llama_model_get_vocab(llama_get_model(ctx.get()));
+    const int32_t       n = llama_vocab_n_tokens(a);
+    if (llama_vocab_type(a) == LLAMA_VOCAB_TYPE_NONE || llama_vocab_type(b) == LLAMA_VOCAB_TYPE_NONE) {
+        throw std::runtime_error("draft model: a file without a vocabulary; a drafter needs the model's own");
+    }
+    if (std::abs(n - n_vocab) > 128) { // files are padded differently
+        throw std::runtime_error("draft model: its vocabulary has " + std::to_string(n_vocab) +
+                                 " tokens, the model's " + std::to_string(n) + "; a drafter needs the same one");
+    }
+    for (int32_t i = 0; i < n_known; ++i) {
+        if (std::strcmp(llama_vocab_get_text(a, i), llama_vocab_get_text(b, i)) != 0) {
+            throw std::runtime_error("draft model: token " + std::to_string(i) + " is \"" + llama_vocab_get_text(b, i) +
+                                     "\" there and \"" + llama_vocab_get_text(a, i) +
+                                     "\" in the model; a drafter needs the same vocabulary");
+        }
+    }
 }
 
 } // namespace entmtp

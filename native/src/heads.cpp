@@ -356,7 +356,7 @@ void heads::expand(
     fetch(moved, g->probs, log_p, 0, ggml_nbytes(g->probs));
 
     for (int32_t i = 0; i < n * k; ++i) {
-        log_p[i] = std::log(std::max(log_p[i], 1e-30f));
+        log_p[i] = std::log(log_p[i] > 1e-30f ? log_p[i] : 1e-30f); // also where it is nan
     }
 }
 

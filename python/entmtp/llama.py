@@ -14,6 +14,7 @@ import llama_cpp
 from . import drafting
 from .bank import Bank, load_bank
 from .common.errors import BusyError, Cancelled, ClosedError, EntmtpError
+from .common.interrupt import heeded
 from .common.use import Use
 from .completion import Ending
 from .drafted import Drafted
@@ -290,7 +291,7 @@ class Llama(Drafted):
             Cancelled: `cancel` was called.
             BusyError: another thread is in a call of this model.
         """
-        with self._use:
+        with self._use, heeded(self.note):
             self._begins = False
             if self._decoder is None:
                 super().eval(tokens)
@@ -319,6 +320,7 @@ class Llama(Drafted):
                         self._decoder.logits(self.vocab_size) if one else self.rows(len(batch))
                     )
                 self.n_tokens = last
+            self.raise_noted()
 
     def sample(
         self,
@@ -348,26 +350,21 @@ class Llama(Drafted):
             "logits_processor": logits_processor, "grammar": grammar,
         }  # fmt: skip
         with self._use:
-            with self._use.lent():
+            with self._use.lent(), heeded(self.note):
                 token = self._sample(settings, idx)
-            if self.failed is not None:
-                error, self.failed = self.failed, None
-                raise error
+            self.raise_noted()
             if self.on_token is not None and self._decoder is not None:
                 self.on_token(token, self._decoder.drafted_by(token))
             return token
 
     def _sample(self, settings: dict[str, Any], idx: int | None) -> int:
-        if self._decoder is None:
+        # an earlier token of the last batch, as after tokens that were sent into generate()
+        is_earlier = idx is not None and idx != self.n_tokens - 1
+        if is_earlier and self._decoder is not None and not self.logits_all:
+            raise ValueError("sampling before the last evaluated token needs a model with logits_all=True")
+        if self._decoder is None or is_earlier:
             with self.chain(**settings) as chain:
                 return sample(self.ctx, chain.sampler, -1 if idx is None else idx - self.n_tokens)
-        if idx is not None and idx != self.n_tokens - 1:
-            # an earlier token of the last batch, as after tokens that were sent into generate()
-            if not self.logits_all:
-                raise ValueError(
-                    "sampling before the last evaluated token needs a model with logits_all=True"
-                )
-            return super().sample(**settings, idx=idx)
 
         temp = settings["temp"]
         if self._accept == "typical" and temp > 0.0:

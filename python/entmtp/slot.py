@@ -10,7 +10,7 @@ from .common.errors import BusyError, Cancelled
 from .common.use import Use
 from .llama import Llama
 from .native.decoder import Decoder
-from .request import LONGEST_REST, by_name, most_tokens
+from .request import LONGEST_REST, by_name, check_request, most_tokens
 
 # A text is begun from another slot's cells where that saves so many tokens more than the slot's own
 WORTH_SHARING = 8
@@ -72,10 +72,9 @@ class Slot(Llama):
 
     def create_completion(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         asked = by_name("create_completion", prompt, args, kwargs)
+        check_request(self.vocab_size, asked)
         most = most_tokens(asked)
         self.expected = self.n_ctx() if most is None else most + LONGEST_REST
-        if asked.get("seed") is None:
-            asked["seed"] = self._engine.next_seed()
         with self._own_limit():
             answer = super().create_completion(prompt, **asked)
         return self._stream(answer) if isinstance(answer, Iterator) else answer
@@ -108,6 +107,9 @@ class Slot(Llama):
         self._use.end()
         self._decoder = None
         self.forget_model()
+
+    def next_seed(self) -> int:
+        return self._engine.next_seed()
 
     def cancel(self) -> None:
         self.left = True

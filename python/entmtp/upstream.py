@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
+import inspect
+import os
 import random
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -18,16 +18,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import gguf
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-from llama_cpp import _logger
+from llama_cpp import _internals
+from llama_cpp import llama as stock
 
-from .common.errors import CLOSED, NO_CONTEXT, ClosedError, EntmtpError
+from .common.errors import EntmtpError
 from .completion import Ending
+from .context import Gone, SequenceContext, cache_types, check_adapter
+from .models.messages import TEMPLATE, in_template, plain_message, top_of, unreadable
 from .models.tokenizer import Tokenizer, check_tokens
-from .request import by_name, check_request, check_texts, is_readable_grammar, with_schema
+from .native import log
+from .request import (
+    HALF,
+    by_name,
+    check_request,
+    check_sizes,
+    check_texts,
+    grammar_fault,
+    whole_tokens,
+    with_parameters,
+    with_schema,
+)
+
+PARAMETERS = inspect.signature(llama_cpp.Llama.__init__).parameters
 
 # What of `llama_cpp.Llama` is used, and what for.
 NEEDS = {
@@ -52,100 +67,24 @@ NEEDS = {
     "_init_sampler": "makes such a chain from the arguments of `sample`",
 }
 
-# enum ggml_log_level; llama-cpp-python reads an older one, by which warnings are errors and errors are nothing
-LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
-CONTINUED = 5  # belongs to the message before
-# what llama.cpp reports as an error where a pass was stopped (GGML_STATUS_ABORTED), which is none
-STOPPED = (b"compute status: 1\n", b"failed with error 1\n")
-
-# llama-cpp-python points stdout and stderr of the whole process elsewhere while it loads a model quietly: two threads
-# at that at once could leave them there; and which CPU kernels pack its weights is chosen for the process
+# which CPU kernels pack the weights of a model is chosen for the process; and llama-cpp-python points stdout and stderr
+# of all of it elsewhere while it loads a model quietly, which is left out
 loading = threading.RLock()
-
-_shown = False  # the last message
-_error = ""  # the last one that was an error
-
-
-@llama_cpp.llama_log_callback
-def _log(level: int, text: bytes, _: Any) -> None:
-    """llama.cpp's messages on stderr: all with verbose=True, else errors."""
-    global _shown, _error
-    if LEVELS.get(level) == logging.ERROR:
-        _error = text.decode("utf-8", "replace").strip()
-    if level != CONTINUED:
-        quiet = _logger.logger.level > logging.DEBUG
-        _shown = _logger.logger.level <= LEVELS.get(level, logging.DEBUG) and not (
-            quiet and text.endswith(STOPPED)
-        )
-    if _shown:
-        print(text.decode("utf-8", "replace"), end="", flush=True, file=sys.stderr)
-
-
-llama_cpp.llama_log_set(_log, None)
 
 
 @contextlib.contextmanager
-def said() -> Iterator[None]:
-    """Why a context cannot be made, as llama.cpp says it, is in the error, too."""
-    global _error
-    _error = ""
-    try:
-        yield
-    except ValueError as e:
-        if "llama_context" not in str(e):
-            raise
-        why = _error.partition(": ")[2] or "memory may be too small, or the model cannot have such a cache"
-        raise ValueError(f"{NO_CONTEXT}: {why}") from e
-
-
-class Gone:
-    """In place of what a closed model has no more."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise ClosedError(CLOSED)
-
-
-class SequenceContext:
-    """A context as llama-cpp-python sees it, reduced to one of its sequences, which a decoder looks after."""
-
-    def __init__(self, shared: Any, n_ctx: int):
-        self._shared, self._n_ctx = shared, n_ctx
-
-    def n_ctx(self) -> int:
-        return self._n_ctx
-
-    def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
-        """The decoder cuts its sequence back itself, when it evaluates what comes next."""
-        return True
-
-    def kv_cache_clear(self) -> None:
-        raise ValueError("the cache holds the texts of others, too")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._shared, name)
-
-
-def cache_types(given: dict[str, Any]) -> dict[str, Any]:
-    """Types of the cache as numbers, where arguments of `Llama` name them, and the flash attention that quantised
-    values want.
-
-    Raises:
-        ValueError: there is no such type, or flash attention is not wanted.
-    """
-    types = {name: given[name] for name in ("type_k", "type_v") if given.get(name) is not None}
-    for name, value in types.items():
-        if isinstance(value, str):
-            if value.upper() not in gguf.GGMLQuantizationType.__members__:
-                raise ValueError(f"{name} is {value!r}, which is no type of ggml, such as f16 or q8_0")
-            types[name] = int(gguf.GGMLQuantizationType[value.upper()])
-    sizes = {int(quant): block for quant, (block, _) in gguf.GGML_QUANT_SIZES.items()}
-    if sizes.get(types.get("type_v", 0), 1) == 1:
-        return types
-    if given.get("flash_attn") is False:
-        raise ValueError(
-            "quantised values in the cache need flash attention; leave flash_attn out, or type_v"
-        )
-    return {**types, "flash_attn": True}
+def _loading() -> Iterator[None]:
+    """One model is loaded at a time; what others print meanwhile is printed (llama.cpp is quiet by its log)."""
+    places: tuple[Any, ...] = (stock, _internals)
+    with loading:
+        before = [place.suppress_stdout_stderr for place in places]
+        for place in places:
+            place.suppress_stdout_stderr = lambda disable: contextlib.nullcontext()
+        try:
+            yield
+        finally:
+            for place, what in zip(places, before, strict=True):
+                place.suppress_stdout_stderr = what
 
 
 class Upstream(llama_cpp.Llama):
@@ -155,15 +94,24 @@ class Upstream(llama_cpp.Llama):
 
     def __init__(self, model_path: str, **kwargs: Any):
         self._stale = True
+        self._no_template = ""
         self.failed: BaseException | None = None  # what a logits processor raised
         self._warned: set[str] = set()
         if kwargs.get("seed") == -1:  # documented as random; llama-cpp-python begins with a fixed one
             kwargs["seed"] = random.randrange(1, 1 << 32)
+        if HALF.search(model_path):  # llama-cpp-python reads names as UTF-8
+            raise ValueError(f"{model_path!a}: the file's name is no UTF-8; give it another")
+        check_sizes(kwargs)
+        if unknown := [name for name in kwargs if name not in PARAMETERS]:
+            warnings.warn(
+                f"Llama has no argument {', '.join(unknown)}: passed over", RuntimeWarning, stacklevel=3
+            )
         adapter = kwargs.pop("lora_path", None)
         if adapter:
             kwargs["use_mmap"] = False  # as llama-cpp-python has it
-        with loading, said():
+        with _loading(), log.said():
             super().__init__(model_path, **{**kwargs, **cache_types(kwargs)})
+        self._last_seed = self._seed
         self._take_over()
         if adapter:
             self._put_on(Path(adapter))
@@ -189,16 +137,16 @@ class Upstream(llama_cpp.Llama):
         """A LoRA adapter. llama-cpp-python takes one that cannot be read for one, and refers to itself for its end."""
         if not path.is_file():
             raise ValueError(f"lora_path: there is no file {path}")
-        global _error
-        _error = ""
-        adapter = llama_cpp.llama_adapter_lora_init(self.model, str(path).encode())
+        check_adapter(path)
+        log.forget()
+        adapter = llama_cpp.llama_adapter_lora_init(self.model, os.fsencode(path))
         if not adapter:
-            raise ValueError(f"lora_path: {path} is no LoRA adapter of this model: {_error}")
+            raise ValueError(f"lora_path: {path} is no LoRA adapter of this model: {log.last_error()}")
         self._stack.callback(llama_cpp.llama_adapter_lora_free, adapter)
         self._lora_adapter, self.lora_path = adapter, str(path)
         adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
         if llama_cpp.llama_set_adapters_lora(self.ctx, adapters, 1, (ctypes.c_float * 1)(self.lora_scale)):
-            raise ValueError(f"lora_path: llama.cpp cannot use {path} with this model: {_error}")
+            raise ValueError(f"lora_path: llama.cpp cannot use {path} with this model: {log.last_error()}")
 
     def begin_as(self, other: Upstream, n_ctx: int) -> None:
         """Share the model and the context of another, in place of `__init__`, for a text of up to n_ctx tokens."""
@@ -290,7 +238,9 @@ class Upstream(llama_cpp.Llama):
         Raises:
             EntmtpError: it is of another model or context, or of more tokens than this context has room for.
         """
-        n = state.n_tokens
+        n, size = state.n_tokens, len(state.llama_state)
+        if not size or n < 0:
+            raise EntmtpError("the state is empty: it was not made by save_state")
         if n > self._n_ctx:
             raise EntmtpError(
                 f"the state has {n} tokens, and this context has room for {self._n_ctx} (n_ctx)"
@@ -299,17 +249,49 @@ class Upstream(llama_cpp.Llama):
             raise EntmtpError("the state has no logits of its tokens, which this model keeps (logits_all)")
         self.check_tokens(state.input_ids[:n].tolist())
         self.n_tokens, self._stale = 0, True
-        size = len(state.llama_state)
         data = (ctypes.c_uint8 * size).from_buffer_copy(state.llama_state)
         if llama_cpp.llama_state_set_data(self.ctx, data, size) != size:
             self._ctx.kv_cache_clear()
             raise EntmtpError(
                 "the state cannot be loaded: it is of another model, or of a context with another cache (n_ctx, types)"
             )
+        if llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(self.ctx), 0) + 1 < n:
+            self._ctx.kv_cache_clear()
+            raise EntmtpError(f"the state is damaged: it says that it holds {n} tokens, and holds fewer")
         self.input_ids[:n] = state.input_ids[:n]
         if self.logits_all:
             self.scores[:n] = state.scores[:n]
         self.n_tokens, self._seed = n, state.seed
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the model's file says of it, without chat templates that cannot be read."""
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, found: dict[str, str]) -> None:
+        unread = {
+            name: why
+            for name, text in found.items()
+            if name.startswith(TEMPLATE) and (why := unreadable(text))
+        }
+        self._no_template = unread.get(TEMPLATE, "")
+        for name, why in unread.items():
+            warnings.warn(
+                f"{name} of the model cannot be read, and is left out: {why}", RuntimeWarning, stacklevel=4
+            )
+        self._metadata = {name: text for name, text in found.items() if name not in unread}
+
+    def set_seed(self, seed: int) -> None:
+        super().set_seed(seed)
+        self._last_seed = seed
+
+    def next_seed(self) -> int:
+        """For a text that names none, by the one before, as llama-cpp-python draws it.
+
+        A state that is loaded in between does not bring its own back, which would write its text again and again.
+        """
+        return random.Random(self._last_seed).randint(0, 1 << 32)
 
     @property
     def vocab_size(self) -> int:
@@ -341,17 +323,19 @@ class Upstream(llama_cpp.Llama):
         needs a model that was trained to fill in.
         """
         asked = by_name("create_completion", prompt, args, kwargs)
-        check_request(self._n_vocab, asked)
+        check_request(self._n_vocab, {**asked, "prompt": prompt})
         text = prompt
         if isinstance(prompt, (bytes, bytearray)):
             raise ValueError("the prompt is bytes, it must be a text or a list of tokens")
         if not isinstance(prompt, str):
-            prompt = [int(token) for token in prompt]
+            prompt = whole_tokens(prompt)
             self.check_tokens(prompt)
             text = self.detokenize(prompt).decode("utf-8", "ignore")
         if (suffix := asked.pop("suffix", None)) is not None:
             prompt = self._between(prompt, suffix)
-        if processors := asked.get("logits_processor"):
+        if asked.get("seed") is None:
+            asked["seed"] = self.next_seed()
+        if (processors := asked.get("logits_processor")) is not None:
             asked["logits_processor"] = Processors(processors)
         record = self.record(asked, len(text))
         first = [self.token_bos()] if prompt == "" else []
@@ -401,10 +385,31 @@ class Upstream(llama_cpp.Llama):
         if not messages:
             raise ValueError("messages are empty: there is nothing to answer")
         asked = by_name("create_chat_completion", messages, args, kwargs)
-        if isinstance(asked.get("response_format"), dict):
-            asked["response_format"] = with_schema(asked["response_format"])
+        asked["response_format"] = with_schema(asked.get("response_format") or None)
         check_request(self._n_vocab, asked)
-        return super().create_chat_completion(messages, **asked)
+        if self._no_template and self._given.get("chat_format") is None and self.chat_handler is None:
+            raise ValueError(
+                f"the model's chat template cannot be read ({self._no_template}): give chat_format or chat_handler"
+            )
+        if isinstance(asked.get("stop"), tuple):
+            asked["stop"] = list(asked["stop"])
+        for name in ("tools", "functions"):
+            if asked.get(name) is not None:
+                asked[name] = [with_parameters(tool) for tool in asked[name]]
+        n_top = asked.get("top_logprobs") or 0
+        if asked.get("logprobs"):
+            asked["top_logprobs"] = n_top
+        # a handler of the user's own takes what it likes
+        plain = messages if self.chat_handler is not None else [plain_message(m) for m in messages]
+        try:
+            answer: Any = super().create_chat_completion(plain, **asked)  # type: ignore[arg-type]
+        except Exception as e:
+            if in_template(e):
+                raise ValueError(f"the model's chat template cannot write these messages: {e}") from e
+            raise
+        if not asked.get("logprobs"):
+            return answer
+        return (top_of(chunk, n_top) for chunk in answer) if asked.get("stream") else top_of(answer, n_top)
 
     def embed(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """As `llama_cpp.Llama.embed`.
@@ -440,13 +445,20 @@ class Upstream(llama_cpp.Llama):
 
     def _init_sampler(self, *args: Any, **settings: Any) -> Any:
         grammar = settings.get("grammar")
-        if grammar is not None and not is_readable_grammar(self.model, grammar):
-            raise ValueError(
-                "the grammar cannot be read: it is not GBNF, has no rule named root, or leads to too much"
-            )
+        if grammar is not None and (why := grammar_fault(self.model, grammar)):
+            raise ValueError(f"the grammar cannot be read: {why}")
         if (processors := settings.get("logits_processor")) is not None:
             settings["logits_processor"] = [self._watched(processor) for processor in processors]
         return super()._init_sampler(*args, **settings)
+
+    def note(self, error: BaseException) -> None:
+        """It was raised where no exception can leave: in what llama.cpp calls back. `raise_noted` is soon called."""
+        self.failed = self.failed or error
+
+    def raise_noted(self) -> None:
+        if self.failed is not None:
+            error, self.failed = self.failed, None
+            raise error
 
     def _watched(self, processor: Any) -> Any:
         """A logits processor whose error is not lost: llama.cpp calls it, through which none passes."""
@@ -457,7 +469,7 @@ class Upstream(llama_cpp.Llama):
                 if changed.shape != logits.shape:
                     raise ValueError(f"logits_processor: gave {changed.shape} logits for {logits.shape}")
             except BaseException as e:
-                self.failed = self.failed or e
+                self.note(e)
                 return logits
             return changed
 
@@ -477,20 +489,6 @@ class Upstream(llama_cpp.Llama):
         if self._sampler is not None:
             self._sampler.close()  # it refers to itself: it would stay until garbage is collected
         self._sampler = None
-
-
-def requantise(source: str | Path, target: str | Path, ftype: int) -> bool:
-    """Write a model in another type by llama.cpp's quantiser, in silence; whether it could.
-
-    Args:
-        ftype: of enum llama_ftype.
-    """
-    _logger.set_verbose(False)
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = ftype
-    return (
-        llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)) == 0
-    )
 
 
 class Processors(llama_cpp.LogitsProcessorList):

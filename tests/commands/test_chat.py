@@ -275,7 +275,7 @@ def test_filter_commands_and_errors(env: dict[str, str], tmp_path: Path) -> None
     for options, said in {
         ("--load", str(tmp_path / "none")): "cannot be read",
         ("--temp", "-1"): "--temp/--temperature: must be a number of at least 0",
-        ("--grammar", str(path)): "no GBNF grammar",
+        ("--grammar", str(path)): "llama.cpp cannot read this grammar",
         ("-m", str(tmp_path / "none.gguf")): "there is no such model file",
     }.items():
         got = run(env, "", *options)

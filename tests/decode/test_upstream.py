@@ -15,6 +15,7 @@ import pytest
 
 from entmtp import Llama, drafting, upstream
 from entmtp.common.errors import NO_CONTEXT
+from entmtp.native import log
 from entmtp.options.model import explained
 from helpers.hybrids import hybrid_path
 from helpers.settings import F32
@@ -120,11 +121,8 @@ def test_warnings_and_errors_are_told_apart(load: Callable[..., Llama]) -> None:
         levels = {k: int(v) for k, v in re.findall(r"GGML_LOG_LEVEL_(\w+)\s*=\s*(\d)", text)}
     import logging
 
-    assert (
-        upstream.LEVELS[levels["WARN"]] == logging.WARNING
-        and upstream.LEVELS[levels["ERROR"]] == logging.ERROR
-    )
-    assert levels["CONT"] == upstream.CONTINUED
+    assert log.LEVELS[levels["WARN"]] == logging.WARNING and log.LEVELS[levels["ERROR"]] == logging.ERROR
+    assert levels["CONT"] == log.CONTINUED
 
 
 def test_what_the_text_is_to_plain_decodings() -> None:
@@ -143,7 +141,7 @@ def test_types_of_the_cache_by_name(models: dict[str, Path]) -> None:
     assert len(set(texts.values())) == 1
     with closing(Llama(file, n_ctx=64, n_threads=1, verbose=False, type_k="bf16")) as llm:
         assert llm.context_params.type_k == 30
-    with pytest.raises(ValueError, match="type_k is 'q9', which is no type of ggml"):
+    with pytest.raises(ValueError, match="type_k is 'q9', it must be a type that a cache can have"):
         Llama(file, n_ctx=64, verbose=False, type_k="q9")
     with pytest.raises(ValueError, match="quantised values in the cache need flash attention"):
         Llama(file, n_ctx=64, verbose=False, type_v="q4_0", flash_attn=False)
@@ -151,7 +149,7 @@ def test_types_of_the_cache_by_name(models: dict[str, Path]) -> None:
 
 def test_why_there_is_no_context() -> None:
     """llama.cpp's reason is in the error, not on stderr alone."""
-    llama_cpp.llama_log_set(upstream._log, None)  # other tests have messages of their own go nowhere
+    llama_cpp.llama_log_set(log.log, None)  # other tests have messages of their own go nowhere
     with pytest.raises(
         ValueError, match="cannot make a context: V cache type q8_0 with block size 32 does not divide"
     ):

@@ -19,12 +19,12 @@ import numpy.typing as npt
 
 from ..common.errors import EntmtpError
 from ..common.progress import stages
+from ..context import requantise
 from ..llama import Llama
 from ..models.gguf_expand import expand
 from ..native import kernels
 from ..options.model import arguments
 from ..report.tables import Form, table
-from ..upstream import requantise
 from .inputs import changed, model_of, shape_of
 from .questions import asked_of, read_tasks
 

@@ -6,8 +6,10 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -46,3 +48,25 @@ def ctrl_c_stops(cancel: Callable[[], None]) -> Iterator[threading.Event]:
         thread.join()
         reader.close()
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def heeded(note: Callable[[BaseException], None]) -> Iterator[None]:
+    """Within this a Ctrl-C is told to `note` where it comes while a library calls back into Python: no exception leaves
+    there, and it would be lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = sys.unraisablehook
+
+    def told(args: Any) -> None:
+        if isinstance(args.exc_value, KeyboardInterrupt):
+            note(args.exc_value)
+        else:
+            before(args)
+
+    sys.unraisablehook = told
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before

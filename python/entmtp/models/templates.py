@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any, cast
 
 import llama_cpp
-from jinja2 import TemplateError
 from llama_cpp.llama_chat_format import ChatFormatterResponse, register_chat_format
 
 from ..common.errors import EntmtpError
 from ..common.prompts import Message, Question
+from .messages import in_template
 
 CONTINUE = "entmtp-continue"
 
@@ -60,7 +60,9 @@ def conversation_tokens(llm: llama_cpp.Llama, messages: Sequence[Message]) -> li
         llama_cpp.Llama.create_chat_completion(
             cast(Any, renderer), messages=cast(Any, list(messages)), stream=True, max_tokens=1
         )
-    except (TemplateError, ValueError) as e:
+    except Exception as e:
+        if not isinstance(e, ValueError) and not in_template(e):
+            raise
         raise EntmtpError(f"the model's chat template refuses this conversation: {e}") from None
     prompt = renderer.prompt
     tokens = llm.tokenize(prompt.encode(), add_bos=False, special=True) if isinstance(prompt, str) else prompt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from typing import Any
 
 import llama_cpp
@@ -32,7 +33,7 @@ class DraftModel:
         if path is not None:
             params = type(model_params).from_buffer_copy(model_params)
             params.load_mtp = False
-            self._model = llama_cpp.llama_model_load_from_file(path.encode(), params)
+            self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
             if not self._model:
                 raise EntmtpError(f"draft model: llama.cpp cannot load {path}")
         self.path = path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class Heads:
     """
 
     def __init__(self, path: str | Path, model: int, n_threads: int):
-        self._ptr = n.heads_load(str(path).encode(), model, n_threads)
+        self._ptr = n.heads_load(os.fsencode(path), model, n_threads)
         if not self._ptr:
             raise EntmtpError(n.last_error())
         self.info = n.HeadsInfo()

@@ -22,10 +22,12 @@ def grammar(args: argparse.Namespace, llm: Llama) -> Any:
     path = args.grammar or args.json_schema
     if path is None:
         return None
-    from ..request import grammar_of_schema, grammar_of_text, is_readable_grammar
+    from ..request import grammar_fault, grammar_of_schema, grammar_of_text
 
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
+        if not text.strip():
+            raise UsageError(f"{path}: the file is empty")
         made = grammar_of_schema(parse_json(text)) if args.json_schema else grammar_of_text(text)
     except OSError as e:
         raise UsageError(f"{path}: {(e.strerror or str(e)).lower()}") from None
@@ -33,8 +35,6 @@ def grammar(args: argparse.Namespace, llm: Llama) -> Any:
         raise UsageError(f"{path}: this is no JSON: {e}") from None
     except ValueError as e:
         raise UsageError(f"{path}: {e}") from None
-    if not is_readable_grammar(llm.model, made):
-        raise UsageError(
-            f"{path}: this is no GBNF grammar that llama.cpp can read; it says above what is wrong"
-        )
+    if why := grammar_fault(llm.model, made):
+        raise UsageError(f"{path}: llama.cpp cannot read this grammar: {why}")
     return made

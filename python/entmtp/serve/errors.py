@@ -9,10 +9,10 @@ import traceback
 from contextvars import ContextVar
 from typing import Any
 
-from jinja2 import TemplateError
 from pydantic import ValidationError
 
 from ..common.errors import EntmtpError, shortened
+from ..models.messages import in_template
 
 ANTHROPIC = {
     401: "authentication_error",
@@ -64,12 +64,6 @@ class Refused(Exception):
         return f"{name}data: {json.dumps(content)}\n\n".encode()
 
 
-def _in_template(error: Exception) -> bool:
-    """A template did with what it was given what cannot be done."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and "<template>" in (frame.filename for frame in frames)
-
-
 def worded(error: Exception) -> Refused:
     """Any error as one for the client; only what nobody expected leaves a traceback in the log."""
     text = str(error)
@@ -93,11 +87,7 @@ def worded(error: Exception) -> Refused:
     if isinstance(error, RuntimeError) and "embedding=True" in text:
         return Refused("this model is served for text; start the server with --embedding true for embeddings")
     if isinstance(error, ValueError):
-        return Refused(shortened(text))
-    if isinstance(error, TemplateError) or _in_template(error):
-        return Refused(
-            f"the model's chat template cannot write these messages: {shortened(text)}", "messages"
-        )
+        return Refused(shortened(text), "messages" if in_template(error) else None)
     if isinstance(error, EntmtpError) and "grammar" in text:  # it led to nothing, or to too much
         return Refused(f"grammar: {text}", "grammar")
     print(f"request {request_id.get()} failed:", file=sys.stderr)

@@ -1,0 +1,103 @@
+"""Around llama-cpp-python's `Llama`: types of a cache, one sequence of a context, one that is gone, quantising."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+from llama_cpp import _logger
+
+from .common.errors import CLOSED, ClosedError, ConvertError
+from .models.formats.gguf_header import read_gguf_header
+
+# types of keys and values that llama.cpp can keep; with others it ends the process
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+
+
+def check_adapter(path: Path) -> None:
+    """Refuse a LoRA adapter that llama.cpp would take and end the process with at the first text.
+
+    Raises:
+        ValueError: names the tensor, or what is wrong with the file.
+    """
+    try:
+        header = read_gguf_header(path)
+    except ConvertError as e:
+        raise ValueError(f"lora_path: {e}") from None
+    for name, tensor in header.tensors.items():
+        is_weight = tensor.type.name in ("F32", "F16", "BF16") or gguf.GGML_QUANT_SIZES[tensor.type][0] > 1
+        if not is_weight or any(n != 1 for n in tensor.shape[2:]):
+            shape = " x ".join(map(str, tensor.shape))
+            raise ValueError(
+                f"lora_path: {path}: {name} is {shape} of {tensor.type.name}, no matrix of weights"
+            )
+
+
+class Gone:
+    """In place of what a closed model has no more."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ClosedError(CLOSED)
+
+
+class SequenceContext:
+    """A context as llama-cpp-python sees it, reduced to one of its sequences, which a decoder looks after."""
+
+    def __init__(self, shared: Any, n_ctx: int):
+        self._shared, self._n_ctx = shared, n_ctx
+
+    def n_ctx(self) -> int:
+        return self._n_ctx
+
+    def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
+        """The decoder cuts its sequence back itself, when it evaluates what comes next."""
+        return True
+
+    def kv_cache_clear(self) -> None:
+        raise ValueError("the cache holds the texts of others, too")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._shared, name)
+
+
+def cache_types(given: dict[str, Any]) -> dict[str, Any]:
+    """Types of the cache as numbers, where arguments of `Llama` name them, and the flash attention that quantised
+    values want.
+
+    Raises:
+        ValueError: there is no such type, or flash attention is not wanted.
+    """
+    types = {name: given[name] for name in ("type_k", "type_v") if given.get(name) is not None}
+    known = {name: int(gguf.GGMLQuantizationType[name.upper()]) for name in CACHE_TYPES}
+    for name, value in types.items():
+        number = known.get(value.lower(), -1) if isinstance(value, str) else value
+        if number not in known.values():
+            raise ValueError(
+                f"{name} is {value!r}, it must be a type that a cache can have: {', '.join(known)}"
+            )
+        types[name] = number
+    sizes = {int(quant): block for quant, (block, _) in gguf.GGML_QUANT_SIZES.items()}
+    if sizes.get(types.get("type_v", 0), 1) == 1:
+        return types
+    if given.get("flash_attn") is False:
+        raise ValueError(
+            "quantised values in the cache need flash attention; leave flash_attn out, or type_v"
+        )
+    return {**types, "flash_attn": True}
+
+
+def requantise(source: str | Path, target: str | Path, ftype: int) -> bool:
+    """Write a model in another type by llama.cpp's quantiser, in silence; whether it could.
+
+    Args:
+        ftype: of enum llama_ftype.
+    """
+    _logger.set_verbose(False)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = ftype
+    return (
+        llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)) == 0
+    )

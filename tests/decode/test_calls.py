@@ -1,0 +1,345 @@
+"""Calls of `Llama` that llama-cpp-python passes over, ends the process with, or answers by a traceback."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import pytest
+
+from entmtp import EntmtpError, Llama
+from entmtp.common.errors import BusyError
+from entmtp.common.use import Use
+from helpers.typed import DEMO
+
+SETTINGS: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+STORY = "The sea was calm and the"
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[Llama]:
+    made = Llama(DEMO, draft="entmtp", chat_format="chatml", **SETTINGS)
+    yield made
+    made.close()
+
+
+def text(answer: Any) -> str:
+    return str(answer["choices"][0]["text"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"temperature": Fraction(-1, 2)}, "temperature is -0.5"),
+        ({"repeat_penalty": Fraction(-1, 2)}, "repeat_penalty is -0.5"),
+        ({"top_p": 10**400}, "top_p is 1000.*must be a number"),
+        ({"min_p": float("nan")}, "min_p is nan"),
+        ({"top_k": 2**32 + 1}, "top_k is 4294967297, it may be up to"),
+        ({"mirostat_mode": 7}, "mirostat_mode is 7"),
+        ({"logit_bias": {float("inf"): 1}}, "logit_bias: inf"),
+        ({"logit_bias": {5: 10**400}}, "logit_bias: 5"),
+        ({"logit_bias": {5.7: 1}}, "logit_bias: 5.7"),
+        ({"stop": "a\ud800"}, "stop has half of a surrogate"),
+        ({"prompt": "a\ud800"}, "prompt has half of a surrogate"),
+        ({"prompt": [1.7]}, "must be a text, or a list of tokens"),
+        ({"prompt": ["1", "2"]}, "must be a text, or a list of tokens"),
+    ],
+)
+def test_completions(llm: Llama, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        llm.create_completion(**{"prompt": "Hi", "max_tokens": 1, **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"tool_choice": {"function": 5}}, "there is no 5 in tools"),
+        ({"tools": [{"type": "function", "function": {"name": ["x"]}}]}, "names no function"),
+        ({"top_logprobs": 3}, "logprobs=True"),
+        ({"messages": ["Hi"]}, "is no message"),
+        ({"messages": [{"content": "Hi"}]}, "is no message"),
+        ({"messages": [{"role": "user", "content": 5}]}, "a content is 5"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "reads text"),
+    ],
+)
+def test_chats(llm: Llama, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        llm.create_chat_completion(
+            **{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, **given}
+        )
+
+
+def test_chats_as_openai_has_them(llm: Llama) -> None:
+    def content(messages: list[Any], **more: Any) -> str:
+        answer: Any = llm.create_chat_completion(messages, max_tokens=6, temperature=0, **more)
+        return str(answer["choices"][0]["message"]["content"])
+
+    hi = [{"role": "user", "content": "Hi\nyou"}]
+    want = content(hi)
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "you"}]
+    assert content([{"role": "user", "content": parts}]) == want
+    assert content(hi, response_format={}) == want and content(hi, stop=("never",)) == want
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    assert content([*hi, {"role": "assistant", "content": None, "tool_calls": [call]}, *hi]) == content(
+        [*hi, {"role": "assistant", "content": "", "tool_calls": [call]}, *hi]
+    )
+    tool = {"type": "function", "function": {"name": "f"}}
+    called: Any = llm.create_chat_completion(
+        hi, tools=[tool], tool_choice={"type": "function", "function": {"name": "f"}}, max_tokens=30
+    )
+    assert called["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "f"
+
+
+@pytest.mark.parametrize("n", [None, 0, 1, 3])
+def test_log_probabilities_of_a_chat(llm: Llama, n: int | None) -> None:
+    asked: dict[str, Any] = {"max_tokens": 5, "temperature": 0, "logprobs": True, "top_logprobs": n}
+    whole: Any = llm.create_chat_completion([{"role": "user", "content": "Hi"}], **asked)
+    tokens = whole["choices"][0]["logprobs"]["content"]
+    assert len(tokens) == 5 and all(len(t["top_logprobs"]) == (n or 0) for t in tokens)
+    chunks: Any = llm.create_chat_completion([{"role": "user", "content": "Hi"}], stream=True, **asked)
+    streamed = [t for c in chunks for t in (c["choices"][0].get("logprobs") or {}).get("content") or ()]
+    assert streamed == tokens
+
+
+def test_a_bias_beside_no_processors(llm: Llama) -> None:
+    settings: dict[str, Any] = {
+        "max_tokens": 12,
+        "temperature": 0,
+        "logit_bias": {t: -100 for t in range(0, 900, 2)},
+    }
+    want = text(llm.create_completion(STORY, **settings))
+    assert want != text(llm.create_completion(STORY, max_tokens=12, temperature=0))
+    for none in ([], llama_cpp.LogitsProcessorList([])):
+        assert text(llm.create_completion(STORY, logits_processor=none, **settings)) == want
+
+
+# -- states and seeds --
+
+
+def test_states_that_are_none() -> None:
+    llm = Llama(DEMO, draft="entmtp", **SETTINGS)
+    want = text(llm.create_completion(STORY, max_tokens=16, temperature=0))
+    state = llm.save_state()
+    for change in ({"llama_state": b""}, {"n_tokens": -3}, {"n_tokens": state.n_tokens + 4}):
+        broken = copy.copy(state)
+        for name, value in change.items():
+            setattr(broken, name, value)
+        with pytest.raises(EntmtpError, match=r"state is (empty|damaged)"):
+            llm.load_state(broken)
+        assert text(llm.create_completion(STORY, max_tokens=16, temperature=0)) == want
+    llm.load_state(state)
+    assert text(llm.create_completion(STORY, max_tokens=16, temperature=0)) == want
+    llm.close()
+
+
+@pytest.mark.parametrize("draft", [None, "entmtp"])
+def test_texts_without_a_seed_differ_though_a_state_is_loaded(draft: str | None) -> None:
+    def texts(cached: bool) -> list[str]:
+        llm = Llama(DEMO, draft=draft, seed=3, **SETTINGS)
+        if cached:
+            llm.set_cache(llama_cpp.LlamaRAMCache())
+        found = [text(llm.create_completion(STORY, max_tokens=12, temperature=1.2)) for _ in range(5)]
+        llm.close()
+        return found
+
+    want = texts(False)
+    assert len(set(want)) == 5 and texts(True) == want
+    stock = llama_cpp.Llama(str(DEMO), seed=3, **SETTINGS)
+    assert [text(stock.create_completion(STORY, max_tokens=1, temperature=1.2)) for _ in range(5)] == [
+        text(one)
+        for one in (lambda m: [m.create_completion(STORY, max_tokens=1, temperature=1.2) for _ in range(5)])(
+            Llama(DEMO, seed=3, **SETTINGS)
+        )
+    ]  # the seeds are llama-cpp-python's
+
+
+# -- the model --
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        *(({name: kind}, f"{name} is") for name in ("type_k", "type_v") for kind in ("i8", "q8_1", "q4_k", 99, -1)),
+        ({"n_batch": -1}, "n_batch is -1"), ({"n_batch": 2.5}, "n_batch is 2.5"), ({"n_ctx": -1}, "n_ctx is -1"),
+        ({"n_ctx": 2**32 + 256}, "n_ctx is 4294967552"), ({"lora_scale": float("nan")}, "lora_scale is nan"),
+    ],
+)  # fmt: skip
+def test_arguments_that_end_the_process(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Llama(DEMO, **{**SETTINGS, **given})
+
+
+def test_arguments_that_nobody_knows() -> None:
+    with pytest.warns(RuntimeWarning, match="Llama has no argument drafter, n_context"):
+        Llama(DEMO, drafter="text", n_context=5, **SETTINGS).close()
+
+
+def templated(path: Path, template: str) -> Path:
+    """The demo with a chat template."""
+    reader, writer = gguf.GGUFReader(DEMO), gguf.GGUFWriter(path, "llama")
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        kind = field.types[0]
+        sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), kind, sub)
+    writer.add_chat_template(template)
+    for t in reader.tensors:
+        writer.add_tensor(t.name, t.data, raw_dtype=t.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_template_that_cannot_be_read(tmp_path: Path) -> None:
+    """As Ollama's, which are Go: the model writes, and chats where it is said how."""
+    model = templated(tmp_path / "go.gguf", "{{ if .System }}{{ .System }}{{ end }}")
+    with pytest.warns(
+        RuntimeWarning, match=r"tokenizer.chat_template of the model cannot be read.*TemplateSyntaxError"
+    ):
+        llm = Llama(model, **SETTINGS)
+    hi = [{"role": "user", "content": "Hi"}]
+    assert text(llm.create_completion(STORY, max_tokens=3))
+    with pytest.raises(ValueError, match=r"chat template cannot be read .*give chat_format"):
+        llm.create_chat_completion(hi)
+    llm.close()
+    with pytest.warns(RuntimeWarning):
+        llm = Llama(model, chat_format="chatml", **SETTINGS)
+    assert llm.create_chat_completion(hi, max_tokens=3)["choices"]
+    llm.close()
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 // 0 }}", "{{ 'a' + 1 }}", "{% macro r() %}{{ r() }}{% endmacro %}{{ r() }}", "{{ [][5].x }}"],
+)
+def test_a_template_that_fails(tmp_path: Path, template: str) -> None:
+    model = templated(tmp_path / "failing.gguf", template)
+    llm = Llama(model, **SETTINGS)
+    with pytest.raises(ValueError, match="chat template cannot write these messages"):
+        llm.create_chat_completion([{"role": "user", "content": "Hi"}], max_tokens=1)
+    llm.close()
+
+
+def test_what_others_print_while_a_model_is_loaded(capfd: pytest.CaptureFixture[str]) -> None:
+    """llama-cpp-python points stdout of the process elsewhere."""
+    written, over = 0, threading.Event()
+
+    def write() -> None:
+        nonlocal written
+        while not over.is_set():
+            os.write(1, b"line\n")
+            written += 1
+            time.sleep(0.0005)
+
+    other = threading.Thread(target=write)
+    other.start()
+    for _ in range(3):
+        Llama(DEMO, **SETTINGS).close()
+    over.set()
+    other.join()
+    out, err = capfd.readouterr()
+    assert out.count("line\n") == written and err == ""
+
+
+def test_a_grammar_of_a_stranger_is_not_shown(llm: Llama, capfd: pytest.CaptureFixture[str]) -> None:
+    grammar = llama_cpp.LlamaGrammar.from_string('root ::= "a" \x1b[2J\nINFO: all is well', verbose=False)
+    with pytest.raises(ValueError, match="grammar cannot be read"):
+        llm.create_completion("Hi", grammar=grammar, max_tokens=1)
+    assert capfd.readouterr().err == ""
+
+
+# -- Ctrl-C --
+
+
+def test_ctrl_c_is_not_lost() -> None:
+    """Wherever it comes, also while llama.cpp calls back: the call ends by it, no token is drawn without its bias.
+
+    (Where Python frees something just then, as a generator that is left, it is lost, as in any program.)
+    """
+    code = f"""
+import json, os, random, signal, threading, time
+from entmtp import Llama
+llm = Llama({str(DEMO)!r}, draft="entmtp", n_ctx=256, n_threads=1, verbose=False, calibrate=False)
+banned = {{t: -100.0 for t in range(0, llm.n_vocab(), 2)}}
+def text():
+    return llm.create_completion({STORY!r}, max_tokens=24, temperature=0, logit_bias=banned)["choices"][0]["text"]
+want, sent, came, wrong = text(), 0, 0, 0
+rng = random.Random(1)
+lock = threading.Event()
+def send():
+    global sent
+    while not lock.is_set():
+        time.sleep(rng.uniform(0.002, 0.03))
+        sent += 1
+        os.kill(os.getpid(), signal.SIGINT)
+        waiting.wait(5)
+        waiting.clear()
+waiting = threading.Event()
+threading.Thread(target=send, daemon=True).start()
+end = time.monotonic() + 6
+while time.monotonic() < end:
+    try:
+        while True:
+            wrong += text() != want
+    except KeyboardInterrupt:
+        came += 1
+        waiting.set()
+lock.set()
+print(json.dumps([sent, came, wrong]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    if done.returncode != 0 and "KeyboardInterrupt" in done.stderr:
+        pytest.skip("the last Ctrl-C came outside of the loop")
+    sent, came, wrong = json.loads(done.stdout)
+    assert wrong == 0 and came > 50 and came >= 0.95 * sent, done.stderr[-2000:]
+    assert "ctypes callback" not in done.stderr
+
+
+def test_a_call_that_ctrl_c_left_holds_nothing() -> None:
+    """Where it comes just when the model was taken; then the thread runs nothing of ours."""
+    use, taken, others = Use(), threading.Event(), threading.Event()
+
+    def leaves_it_held() -> None:
+        use._lock.acquire()
+        taken.set()
+        others.wait(30)
+
+    holder = threading.Thread(target=leaves_it_held)
+    holder.start()
+    taken.wait(30)
+    with use:
+        pass
+    others.set()
+    holder.join()
+
+    use, inside, over = Use(), threading.Event(), threading.Event()
+
+    def is_in_a_call() -> None:
+        with use:
+            Use.is_called(inside, over)  # type: ignore[attr-defined]
+
+    namespace: dict[str, Any] = {"__name__": "entmtp.test"}
+    exec("def called(inside, over):\n    inside.set()\n    over.wait(30)\n", namespace)
+    Use.is_called = staticmethod(namespace["called"])  # type: ignore[attr-defined]
+    holder = threading.Thread(target=is_in_a_call)
+    holder.start()
+    inside.wait(30)
+    with pytest.raises(BusyError), use:
+        pass
+    over.set()
+    holder.join()
+    del Use.is_called  # type: ignore[attr-defined]
