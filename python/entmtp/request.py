@@ -12,9 +12,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import llama_cpp
-from llama_cpp.llama_grammar import json_schema_to_gbnf
 
-from .common.json_schema import check_schema, unfolded
+from .grammars import gbnf_of_schema
 from .native import log
 
 LONGEST_GRAMMAR = 1 << 18  # characters
@@ -88,12 +87,18 @@ def grammar_of_schema(schema: Any) -> Any:
     Raises:
         ValueError: the schema has a part that no grammar is made of; the text names it.
     """
-    check_schema(schema)
     if len(written := json.dumps(schema)) > LONGEST_GRAMMAR:
         raise ValueError(f"schema: it has {len(written)} characters, it may have {LONGEST_GRAMMAR}")
     try:
-        return grammar_of_text(json_schema_to_gbnf(written))
-    except Exception as e:  # the converter's own: assertions, keys and types
+        return grammar_of_text(gbnf_of_schema(schema))
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        RecursionError,
+        OverflowError,
+    ) as e:
         raise ValueError(f"schema: no grammar can be made of this JSON schema: {e}") from None
 
 
@@ -246,14 +251,12 @@ def with_schema(form: dict[str, Any] | None) -> dict[str, Any] | None:
     Raises:
         ValueError: there is no schema.
     """
-    if isinstance(form, dict) and form.get("type") == "json_object" and isinstance(form.get("schema"), dict):
-        return {**form, "schema": unfolded(form["schema"])}
     if not isinstance(form, dict) or form.get("type") != "json_schema":
         return form
     named = form.get("json_schema")
     if not isinstance(named, dict) or not isinstance(named.get("schema"), dict):
         raise ValueError("response_format: json_schema has no schema")
-    return {"type": "json_object", "schema": unfolded(named["schema"])}
+    return {"type": "json_object", "schema": named["schema"]}
 
 
 def with_parameters(tool: Any) -> Any:

@@ -27,6 +27,7 @@ from llama_cpp import llama as stock
 from .common.errors import EntmtpError
 from .completion import Ending
 from .context import Gone, SequenceContext, cache_types, check_adapter
+from .grammars import followed
 from .models.messages import TEMPLATE, in_template, plain_message, top_of, unreadable
 from .models.tokenizer import Tokenizer, check_tokens
 from .native import log
@@ -402,7 +403,8 @@ class Upstream(llama_cpp.Llama):
         # a handler of the user's own takes what it likes
         plain = messages if self.chat_handler is not None else [plain_message(m) for m in messages]
         try:
-            answer: Any = super().create_chat_completion(plain, **asked)  # type: ignore[arg-type]
+            with followed():
+                answer: Any = super().create_chat_completion(plain, **asked)  # type: ignore[arg-type]
         except Exception as e:
             if in_template(e):
                 raise ValueError(f"the model's chat template cannot write these messages: {e}") from e

@@ -54,7 +54,6 @@ def doubling(n: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("schema", "said"),
     [
-        (doubling(16), "allOf repeats"),
         (doubling(40), "levels deep"),
         ({"allOf": [{"$ref": "#/$defs/b"}], "$defs": {"b": {"properties": {"p": {"$ref": "#/x"}}}}}, "leads nowhere"),
         ({"$ref": "#/x", "x": {"type": "array", "items": {}, "minItems": 4_000_000}}, "minItems"),
@@ -81,6 +80,13 @@ def test_a_schema_that_refers_to_itself_is_followed(server: Server) -> None:
         "json_schema": {"schema": {"$defs": {"tree": tree}, "$ref": "#/$defs/tree"}},
     }
     server.post(CHAT, messages=USER, response_format=form, max_tokens=8)
+
+
+def test_a_schema_that_has_each_part_twice_is_made_once(server: Server) -> None:
+    form = {"type": "json_schema", "json_schema": {"schema": doubling(16)}}
+    begun = time.monotonic()
+    server.post(CHAT, messages=USER, response_format=form, max_tokens=8)
+    assert time.monotonic() - begun < 20
 
 
 @pytest.mark.parametrize(
@@ -192,3 +198,47 @@ except ValueError as e:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0 and "too long to read" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT, "/v1/messages", "/api/chat", "/v1/responses"])
+def test_numbers_that_are_too_large(server: Server, path: str) -> None:
+    asked = {"prompt": "Hi", "messages": USER, "input": "Hi", "max_tokens": 1, "model": "m"}
+    for name, sign in (("top_p", ""), ("temperature", "-")):
+        body = {**asked, "options": {name: 7.5}} if path == "/api/chat" else {**asked, name: 7.5}
+        refused(server, path, json.dumps(body).replace("7.5", sign + "1" + "0" * 400).encode())
+    assert "too large a number" in refused(
+        server, path, json.dumps({**asked, "a": 7.5}).replace("7.5", "1e999").encode()
+    )
+
+
+def test_head_and_methods(server: Server) -> None:
+    """Ollama's command asks HEAD / before anything else."""
+    with server.http() as http:
+        for path in ("/", "/health", "/v1/models", "/api/version"):
+            head, got = http.head(path), http.get(path)
+            assert head.status_code == got.status_code == 200 and not head.content
+        wrong = http.get(TEXT)
+        assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
+    with (
+        Server("--model", DEMO, "--ctx", 128, "--threads", 1, "--page", "false") as bare,
+        bare.http() as http,
+    ):
+        assert http.head("/").status_code == 200
+
+
+def test_keys() -> None:
+    with (
+        Server("--model", DEMO, "--ctx", 128, "--threads", 1, key=None) as server,
+        server.http() as http,
+    ):
+
+        def status(**headers: bytes) -> int:
+            http.headers.pop("authorization", None)
+            given = [(name.replace("_", "-").encode(), value) for name, value in headers.items()]
+            return http.get("/v1/models", headers=given).status_code  # type: ignore[arg-type]
+
+        key = "sécret".encode()
+        assert status(authorization=b"Bearer " + key) == status(authorization=b"bearer " + key) == 200
+        assert status(x_api_key=key, authorization=b"Basic abc") == status(x_api_key=key) == 200
+        for wrong in (b"Bearer secret", b"Basic " + key, key, b"Bearer", b""):
+            assert status(authorization=wrong) == 401

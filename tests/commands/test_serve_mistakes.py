@@ -33,15 +33,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "schema.properties.age: the keyword minimum",
     ),
     "negation": ({"response_format": schema(**{"not": {"required": ["a"]}})}, "the keyword not"),
-    "type that is none": ({"response_format": schema(properties={"a": {"type": "strin"}})}, "no grammar can be"),
+    "type that is none": ({"response_format": schema(properties={"a": {"type": "strin"}})}, "there is no type 'strin'"),
     "reference to nothing": ({"response_format": schema(properties={"a": {"$ref": "#/x"}})}, "leads nowhere"),
     "no schema": ({"response_format": {"type": "json_object", "schema": {"properties": 3}}}, "an object of"),
-    "tool with a pattern without end": (
+    "tool with a pattern that is none": (
         {
-            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"pattern": "a"}}}],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"pattern": "(a"}}}],
             "tool_choice": {"type": "function", "function": {"name": "f"}},
         },
-        "no grammar can be made",
+        "cannot be read",
     ),
     "grammar that is none": ({"grammar": "root ::= ("}, "the grammar cannot be read"),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""JSON schemas that a grammar is made of: what llama-cpp-python's converter would pass over in silence is refused."""
+"""JSON schemas: keywords that no grammar follows, sizes, references."""
 
 from __future__ import annotations
 
@@ -19,36 +19,33 @@ DEEPEST = 64
 # what a grammar repeats is written as often: so many are as many as llama.cpp reads, and a pattern nests them
 COUNTS, MOST_TIMES = ("minItems", "maxItems", "minLength", "maxLength"), 1000
 LONGEST_PATTERN = 1000  # characters
-MOST_VISITS = 20_000  # of schemas, while a grammar is made
 TIMES = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 
 
 def check_schema(schema: Any) -> None:
-    """Refuse a schema that answers would not follow, or whose grammar would take too long to make.
+    """Refuse a schema with keywords that no grammar follows, or that is no schema.
 
     Raises:
         ValueError: names the keyword, and where it stands.
     """
-    checker = _Checker(schema)
-    checker.check(schema, "schema", 0)
-    if checker.n_visits(schema) > MOST_VISITS:
-        raise ValueError(
-            f"schema: allOf repeats what it refers to, more than {MOST_VISITS} parts in all; write less"
-        )
+    _Checker(schema).check(schema, "schema", 0)
 
 
-def unfolded(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema that is no more than a reference into itself, as Pydantic's of a recursive model, as what it refers to:
-    the converter does not look behind such a reference for others.
+def target(root: Any, ref: Any, where: str) -> Any:
+    """What a reference into a schema leads to.
 
     Raises:
         ValueError: it leads nowhere.
     """
-    if "$ref" not in schema:
-        return schema
-    target = _Checker(schema).target(schema["$ref"], "schema")
-    named: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    return {**named, **target} if isinstance(target, dict) else schema
+    if not isinstance(ref, str) or not ref.startswith("#/"):
+        raise ValueError(f"{where}: $ref must lead to a part of this schema, as #/$defs/name")
+    found = root
+    for name in ref[2:].split("/"):
+        name = name.replace("~1", "/").replace("~0", "~")
+        if not isinstance(found, dict) or name not in found:
+            raise ValueError(f"{where}: $ref {ref} leads nowhere in this schema")
+        found = found[name]
+    return found
 
 
 class _Checker:
@@ -57,7 +54,6 @@ class _Checker:
     def __init__(self, root: Any):
         self._root = root
         self._seen: set[str] = set()  # references
-        self._visits: dict[int, int] = {}  # by the id of a schema; 0: being counted
 
     def check(self, schema: Any, where: str, depth: int) -> None:
         if isinstance(schema, bool):
@@ -76,10 +72,10 @@ class _Checker:
                 raise ValueError(f"{where}: {key} must be a whole number from 0 to {MOST_TIMES}")
         _check_pattern(schema.get("pattern", ""), where)
         if (ref := schema.get("$ref")) is not None:
-            target = self.target(ref, where)
+            found = target(self._root, ref, where)
             if ref not in self._seen:
                 self._seen.add(ref)
-                self.check(target, f"schema{ref[1:].replace('/', '.')}", depth + 1)
+                self.check(found, f"schema{ref[1:].replace('/', '.')}", depth + 1)
         for key in SCHEMA:
             if key in schema:
                 self.check(schema[key], f"{where}.{key}", depth + 1)
@@ -89,37 +85,6 @@ class _Checker:
         for key in BY_NAME:
             for name, part in _of(schema, key, dict, where).items():
                 self.check(part, f"{where}.{key}.{name}", depth + 1)
-
-    def target(self, ref: Any, where: str) -> Any:
-        if not isinstance(ref, str) or not ref.startswith("#/"):
-            raise ValueError(f"{where}: $ref must lead to a part of this schema, as #/$defs/name")
-        found = self._root
-        for name in ref[2:].split("/"):
-            if not isinstance(found, dict) or name not in found:
-                raise ValueError(f"{where}: $ref {ref} leads nowhere in this schema")
-            found = found[name]
-        return found
-
-    def n_visits(self, schema: Any) -> int:
-        """How many schemas the converter visits: one that is referred to once, but by allOf each time."""
-        if not isinstance(schema, dict) or "$ref" in schema:
-            return 1
-        if (known := self._visits.get(id(schema))) is not None:
-            if known == 0:
-                raise ValueError("schema: allOf refers to itself")
-            return known
-        self._visits[id(schema)] = 0
-        parts = [schema[key] for key in SCHEMA if key in schema]
-        parts += [part for key in ("anyOf", "oneOf", "prefixItems") for part in schema.get(key) or ()]
-        parts += [part for key in BY_NAME for part in (schema.get(key) or {}).values()]
-        for one in schema.get("allOf") or ():
-            for component in (one.get("anyOf") or [one]) if isinstance(one, dict) else ():
-                if isinstance(component, dict) and "$ref" in component:
-                    component = self.target(component["$ref"], "schema")
-                if isinstance(component, dict):
-                    parts += (component.get("properties") or {}).values()
-        self._visits[id(schema)] = n = 1 + sum(map(self.n_visits, parts))
-        return n
 
 
 def _is_count(value: Any) -> bool:

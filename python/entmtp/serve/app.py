@@ -137,9 +137,13 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
 
     def may_ask(scope: Any) -> bool:
         """Whether a request has the API key, compared in the same time whatever it is."""
+        if server.api_key is None:
+            return True
         headers = Headers(scope=scope)
-        given = headers.get("authorization", "").removeprefix("Bearer ") or headers.get("x-api-key", "")
-        return server.api_key is None or hmac.compare_digest(given.encode(), server.api_key.encode())
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = [headers.get("x-api-key", ""), token.strip() if scheme.lower() == "bearer" else ""]
+        # headers are bytes, which starlette reads as Latin-1
+        return any([hmac.compare_digest(key.encode("latin-1"), server.api_key.encode()) for key in given])
 
     async def authenticate(request: Request) -> None:
         if not may_ask(request.scope):
@@ -202,17 +206,30 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
     description.describe(app, BODIES)
     if server.page:
         app.include_router(page.routes())
+    else:
+        app.add_api_route("/", health, include_in_schema=False)
 
     def finished(request: ServedRequest) -> None:
         metrics.request(request, time.perf_counter())
 
     requests = Requests(
-        app, finished, may_ask, server.max_body, server.max_waiting, server.max_seconds,
+        _with_head(app), finished, may_ask, server.max_body, server.max_waiting, server.max_seconds,
         log=_log if settings[0].verbose else None, parallel=server.parallel, around=across_origins,
         may_call=may_call, root_path=server.root_path,
     )  # fmt: skip
     metrics.watch_queue(requests.waiting, requests.running)
     return requests, models
+
+
+def _with_head(app: Any) -> Any:
+    """HEAD is answered as GET; the server sends no body then. Ollama's command asks for / so, before anything else."""
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await app(scope, receive, send)
+
+    return answer
 
 
 def _hosts(server: ServerSettings) -> set[str] | None:
@@ -252,7 +269,9 @@ def _guarded(endpoint: Callable[[Request], Any]) -> Callable[[Request], Any]:
 
 async def _refuse(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException):
-        error = Refused(error.detail, status=error.status_code)
+        headers, error = error.headers, Refused(error.detail, status=error.status_code)
+    else:
+        headers = None
     refused = worded(error)
     path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
-    return JSONResponse(refused.content(path), refused.status)
+    return JSONResponse(refused.content(path), refused.status, headers)

@@ -149,7 +149,7 @@ def parse(body: bytes) -> dict[str, Any]:
     """
     try:
         text = body.decode("utf-8-sig")
-        request = json.loads(text, parse_constant=_no_number)
+        request = json.loads(text, parse_constant=_no_number, parse_float=_finite)
         if SURROGATE.search(text):
             json.dumps(request, ensure_ascii=False).encode()
     except RecursionError:
@@ -171,6 +171,13 @@ def parse(body: bytes) -> dict[str, Any]:
     if level:
         raise Refused(f"the body of the request is nested too deeply: more than {DEEPEST} levels")
     return request
+
+
+def _finite(word: str) -> float:
+    value = float(word)
+    if math.isinf(value):
+        raise ValueError(f"{word:.40} is too large a number")
+    return value
 
 
 def _no_number(name: str) -> Any:
@@ -224,7 +231,7 @@ def _check(request: dict[str, Any]) -> None:
         value = request.get(name)
         if isinstance(value, int | float) and not least <= value <= most:
             bounds = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
-            raise Refused(f"{name} is {value:g}, it must be {bounds}", name)
+            raise Refused(f"{name} is {value!r:.40}, it must be {bounds}", name)
     biases = request.get("logit_bias")
     for bias in biases.values() if isinstance(biases, dict) else ():
         if not isinstance(bias, int | float) or not -100 <= bias <= 100:

@@ -162,7 +162,7 @@ class ServerSettings(stock.ServerSettings):
     def _a_key(cls, value: str | None) -> str | None:
         if value is not None and not value.strip():
             raise ValueError("it is empty, and everybody would be served; leave it out for that")
-        return value
+        return value and value.strip()  # a file that it comes from ends with a line end
 
 
 class ConfigFile(ServerSettings):
