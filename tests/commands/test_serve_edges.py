@@ -228,7 +228,7 @@ def test_head_and_methods(server: Server) -> None:
 
 def test_keys() -> None:
     with (
-        Server("--model", DEMO, "--ctx", 128, "--threads", 1, key=None) as server,
+        Server("--model", DEMO, "--ctx", 128, "--threads", 1, "--api-key", "sécret\n", key=None) as server,
         server.http() as http,
     ):
 
