@@ -13,8 +13,10 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from entmtp.common.errors import ConvertError
+from entmtp.common.streams import printable
 from entmtp.convert.writer import FORMAT_VERSION, OUTTYPES, matrix_type
 from entmtp.models.formats.gguf_header import GGUFHeader, TensorInfo, read_gguf_header
 
@@ -203,9 +205,9 @@ def print_heads(heads: HeadsFile) -> None:
     console = Console()
     if not console.is_terminal:  # no folding of lines in a pipe
         console = Console(width=160)
-    keys = Table("key", "value", title=str(heads.path), title_justify="left")
+    keys = Table("key", "value", title=Text(printable(str(heads.path))), title_justify="left")
     for key, value in heads.keys.items():
-        keys.add_row(key, str(value))
+        keys.add_row(Text(printable(key)), Text(printable(str(value))))
     console.print(keys)
     console.print(projections(heads), highlight=False)
     tensors = Table(
@@ -213,11 +215,13 @@ def print_heads(heads: HeadsFile) -> None:
     )
     tensors.add_column("bytes", justify="right")
     for info in heads.tensors.values():
-        tensors.add_row(info.name, " x ".join(map(str, info.shape)), info.type.name, f"{info.nbytes:,}")
+        tensors.add_row(
+            Text(printable(info.name)), " x ".join(map(str, info.shape)), info.type.name, f"{info.nbytes:,}"
+        )
     console.print(tensors)
     counts = Table("part", title="parameters", title_justify="left")
     counts.add_column("count", justify="right")
     for owner, count in heads.parameters.items():
-        counts.add_row(owner, f"{count:,}")
+        counts.add_row(Text(printable(owner)), f"{count:,}")
     counts.add_row("all", f"{sum(heads.parameters.values()):,}", end_section=True)
     console.print(counts)

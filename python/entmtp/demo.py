@@ -18,7 +18,7 @@ from rich.text import Text
 from .bank import Bank
 from .common.errors import EntmtpError, UsageError
 from .common.numbers import COUNT, TEMPERATURE
-from .common.streams import run_command
+from .common.streams import printable, run_command
 from .llama import Llama
 from .measure.compare import Comparison
 from .measure.methods import ENTMTP, HEADS_ALONE, PLAIN_LOOP, TEXT_ALONE, generic, published
@@ -78,7 +78,7 @@ def stream(console: Console, llm: Llama, tokens: list[int], n: int, temp: float)
     llm.reset()
     for text, drafters in pieces(llm, drawn()):
         first = next((name for name, bit in SOURCES.items() if drafters & bit), "")
-        console.print(Text(text, style=COLOURS.get(first, "")), end="")
+        console.print(Text(printable(text), style=COLOURS.get(first, "")), end="")
     llm.on_token = None
     console.print()
 
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         same = run(args, console)
     except (EntmtpError, ValueError, OSError) as e:
-        print(f"entmtp.demo: {e}", file=sys.stderr)
+        print(f"entmtp.demo: {printable(str(e))}", file=sys.stderr)
         return 2 if isinstance(e, UsageError) else 1
     except KeyboardInterrupt:
         return 130

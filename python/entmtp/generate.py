@@ -13,29 +13,28 @@ import json
 import sys
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from . import options
 from .common.atomic import atomic_path, named
 from .common.errors import EntmtpError, UsageError
 from .common.fields import parse_json
-from .common.files import check_output, read_text
+from .common.files import alone, check_output, read_text
 from .common.interrupt import ctrl_c_stops
 from .common.numbers import COUNT
+from .common.progress import progress_bar
 from .common.prompts import FORMS, Question, read_questions
 from .common.sampling import add_sampling_options, sampling
-from .common.streams import leave, run_command
+from .common.streams import leave, printable, run_command
 from .llama import Llama
 from .measure.speed import Meter, PlainPass, Speed
 from .models.channels import CALL, TEXT, Channels
 from .models.templates import has_template
+from .native import kernels
 from .options.grammar import grammar
 
 
@@ -142,7 +141,7 @@ def one(generator: Generator, prompt: str, args: Namespace) -> int:
         raise UsageError(f"{args.outfile} is there already; give --overwrite to replace it, or another name")
 
     def write(text: str) -> None:
-        sys.stdout.write(text)
+        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
 
     with ctrl_c_stops(generator.llm.cancel) as stopped:
@@ -179,8 +178,15 @@ def settings_of(args: Namespace, model: Path) -> dict[str, Any]:
         "model": f"{model.name} {digest}", "seed": args.seed, "tokens": args.tokens, "ctx": args.ctx,
         "chat": args.chat, "system": args.system, **sampling(args),
     }  # fmt: skip
-    if args.parallel > 1:  # sums in another order than without flash attention
-        facts["flash_attn"] = True if args.flash_attn is None else args.flash_attn
+    # what rounds otherwise: sums in another order, another type of cache, ggml's kernels, devices
+    on = args.parallel > 1 if args.flash_attn is None else args.flash_attn
+    cache = None if args.cache_type == "f16" else args.cache_type
+    where = {
+        "flash_attn": True if on else None, "cache_type": cache,
+        "kernels": "off" if kernels.current() == kernels.OFF else None,
+        "n_gpu_layers": args.n_gpu_layers or None, "rpc": True if args.rpc else None,
+    }  # fmt: skip
+    facts |= {name: value for name, value in where.items() if value is not None}
     for name in ("grammar", "json_schema"):
         if path := getattr(args, name):
             facts[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
@@ -252,23 +258,20 @@ def _said(settings: dict[str, Any], key: str) -> str:
     return str(settings[key]) if key in settings else "the default"
 
 
-@contextlib.contextmanager
-def progress_bar(done: int, total: int) -> Iterator[Callable[[], None]]:
-    """On stderr, where that is a terminal; yields what counts one more."""
-    console = Console(stderr=True)
-    columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
-        job = bar.add_task("answers", total=total, completed=done)
-        yield lambda: bar.advance(job)
-
-
 def batch(
     generators: list[Generator], questions: list[Question], args: Namespace, settings: dict[str, Any]
 ) -> int:
     """Answer all prompts that have no answer yet, as many at a time as there are generators."""
+    with alone(args.outfile):
+        return _batch(generators, questions, args, settings)
+
+
+def _batch(
+    generators: list[Generator], questions: list[Question], args: Namespace, settings: dict[str, Any]
+) -> int:
     path: Path | None = args.outfile
     done: set[str] = set()
-    if path and path.exists() and not args.overwrite:
+    if path and path.stat().st_size and not args.overwrite:
         done = resume(path, settings, questions)
     questions = questions[: args.limit]
     done &= {q.id for q in questions}
@@ -304,7 +307,9 @@ def batch(
                     return
                 except ValueError as e:  # this prompt is too long; others may not be
                     with lock:
-                        print(f"entmtp.generate: {question.id}: {e}", file=sys.stderr)
+                        print(
+                            f"entmtp.generate: {printable(question.id)}: {printable(str(e))}", file=sys.stderr
+                        )
                         failed.append(question.id)
                     continue
                 row |= {"text": answer.text, "finish_reason": answer.finish_reason, "settings": settings}
@@ -474,14 +479,14 @@ def main(argv: list[str] | None = None) -> int:
                 return batch(generators, questions, args, settings_of(args, Path(llm.model_path)))
             return one(generators[0], prompt, args)
     except UsageError as e:
-        print(f"entmtp.generate: {e}", file=sys.stderr)
+        print(f"entmtp.generate: {printable(str(e))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader left
         leave()
         return 1
     except (EntmtpError, ValueError, OSError) as e:
         reason = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e
-        print(f"entmtp.generate: {reason}", file=sys.stderr)
+        print(f"entmtp.generate: {printable(reason)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -69,15 +71,22 @@ class Paced(Upstream):
         if self._decoder is not None and self.n_threads == self.n_threads_batch:
             self._decoder.set_threads(self.n_threads)
 
-    def with_own_costs(self, bank: Bank) -> Bank:
-        """The bank with costs of this machine, as measured or remembered."""
-        threads, self._threads = self._threads, None  # the number stands still while it is timed
-        free = threads.look() if threads else None
-        self._costs = {}
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """The number of threads stays as it is while something is timed."""
+        threads, self._threads = self._threads, None
         try:
-            costs = drafting.own_costs(cast("Subject", self), bank, free)
+            yield
         finally:
             self._threads = threads
+
+    def with_own_costs(self, bank: Bank) -> Bank:
+        """The bank with costs of this machine, as measured or remembered."""
+        threads = self._threads
+        free = threads.look() if threads else None
+        self._costs = {}
+        with self.still():
+            costs = drafting.own_costs(cast("Subject", self), bank, free)
         if not costs:
             return bank
         if threads is not None:

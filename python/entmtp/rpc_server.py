@@ -14,7 +14,7 @@ from ctypes import c_char_p, c_int, c_size_t, c_void_p
 from .common.cache import cache_folder
 from .common.errors import EntmtpError, ServerError
 from .common.numbers import THREADS
-from .common.streams import run_command
+from .common.streams import printable, run_command
 from .native import kernels, rpc
 from .native.backends import ggml
 
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         serve(args)
         print("entmtp.rpc_server: it stopped listening; the reason is above", file=sys.stderr)
     except (EntmtpError, ValueError, OSError) as e:
-        print(f"entmtp.rpc_server: {e}", file=sys.stderr)
+        print(f"entmtp.rpc_server: {printable(str(e))}", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
     return 1

@@ -15,6 +15,7 @@ from ..common.fields import parse_json
 from ..common.files import check_output
 from ..common.machine import cpu_name
 from ..common.numbers import COUNT, TEMPERATURE, THREADS, number
+from ..common.streams import printable
 from ..common.version import __version__
 from ..convert.writer import OUTTYPES
 from ..models.shapes import QUANTS, SHAPES
@@ -248,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.outfile:
             write(report, "\n".join(texts), args.outfile)
     except (ConvertError, EntmtpError, ValueError, OSError) as e:
-        print(f"entmtp.bench: {e}", file=sys.stderr)
+        print(f"entmtp.bench: {printable(str(e))}", file=sys.stderr)
         return 2 if isinstance(e, UsageError) else 1
     except KeyboardInterrupt:
         return 130

@@ -15,7 +15,7 @@ from typing import Any
 from .. import options
 from ..common.errors import EntmtpError, UsageError
 from ..common.sampling import add_sampling_options
-from ..common.streams import leave
+from ..common.streams import leave, printable
 from ..llama import Llama
 from ..models.templates import CONTINUE, prompt_length
 from .commands import run
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         leave()
         return 1
     except (EntmtpError, ValueError, OSError) as e:
-        print(f"entmtp.chat: {e}", file=sys.stderr)
+        print(f"entmtp.chat: {printable(str(e))}", file=sys.stderr)
         return 2 if isinstance(e, UsageError) else 1
     except KeyboardInterrupt:
         return 130

@@ -35,6 +35,8 @@ class Conversation:
             EntmtpError: the last question alone is too long.
         """
         starts = [i for i, m in enumerate(self.turns) if m["role"] == "user"]
+        if not starts:
+            raise EntmtpError("there is no question to answer")
         for dropped, start in enumerate(starts):
             rest = Conversation(self.system, self.turns[start if dropped else 0 :])
             n = prompt_length(llm, rest.messages)
@@ -72,7 +74,9 @@ def load(path: Path) -> Conversation:
         EntmtpError: the file is missing, or no conversation; the text says what is wrong.
     """
     try:
-        data = parse_json(path.read_text("utf-8"))
+        if path.exists() and not path.is_file():
+            raise EntmtpError(f"{path} is no conversation: it is no file")
+        data = parse_json(path.read_text("utf-8-sig"))
     except OSError as e:
         raise EntmtpError(f"{path} cannot be read: {(e.strerror or str(e)).lower()}") from None
     except ValueError as e:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import sys
 import unicodedata
@@ -12,6 +11,8 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from prompt_toolkit.utils import get_cwidth
+
+from ..common.streams import printable
 
 TAB = 8
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -22,13 +23,6 @@ ERASE_BELOW, UP = "\x1b[J", "\x1b[A"
 def is_colourful() -> bool:
     """Colours are wanted (https://no-color.org)."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-def printable(text: str) -> str:
-    """Text without the control characters by which a model could take hold of the terminal."""
-    if text.isprintable():
-        return text
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", text)
 
 
 def colour_of(drafters: int) -> str:
@@ -66,7 +60,7 @@ class Screen:
         if not text:
             return
         if not self.live:
-            self.file.write(text)
+            self.file.write(printable(text) if self.file.isatty() else text)
             self.file.flush()
             self.ends_line = text.endswith("\n")
             return

@@ -20,6 +20,7 @@ from rich.console import Console
 from ..common.errors import EntmtpError
 from ..common.interrupt import ctrl_c_stops
 from ..common.sampling import sampling
+from ..common.streams import printable
 from ..llama import Llama
 from ..measure.speed import Meter, PlainPass, Speed
 from ..models.channels import TAGS, TEXT, THOUGHT, Channels, Piece
@@ -66,15 +67,20 @@ class Chat:
 
     def say(self, text: str) -> None:
         """A note to the user."""
-        self.console.print(text, style="dim" if self.console.is_terminal and self.screen.colour else None)
+        self.console.print(
+            printable(text), style="dim" if self.console.is_terminal and self.screen.colour else None
+        )
 
     def warn(self, text: str) -> None:
         """What went wrong."""
-        self.console.print(text, style="red" if self.screen.colour else None)
+        self.console.print(printable(text), style="red" if self.screen.colour else None)
 
     def ask(self, question: str) -> bool:
         """Answer a question. Returns whether there is an answer."""
         self.n_regenerated = 0
+        turns = self.conversation.turns
+        if turns and turns[-1]["role"] == "user":  # never answered; templates want answers in turn
+            turns.pop()
         self.conversation.add("user", question)
         return self.answer()
 
@@ -83,7 +89,7 @@ class Chat:
         turns = self.conversation.turns
         if turns and turns[-1]["role"] == "assistant":
             turns.pop()
-        if not turns:
+        if not turns or turns[-1]["role"] != "user":
             raise EntmtpError("there is no question to answer again")
         self.n_regenerated += 1
         self.answer()
@@ -102,6 +108,9 @@ class Chat:
             turns.pop()  # or every later question would fail, too
             self.warn(str(e))
             return False
+        except BaseException:  # Ctrl-C before the answer begins
+            turns.pop()
+            raise
         if not text and self.stopped:
             turns.pop()
         else:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from .atomic import named
 from .errors import ModelError, UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def expanded(name: str | Path) -> Path:
@@ -65,3 +72,26 @@ def _is_same(a: Path, b: str | os.PathLike[str]) -> bool:
         return os.path.samefile(a, b)
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def alone(path: Path | None) -> Iterator[None]:
+    """Hold a file of answers, in which two commands would write over each other's.
+
+    Raises:
+        UsageError: another one holds it.
+    """
+    if path is None:
+        yield
+        return
+    with named(path), path.open("ab") as file:
+        if fcntl is not None and path.is_file():
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"{path}: another command writes its answers there; wait, or give another name"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+        yield

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.progress import Progress
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 @contextmanager
@@ -22,3 +23,13 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(jobs[stage], completed=done, total=total)
 
         yield advance
+
+
+@contextmanager
+def progress_bar(done: int, total: int) -> Iterator[Callable[[], None]]:
+    """On stderr, where that is a terminal; yields what counts one more."""
+    console = Console(stderr=True)
+    columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        job = bar.add_task("answers", total=total, completed=done)
+        yield lambda: bar.advance(job)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -15,6 +17,9 @@ def run_command(main: Callable[[], int]) -> int:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+        stream = getattr(sys, name)
+        if mode == "w" and hasattr(stream, "reconfigure"):  # a terminal of ASCII shows \u2026
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             return main()
@@ -25,6 +30,19 @@ def run_command(main: Callable[[], int]) -> int:
     except BrokenPipeError:  # as in `entmtp doctor | head`
         leave()
         return 1
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        leave()
+        print(f"entmtp: what is written has no room: {(e.strerror or str(e)).lower()}", file=sys.stderr)
+        return 1
+
+
+def printable(text: str) -> str:
+    """Text without the control characters by which a model, or a name in a file, could take hold of the terminal."""
+    if text.isprintable():
+        return text
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", text)
 
 
 def leave() -> None:

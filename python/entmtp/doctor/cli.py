@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..common.streams import printable
 from ..common.version import __version__
 from ..options.model import add_model_options
 from .checks import Check, examine
@@ -23,8 +24,12 @@ def reporter() -> Callable[[Check], None]:
     """Prints a check: coloured on a terminal, else plain lines."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
+
+    def one_line(text: str) -> str:  # names in files may be anything
+        return printable(text).replace("\n", "\\n")
 
     def coloured(check: Check) -> None:
         mark, style = MARKS[check.status]
@@ -32,14 +37,16 @@ def reporter() -> Callable[[Check], None]:
         row.add_column(width=1, style=style)
         row.add_column(width=14, style="bold")
         row.add_column(overflow="fold")
-        row.add_row(mark, check.what, check.found)
+        row.add_row(mark, Text(check.what), Text(one_line(check.found)))
         if check.mend:
-            row.add_row("", "", f"→ {check.mend}", style=style)
+            row.add_row("", "", Text(one_line(f"→ {check.mend}")), style=style)
         console.print(row, markup=False, highlight=False)
 
     def plain(check: Check) -> None:
         print(
-            f"{check.status:<7}{check.what:<15}{check.found}" + (f"; {check.mend}" if check.mend else ""),
+            one_line(
+                f"{check.status:<7}{check.what:<15}{check.found}" + (f"; {check.mend}" if check.mend else "")
+            ),
             flush=True,
         )
 
@@ -90,7 +97,9 @@ def main(argv: list[str] | None = None) -> int:
             "build": _build(),
             "checks": [asdict(check) for check in checks],
         }
-        text = json.dumps(report, indent=2, ensure_ascii=False)
+        text = json.dumps(
+            report, indent=2, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf")
+        )
         home = str(Path.home())
         print(text if len(home) < 2 else text.replace(home, "~"))  # no user names in bug reports
     elif broken:

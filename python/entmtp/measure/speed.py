@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from ..common.errors import EntmtpError
+from ..common.errors import BankError, EntmtpError
 from ..native.stats import DraftStats
 from .at_load import quick
 from .known import cached
@@ -48,10 +48,12 @@ class PlainPass:
         if known is None and llm.n_ctx() >= 128:
             before = llm.bank, llm.policy, llm.tree
             try:
-                known = quick(llm)
-            except EntmtpError:
+                with llm.still():
+                    known = quick(llm)
+            except (EntmtpError, BankError):
                 known = None
-            llm.set_trees(before[0], policy=before[1], tree=before[2])
+            finally:
+                llm.set_trees(before[0], policy=before[1], tree=before[2])
         return PlainPass(known.curve()[0] if known else None)
 
     def observe(self, stats: DraftStats) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +35,7 @@ class Subject(Protocol):
     def ctx(self) -> Any: ...
     @property
     def n_tokens(self) -> int: ...
+    def still(self) -> AbstractContextManager[None]: ...
     @property
     def decoder(self) -> Decoder: ...
     @property

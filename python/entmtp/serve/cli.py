@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..common.errors import EntmtpError
+from ..common.streams import printable
 
 NEEDED = ("fastapi", "uvicorn", "pydantic_settings", "prometheus_client")
 STOP_WITHIN = (
@@ -157,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(argv)
     except (EntmtpError, ValueError, OSError) as e:
-        print(f"entmtp.serve: {e}", file=sys.stderr)
+        print(f"entmtp.serve: {printable(str(e))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from ..common.errors import ConvertError, EntmtpError
+from ..common.streams import printable
 from .options import options_of, parse, setup_arg_parser
 from .run import report, train
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             train(options)
         return 0
     except (EntmtpError, ConvertError, ValueError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {printable(str(e))}", file=sys.stderr)
     except OSError as e:
         where = f"{e.filename}: " if e.filename else ""
         print(

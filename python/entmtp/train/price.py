@@ -84,7 +84,8 @@ def measure_prices(
             )
             for kind, n in times
         }
-        costs = quick(base.llm)
+        with base.llm.still():
+            costs = quick(base.llm)
         begin = time.perf_counter()
         for i in range(MOST + 1):
             for key, heads in probes.items():

@@ -23,6 +23,7 @@ from ..common.files import check_output
 from ..common.numbers import COUNT, SHARE, TEMPERATURE, number
 from ..common.progress import stages
 from ..common.prompts import FORMS, Question, read_questions
+from ..common.streams import printable
 from ..measure.judge import AUTO, AUTO_LEARNED
 from ..measure.known import tuned_path
 from ..measure.tuning import tune
@@ -198,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         if kept and not args.traces:
             Path(kept).unlink(missing_ok=True)
     except (EntmtpError, ValueError, OSError) as e:
-        print(f"entmtp.tune: {e}", file=sys.stderr)
+        print(f"entmtp.tune: {printable(str(e))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(
