@@ -14,6 +14,7 @@ from typing import Any
 
 from . import drafting
 from .common.errors import BusyError, Cancelled, EntmtpError
+from .common.fork import check_threads
 from .llama import Llama
 from .models.base import context_length
 from .native.group import Group, Passes
@@ -348,6 +349,7 @@ class Engine:
 
     def follow(self) -> None:
         """Before a pass: the number of threads that the machine has to spare now."""
+        check_threads(self.host.n_threads)
         threads = self.host._threads
         if threads is None or not self._pace.acquire(blocking=False):
             return

@@ -486,7 +486,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except (EntmtpError, ValueError, OSError) as e:
         reason = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e
-        print(f"entmtp.generate: {printable(reason)}", file=sys.stderr)
+        print(f"entmtp.generate: {printable(str(reason))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

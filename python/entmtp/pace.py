@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from . import drafting
 from .bank import Bank, Costs
+from .common.fork import check_threads
 from .common.machine import fast_cores
 from .common.use import Use
 from .threads import Threads
@@ -65,6 +66,7 @@ class Paced(Upstream):
         """Before a pass: the number of threads that the machine has to spare now."""
         if self._threads is not None and (n := self._threads.look()) != self.n_threads:
             self.compute_on(n)
+        check_threads(max(self.n_threads, self.n_threads_batch))
 
     def name_threads(self) -> None:
         """After a policy was set: its costs are of this number of threads."""

@@ -343,3 +343,30 @@ def test_a_call_that_ctrl_c_left_holds_nothing() -> None:
     over.set()
     holder.join()
     del Use.is_called  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_forked_process_says_so(anew: bool) -> None:
+    """The threads of a pass do not come along: it waited for them for ever. On one thread it goes on."""
+    code = f"""
+import os
+from entmtp import Llama
+def made(n):
+    return Llama({str(DEMO)!r}, draft="entmtp", n_ctx=128, n_threads=n, n_threads_batch=n, verbose=False)
+llm = made(2)
+want = llm.create_completion("Hi", max_tokens=4, temperature=0)["choices"][0]["text"]
+if os.fork() == 0:
+    try:
+        one = made(2) if {anew} else llm
+        print(one.create_completion("Hi", max_tokens=4, temperature=0), flush=True)
+    except Exception as e:
+        print(e, flush=True)
+    assert made(1).create_completion("Hi", max_tokens=4, temperature=0)["choices"][0]["text"] == want
+    os._exit(0)
+assert os.wait()[1] == 0
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and "this process was forked after" in done.stdout, done.stderr[-1000:]
