@@ -14,7 +14,8 @@ Generated from `python/entmtp/options/table.py` by `python docs/make_api.py`; do
 
 What `entmtp.Llama` takes beyond `llama_cpp.Llama` is an option of the commands that load a model, and a setting of
 `serve`: there an option too (`--typical-epsilon`, or `--typical_epsilon`), an environment variable (`TYPICAL_EPSILON`)
-or a key of the config file. `tune` draws trees itself: it has no options for drafting. Where llama-cpp-python's server
+or a key of the config file. `tune`, `demo` and `bench` have no options for
+drafting, `train` those of the model, threads and devices alone. Where llama-cpp-python's server
 has the setting, as `n_ctx`, its default is the one of that server.
 
 In Python, `draft="entmtp"` drafts and `draft=None` decodes plainly; the commands draft, with heads or without, unless

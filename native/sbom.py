@@ -102,6 +102,8 @@ def llama_cpp(pin: dict[str, str]) -> Component:
         components=[
             component("ggml", "MIT", pin["ggml"], purl=PackageURL("github", "ggml-org", "ggml")),
             component("llamafile sgemm", "MIT", copyright="2024 Mozilla Foundation"),
+            component("YaRN", "MIT", copyright="2023 Jeffrey Quesnelle and Bowen Peng"),
+            component("ggllm.cpp", "MIT", purl=PackageURL("github", "cmp-nct", "ggllm.cpp")),
         ],
     )  # fmt: skip
 

@@ -91,6 +91,10 @@ class Llama(Drafted):
             (On a GPU, and with kernels="off", as llama-cpp-python chooses.)
         **kwargs: everything else that `llama_cpp.Llama` takes.
 
+    Attributes:
+        lossless: `"exact"`: drafted texts are plain decoding's, bit for bit; `"rounding"`: up to ties of two tokens.
+        bank, policy, tree: what it drafts with. on_token: called with each token and who guessed it, or None.
+
     Raises:
         ValueError: an argument that cannot work, or a broken tree bank.
         EntmtpError: the heads file is damaged or belongs to another base model, or an `hf:` name cannot be had.
@@ -303,11 +307,10 @@ class Llama(Drafted):
                     f"the context is full: {self.n_tokens} tokens are in it and {len(tokens)} more do not fit into "
                     f"{self.n_ctx()}; shorten the prompt, or create the model with a larger n_ctx"
                 )
-            reading = self._reading
-            n_batch = self.n_batch if reading is None else min(self.n_batch, READ_AT_ONCE)
+            n_batch = self.n_batch if (reading := self._reading) is None else min(self.n_batch, READ_AT_ONCE)
             for i in range(0, len(tokens), n_batch):
-                batch = tokens[i : i + n_batch]
-                first, last = self.n_tokens, self.n_tokens + len(batch)
+                first, batch = self.n_tokens, tokens[i : i + n_batch]
+                last = first + len(batch)
                 self._decoder.eval(batch, first, self.logits_all or reading is not None)
                 self.input_ids[first:last] = batch
                 if reading is not None:

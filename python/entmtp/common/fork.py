@@ -31,6 +31,6 @@ def check_threads(n: int) -> None:
     if _is_lost:
         raise EntmtpError(
             "this process was forked after a model had computed on several threads, which are not in it: start it by "
-            "spawn (multiprocessing.set_start_method), fork before, or compute on one thread (n_threads=1, n_threads_batch=1)"
+            "spawn (multiprocessing.set_start_method), or compute on one thread (n_threads=1, n_threads_batch=1)"
         )
     _computed = True
