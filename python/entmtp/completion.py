@@ -187,9 +187,11 @@ class Ending:
                     yield {**chunk, "choices": [one]}
                 if last:
                     reason = "stop" if self.cut is not None else reason
+                    rest = self._n_silent - self._n_behind()  # of half a character
+                    told = self.record.of(rest) if self.record is not None and rest > 0 else None
                     yield {
                         **chunk,
-                        "choices": [{**choice, "text": "", "logprobs": None, "finish_reason": reason}],
+                        "choices": [{**choice, "text": "", "logprobs": told, "finish_reason": reason}],
                     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -250,3 +251,27 @@ def test_tokenizers_that_write_half_a_character(text: str, stop: list[str]) -> N
         assert "".join(c["choices"][0]["text"] for c in told) == left
         n_told = sum(len((c["choices"][0]["logprobs"] or {"tokens": []})["tokens"]) for c in told)
         assert n_told == len(left.encode())
+
+
+def test_log_probabilities_of_a_stream_are_those_of_the_whole(load: Callable[..., Llama]) -> None:
+    """Also of tokens without a text of their own: halves of characters, at the end and before stop strings."""
+    llm, rng = load(), random.Random(3)
+    halves = [t for t in range(llm.n_vocab()) if any(b >= 0x80 for b in llm.detokenize([t]))]
+    n_silent = 0
+    for i in range(60):
+        asked: dict[str, Any] = {
+            "max_tokens": rng.randint(1, 12), "temperature": 1.0, "seed": i, "logprobs": rng.randint(0, 2),
+            "logit_bias": {t: rng.choice([8, 30]) for t in rng.sample(halves, min(40, len(halves)))},
+        }  # fmt: skip
+        text = llm.create_completion("Tom has 3", **asked)["choices"][0]["text"]
+        if text and i % 3 == 0:
+            asked["stop"] = [text[rng.randrange(len(text)) :][:2]]
+        whole = llm.create_completion("Tom has 3", **asked)["choices"][0]["logprobs"]
+        streamed: dict[str, list[Any]] = {}
+        for chunk in llm.create_completion("Tom has 3", stream=True, **asked):
+            choice = chunk["choices"][0]
+            for name, values in (choice["logprobs"] or {}).items():
+                streamed.setdefault(name, []).extend(values)
+                n_silent += name == "tokens" and not choice["text"]
+        assert streamed == {name: values for name, values in whole.items() if values or streamed}, asked
+    assert n_silent > 3
