@@ -18,6 +18,7 @@ from entmtp import Llama
 from entmtp.chat.conversation import Conversation
 from entmtp.common.errors import EntmtpError
 from entmtp.measure import speed
+from helpers.rewritten import rewritten
 from helpers.typed import DEMO
 
 EVIL = "\x1b]0;owned\x07\x1b[31mred\nok      model   fine"
@@ -37,24 +38,13 @@ def run(*args: object, **how: Any) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def renamed(path: Path, name: str, template: str | None = None) -> Path:
-    reader, writer = gguf.GGUFReader(DEMO), gguf.GGUFWriter(path, "llama")
-    for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.name"):
-            continue
-        kind = field.types[0]
-        sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), kind, sub)
-    writer.add_name(name)
-    if template is not None:
-        writer.add_chat_template(template)
-    for t in reader.tensors:
-        writer.add_tensor(t.name, t.data, raw_dtype=t.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+def renamed(path: Path, name: str, template: str = "") -> Path:
+    def more(writer: gguf.GGUFWriter) -> None:
+        writer.add_name(name)
+        if template:
+            writer.add_chat_template(template)
+
+    return rewritten(DEMO, path, ("general.name",), more)
 
 
 def test_names_in_files_do_not_take_hold_of_the_terminal(tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import gguf
 import llama_cpp
 import pytest
 
 from entmtp import EntmtpError, Llama
 from entmtp.common.errors import BusyError
 from entmtp.common.use import Use
+from helpers.rewritten import rewritten
 from helpers.typed import DEMO
 
 SETTINGS: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
@@ -187,21 +187,7 @@ def test_arguments_that_nobody_knows() -> None:
 
 def templated(path: Path, template: str) -> Path:
     """The demo with a chat template."""
-    reader, writer = gguf.GGUFReader(DEMO), gguf.GGUFWriter(path, "llama")
-    for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name == "general.architecture":
-            continue
-        kind = field.types[0]
-        sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), kind, sub)
-    writer.add_chat_template(template)
-    for t in reader.tensors:
-        writer.add_tensor(t.name, t.data, raw_dtype=t.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return rewritten(DEMO, path, (), lambda w: w.add_chat_template(template))
 
 
 def test_a_template_that_cannot_be_read(tmp_path: Path) -> None:

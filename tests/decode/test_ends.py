@@ -16,6 +16,7 @@ from entmtp import EntmtpError, Llama
 from helpers.adapter import write_adapter
 from helpers.eagle3 import write_eagle3
 from helpers.models import SPECS, write_model
+from helpers.rewritten import rewritten
 from helpers.typed import DEMO
 
 SETTINGS: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
@@ -48,27 +49,11 @@ except Exception as e:
     assert "trained for a model of another width" in ended(code)
 
 
-def without_vocabulary(source: Path, path: Path) -> Path:
-    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(path, "llama")
-    for field in reader.fields.values():
-        if field.name.startswith(("GGUF.", "tokenizer.")) or field.name == "general.architecture":
-            continue
-        kind = field.types[0]
-        sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), kind, sub)
-    writer.add_tokenizer_model("no_vocab")
-    for t in reader.tensors:
-        writer.add_tensor(t.name, t.data, raw_dtype=t.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def test_a_drafter_without_a_vocabulary(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base.gguf", SPECS["llama"], seed=3)
-    drafter = without_vocabulary(base, tmp_path / "drafter.gguf")
+    drafter = rewritten(
+        base, tmp_path / "drafter.gguf", ("tokenizer.",), lambda w: w.add_tokenizer_model("no_vocab")
+    )
     code = f"""
 from entmtp import Llama
 try:
