@@ -188,3 +188,32 @@ def test_links_rights_and_devices(tmp_path: Path) -> None:
         check_output(tmp_path, [])
     with pytest.raises(UsageError, match="one of the files to read"):
         check_output(link, [None, tmp_path / "none", target])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"studies": [{}]},
+        {"studies": 5},
+        {"curves": [{"model": "m", "passes": [{"context": 1, "kernels": "k", "n": 40, "ms": 1}]}]},
+        {
+            "gpu_study": [
+                {
+                    "costs": {"verify": {"0": {"1": 1.0}}, "chain": [0.0], "level": []},
+                    "model": "m",
+                    "speeds": {"0": {"a": {"63 nodes": 1, "EntMTP": 1, "plain": 0}}},
+                }
+            ]
+        },
+    ],
+)
+def test_reports_that_are_none(tmp_path: Path, content: object) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (the plot extra)")
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps(content))
+    done = run("bench", "plot", report)
+    assert done.returncode == 1 and f"{report} cannot be drawn" in done.stderr
+    # names are names, not mathematics
+    row = {"load": "x$\\frac$", "server": "a", "tokens_per_second": 1, "first_ms": None, "gap_ms": None}
+    report.write_text(json.dumps({"serve": [row]}))
+    assert run("bench", "plot", report).returncode == 0

@@ -21,7 +21,7 @@ from ..convert.writer import OUTTYPES
 from ..models.shapes import QUANTS, SHAPES
 from ..native.backends import llama_commit
 from ..options import DEMO, add_model_options
-from ..report.plots import draw
+from ..report.plots import draw, of_file
 from ..report.tables import write
 from . import ablate, accuracy, gpu, heads, load, memory, mislead, passes, run, serve, study, users, whatif
 from .inputs import context_lengths, some_of
@@ -87,10 +87,12 @@ class Command(NamedTuple):
 
 def plot(args: argparse.Namespace, report: dict[str, Any]) -> Iterator[str]:
     """The picture of a report, beside it."""
-    try:
-        drawn = draw(parse_json(args.report.read_text("utf-8")), args.report.with_suffix(".png"))
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{args.report}: {e}") from e
+    with of_file(args.report):
+        try:
+            report = parse_json(args.report.read_text("utf-8"))
+        except ValueError as e:
+            raise ValueError(f"{args.report}: {e}") from e
+        drawn = draw(report, args.report.with_suffix(".png"))
     if drawn is None:
         raise ValueError(f"{args.report} holds no studies, curves, heads, GPU study or loads to draw")
     yield f"wrote {drawn}"

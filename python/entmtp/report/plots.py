@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,24 @@ def pyplot() -> Any:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(
-        {"figure.dpi": 130, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+        {"figure.dpi": 130, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+         "text.parse_math": False}
     )  # fmt: skip
     return plt
+
+
+@contextmanager
+def of_file(path: Path) -> Iterator[None]:
+    """Errors of drawing what a file holds, which may be anybody's, name it.
+
+    Raises:
+        ValueError: it holds something else than reports of this version.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, StopIteration) as e:
+        what = f"{type(e).__name__}: {e}"
+        raise ValueError(f"{path} cannot be drawn: it is no report of this version ({what:.100})") from e
 
 
 def save(figure: Any, path: Path) -> Path:

@@ -166,9 +166,11 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
         if args.plot:
-            from ..report.plots import plot_bank
+            from ..report.plots import of_file, plot_bank
 
-            for path in plot_bank(Bank.load(args.plot), Path(args.plot)):
+            with of_file(Path(args.plot)):
+                drawn = plot_bank(Bank.load(args.plot), Path(args.plot))
+            for path in drawn:
                 print(f"wrote {path}")
             return 0
         if not (args.model and args.prompts):
