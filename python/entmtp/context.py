@@ -101,3 +101,10 @@ def requantise(source: str | Path, target: str | Path, ftype: int) -> bool:
     return (
         llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)) == 0
     )
+
+
+class Processors(llama_cpp.LogitsProcessorList):
+    """Several, which a logit bias joins: llama-cpp-python takes what `extend` returns for all of them."""
+
+    def extend(self, others: Any) -> Any:
+        return Processors([*self, *others])

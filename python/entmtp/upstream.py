@@ -26,9 +26,9 @@ from llama_cpp import llama as stock
 
 from .common.errors import EntmtpError
 from .completion import Ending
-from .context import Gone, SequenceContext, cache_types, check_adapter
+from .context import Gone, Processors, SequenceContext, cache_types, check_adapter
 from .grammars import followed
-from .models.messages import TEMPLATE, in_template, plain_message, top_of, unreadable
+from .models.messages import TEMPLATE, in_template, plain_message, top_of, unreadable, with_names
 from .models.tokenizer import Tokenizer, check_tokens
 from .native import log
 from .request import (
@@ -380,9 +380,15 @@ class Upstream(llama_cpp.Llama):
             return [*bos, behind, *last, before, *first, between]
         return [*bos, before, *first, behind, *last, between]
 
-    def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
+    def create_chat_completion(
+        self, messages: Any, *args: Any, chat_template_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
         """As `llama_cpp.Llama.create_chat_completion`, and with OpenAI's `json_schema` as a response format; what it
-        would pass over in silence is a ValueError."""
+        would pass over in silence is a ValueError.
+
+        Args:
+            chat_template_kwargs: further names for the chat template, such as `{"enable_thinking": False}`.
+        """
         if not messages:
             raise ValueError("messages are empty: there is nothing to answer")
         asked = by_name("create_chat_completion", messages, args, kwargs)
@@ -403,7 +409,7 @@ class Upstream(llama_cpp.Llama):
         # a handler of the user's own takes what it likes
         plain = messages if self.chat_handler is not None else [plain_message(m) for m in messages]
         try:
-            with followed():
+            with followed(), with_names(self, chat_template_kwargs or {}):
                 answer: Any = super().create_chat_completion(plain, **asked)  # type: ignore[arg-type]
         except Exception as e:
             if in_template(e):
@@ -491,10 +497,3 @@ class Upstream(llama_cpp.Llama):
         if self._sampler is not None:
             self._sampler.close()  # it refers to itself: it would stay until garbage is collected
         self._sampler = None
-
-
-class Processors(llama_cpp.LogitsProcessorList):
-    """Several, which a logit bias joins: llama-cpp-python takes what `extend` returns for all of them."""
-
-    def extend(self, others: Any) -> Any:
-        return Processors([*self, *others])

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from entmtp import Llama
+from helpers.rewritten import rewritten
 from helpers.serving import Server, one_sentence, run
 from helpers.typed import DEMO
 
@@ -241,3 +242,44 @@ def test_a_model_that_ranks_has_no_embeddings() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             llm.embed(given)
+
+
+THINKS = """{% for m in messages %}{{ m.content }}{% endfor %}
+{%- if enable_thinking is defined and not enable_thinking %} without{% endif %}
+{%- if reasoning_effort is defined %} effort {{ reasoning_effort }}{% endif %}
+{%- if mood is defined %} mood {{ mood }}{% endif %}"""
+
+
+def test_names_for_the_template(tmp_path: Path) -> None:
+    model = rewritten(DEMO, tmp_path / "thinks.gguf", (), lambda w: w.add_chat_template(THINKS))
+    with Server("--model", model, "--ctx", 256, "--threads", 1) as server:
+
+        def length(path: str = CHAT, **body: Any) -> int:
+            answer = ask(server, path, messages=[USER], stream=False, **body)
+            return int(answer["usage"]["prompt_tokens"] if "usage" in answer else answer["prompt_eval_count"])
+
+        plain, without = length(), length(chat_template_kwargs={"enable_thinking": False})
+        assert (
+            without
+            == length(reasoning_effort="none", chat_template_kwargs={"reasoning_effort": ""}) - 1
+            > plain
+        )
+        assert length(chat_template_kwargs={"mood": "merry"}) > plain == length(chat_template_kwargs={})
+        assert length(reasoning_effort="high") > plain
+        assert (
+            length("/api/chat", think=False)
+            > length("/api/chat")
+            == plain
+            < length("/api/chat", think="high")
+        )
+        for name in ("messages", "bos_token", "a b"):
+            status, text = status_of(server, CHAT, messages=[USER], chat_template_kwargs={name: 1})
+            assert status == 400 and "no name that templates can be given" in text
+        assert length() == plain
+    llm = Llama(model, n_ctx=256, n_threads=1, verbose=False)
+    counts = [
+        llm.create_chat_completion([USER], max_tokens=1, **more)["usage"]["prompt_tokens"]
+        for more in ({}, {"chat_template_kwargs": {"enable_thinking": False}}, {})
+    ]
+    assert counts[0] == counts[2] < counts[1]
+    llm.close()

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
+import llama_cpp
 from jinja2 import TemplateError
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter, get_chat_completion_handler
 
 TEMPLATE = "tokenizer.chat_template"  # the key in a file's metadata; those of further ones begin with it
+
+
+# what templates, and the functions that call them, have by these names
+TAKEN = {
+    "llama", "bos_token", "eos_token", "add_generation_prompt", "raise_exception", "strftime_now",
+    *signature(llama_cpp.Llama.create_chat_completion).parameters,
+}  # fmt: skip
 
 
 def unreadable(template: str) -> str:
@@ -58,3 +69,27 @@ def top_of(answer: Any, n: int) -> Any:
         for token in (choice.get("logprobs") or {}).get("content") or ():
             token["top_logprobs"] = token["top_logprobs"][:n]
     return answer
+
+
+@contextmanager
+def with_names(llm: Any, names: dict[str, Any]) -> Iterator[None]:
+    """Within this the chat template of a `llama_cpp.Llama` knows further names.
+
+    Raises:
+        ValueError: one that templates have anyway, or that is none.
+    """
+    if not names:
+        yield
+        return
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier() or name in TAKEN:
+            raise ValueError(f"chat_template_kwargs: {name!r:.40} is no name that templates can be given")
+    before = llm.chat_handler
+    handler = (
+        before or llm._chat_handlers.get(llm.chat_format) or get_chat_completion_handler(llm.chat_format)
+    )
+    llm.chat_handler = lambda **asked: handler(**{**names, **asked})
+    try:
+        yield
+    finally:
+        llm.chat_handler = before

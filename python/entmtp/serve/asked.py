@@ -87,6 +87,7 @@ class Chat(Body):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     response_format: llama_cpp.ChatCompletionRequestResponseFormat | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(None, max_length=32)
 
 
 @dataclass
@@ -200,6 +201,12 @@ def chat(request: dict[str, Any]) -> Asked:
             request[name] = [_tool(tool) for tool in request[name]]
     if isinstance(request.get("messages"), list):
         request["messages"] = [_message(m) for m in request["messages"]]
+    effort = request.get("reasoning_effort")
+    if isinstance(effort, str):  # as gpt-oss's template calls it, and Qwen3's
+        given = request.get("chat_template_kwargs") or {}
+        if isinstance(given, dict):
+            thinks = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+            request["chat_template_kwargs"] = {**thinks, **given}
     functions = demand(request)
     asked = _read(request, Chat, [None])
     asked.functions = functions

@@ -20,6 +20,7 @@ from ..engine import Engine, Host
 from ..llama import Llama
 from ..measure.speed import PlainPass
 from ..models.base import context_length
+from ..models.messages import with_names
 from ..models.names import resolve
 from ..native.group import Passes
 from ..options.model import arguments, explained, model_files
@@ -73,8 +74,11 @@ class Served(Llama):
 
     def count(self, chat: dict[str, Any]) -> int:
         """Tokens of the prompt that `create_chat_completion` makes of its arguments."""
+        counting = Counting(self)
+        names = chat.pop("chat_template_kwargs", None) or {}
         try:
-            llama_cpp.Llama.create_chat_completion(Counting(self), **chat)  # type: ignore[arg-type]
+            with with_names(counting, names):
+                llama_cpp.Llama.create_chat_completion(counting, **chat)  # type: ignore[arg-type]
         except Counted as found:
             return int(found.args[0])
         raise AssertionError("a chat that asks for no completion")

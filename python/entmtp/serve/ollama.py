@@ -69,6 +69,9 @@ def _common(request: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise Refused("options is not an object", "options")
     said = {ours: options[name] for name, ours in OPTIONS.items() if options.get(name) is not None}
+    thinks = request.get("think")
+    if thinks is not None:  # yes, no, or how much
+        said["reasoning_effort"] = thinks if isinstance(thinks, str) else "medium" if thinks else "none"
     said["stream"] = True if request.get("stream") is None else request["stream"]
     if isinstance(model := request.get("model"), str):
         said["model"] = model
