@@ -259,11 +259,7 @@ def test_names_for_the_template(tmp_path: Path) -> None:
             return int(answer["usage"]["prompt_tokens"] if "usage" in answer else answer["prompt_eval_count"])
 
         plain, without = length(), length(chat_template_kwargs={"enable_thinking": False})
-        assert (
-            without
-            == length(reasoning_effort="none", chat_template_kwargs={"reasoning_effort": ""}) - 1
-            > plain
-        )
+        assert length(reasoning_effort="none") > without > plain
         assert length(chat_template_kwargs={"mood": "merry"}) > plain == length(chat_template_kwargs={})
         assert length(reasoning_effort="high") > plain
         assert (
