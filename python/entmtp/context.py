@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import llama_cpp
 from llama_cpp import _logger
 
 from .common.errors import CLOSED, ClosedError, ConvertError
-from .models.formats.gguf_header import read_gguf_header
+from .models.base import files_of
+from .models.formats.gguf_header import TensorInfo, read_gguf_header
 
 # types of keys and values that llama.cpp can keep; with others it ends the process
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
 
-def check_adapter(path: Path) -> None:
+def check_adapter(path: Path, model: Path) -> None:
     """Refuse a LoRA adapter that llama.cpp would take and end the process with at the first text.
 
     Raises:
@@ -27,13 +29,21 @@ def check_adapter(path: Path) -> None:
         header = read_gguf_header(path)
     except ConvertError as e:
         raise ValueError(f"lora_path: {e}") from None
+    stacks: dict[str, int] = {}  # of matrices, one for each expert
     for name, tensor in header.tensors.items():
         is_weight = tensor.type.name in ("F32", "F16", "BF16") or gguf.GGML_QUANT_SIZES[tensor.type][0] > 1
-        if not is_weight or any(n != 1 for n in tensor.shape[2:]):
+        n = tensor.shape[2] if len(tensor.shape) > 2 else 1
+        if n > 1 and not stacks:
+            stacks = {t.name: t.shape[2] for file in files_of(model) for t in _stacks(file)}
+        if not is_weight or len(tensor.shape) > 3 or n not in (1, stacks.get(name.rpartition(".")[0])):
             shape = " x ".join(map(str, tensor.shape))
             raise ValueError(
                 f"lora_path: {path}: {name} is {shape} of {tensor.type.name}, no matrix of weights"
             )
+
+
+def _stacks(file: Path) -> list[TensorInfo]:
+    return [tensor for tensor in read_gguf_header(file).tensors.values() if len(tensor.shape) == 3]
 
 
 class Gone:
@@ -108,3 +118,13 @@ class Processors(llama_cpp.LogitsProcessorList):
 
     def extend(self, others: Any) -> Any:
         return Processors([*self, *others])
+
+
+class Watched:
+    """Logits processors, each through `watch`; a list that grows meanwhile is followed, as in llama-cpp-python."""
+
+    def __init__(self, processors: Any, watch: Callable[[Any], Any]):
+        self._processors, self._watch = processors, watch
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._watch, self._processors)

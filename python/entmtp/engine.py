@@ -17,6 +17,7 @@ from .common.errors import BusyError, Cancelled, EntmtpError
 from .common.fork import check_threads
 from .llama import Llama
 from .models.base import context_length
+from .models.names import resolve
 from .native.group import Group, Passes
 from .slot import Slot
 from .stream import Stream
@@ -114,7 +115,7 @@ class Engine:
             if kwargs.get(name):
                 raise ValueError(f"{name} is not for an engine: it {why}")
         if n_ctx == 0:
-            n_ctx = context_length(Path(model_path)) or n_ctx
+            n_ctx = context_length(resolve(model_path, "model")) or n_ctx
         settings = {"flash_attn": True, "draft": draft, **kwargs}
         self._begin(
             lambda n_cells: Host(model_path, n_slots=slots, n_ctx=n_cells, **settings),
@@ -342,7 +343,7 @@ class Engine:
             with self.slot() as llm:
                 create = llm.create_chat_completion if is_chat else llm.create_completion
                 stream.follow(create(prompt, **{**settings, "stream": True}), llm.cancel)
-        except Exception as e:
+        except BaseException as e:
             stream.fail(e)
 
     # -- the machine --

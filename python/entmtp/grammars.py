@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -43,6 +45,8 @@ IS_OF: dict[str, Any] = {
     "integer": lambda x: isinstance(x, int | float) and not isinstance(x, bool) and x == int(x),
 }  # fmt: skip
 ANY = {"title": "any"}  # narrows nothing
+REFS = re.compile(r"re(f+)")
+LONGEST_GRAMMAR = 1 << 18  # characters
 MOST_PARTS = 20_000  # of a schema, as often as they are looked at
 
 
@@ -65,14 +69,19 @@ class _Converter(llama_grammar.SchemaConverter):
         self._root = root
         self._named: dict[str, str] = {}  # rules of references
         self._n_parts = 0
-        self._prefix = "ref"  # of their names, as no property is called
-        while self._prefix in json.dumps(root):
-            self._prefix += "f"
+        # of their names, as no property is called
+        longest = max((len(found) for found in REFS.findall(json.dumps(root))), default=0)
+        self._prefix = "re" + "f" * (longest + 1)
+        self._keys: dict[tuple[str, str], str] = {}  # of rules, by their names and what they are
+        self._numbers: Counter[str] = Counter()
+        self._n_written = 0
 
     def visit(self, schema: Any, name: str) -> str:
         self._n_parts += 1
         if self._n_parts > MOST_PARTS:
             raise ValueError(f"schema: it comes to more than {MOST_PARTS} parts; write less")
+        if not name and self._n_parts > 1:
+            name = "empty"  # a property; the root is what has no name
         plain = self._plain(schema, f"schema, {name}" if name else "schema")
         if plain:
             return str(super().visit(plain, name))
@@ -80,6 +89,24 @@ class _Converter(llama_grammar.SchemaConverter):
         return value if name else str(self._add_rule("root", value))
 
     # -- what it writes --
+
+    def _add_rule(self, name: str, rule: str) -> str:
+        """As there, for many rules whose names come to the same."""
+        escaped = llama_grammar.INVALID_RULE_CHARS_RE.sub("-", name)
+        key = self._keys.get((escaped, rule))
+        if key is None:
+            self._n_written += len(rule)
+            if self._n_written > LONGEST_GRAMMAR:
+                raise ValueError(
+                    f"schema: its grammar comes to more than {LONGEST_GRAMMAR} characters; write less"
+                )
+            key = escaped
+            while key in self._rules and self._rules[key] != rule:
+                key = f"{escaped}{self._numbers[escaped]}"
+                self._numbers[escaped] += 1
+            self._keys[escaped, rule] = key
+            self._rules[key] = rule
+        return key
 
     def _add_primitive(self, name: str, rule: Any) -> str:
         is_char = rule is llama_grammar.PRIMITIVE_RULES["char"]
@@ -167,6 +194,10 @@ class _Converter(llama_grammar.SchemaConverter):
                 if properties.setdefault(name, schema) != schema:
                     raise ValueError(f"{where}: allOf has two schemas of the property {name!r:.40}")
             required += part.get("required", [])
+        for part in parts:
+            others = set(properties).union(required) - set(part.get("properties", {}))
+            if part.get("additionalProperties", True) is not True and others:
+                raise ValueError(f"{where}: no grammar can be made of additionalProperties in allOf")
         return _object({"type": "object", "properties": properties, "required": required}, where)
 
     def _flat(self, schema: Any, where: str, depth: int) -> list[dict[str, Any]]:

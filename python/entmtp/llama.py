@@ -14,7 +14,6 @@ import llama_cpp
 from . import drafting
 from .bank import Bank, load_bank
 from .common.errors import BusyError, Cancelled, ClosedError, EntmtpError
-from .common.interrupt import heeded
 from .common.use import Use
 from .completion import Ending
 from .drafted import Drafted
@@ -281,7 +280,7 @@ class Llama(Drafted):
             self._decoder.cancel()
 
     def _resume(self) -> None:
-        self._stopped = False
+        self._stopped, self.failed = False, None
         if self._decoder is not None:
             self._decoder.resume()
 
@@ -295,13 +294,13 @@ class Llama(Drafted):
             Cancelled: `cancel` was called.
             BusyError: another thread is in a call of this model.
         """
-        with self._use, heeded(self.note):
+        with self._use, self.noted():
             self._begins = False
+            self.follow()
             if self._decoder is None:
                 super().eval(tokens)
                 self._check_servers()
                 return
-            self.follow()
             if self.n_tokens + len(tokens) > self.n_ctx():
                 raise EntmtpError(
                     f"the context is full: {self.n_tokens} tokens are in it and {len(tokens)} more do not fit into "
@@ -323,7 +322,6 @@ class Llama(Drafted):
                         self._decoder.logits(self.vocab_size) if one else self.rows(len(batch))
                     )
                 self.n_tokens = last
-            self.raise_noted()
 
     def sample(
         self,
@@ -353,9 +351,8 @@ class Llama(Drafted):
             "logits_processor": logits_processor, "grammar": grammar,
         }  # fmt: skip
         with self._use:
-            with self._use.lent(), heeded(self.note):
+            with self._use.lent(), self.noted():
                 token = self._sample(settings, idx)
-            self.raise_noted()
             if self.on_token is not None and self._decoder is not None:
                 self.on_token(token, self._decoder.drafted_by(token))
             return token
@@ -449,6 +446,7 @@ class Llama(Drafted):
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         with self._use:
+            self.follow()
             result = super().embed(*args, **kwargs)
             self._check_servers()
             return result

@@ -13,10 +13,9 @@ from typing import Any
 
 import llama_cpp
 
-from .grammars import gbnf_of_schema
+from .grammars import LONGEST_GRAMMAR, gbnf_of_schema
 from .native import log
 
-LONGEST_GRAMMAR = 1 << 18  # characters
 LONGEST_REST = 3  # tokens beyond max_tokens that an answer may have, for the rest of a character
 WHOLE = ("max_tokens", "top_k", "logprobs", "top_logprobs", "seed", "mirostat_mode")
 REAL = (

@@ -9,6 +9,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from .common.errors import EntmtpError
+
 
 class Stream:
     """Pieces of a text as they come, for any number of readers, each from the beginning.
@@ -46,14 +48,14 @@ class Stream:
                     break
             if hasattr(chunks, "close"):
                 chunks.close()
-        except Exception as e:  # readers must not take what there is for all of it
-            self._end(e)
+        except BaseException as e:  # readers must not take what there is for all of it
+            self.fail(e)
             raise
         self._end(None)
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """The text cannot be written, or not to its end: readers get the error."""
-        self._end(error)
+        self._end(error if isinstance(error, Exception) else EntmtpError(f"the text was ended by {error!r}"))
 
     def _add(self, piece: str, finish_reason: str | None, logprobs: dict[str, Any]) -> None:
         with self._changed:

@@ -24,13 +24,13 @@ import numpy.typing as npt
 from llama_cpp import _internals
 from llama_cpp import llama as stock
 
+from .chatting import Chatting
 from .common.errors import EntmtpError
+from .common.interrupt import heeded
 from .completion import Ending
-from .context import Gone, Processors, SequenceContext, cache_types, check_adapter
-from .grammars import followed
-from .models.messages import TEMPLATE, in_template, plain_message, top_of, unreadable, with_names
+from .context import Gone, Processors, SequenceContext, Watched, cache_types, check_adapter
 from .models.tokenizer import Tokenizer, check_tokens
-from .native import log
+from .native import custom_sampler, log
 from .request import (
     HALF,
     by_name,
@@ -39,10 +39,9 @@ from .request import (
     check_texts,
     grammar_fault,
     whole_tokens,
-    with_parameters,
-    with_schema,
 )
 
+_internals.LlamaSampler.add_custom = custom_sampler.add  # type: ignore[method-assign, assignment]
 PARAMETERS = inspect.signature(llama_cpp.Llama.__init__).parameters
 
 # What of `llama_cpp.Llama` is used, and what for.
@@ -88,14 +87,13 @@ def _loading() -> Iterator[None]:
                 place.suppress_stdout_stderr = what
 
 
-class Upstream(llama_cpp.Llama):
+class Upstream(Chatting):
     """`llama_cpp.Llama`, with public names for what ours builds upon."""
 
     _given: dict[str, Any]  # arguments that it was made with
 
     def __init__(self, model_path: str, **kwargs: Any):
         self._stale = True
-        self._no_template = ""
         self.failed: BaseException | None = None  # what a logits processor raised
         self._warned: set[str] = set()
         if kwargs.get("seed") == -1:  # documented as random; llama-cpp-python begins with a fixed one
@@ -138,7 +136,7 @@ class Upstream(llama_cpp.Llama):
         """A LoRA adapter. llama-cpp-python takes one that cannot be read for one, and refers to itself for its end."""
         if not path.is_file():
             raise ValueError(f"lora_path: there is no file {path}")
-        check_adapter(path)
+        check_adapter(path, Path(self.model_path))
         log.forget()
         adapter = llama_cpp.llama_adapter_lora_init(self.model, os.fsencode(path))
         if not adapter:
@@ -264,25 +262,6 @@ class Upstream(llama_cpp.Llama):
             self.scores[:n] = state.scores[:n]
         self.n_tokens, self._seed = n, state.seed
 
-    @property
-    def metadata(self) -> dict[str, str]:
-        """What the model's file says of it, without chat templates that cannot be read."""
-        return self._metadata
-
-    @metadata.setter
-    def metadata(self, found: dict[str, str]) -> None:
-        unread = {
-            name: why
-            for name, text in found.items()
-            if name.startswith(TEMPLATE) and (why := unreadable(text))
-        }
-        self._no_template = unread.get(TEMPLATE, "")
-        for name, why in unread.items():
-            warnings.warn(
-                f"{name} of the model cannot be read, and is left out: {why}", RuntimeWarning, stacklevel=4
-            )
-        self._metadata = {name: text for name, text in found.items() if name not in unread}
-
     def set_seed(self, seed: int) -> None:
         super().set_seed(seed)
         self._last_seed = seed
@@ -292,7 +271,8 @@ class Upstream(llama_cpp.Llama):
 
         A state that is loaded in between does not bring its own back, which would write its text again and again.
         """
-        return random.Random(self._last_seed).randint(0, 1 << 32)
+        self._last_seed = random.Random(self._last_seed).randint(0, 1 << 32)
+        return self._last_seed
 
     @property
     def vocab_size(self) -> int:
@@ -337,7 +317,7 @@ class Upstream(llama_cpp.Llama):
         if asked.get("seed") is None:
             asked["seed"] = self.next_seed()
         if (processors := asked.get("logits_processor")) is not None:
-            asked["logits_processor"] = Processors(processors)
+            asked["logits_processor"] = Processors(processors) if asked.get("logit_bias") else processors
         record = self.record(asked, len(text))
         first = [self.token_bos()] if prompt == "" else []
         is_stocks = asked.get("logprobs") is not None and record is None  # from logits that are kept
@@ -380,45 +360,6 @@ class Upstream(llama_cpp.Llama):
             return [*bos, behind, *last, before, *first, between]
         return [*bos, before, *first, behind, *last, between]
 
-    def create_chat_completion(
-        self, messages: Any, *args: Any, chat_template_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> Any:
-        """As `llama_cpp.Llama.create_chat_completion`, and with OpenAI's `json_schema` as a response format; what it
-        would pass over in silence is a ValueError.
-
-        Args:
-            chat_template_kwargs: further names for the chat template, such as `{"enable_thinking": False}`.
-        """
-        if not messages:
-            raise ValueError("messages are empty: there is nothing to answer")
-        asked = by_name("create_chat_completion", messages, args, kwargs)
-        asked["response_format"] = with_schema(asked.get("response_format") or None)
-        check_request(self._n_vocab, asked)
-        if self._no_template and self._given.get("chat_format") is None and self.chat_handler is None:
-            raise ValueError(
-                f"the model's chat template cannot be read ({self._no_template}): give chat_format or chat_handler"
-            )
-        if isinstance(asked.get("stop"), tuple):
-            asked["stop"] = list(asked["stop"])
-        for name in ("tools", "functions"):
-            if asked.get(name) is not None:
-                asked[name] = [with_parameters(tool) for tool in asked[name]]
-        n_top = asked.get("top_logprobs") or 0
-        if asked.get("logprobs"):
-            asked["top_logprobs"] = n_top
-        # a handler of the user's own takes what it likes
-        plain = messages if self.chat_handler is not None else [plain_message(m) for m in messages]
-        try:
-            with followed(), with_names(self, chat_template_kwargs or {}):
-                answer: Any = super().create_chat_completion(plain, **asked)  # type: ignore[arg-type]
-        except Exception as e:
-            if in_template(e):
-                raise ValueError(f"the model's chat template cannot write these messages: {e}") from e
-            raise
-        if not asked.get("logprobs"):
-            return answer
-        return (top_of(chunk, n_top) for chunk in answer) if asked.get("stream") else top_of(answer, n_top)
-
     def embed(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """As `llama_cpp.Llama.embed`.
 
@@ -456,17 +397,23 @@ class Upstream(llama_cpp.Llama):
         if grammar is not None and (why := grammar_fault(self.model, grammar)):
             raise ValueError(f"the grammar cannot be read: {why}")
         if (processors := settings.get("logits_processor")) is not None:
-            settings["logits_processor"] = [self._watched(processor) for processor in processors]
+            settings["logits_processor"] = Watched(processors, self._watched)
         return super()._init_sampler(*args, **settings)
 
     def note(self, error: BaseException) -> None:
-        """It was raised where no exception can leave: in what llama.cpp calls back. `raise_noted` is soon called."""
+        """It was raised in what llama.cpp calls back."""
         self.failed = self.failed or error
 
-    def raise_noted(self) -> None:
-        if self.failed is not None:
-            error, self.failed = self.failed, None
-            raise error
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """What is raised in this, where no exception can leave, is raised at its end, before what it led to."""
+        try:
+            with heeded(self.note):
+                yield
+        finally:
+            if self.failed is not None:
+                error, self.failed = self.failed, None
+                raise error
 
     def _watched(self, processor: Any) -> Any:
         """A logits processor whose error is not lost: llama.cpp calls it, through which none passes."""

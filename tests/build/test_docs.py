@@ -260,7 +260,7 @@ def test_the_layout_page_has_every_room() -> None:
     for room in rooms | {"convert", "trees"}:
         name = room.removesuffix(".py")
         assert f"`{room}" in text or f"entmtp.{name}`" in text, f"docs/layout.md does not say what {room} is"
-        if name not in ("assets", "trees", "cache", "heads_study", "kernels"):
+        if name not in ("assets", "trees", "py.typed", "cache", "heads_study", "kernels"):
             assert re.search(rf"\b{name}\b", picture), f"the picture in docs/layout.md has no {name}"
 
 

@@ -279,3 +279,13 @@ def test_names_for_the_template(tmp_path: Path) -> None:
     ]
     assert counts[0] == counts[2] < counts[1]
     llm.close()
+
+
+def test_a_template_that_fails_is_a_mistake_wherever_it_is_asked(tmp_path: Path) -> None:
+    model = rewritten(DEMO, tmp_path / "fails.gguf", (), lambda w: w.add_chat_template("{{ [][5].x }}"))
+    with Server("--model", model, "--ctx", 128, "--threads", 1) as server:
+        for path in ("/v1/messages", "/v1/messages/count_tokens", CHAT):
+            status, text = status_of(server, path, messages=[USER], max_tokens=1, model="m")
+            assert status == 400 and "chat template cannot write" in text
+        _, log = server.stop(15)
+    assert log == ""

@@ -124,6 +124,91 @@ def test_a_bias_beside_no_processors(llm: Llama) -> None:
         assert text(llm.create_completion(STORY, logits_processor=none, **settings)) == want
 
 
+def test_handlers_of_ones_own_get_messages_as_they_are() -> None:
+    seen: list[Any] = []
+
+    @llama_cpp.llama_chat_format.register_chat_completion_handler("sees-images")
+    def handler(llama: Any, messages: Any, **_: Any) -> Any:
+        seen.extend(messages)
+        return llama.create_completion("x", max_tokens=1)
+
+    made = Llama(DEMO, chat_format="sees-images", **SETTINGS)
+    asked: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
+    made.create_chat_completion(asked)
+    assert seen == asked
+    made.close()
+
+
+ASKS_FOR_NONE = """{% for m in messages %}{% if m.content is none -%}
+<CALL {{ m.tool_calls[0].function.name }}>{% else -%}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"""
+JOINS = "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template", [ASKS_FOR_NONE, "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"]
+)
+def test_calls_of_tools_have_no_content(tmp_path: Path, template: str) -> None:
+    """As DeepSeek's templates ask; where a template joins texts unasked it is an empty one."""
+    made = Llama(templated(tmp_path / "calls.gguf", template), **SETTINGS)
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    asked: Any = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    made.create_chat_completion(asked, max_tokens=1)
+    prompt = made.detokenize(made.input_ids[: made.n_tokens].tolist(), special=True).decode()
+    assert ("<CALL weather>" if "none" in template else "<user>Hi<assistant>") in prompt
+    made.close()
+
+
+def test_names_for_a_template_are_of_one_call(tmp_path: Path) -> None:
+    made = Llama(templated(tmp_path / "names.gguf", "{{ messages[0].content }} {{ mood }}"), **SETTINGS)
+    prompts: list[str] = []
+
+    def prompt_of(**names: Any) -> str:
+        made.create_chat_completion([{"role": "user", "content": "Hi"}], max_tokens=1, **names)
+        return made.detokenize(made.input_ids[: made.n_tokens].tolist()).decode()
+
+    def meanwhile(tokens: Any, logits: Any) -> Any:
+        if not prompts:
+            handler = made.chat_handler
+            prompts.append("swapped" if handler is not None else "as it was")
+        return logits
+
+    made.create_chat_completion(
+        [{"role": "user", "content": "Hi"}], max_tokens=1, chat_template_kwargs={"mood": "merry"},
+        logits_processor=llama_cpp.LogitsProcessorList([meanwhile]),
+    )  # fmt: skip
+    assert prompts == ["as it was"]
+    assert "merry" in prompt_of(chat_template_kwargs={"mood": "merry"}) and "merry" not in prompt_of()
+    for wrong in (5, {"messages": 1}, {"a b": 1}):
+        with pytest.raises(ValueError, match="chat_template_kwargs"):
+            prompt_of(chat_template_kwargs=wrong)
+    made.close()
+
+
+def test_streams_without_a_seed_differ(llm: Llama) -> None:
+    """Also where both are there before one begins."""
+    first, second = (
+        llm.create_completion(STORY, max_tokens=12, temperature=1.2, stream=True) for _ in range(2)
+    )
+    assert "".join(text(c) for c in first) != "".join(text(c) for c in second)
+
+
+def test_a_list_of_processors_that_grows(llm: Llama) -> None:
+    def only_a(tokens: Any, logits: Any) -> Any:
+        logits[:] = -1e9
+        logits[a] = 0
+        return logits
+
+    (a,) = llm.tokenize(b"a", add_bos=False)[-1:]
+    grows = llama_cpp.LogitsProcessorList([])
+    grows.append(lambda tokens, logits: (grows.append(only_a) if len(grows) == 1 else None) or logits)
+    assert text(llm.create_completion(STORY, max_tokens=6, temperature=0, logits_processor=grows)).endswith(
+        "aaa"
+    )
+
+
 # -- states and seeds --
 
 
@@ -135,7 +220,9 @@ def test_states_that_are_none() -> None:
         broken = copy.copy(state)
         for name, value in change.items():
             setattr(broken, name, value)
-        with pytest.raises(EntmtpError, match=r"state is (empty|damaged)"):
+        with pytest.raises(
+            (EntmtpError, ValueError), match=r"state is (empty|damaged)|is none of this model's"
+        ):
             llm.load_state(broken)
         assert text(llm.create_completion(STORY, max_tokens=16, temperature=0)) == want
     llm.load_state(state)
@@ -259,6 +346,7 @@ def test_ctrl_c_is_not_lost() -> None:
     code = f"""
 import json, os, random, signal, threading, time
 from entmtp import Llama
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background ignores it
 llm = Llama({str(DEMO)!r}, draft="entmtp", n_ctx=256, n_threads=1, verbose=False, calibrate=False)
 banned = {{t: -100.0 for t in range(0, llm.n_vocab(), 2)}}
 def text():
@@ -329,6 +417,27 @@ def test_a_call_that_ctrl_c_left_holds_nothing() -> None:
     over.set()
     holder.join()
     del Use.is_called  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_process_says_so_of_embeddings() -> None:
+    code = f"""
+import os
+from entmtp import Llama
+llm = Llama({str(DEMO)!r}, embedding=True, n_ctx=128, n_threads=2, n_threads_batch=2, verbose=False)
+llm.embed("Hi")
+if os.fork() == 0:
+    try:
+        llm.embed("Hi")
+    except Exception as e:
+        print(e, flush=True)
+    os._exit(0)
+assert os.wait()[1] == 0
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and "this process was forked after" in done.stdout, done.stderr[-1000:]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import llama_cpp
+import numpy as np
 import pytest
 
 from entmtp import Engine, Llama, engine
@@ -80,6 +81,31 @@ def test_a_text_that_waits_is_over_when_it_is_cancelled(pair: Engine) -> None:
         waiting = pair.submit(STORY)
         waiting.cancel()
         assert waiting.text == "" and waiting.finish_reason is None  # while it has no slot
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), SystemExit(3), KeyboardInterrupt()])
+def test_a_text_that_is_ended_by_what_is_no_error(pair: Engine, error: BaseException) -> None:
+    def raises(tokens: Any, logits: Any) -> Any:
+        raise error
+
+    stream = pair.submit(STORY, max_tokens=4, logits_processor=llama_cpp.LogitsProcessorList([raises]))
+    with pytest.raises(EntmtpError, match="the text was ended by"):
+        _ = stream.text
+
+
+def test_an_error_is_not_told_to_the_next_one() -> None:
+    """A processor that raises, and a grammar that leads to nothing, in one text."""
+    with Engine(DEMO, slots=1, **SETTINGS) as made:
+
+        def raises(tokens: Any, logits: Any) -> Any:
+            logits[:] = -np.inf
+            raise RuntimeError("of the first")
+
+        grammar = llama_cpp.LlamaGrammar.from_string('root ::= "zq" [^\\x00-\U0010ffff]', verbose=False)
+        processors = llama_cpp.LogitsProcessorList([raises])
+        with pytest.raises(RuntimeError, match="of the first"):
+            _ = made.submit(STORY, max_tokens=8, logits_processor=processors, grammar=grammar).text
+        assert made.submit(STORY, max_tokens=4).text
 
 
 # -- slots --

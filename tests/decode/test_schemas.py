@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,6 +81,8 @@ FOLLOWED: list[Any] = [
     of(**{'q"': {"const": 1}}),
     of(**{"größe": {"const": 1}}),
     of(poem=short(12)),
+    of(**{"": {"const": 1}, "b": {"type": "boolean"}}),
+    {"allOf": [{**of(a={"const": 1}), "additionalProperties": False}, {"required": ["a"]}]},
     {"description": "anything"},
     of(a=True, b={}),
     {"type": "array", "items": True, "maxItems": 2},
@@ -93,6 +96,10 @@ FOLLOWED: list[Any] = [
     {"type": "null"},
 ]
 REFUSED: list[tuple[Any, str]] = [
+    (
+        {"allOf": [{**of(a={"type": "boolean"}), "additionalProperties": False}, of(b={"type": "boolean"})]},
+        "additionalProperties in allOf",
+    ),
     (False, "false"),
     ({"type": "text"}, "no type 'text'"),
     ({"type": "array", "minItems": 3, "maxItems": 2}, "minItems"),
@@ -146,6 +153,7 @@ def test_answers_follow(llm: Llama, schema: Any) -> None:
 
 
 PATTERNS = [
+    r"^ab$|^ba$", r"^$|^\d+$", r"^\d{2}$|^\d{3}$", r"^(a|b)c$|^$", r"^a(b|c)$|^ax|x$",
     r"^.{1,3}$", r"^[^a]{3}$", r'^["x]$', r"^(a|b)$", r"^a+?$", r"^a\.b$", r"^\d{2,4}$", r"^[^\s]{1,5}$", r"^\w+\\$",
     r'^a/b"c$', r"^[\t\n]$", r"^(?:ab){2}$", r"^[a-c\-]{2}$", r"^a|b$", r"^x", r"a$", "a", r"^\S\D\W$",
     r"^ä{1,2}[b-ü]$", r"^(a(b(c)?)?)?$", r"^$", r"a.*b", r"^a{2,}$", r"^(a|)b$", r"^[\d\s]+$", r"^[\w.-]+@\w+$",
@@ -175,6 +183,10 @@ def test_patterns_take_what_python_finds(llm: Llama, pattern: str) -> None:
     grammar, rng = grammar_of_schema({"type": "string", "pattern": pattern}), random.Random(pattern)
     found = [0, 0]
     examples = [
+        "ba",
+        "123",
+        "ac",
+        "bc",
         "a",
         "ab",
         "abab",
@@ -217,6 +229,15 @@ def test_schemas_that_double(llm: Llama) -> None:
         defs[f"d{i}"] = {"allOf": [{"$ref": f"#/$defs/d{i - 1}"}, {"$ref": f"#/$defs/d{i - 1}"}]}
     with pytest.raises(ValueError, match=r"too much|more than"):
         grammar_of_schema({"$ref": "#/$defs/d39", "$defs": defs})
+
+
+def test_schemas_that_take_long(llm: Llama) -> None:
+    """Titles and names made to slow the converter down: at once, or refused at once."""
+    begun = time.monotonic()
+    grammar_of_schema({"type": "object", "title": "re" + "f" * 120_000})
+    with pytest.raises(ValueError, match="262144"):
+        grammar_of_schema(of(**{chr(0x4E00 + i): {"const": i} for i in range(10_000)}))
+    assert time.monotonic() - begun < 5
 
 
 def test_chats_and_tools(llm: Llama) -> None:

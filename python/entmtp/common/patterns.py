@@ -44,13 +44,19 @@ def rule_of_pattern(pattern: str) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             parsed = list(parser.parse(pattern))
-        if len(parsed) == 1 and parsed[0][0] is op.BRANCH:
-            return _either(_anchored(list(part)) for part in parsed[0][1][1])
-        return _anchored(parsed)
+        return _anywhere(parsed)
     except re.error as e:
         raise ValueError(f"pattern {pattern!r:.80} cannot be read: {e}") from None
     except RecursionError:
         raise ValueError(f"pattern {pattern!r:.80} is nested too deeply") from None
+
+
+def _anywhere(parts: list[Any]) -> str:
+    """Of alternatives, in front of which stands what all of them begin with, each has anchors of its own."""
+    for i, (kind, value) in enumerate(parts):
+        if kind is op.BRANCH:
+            return _either(_anywhere([*parts[:i], *branch, *parts[i + 1 :]]) for branch in value[1])
+    return _anchored(parts)
 
 
 def _anchored(parts: list[Any]) -> str:
@@ -90,7 +96,8 @@ def _part(part: Any) -> str:
         if most == op.MAXREPEAT:
             return f"{rule}*" if least == 0 else f"{rule}+" if least == 1 else f"{rule}{{{least},}}"
         return f"{rule}{{{least},{most}}}" if most else ""
-    raise ValueError(f"pattern: no grammar can be made of {str(kind).lower().replace('_', ' ')} in it")
+    what = "^ or $ in the middle" if kind is op.AT else f"{str(kind).lower().replace('_', ' ')} in it"
+    raise ValueError(f"pattern: no grammar can be made of {what}")
 
 
 def _set(parts: list[Any]) -> Ranges:

@@ -48,14 +48,14 @@ class Use:
         """Take it where nobody is in a call any more: a Ctrl-C at the very moment when a call began or ended leaves it
         held. Then its thread runs no code of this package."""
         with _retaking:
-            lock = self._lock
-            owner = OWNER.search(repr(lock))
+            lock, held = self._lock, repr(self._lock)
+            owner = OWNER.search(held)
             frame = sys._current_frames().get(int(owner[1])) if owner else None
             while owner and frame is not None:
                 if str(frame.f_globals.get("__name__", "")).partition(".")[0] in PACKAGES:
                     return False
                 frame = frame.f_back
-            if owner:
+            if owner and repr(lock) == held:
                 self._lock = threading.RLock()
             return self._lock.acquire(blocking=False)
 

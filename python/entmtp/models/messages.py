@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
 import llama_cpp
 from jinja2 import TemplateError
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter, get_chat_completion_handler
+from llama_cpp.llama_chat_format import (
+    Jinja2ChatFormatter,
+    LlamaChatCompletionHandlerRegistry,
+    get_chat_completion_handler,
+)
 
 TEMPLATE = "tokenizer.chat_template"  # the key in a file's metadata; those of further ones begin with it
 
 
+SIGNATURE = signature(llama_cpp.Llama.create_chat_completion)
+FORMATS = frozenset(LlamaChatCompletionHandlerRegistry()._chat_handlers)  # those that come with it
 # what templates, and the functions that call them, have by these names
 TAKEN = {
     "llama", "bos_token", "eos_token", "add_generation_prompt", "raise_exception", "strftime_now",
-    *signature(llama_cpp.Llama.create_chat_completion).parameters,
+    *SIGNATURE.parameters,
 }  # fmt: skip
 
 
@@ -40,7 +44,7 @@ def in_template(error: BaseException) -> bool:
 
 
 def plain_message(message: Any) -> dict[str, Any]:
-    """A message with its content as one text: OpenAI has lists of parts, and nothing beside calls of tools.
+    """A message with its content as one text, where OpenAI has lists of parts; None beside calls of tools.
 
     Raises:
         ValueError: it is no message, or has a part that is no text.
@@ -52,7 +56,7 @@ def plain_message(message: Any) -> dict[str, Any]:
         content = "\n".join(_text(part) for part in content)
     if content is not None and not isinstance(content, str):
         raise ValueError(f"messages: a content is {content!r:.80}, it must be a text, or a list of parts")
-    return {**message, "content": content or ""}
+    return {**message, "content": content if message.get("tool_calls") else content or ""}
 
 
 def _text(part: Any) -> str:
@@ -71,25 +75,33 @@ def top_of(answer: Any, n: int) -> Any:
     return answer
 
 
-@contextmanager
-def with_names(llm: Any, names: dict[str, Any]) -> Iterator[None]:
-    """Within this the chat template of a `llama_cpp.Llama` knows further names.
+def answer_chat(llm: Any, messages: Any, asked: dict[str, Any], names: Any) -> Any:
+    """What `llama_cpp.Llama.create_chat_completion` does, with further names for the chat template.
 
     Raises:
         ValueError: one that templates have anyway, or that is none.
     """
-    if not names:
-        yield
-        return
-    for name in names:
+    if not isinstance(names or {}, dict):
+        raise ValueError(f"chat_template_kwargs is {names!r:.40}, it must be a dict of names")
+    for name in names or {}:
         if not isinstance(name, str) or not name.isidentifier() or name in TAKEN:
             raise ValueError(f"chat_template_kwargs: {name!r:.40} is no name that templates can be given")
-    before = llm.chat_handler
+    bound = SIGNATURE.bind(None, messages, **asked)
+    bound.apply_defaults()
+    given = {name: value for name, value in bound.arguments.items() if name != "self"}
     handler = (
-        before or llm._chat_handlers.get(llm.chat_format) or get_chat_completion_handler(llm.chat_format)
+        llm.chat_handler
+        or llm._chat_handlers.get(llm.chat_format)
+        or get_chat_completion_handler(llm.chat_format)
     )
-    llm.chat_handler = lambda **asked: handler(**{**names, **asked})
-    try:
-        yield
-    finally:
-        llm.chat_handler = before
+    return handler(llama=llm, **{**(names or {}), **given})
+
+
+def takes_texts(llm: Any) -> bool:
+    """Whether its file's template, or a format of llama-cpp-python, writes its prompts; handlers of users take more."""
+    return llm.chat_handler is None and (llm.chat_format in llm._chat_handlers or llm.chat_format in FORMATS)
+
+
+def with_texts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same with an empty text where there is none: some templates join it to others unasked."""
+    return [{**message, "content": message.get("content") or ""} for message in messages]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
@@ -207,7 +207,9 @@ def create_app(server: ServerSettings, settings: list[ModelSettings]) -> tuple[R
     if server.page:
         app.include_router(page.routes())
     else:
-        app.add_api_route("/", health, include_in_schema=False)
+        bare = APIRouter(route_class=page.GetOnly)
+        bare.add_api_route("/", health, include_in_schema=False)
+        app.include_router(bare)
 
     def finished(request: ServedRequest) -> None:
         metrics.request(request, time.perf_counter())

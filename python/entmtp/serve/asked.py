@@ -269,7 +269,9 @@ def _message(message: Any) -> Any:
     if not isinstance(message, dict):
         return message
     # null: as if left out; clients send back what they were answered with all its fields
-    message = {"content": "", **{k: v for k, v in message.items() if v is not None}}
+    message = {k: v for k, v in message.items() if v is not None}
+    if not message.get("tool_calls"):  # beside them there may be none
+        message.setdefault("content", "")
     if message.get("role") == "developer":
         message["role"] = "system"
     if isinstance(message.get("content"), list):

@@ -88,6 +88,10 @@ def worded(error: Exception) -> Refused:
         return Refused("this model is served for text; start the server with --embedding true for embeddings")
     if isinstance(error, ValueError):
         return Refused(shortened(text), "messages" if in_template(error) else None)
+    if in_template(error):
+        return Refused(
+            f"the model's chat template cannot write these messages: {shortened(text)}", "messages"
+        )
     if isinstance(error, EntmtpError) and "grammar" in text:  # it led to nothing, or to too much
         return Refused(f"grammar: {text}", "grammar")
     print(f"request {request_id.get()} failed:", file=sys.stderr)

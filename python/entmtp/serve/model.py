@@ -20,7 +20,7 @@ from ..engine import Engine, Host
 from ..llama import Llama
 from ..measure.speed import PlainPass
 from ..models.base import context_length
-from ..models.messages import with_names
+from ..models.messages import answer_chat
 from ..models.names import resolve
 from ..native.group import Passes
 from ..options.model import arguments, explained, model_files
@@ -77,8 +77,7 @@ class Served(Llama):
         counting = Counting(self)
         names = chat.pop("chat_template_kwargs", None) or {}
         try:
-            with with_names(counting, names):
-                llama_cpp.Llama.create_chat_completion(counting, **chat)  # type: ignore[arg-type]
+            answer_chat(counting, chat.pop("messages"), chat, names)
         except Counted as found:
             return int(found.args[0])
         raise AssertionError("a chat that asks for no completion")
@@ -292,6 +291,7 @@ def _built_with(kind: type[Served], ours: dict[str, Any]) -> Iterator[None]:
 
     class Configured(kind):  # type: ignore[misc, valid-type]
         def __init__(self, **kwargs: Any):
+            kwargs.pop("mul_mat_q", None)  # of an older one
             super().__init__(**{**kwargs, **ours})
 
     stock = llama_cpp.Llama
