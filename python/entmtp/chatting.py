@@ -59,7 +59,7 @@ class Chatting(llama_cpp.Llama):
             raise ValueError("messages are empty: there is nothing to answer")
         asked = by_name("create_chat_completion", messages, args, kwargs)
         asked["response_format"] = with_schema(asked.get("response_format") or None)
-        check_request(self._n_vocab, asked)
+        check_request(self.n_vocab(), asked)
         if self._no_template and self._given.get("chat_format") is None and self.chat_handler is None:
             raise ValueError(
                 f"the model's chat template cannot be read ({self._no_template}): give chat_format or chat_handler"

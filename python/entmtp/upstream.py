@@ -60,6 +60,7 @@ NEEDS = {
     "model_params": "parameters of the model, set before it is loaded",
     "context_params": "parameters of the context, set before the arguments are put into them",
     "_n_ctx": "tokens that a text may have, [input_ids]",
+    "_chat_handlers": "what answers chats by the templates of the model's file",
     "_is_recurrent": "the memory holds a state, not cells",
     "_is_hybrid": "it holds both",
     "_stack": "what is freed with the object; the wrappers have one each, `_exit_stack`",
@@ -163,6 +164,11 @@ class Upstream(Chatting):
         """Of a copy, or of one in another process: the arguments that it was made with, as they are now."""
         set_since = ("chat_format", "chat_handler", "spm_infill", "lora_scale", "verbose")
         return {**self._given, "seed": self._seed, **{name: getattr(self, name) for name in set_since}}
+
+    @property
+    def chat_handlers(self) -> dict[str, Any]:
+        """By the names of the templates in the model's file."""
+        return dict(self._chat_handlers)
 
     @property
     def is_recurrent(self) -> bool:

@@ -91,7 +91,7 @@ def answer_chat(llm: Any, messages: Any, asked: dict[str, Any], names: Any) -> A
     given = {name: value for name, value in bound.arguments.items() if name != "self"}
     handler = (
         llm.chat_handler
-        or llm._chat_handlers.get(llm.chat_format)
+        or llm.chat_handlers.get(llm.chat_format)
         or get_chat_completion_handler(llm.chat_format)
     )
     return handler(llama=llm, **{**(names or {}), **given})
@@ -99,7 +99,7 @@ def answer_chat(llm: Any, messages: Any, asked: dict[str, Any], names: Any) -> A
 
 def takes_texts(llm: Any) -> bool:
     """Whether its file's template, or a format of llama-cpp-python, writes its prompts; handlers of users take more."""
-    return llm.chat_handler is None and (llm.chat_format in llm._chat_handlers or llm.chat_format in FORMATS)
+    return llm.chat_handler is None and (llm.chat_format in llm.chat_handlers or llm.chat_format in FORMATS)
 
 
 def with_texts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
