@@ -85,11 +85,7 @@ class Chatting(llama_cpp.Llama):
             try:
                 return answer_chat(self, messages, asked, names)
             except Exception as e:
-                if (
-                    not in_template(e)
-                    or not takes_texts(self)
-                    or all(m["content"] is not None for m in messages)
-                ):
+                if not in_template(e) or all(message.get("content") is not None for message in messages):
                     raise
                 return answer_chat(self, with_texts(messages), asked, names)
         except Exception as e:

@@ -158,6 +158,11 @@ def test_calls_of_tools_have_no_content(tmp_path: Path, template: str) -> None:
     made.create_chat_completion(asked, max_tokens=1)
     prompt = made.detokenize(made.input_ids[: made.n_tokens].tolist(), special=True).decode()
     assert ("<CALL weather>" if "none" in template else "<user>Hi<assistant>") in prompt
+    made.chat_handler = made.chat_handlers[
+        "chat_template.default"
+    ]  # as with names for it from the server's start
+    made.create_chat_completion(asked, max_tokens=1)
+    assert made.detokenize(made.input_ids[: made.n_tokens].tolist(), special=True).decode() == prompt
     made.close()
 
 
