@@ -12,11 +12,9 @@ import llama_cpp
 from llama_cpp import _logger
 
 from .common.errors import CLOSED, ClosedError, ConvertError
+from .common.kv_types import CACHE_TYPES
 from .models.base import files_of
 from .models.formats.gguf_header import TensorInfo, read_gguf_header
-
-# types of keys and values that llama.cpp can keep; with others it ends the process
-CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
 
 def check_adapter(path: Path, model: Path) -> None:

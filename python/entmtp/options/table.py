@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..common.kv_types import CACHE_TYPES
 from ..common.numbers import INFINITE, MOST_THREADS, number
 from .demo import AUTO
 
@@ -24,8 +25,6 @@ DRAFTERS = ("text", "recycling", "heads", "model")
 SCORES = ("entropy", "top1", "path")
 ACCEPT = ("lossless", "typical")
 OUTPUTS = ("auto", "host", "rows", "device")
-# those of llama.cpp's commands
-CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
 
 @dataclass(frozen=True)
