@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from ..common.atomic import atomic_path
 from ..common.errors import ModelError
 from ..models.base import BaseModel, files_of, read_base
 from .choice import MOST
@@ -235,11 +234,6 @@ def available() -> int | None:
     return None
 
 
-def folder_bytes(folder: Path) -> int:
-    """Of all files in it."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-
-
 def resident() -> int:
     """Memory of this process that is its own (not mapped files), bytes; 0 where it cannot be known."""
     try:
@@ -267,30 +261,3 @@ def digest(*parts: Any) -> str:
     """Of settings that must be the same for files to be used again."""
     plain = [asdict(p) if hasattr(p, "__dataclass_fields__") else p for p in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-TEXTS = "texts"  # the first thing that a training notes in its folder
-
-
-def check_folder(folder: Path) -> None:
-    """Raise ModelError if a folder, which is removed at the end, holds what no training wrote."""
-    if folder.exists() and not folder.is_dir():
-        raise ModelError(f"{folder}: this is a file; give --work the name of a folder")
-    if not folder.is_dir() or (folder / f"{TEXTS}.digest").is_file():
-        return
-    if any(path.suffix != ".tmp" for path in folder.iterdir()):  # of a training that was killed as it began
-        raise ModelError(f"{folder}: there are files of others in it; give --work a new or an empty folder")
-
-
-def claim(folder: Path, what: str, value: str) -> None:
-    """Note in `folder` what its files belong to; raises ModelError if they belong to something else."""
-    path = folder / f"{what}.digest"
-    if path.exists():
-        if path.read_text().strip() != value:
-            raise ModelError(
-                f"{folder}: the {what} in it belong to another training; give another --work, or "
-                "--restart to begin anew"
-            )
-        return
-    with atomic_path(path) as temporary:
-        temporary.write_text(value + "\n")

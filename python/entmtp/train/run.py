@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -43,7 +42,7 @@ def train(options: Options, progress: bool = True) -> Acceptance:
     import torch
 
     from ..common.files import check_output
-    from . import forecast, plan, stages
+    from . import folder, forecast, plan, stages
     from .base import Base, read_matrices
     from .eagle3 import Layer
     from .export import writable
@@ -52,13 +51,10 @@ def train(options: Options, progress: bool = True) -> Acceptance:
     check_output(options.outfile, [options.model, *options.data])
     p = plan.make(options)
     writable(*p.outputs)
-    plan.check_folder(p.work)
-    if options.restart and p.work.is_dir():
-        shutil.rmtree(p.work)
-    p.work.mkdir(parents=True, exist_ok=True)
-    plan.claim(p.work, plan.TEXTS, p.text_digest)
+    folder.check(p.work)
+    folder.begin(p.work, p.text_digest, options.restart)
     plan.check_memory(p)
-    plan.check_disk(p.needs.disk - plan.folder_bytes(p.work), p.work)
+    plan.check_disk(p.needs.disk - folder.n_bytes(p.work), p.work)
     if options.n_threads:
         torch.set_num_threads(options.n_threads)
 
@@ -83,7 +79,7 @@ def train(options: Options, progress: bool = True) -> Acceptance:
     screen.say(f"held-out tokens per step: {acceptance}")
     screen.say(stages.summary(p, trainer, time.monotonic() - begin))
     if not options.keep_work:
-        shutil.rmtree(p.work)
+        folder.remove(p.work)
     return acceptance
 
 
