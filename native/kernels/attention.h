@@ -266,6 +266,32 @@ void add_value_vectors(
     }
 }
 
+// the same for the last dimensions, where they fill no vector
+template <class T, int nq>
+void add_last_values(
+    const uint8_t * v, size_t stride, int n_cells, int n_dim, int d, const float * p, size_t ldp, float * out) {
+    constexpr int R       = simd::R;
+    const int     n       = n_dim - d;
+    float         sums[R] = {};
+    T             part[R] = {};
+    simd::vf      s[nq];
+    for (int i = 0; i < nq; ++i) {
+        memcpy(sums, out + i * n_dim + d, n * sizeof(float));
+        s[i] = simd::loadf(sums);
+    }
+    for (int j = 0; j < n_cells; ++j) {
+        memcpy(part, (const T *) (v + j * stride) + d, n * sizeof(T));
+        const simd::vf x = load_weights(part);
+        for (int i = 0; i < nq; ++i) {
+            s[i] = simd::fma(simd::set1f(p[i * ldp + j]), x, s[i]);
+        }
+    }
+    for (int i = 0; i < nq; ++i) {
+        simd::storef(sums, s[i]);
+        memcpy(out + i * n_dim + d, sums, n * sizeof(float));
+    }
+}
+
 template <class T, int nq>
 void add_values(const uint8_t * v, size_t stride, int n_cells, int n_dim, const float * p, size_t ldp, float * out) {
     constexpr int nv = simd::R == 16 ? 2 : 16 / simd::R;
@@ -273,8 +299,11 @@ void add_values(const uint8_t * v, size_t stride, int n_cells, int n_dim, const 
     for (; d + nv * simd::R <= n_dim; d += nv * simd::R) {
         add_value_vectors<T, nq, nv>(v, stride, n_cells, n_dim, d, p, ldp, out);
     }
-    for (; d < n_dim; d += simd::R) { // n_dim is a multiple of 16
+    for (; d + simd::R <= n_dim; d += simd::R) {
         add_value_vectors<T, nq, 1>(v, stride, n_cells, n_dim, d, p, ldp, out);
+    }
+    if (d < n_dim) {
+        add_last_values<T, nq>(v, stride, n_cells, n_dim, d, p, ldp, out);
     }
 }
 

@@ -144,7 +144,7 @@ static float head_slope(float max_bias, int64_t h, int64_t n_head) { // ALiBi, a
 
 static bool is_readable_row(const ggml_tensor * t) {
     return (t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_F32 || ggml_get_type_traits(t->type)->to_float) &&
-           t->nb[0] == ggml_type_size(t->type) && t->ne[0] % 16 == 0;
+           t->nb[0] == ggml_type_size(t->type);
 }
 
 bool is_attention(const ggml_tensor * op) {

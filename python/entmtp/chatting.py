@@ -73,7 +73,8 @@ class Chatting(llama_cpp.Llama):
         if asked.get("logprobs"):
             asked["top_logprobs"] = n_top
         if takes_texts(self):
-            messages = [plain_message(message) for message in messages]
+            is_function = self.chat_format not in self.chat_handlers  # of llama-cpp-python: no template
+            messages = [plain_message(message, is_function) for message in messages]
         with followed():
             answer = self._chat(messages, asked, chat_template_kwargs)
         if not asked.get("logprobs"):

@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import llama_cpp
 from llama_cpp import _logger
+from llama_cpp._internals import LlamaContext
 
 from .common.errors import CLOSED, ClosedError, ConvertError
 from .common.kv_types import CACHE_TYPES
@@ -69,6 +70,17 @@ class SequenceContext:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._shared, name)
+
+
+def context_of(model: Any, params: Any, verbose: bool = True) -> Any:
+    """A context of llama-cpp-python, in whose passes whole batches fit where tokens see later ones, or are pooled:
+    llama.cpp ends the process over a text that does not fit there."""
+    data = model.metadata()
+    is_causal = data.get(f"{data.get('general.architecture')}.attention.causal") != "false"
+    sees_all = params.attention_type == llama_cpp.LLAMA_ATTENTION_TYPE_NON_CAUSAL
+    if params.embeddings or sees_all or not is_causal or llama_cpp.llama_model_has_encoder(model.model):
+        params.n_ubatch = params.n_batch
+    return LlamaContext(model=model, params=params, verbose=verbose)
 
 
 def cache_types(given: dict[str, Any]) -> dict[str, Any]:

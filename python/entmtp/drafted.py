@@ -15,6 +15,7 @@ from .models.corpus import corpus_tokens
 from .models.drafter_file import check_drafter, find_drafter
 from .models.names import resolve
 from .models.nextn import prediction_layers
+from .native import kernels as cpu_kernels
 from .native.abi import vocab_fingerprint
 from .native.arrays import POLICIES, PRICED, SCORES
 from .native.corpus import Corpus
@@ -32,7 +33,6 @@ class Drafted(Paced):
     """A model that may draft; `Llama` is one."""
 
     one_text = True  # at a time
-    lossless: str
     _settings: dict[str, Any]
     _calibrate: bool
 
@@ -42,6 +42,7 @@ class Drafted(Paced):
         Args:
             drafts: tokens in a row may be drafted.
         """
+        self.lossless = "exact"
         self.heads_path: str | None = None
         self.draft_model_path: str | None = None
         self.bank: Bank | None = None  # what is drafted from, None without drafting
@@ -237,6 +238,17 @@ class Drafted(Paced):
                 self._settings = settings
                 self._set_bank(*before)
                 raise
+
+    @property
+    def lossless(self) -> str:
+        """What texts of drafts are to plain decoding's: `"exact"`, bit for bit; `"rounding"`, up to ties of two tokens,
+        also while another model has switched our kernels off (`kernels="off"`); `"lossy"` (`accept="typical"`)."""
+        is_off = self._lossless == "exact" and cpu_kernels.current() == cpu_kernels.OFF
+        return "rounding" if is_off else self._lossless
+
+    @lossless.setter
+    def lossless(self, what: str) -> None:
+        self._lossless = what
 
     @property
     def draft_stats(self) -> DraftStats:

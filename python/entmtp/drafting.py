@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
+
 from .bank import Bank, Costs
 from .common.numbers import MOST_THREADS
 from .measure.at_load import SECONDS, quick
@@ -178,6 +180,10 @@ def check(draft: Any, heads: Any, draft_model: Any, policy: str, accept: str, kw
     }.items():
         if kwargs.get(name):
             raise ValueError(f'{name} cannot be combined with draft="entmtp": it {why}')
+    if kwargs.get("attention_type") == llama_cpp.LLAMA_ATTENTION_TYPE_NON_CAUSAL:
+        raise ValueError(
+            'attention_type: tokens that see later ones cannot be drafted; leave draft="entmtp" out'
+        )
 
 
 def how_lossless(on_cpu: bool, accept: str) -> str:

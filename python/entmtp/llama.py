@@ -27,7 +27,7 @@ from .native import kernels as cpu_kernels
 from .native.arrays import SCORES
 from .native.decoder import Decoder, sample
 from .native.heads import Heads
-from .native.rpc import Servers
+from .native.rpc import Servers, local_gpus
 from .upstream import loading
 
 READ_AT_ONCE = 64  # tokens of a prompt whose logits are wanted; rows may have 1 MB
@@ -82,9 +82,9 @@ class Llama(Drafted):
             `"auto"`, `"off"` (ggml's own), or one of `entmtp.kernels.available()`. None: the environment variable
             ENTMTP_KERNELS, else `"auto"`.
         outputs: where the logits of a pass are reduced: `"device"` (on a GPU they stay there), `"host"` (all are copied
-            to the host, where `llama_get_logits` finds them), `"rows"` (those that are visited are), or `"auto"`.
-            Tokens do not depend on it. None: the environment variable ENTMTP_OUTPUTS, else `"auto"`. With `logits_all`
-            it is `"host"`.
+            to the host), `"rows"` (those that are visited are), or `"auto"`. Tokens do not depend on it. None: the
+            environment variable ENTMTP_OUTPUTS, else `"auto"`. With `logits_all` it is `"host"`, and `scores` has the
+            row of each token; `llama_get_logits` finds those of a whole pass, drafts among them.
         n_threads, n_threads_batch: CPU threads of passes over one token, and over several. Without either, as many as
             the machine has to spare: a thread is dropped while other programs use its core, and taken back afterwards.
             (On a GPU, and with kernels="off", as llama-cpp-python chooses.)
@@ -161,6 +161,8 @@ class Llama(Drafted):
         if rpc_servers:
             self._servers = Servers(rpc_servers)
             kwargs.setdefault("n_gpu_layers", -1)
+        elif kwargs.get("n_gpu_layers") and not local_gpus():
+            kwargs["n_gpu_layers"] = 0  # llama.cpp would not mind, and nothing here is a GPU's
         with loading:
             own_kernels = self._load(model_path, kernels, **kwargs)
         self._check_servers()  # a model that was loaded to a lost server looks like one
@@ -358,13 +360,11 @@ class Llama(Drafted):
             return token
 
     def _sample(self, settings: dict[str, Any], idx: int | None) -> int:
-        # an earlier token of the last batch, as after tokens that were sent into generate()
-        is_earlier = idx is not None and idx != self.n_tokens - 1
-        if is_earlier and self._decoder is not None and not self.logits_all:
-            raise ValueError("sampling before the last evaluated token needs a model with logits_all=True")
-        if self._decoder is None or is_earlier:
+        if self._decoder is None:
             with self.chain(**settings) as chain:
                 return sample(self.ctx, chain.sampler, -1 if idx is None else idx - self.n_tokens)
+        if idx is not None and idx != self.n_tokens - 1:  # as after tokens that were sent into generate()
+            return self.sample_after(idx, settings)
 
         temp = settings["temp"]
         if self._accept == "typical" and temp > 0.0:
@@ -467,6 +467,7 @@ class Llama(Drafted):
             self._settle()
             if state.input_ids[: state.n_tokens].tolist() != self.input_ids[: self.n_tokens].tolist():
                 self._use.begin()
+                self.end_chain()  # an older generation cannot: it is over
             try:
                 super().load_state(state)
             finally:
@@ -478,6 +479,7 @@ class Llama(Drafted):
         with self._use:
             if not self._begins:
                 self._use.begin()
+                self.end_chain()
                 self._resume()
             self._forget_text()
 

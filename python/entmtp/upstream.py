@@ -13,7 +13,7 @@ import os
 import random
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ from .chatting import Chatting
 from .common.errors import EntmtpError
 from .common.interrupt import heeded
 from .completion import Ending
-from .context import Gone, Processors, SequenceContext, Watched, cache_types, check_adapter
+from .context import Gone, Processors, SequenceContext, Watched, cache_types, check_adapter, context_of
 from .models.tokenizer import Tokenizer, check_tokens
 from .native import custom_sampler, log
+from .native.decoder import sample
 from .request import (
     HALF,
     by_name,
@@ -78,14 +79,16 @@ def _loading() -> Iterator[None]:
     """One model is loaded at a time; what others print meanwhile is printed (llama.cpp is quiet by its log)."""
     places: tuple[Any, ...] = (stock, _internals)
     with loading:
-        before = [place.suppress_stdout_stderr for place in places]
+        before, made = [place.suppress_stdout_stderr for place in places], _internals.LlamaContext
         for place in places:
             place.suppress_stdout_stderr = lambda disable: contextlib.nullcontext()
+        _internals.LlamaContext = context_of  # type: ignore[misc, assignment]
         try:
             yield
         finally:
             for place, what in zip(places, before, strict=True):
                 place.suppress_stdout_stderr = what
+            _internals.LlamaContext = made  # type: ignore[misc]
 
 
 class Upstream(Chatting):
@@ -403,6 +406,8 @@ class Upstream(Chatting):
         if grammar is not None and (why := grammar_fault(self.model, grammar)):
             raise ValueError(f"the grammar cannot be read: {why}")
         if (processors := settings.get("logits_processor")) is not None:
+            if not isinstance(processors, Iterable):
+                raise ValueError("logits_processor must be a list of functions (LogitsProcessorList)")
             settings["logits_processor"] = Watched(processors, self._watched)
         return super()._init_sampler(*args, **settings)
 
@@ -427,8 +432,9 @@ class Upstream(Chatting):
         def call(tokens: Any, logits: Any) -> Any:
             try:
                 changed = np.asarray(processor(tokens, logits))
-                if changed.shape != logits.shape:
+                if changed.shape[-1:] != logits.shape or changed.size != logits.size:  # or a batch of one
                     raise ValueError(f"logits_processor: gave {changed.shape} logits for {logits.shape}")
+                changed = changed.reshape(logits.shape)
             except BaseException as e:
                 self.note(e)
                 return logits
@@ -444,6 +450,29 @@ class Upstream(Chatting):
         else:
             with contextlib.closing(self._init_sampler(**settings)) as chain:
                 yield chain
+
+    def sample_after(self, idx: int, settings: dict[str, Any]) -> int:
+        """Draw what follows token number `idx`, of which `scores` has the row.
+
+        Raises:
+            ValueError: the model keeps no rows, or there is no such token. EntmtpError: nothing was evaluated.
+        """
+        if not self.logits_all:
+            raise ValueError("sampling before the last evaluated token needs a model with logits_all=True")
+        if not 0 <= idx < self.n_tokens:
+            raise ValueError(f"idx is {idx}, it must lie among the {self.n_tokens} tokens that are evaluated")
+        with log.kept():
+            at = llama_cpp.llama_get_logits_ith(self.ctx, -1)
+        if not at:
+            raise EntmtpError("there are no logits to sample from: evaluate a token first")
+        row = np.ctypeslib.as_array(at, shape=(self._n_vocab,))
+        kept = row.copy()
+        row[:] = self.scores[idx]  # samplers draw from a context's row
+        try:
+            with self.chain(**settings) as chain:
+                return sample(self.ctx, chain.sampler, -1)
+        finally:
+            row[:] = kept
 
     def end_chain(self) -> None:
         """The generation is over: `sample` must not go on with its seed, biases and grammar."""

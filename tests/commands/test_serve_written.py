@@ -181,6 +181,32 @@ def test_no_text_is_lost(text: str, size: int) -> None:
     assert "".join(written.add(piece, False)[0] for piece in pieces) + written.add("", True)[0] == text
 
 
+CALL = '<tool_call>{"name": "stop", "arguments": {}}</tool_call>'
+
+
+@given(
+    st.lists(st.sampled_from([CALL, "<tool_call>{", "one", "two", " ", "\n\n"]), max_size=12).map("".join),
+    st.integers(1, 40),
+    st.sampled_from(["stop", "length"]),
+)
+def test_text_around_calls(text: str, size: int, end: str) -> None:
+    """Streamed it is what it is whole, its white space too, and so is why it ended."""
+    choice: dict[str, Any] = {"message": {"content": text}, "finish_reason": end}
+    whole(choice, FUNCTIONS)
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    chunks: list[dict[str, Any]] = [
+        {"choices": [{"delta": {"content": piece}, "finish_reason": None}]} for piece in pieces
+    ]
+    chunks.append({"choices": [{"delta": {}, "finish_reason": end}]})
+    found = [chunk["choices"][0] for chunk in streamed(iter(chunks), FUNCTIONS)]
+    said = "".join(choice["delta"].get("content", "") for choice in found)
+    calls = [call for choice in found for call in choice["delta"].get("tool_calls", [])]
+    assert in_short(calls) == in_short(choice["message"].get("tool_calls", []))
+    # white space before a text is streamed before it can be known that a call comes
+    assert (said.lstrip() if calls else said) == (choice["message"]["content"] or "")
+    assert found[-1]["finish_reason"] == choice["finish_reason"]
+
+
 def test_a_call_and_half_of_another_are_cut_off() -> None:
     text = '<tool_call>{"name": "stop", "arguments": {}}</tool_call><tool_call>{"na'
     choice: dict[str, Any] = {"message": {"content": text}, "finish_reason": "length"}

@@ -16,6 +16,7 @@ from entmtp.measure.methods import CONFIDENCE, ENTMTP, ENTROPY, generic, publish
 from entmtp.models.assets import assets
 from entmtp.models.gguf_expand import expand
 from entmtp.native import kernels
+from helpers.models import Spec, write_model
 from helpers.policies import apply
 from helpers.settings import prompts
 
@@ -227,3 +228,28 @@ def test_perplexity(dtype: str, typed: Callable[[str], Path], tmp_path: Path) ->
         llm.close()
     tolerance = 1e-4 if dtype in ("f32", "f16") else 6e-3
     assert np.exp(losses[1]) == pytest.approx(np.exp(losses[0]), rel=tolerance)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dim", [10, 100, 120])
+def test_heads_of_any_width(dim: int, tmp_path: Path) -> None:
+    """With flash attention, too, where ggml's own splits a long cache: alone, together, whatever the threads."""
+    path = write_model(
+        tmp_path / "m.gguf", Spec("llama", head_dim=dim, n_embd=100, n_head=4, n_head_kv=2, n_ff=128)
+    )
+    before, seen = kernels.missed(), []
+    for n_threads, at_once in ((1, 1), (2, 8), (2, 90)):
+        llm = Llama(
+            path, n_ctx=1024, flash_attn=True, logits_all=True, n_threads=n_threads, n_threads_batch=n_threads,
+            verbose=False,
+        )  # fmt: skip
+        text = np.random.default_rng(dim).integers(0, llm.n_vocab(), 690).tolist()
+        llm.eval(text[:600])
+        for i in range(600, 690, at_once):
+            llm.eval(text[i : i + at_once])
+        seen.append(llm.scores[600:690].copy())
+        llm.close()
+    assert np.isfinite(seen[0]).all() and len(np.unique(seen[0])) > 1000
+    for other in seen[1:]:
+        np.testing.assert_array_equal(other, seen[0])
+    assert kernels.missed() == before

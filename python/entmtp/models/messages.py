@@ -43,8 +43,12 @@ def in_template(error: BaseException) -> bool:
     return isinstance(error, TemplateError) or "<template>" in (frame.filename for frame in frames)
 
 
-def plain_message(message: Any) -> dict[str, Any]:
-    """A message with its content as one text, where OpenAI has lists of parts; None beside calls of tools.
+def plain_message(message: Any, needs_content: bool = False) -> dict[str, Any]:
+    """A message with its content as one text, where OpenAI has lists of parts; None beside calls of tools, or what was
+    left out there.
+
+    Args:
+        needs_content: None in place of what was left out.
 
     Raises:
         ValueError: it is no message, or has a part that is no text.
@@ -56,7 +60,9 @@ def plain_message(message: Any) -> dict[str, Any]:
         content = "\n".join(_text(part) for part in content)
     if content is not None and not isinstance(content, str):
         raise ValueError(f"messages: a content is {content!r:.80}, it must be a text, or a list of parts")
-    return {**message, "content": content if message.get("tool_calls") else content or ""}
+    if not message.get("tool_calls"):
+        return {**message, "content": content or ""}
+    return {**message, "content": content} if needs_content or "content" in message else dict(message)
 
 
 def _text(part: Any) -> str:

@@ -114,7 +114,10 @@ class Written:
         self.functions = {f["name"]: f.get("parameters") or {} for f in functions}
         self.held = ""  # text that may become a call
         self.n_calls = 0
+        self.goes_on = False  # text came behind the last call
         self._begun = False  # something of the answer was text, or a call between tags
+        self._said = False  # some of it was text
+        self._space = ""  # white space that is left out around calls
 
     def add(self, text: str, last: bool) -> tuple[str, list[Call]]:
         """What the answer's next piece makes certain.
@@ -136,10 +139,10 @@ class Written:
             tag = TAG.search(self.held)
             if tag is None:
                 keep = 0 if last else _overlap(self.held)
-                said += self.held[: len(self.held) - keep]
+                said += self._text(self.held[: len(self.held) - keep])
                 self.held = self.held[len(self.held) - keep :]
                 break
-            said, self.held = said + self.held[: tag.start()], self.held[tag.start() :]
+            said, self.held = said + self._text(self.held[: tag.start()]), self.held[tag.start() :]
             closed, read = FORMS[tag[0]]
             end = self.held.find(closed, max(len(tag[0]), len(self.held) - n_new - len(closed)))
             if end < 0 and not last:
@@ -147,15 +150,23 @@ class Written:
             end = end + len(closed) if end >= 0 else len(self.held)
             found = self._calls(read(self.held[len(tag[0]) : end], self._properties))
             calls += found
-            if not found:
-                said += self.held[:end]
+            said += "" if found else self._text(self.held[:end])
+            self.goes_on = self.goes_on and not found
             self.held = self.held[end:]
             n_new = len(self.held)
         self.n_calls += len(calls)
-        if self.n_calls and said.isspace():
-            said = ""  # between calls
+        said = self._space + said
+        if self.n_calls and not self._said:
+            said = said.lstrip()
+        kept = len(said) if last and not self.n_calls else len(said.rstrip())
+        said, self._space = said[:kept], said[kept:]
+        self._said = self._said or bool(said)
         self._begun = self._begun or bool(said or calls)
         return said, calls
+
+    def _text(self, text: str) -> str:
+        self.goes_on = self.goes_on or bool(text.strip())
+        return text
 
     def _whole(self) -> list[Call]:
         """The calls that the held text consists of, which is then no longer held; none where it is anything else."""
@@ -232,6 +243,7 @@ class Parts:
         self._channels, self._written = Channels(), Written(functions)
         self._finds_calls = bool(functions)
         self.n_calls = 0
+        self.goes_on = False  # text came behind the last call
 
     def add(self, text: str, last: bool) -> Said:
         """What the answer's next piece makes certain.
@@ -244,12 +256,15 @@ class Parts:
             found = self._written.call(piece.function, piece.text) if piece.kind == CALL else None
             if found:
                 calls.append(found)
+                self.goes_on = False
             elif piece.kind in (TEXT, CALL):
                 said += piece.text
+                self.goes_on = self.goes_on or bool(piece.text.strip())
             elif piece.kind == THOUGHT:
                 thoughts += piece.text
         if self._finds_calls and not self._channels.found:
             said, calls = self._written.add(said, last)
+            self.goes_on = self._written.goes_on
         self.n_calls += len(calls)
         return Said(said, thoughts, calls)
 
@@ -257,14 +272,15 @@ class Parts:
 def whole(choice: dict[str, Any], functions: list[dict[str, Any]]) -> None:
     """Make calls and thoughts of those that an answer holds."""
     message, text = choice["message"], choice["message"].get("content") or ""
-    said, thoughts, calls = Parts(functions).add(text, last=True)
+    parts = Parts(functions)
+    said, thoughts, calls = parts.add(text, last=True)
     if said != text:
         message["content"] = (said.strip() if calls else said) or None
     if thoughts:
         message["reasoning_content"] = thoughts
     if calls:
         message["tool_calls"] = calls
-        _end(choice, said)
+        _end(choice, parts.goes_on)
 
 
 def streamed(chunks: Iterator[dict[str, Any]], functions: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -285,11 +301,11 @@ def streamed(chunks: Iterator[dict[str, Any]], functions: list[dict[str, Any]]) 
             first = parts.n_calls - len(calls)
             delta["tool_calls"] = [{"index": first + i, **call} for i, call in enumerate(calls)]
         if last and parts.n_calls:
-            _end(choice, said)
+            _end(choice, parts.goes_on)
         yield chunk
 
 
-def _end(choice: dict[str, Any], rest: str) -> None:
+def _end(choice: dict[str, Any], goes_on: bool) -> None:
     """The answer ended with a call, unless the limit of tokens cut off what came after it."""
-    if choice["finish_reason"] == "stop" or not rest:
+    if choice["finish_reason"] == "stop" or not goes_on:
         choice["finish_reason"] = "tool_calls"
