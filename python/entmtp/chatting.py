@@ -12,8 +12,7 @@ from .models.messages import (
     TEMPLATE,
     answer_chat,
     in_template,
-    plain_message,
-    takes_texts,
+    plain_messages,
     top_of,
     unreadable,
     with_texts,
@@ -72,9 +71,7 @@ class Chatting(llama_cpp.Llama):
         n_top = asked.get("top_logprobs") or 0
         if asked.get("logprobs"):
             asked["top_logprobs"] = n_top
-        if takes_texts(self):
-            is_function = self.chat_format not in self.chat_handlers  # of llama-cpp-python: no template
-            messages = [plain_message(message, is_function) for message in messages]
+        messages = plain_messages(self, messages)
         with followed():
             answer = self._chat(messages, asked, chat_template_kwargs)
         if not asked.get("logprobs"):

@@ -103,9 +103,17 @@ def answer_chat(llm: Any, messages: Any, asked: dict[str, Any], names: Any) -> A
     return handler(llama=llm, **{**(names or {}), **given})
 
 
-def takes_texts(llm: Any) -> bool:
-    """Whether its file's template, or a format of llama-cpp-python, writes its prompts; handlers of users take more."""
-    return llm.chat_handler is None and (llm.chat_format in llm.chat_handlers or llm.chat_format in FORMATS)
+def plain_messages(llm: Any, messages: Any) -> Any:
+    """Those of a chat as `plain_message` has them, where its file's template, or a format of llama-cpp-python, writes
+    the prompt; handlers of users take more.
+
+    Raises:
+        ValueError: one is no message.
+    """
+    is_template = llm.chat_format in llm.chat_handlers
+    if llm.chat_handler is not None or not (is_template or llm.chat_format in FORMATS):
+        return messages
+    return [plain_message(message, needs_content=not is_template) for message in messages]
 
 
 def with_texts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
