@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -33,6 +33,10 @@ class Drafted(Paced):
     """A model that may draft; `Llama` is one."""
 
     one_text = True  # at a time
+    unwanted: Callable[[], bool] | None = (
+        None  # asked as a text begins: whoever asked for it has left meanwhile
+    )
+    _stopped: bool
     _settings: dict[str, Any]
     _calibrate: bool
 
@@ -238,6 +242,23 @@ class Drafted(Paced):
                 self._settings = settings
                 self._set_bank(*before)
                 raise
+
+    def cancel(self) -> None:
+        """Stop the running generation within one pass of the model, from any thread. What was generated stays."""
+        self._stopped = True
+        if self._decoder:
+            self._decoder.cancel()
+
+    def is_unwanted(self) -> bool:
+        """Nobody waits for the text that begins."""
+        return self.unwanted is not None and self.unwanted()
+
+    def _resume(self) -> None:
+        self._stopped, self.failed = False, None
+        if self._decoder is not None:
+            self._decoder.resume()
+        if self.is_unwanted():
+            self.cancel()
 
     @property
     def lossless(self) -> str:

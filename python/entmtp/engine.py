@@ -203,9 +203,13 @@ class Engine:
         """A slot for the block, as a `Llama`; waits until there is one.
 
         Raises:
-            EntmtpError: the engine was closed meanwhile.
+            BusyError: this thread has all of them. EntmtpError: the engine was closed meanwhile.
         """
         with self._free:
+            if len(self._lent) == len(self.slots) and set(self._lent.values()) == {threading.get_ident()}:
+                raise BusyError(
+                    "this thread has all slots of the engine; give one back, or make an engine of more"
+                )
             self._free.wait_for(lambda: self._idle or self._closed)
             if self._closed:
                 raise EntmtpError(CLOSED)
@@ -341,6 +345,7 @@ class Engine:
     def _write(self, stream: Stream, prompt: Any, is_chat: bool, settings: dict[str, Any]) -> None:
         try:
             with self.slot() as llm:
+                llm.unwanted = lambda: stream.cancelled
                 create = llm.create_chat_completion if is_chat else llm.create_completion
                 stream.follow(create(prompt, **{**settings, "stream": True}), llm.cancel)
         except BaseException as e:

@@ -117,7 +117,8 @@ class Slot(Llama):
 
     def begin(self) -> None:
         """Somebody else has it from now on: what was cancelled is over."""
-        self.left = False
+        self.left, self.unwanted = False, None
+        self.expected = self.n_ctx()
         self._resume()
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -129,9 +130,10 @@ class Slot(Llama):
     ) -> Generator[int, Sequence[int] | None, None]:
         """As `Llama.generate`; waits where the texts of others leave no room in the memory."""
         tokens = list(tokens)
-        self.left = False
+        self.left = self.is_unwanted()
+        expected, self.expected = self.expected, self.n_ctx()  # of the next one, unless it says so
         try:
-            with self._engine.room_for(self, min(len(tokens) + self.expected, self.n_ctx())):
+            with self._engine.room_for(self, min(len(tokens) + expected, self.n_ctx())):
                 return (yield from super().generate(tokens, *args, **kwargs))
         except Cancelled:  # while it waited
             return None

@@ -20,6 +20,7 @@ class Stream:
             was cancelled before it began.
         logprobs: of the pieces so far, where they were asked for, as `create_completion` (lists by token) or
             `create_chat_completion` (`content`) has them.
+        tool_calls: what a chat that names a tool calls so far, as in a message of OpenAI's.
     """
 
     def __init__(self) -> None:
@@ -27,11 +28,12 @@ class Stream:
         self._changed = threading.Condition()
         self._wakers: list[Callable[[], object]] = []
         self._cancel: Callable[[], None] | None = None
-        self._cancelled = False
+        self.cancelled = False
         self._done = False
         self._error: Exception | None = None
         self.finish_reason: str | None = None
         self.logprobs: dict[str, list[Any]] = {}
+        self.tool_calls: list[dict[str, Any]] = []
 
     # -- for the writer --
 
@@ -40,11 +42,13 @@ class Stream:
         with self._changed:
             self._cancel = cancel
         try:
-            for chunk in () if self._cancelled else chunks:
+            for chunk in () if self.cancelled else chunks:
                 choice = chunk["choices"][0]
                 piece = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+                for delta in choice.get("delta", {}).get("tool_calls") or ():
+                    self._call(delta)
                 self._add(piece, choice.get("finish_reason"), choice.get("logprobs") or {})
-                if self._cancelled:
+                if self.cancelled:
                     break
             if hasattr(chunks, "close"):
                 chunks.close()
@@ -67,6 +71,13 @@ class Stream:
             self.finish_reason = finish_reason or self.finish_reason
             self._wake()
 
+    def _call(self, delta: dict[str, Any]) -> None:
+        at = delta.get("index", 0)
+        while len(self.tool_calls) <= at:
+            function = {"name": delta["function"].get("name"), "arguments": ""}
+            self.tool_calls.append({"id": delta.get("id"), "type": "function", "function": function})
+        self.tool_calls[at]["function"]["arguments"] += delta["function"].get("arguments") or ""
+
     def _end(self, error: Exception | None) -> None:
         with self._changed:
             self._error = self._error or error
@@ -86,7 +97,7 @@ class Stream:
     def cancel(self) -> None:
         """Stop writing; what was written stays."""
         with self._changed:
-            self._cancelled = True
+            self.cancelled = True
             if self._cancel is not None:
                 self._cancel()
             else:  # it was not begun, or is over

@@ -161,12 +161,12 @@ def test_what_was_thought_before_a_call_goes_back() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "stop", "arguments": "{}"}}
     messages: list[Any] = [
         {"role": "user", "content": "x"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "assistant", "content": "So."},
+        {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": "Hm."},
+        {"role": "assistant", "content": "So.", "reasoning_content": "Ah."},
     ]
-    found = for_template(messages, "{{ message.thinking }}", [None, "Hm.", "Ah."])
+    found = for_template(messages, "{{ message.thinking }}")
     assert found == [messages[0], {**messages[1], "thinking": "Hm."}, messages[2]]
-    assert for_template(messages, "{{ message.content }}", [None, "Hm.", "Ah."]) == messages
+    assert for_template(messages, "{{ message.content }}") == messages
 
 
 #

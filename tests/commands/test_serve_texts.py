@@ -220,6 +220,16 @@ def test_embeddings(models: dict[str, Path]) -> None:
         short = np.array(vectors(dimensions=16))
         assert short.shape == (2, 16) and np.allclose(np.linalg.norm(short, axis=1), 1)
         assert np.allclose(np.array(ask(server, "/api/embed", input=given)["embeddings"]), found, atol=1e-7)
+        many = [f"text {i} " * (1 + i % 7) for i in range(60)]  # several batches
+        told = ask(server, "/v1/embeddings", input=many)
+        assert [one["index"] for one in told["data"]] == list(range(60))
+        assert told["usage"]["prompt_tokens"] == sum(len(plain.tokenize(text.encode())) for text in many)
+        alone = np.array(
+            [ask(server, "/v1/embeddings", input=many[i])["data"][0]["embedding"] for i in (0, 31, 59)]
+        )
+        assert np.allclose(np.array([told["data"][i]["embedding"] for i in (0, 31, 59)]), alone, atol=1e-5)
+        status, text = status_of(server, "/v1/embeddings", input=["a"] * 2049)
+        assert status == 400 and "there may be 2048" in text
         for body in ({"dimensions": 10_000}, {"dimensions": 0}, {"encoding_format": "hex"}):
             status, text = status_of(server, "/v1/embeddings", input="Hi", **body)
             assert status == 400 and next(iter(body)) in text

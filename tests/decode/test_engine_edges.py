@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -248,3 +249,74 @@ def test_arguments_that_cannot_work(given: dict[str, Any]) -> None:
 def test_the_context_that_the_model_was_trained_for() -> None:
     with Engine(DEMO, slots=1, **{**SETTINGS, "n_ctx": 0}) as made:
         assert made.n_ctx == Llama(DEMO, n_ctx=0, n_threads=1, verbose=False).n_ctx()
+
+
+# -- texts that nobody waits for, lent slots --
+
+
+def test_a_text_that_is_cancelled_while_its_prompt_is_read() -> None:
+    """Before its tokens are known it waits for nothing: not for room, not for a pass."""
+    with Engine(DEMO, slots=2, **{**SETTINGS, "n_ctx": 512, "kv_tokens": 600}) as made:
+        other = made.submit(STORY, max_tokens=450, logit_bias={2: -100})
+        next(iter(other))
+        for tokens in ([5] * 300, "the sea " * 40):
+            taken, goes_on = threading.Event(), threading.Event()
+            read = Llama.tokenize
+
+            def slow(
+                self: Llama,
+                *args: Any,
+                taken: Any = taken,
+                goes_on: Any = goes_on,
+                read: Any = read,
+                **how: Any,
+            ) -> Any:
+                taken.set()
+                goes_on.wait(30)
+                return read(self, *args, **how)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Llama, "tokenize", slow)
+                given = {"stop": ["x"]} if isinstance(tokens, list) else {}
+                text = made.submit(tokens, max_tokens=100, **given)
+                if isinstance(tokens, str):
+                    assert taken.wait(30)
+                text.cancel()
+                goes_on.set()
+                assert text.text == ""
+        other.cancel()
+        assert made.submit(STORY, max_tokens=2).text
+
+
+def test_a_lent_slot_does_not_know_what_was_asked_of_it_before() -> None:
+    """What a text may come to is its own affair: an earlier answer of one token leaves no room for one alone."""
+    with Engine(DEMO, slots=1, **SETTINGS) as made:
+        for _ in range(2):
+            with made.slot() as llm:
+                llm.create_completion(STORY, max_tokens=1)
+                for n, _ in enumerate(llm.generate(llm.tokenize(STORY.encode()))):
+                    assert len(made._reserved[llm]) == made.n_ctx
+                    if n == 3:
+                        break
+
+
+def test_all_slots_in_one_thread(pair: Engine) -> None:
+    with pair.slot(), pair.slot(), pytest.raises(BusyError, match="this thread has all slots"), pair.slot():
+        pass
+    with pair.slot() as llm:
+        assert llm.create_completion(STORY, max_tokens=1)
+
+
+def test_a_call_of_a_named_tool() -> None:
+    city = {"type": "object", "properties": {"city": {"enum": ["Rome"]}}, "required": ["city"]}
+    tool = {"type": "function", "function": {"name": "weather", "description": "", "parameters": city}}
+    with Engine(DEMO, slots=1, chat_format="chatml", **SETTINGS) as made:
+        stream = made.submit(
+            [{"role": "user", "content": "Rome?"}], max_tokens=60, tools=[tool],
+            tool_choice={"type": "function", "function": {"name": "weather"}},
+        )  # fmt: skip
+        stream.text  # noqa: B018
+        [call] = stream.tool_calls
+        assert call["type"] == "function" and call["id"]
+        assert call["function"]["name"] == "weather"
+        assert json.loads(call["function"]["arguments"]) == {"city": "Rome"}

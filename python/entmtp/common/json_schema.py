@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Any
+from urllib.parse import unquote
 
 # They narrow what is allowed, and the converter does not know them; what only describes (title, default, format, …) may
 # be passed over. https://json-schema.org/draft/2020-12/json-schema-validation
@@ -37,15 +38,29 @@ def target(root: Any, ref: Any, where: str) -> Any:
     Raises:
         ValueError: it leads nowhere.
     """
-    if not isinstance(ref, str) or not ref.startswith("#/"):
+    if not isinstance(ref, str) or not (ref + "/").startswith("#/"):
         raise ValueError(f"{where}: $ref must lead to a part of this schema, as #/$defs/name")
     found = root
-    for name in ref[2:].split("/"):
-        name = name.replace("~1", "/").replace("~0", "~")
+    for part in unquote(ref).split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, list):
+            found = {str(i): value for i, value in enumerate(found)}
         if not isinstance(found, dict) or name not in found:
             raise ValueError(f"{where}: $ref {ref} leads nowhere in this schema")
         found = found[name]
     return found
+
+
+def moved(schema: Any, to: str) -> Any:
+    """A schema that becomes a part of another: its references lead to where it stands there, as `#/anyOf/0`."""
+    if isinstance(schema, list):
+        return [moved(part, to) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: to + part[1:] if key == "$ref" and isinstance(part, str) and part[:1] == "#" else moved(part, to)
+        for key, part in schema.items()
+    }
 
 
 class _Checker:

@@ -116,6 +116,13 @@ def plain_messages(llm: Any, messages: Any) -> Any:
     return [plain_message(message, needs_content=not is_template) for message in messages]
 
 
+def template_of(llm: Any) -> str:
+    """The chat template of its file that writes its prompts, or nothing."""
+    if llm.chat_handler is not None or llm.chat_format not in llm.chat_handlers:
+        return ""
+    return str(llm.metadata.get(f"tokenizer.{llm.chat_format.removesuffix('.default')}", ""))
+
+
 def with_texts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same with an empty text where there is none: some templates join it to others unasked."""
     return [{**message, "content": message.get("content") or ""} for message in messages]

@@ -19,7 +19,7 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 
 from . import calls, written
-from .asked import Asked, Chat
+from .asked import Asked, Chat, Text
 from .details import Details
 from .errors import Refused, worded
 from .model import Models
@@ -104,6 +104,13 @@ def _finish(choice: dict[str, Any], index: int, asked: Asked, begun: dict[str, s
     choice["index"] = index
     if isinstance(asked.body, Chat):
         calls.tidy(choice, asked.body.functions is not None, begun)
+
+
+def _cut(chunk: dict[str, Any]) -> dict[str, Any]:
+    """The end of an answer that gives way to another request, behind its last chunk."""
+    choice = {**chunk["choices"][0], "finish_reason": "length", "logprobs": None}
+    choice["text" if "text" in choice else "delta"] = "" if "text" in choice else {}
+    return {**{key: value for key, value in chunk.items() if key != "entmtp"}, "choices": [choice]}
 
 
 def write_whole(llama: Any, asked: Asked, served: ServedRequest) -> dict[str, Any]:
@@ -256,24 +263,31 @@ class Streamed(Response):
     def _write(self, llama: Any) -> None:
         served, functions, chunk = self.served, self.asked.functions, dict[str, Any]()
         same: dict[str, Any] = {}  # in all chunks of a request
+        is_cut = False
         chat = isinstance(self.asked.body, Chat)
         if self.asked.body.entmtp:
             served.details = Details(self.models.passes)
 
         for index, create in enumerate(_calls(llama, self.asked, True)):
             begun = dict[str, str]()
+            is_prompt = isinstance(self.asked.body, Text) and self.asked.body.echo  # the first piece
             with contextlib.closing(create()) as chunks:
                 for chunk in written.streamed(chunks, functions) if chat else chunks:
                     _finish(chunk["choices"][0], index, self.asked, begun)
                     same = same or {key: chunk[key] for key in ("id", "created")}
                     chunk = {**chunk, **same}
                     if served.details is not None:
-                        served.details.add_to(chunk)
+                        served.details.add_to(chunk, is_prompt)
+                    is_prompt = False
                     self.pipe.put(chunk, served)
-                    if self.models.interrupted():
-                        return
+                    if is_cut := self.models.interrupted():
+                        break
             if served.stopped:
                 return
+            if is_cut:
+                if chunk["choices"][0]["finish_reason"] is None:
+                    self.pipe.put(_cut(chunk), served)
+                break
         if self.asked.include_usage:
             rest = {k: v for k, v in chunk.items() if k != "entmtp"}
             self.pipe.put({**rest, "choices": [], "usage": served.usage()}, served)

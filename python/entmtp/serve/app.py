@@ -11,7 +11,7 @@ import base64
 import hmac
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -45,6 +45,9 @@ ANSWERS: dict[str, tuple[Read, Callable[[dict[str, Any], ServedRequest], Form]]]
 }
 
 
+MOST_TEXTS = 2048  # of a request for embeddings, as OpenAI has it
+
+
 class Embedding(BaseModel):
     input: str | asked.Some[str]
     model: str | None = None
@@ -66,25 +69,53 @@ def _embed(llama: Any, body: Embedding) -> Any:
     texts = [body.input] if isinstance(body.input, str) else body.input
     if not texts:
         raise Refused("input is empty: there is nothing to embed", "input")
-    for text in texts:  # llama-cpp-python would cut it
-        if (n := len(llama.tokenize(text.encode()))) > llama.n_batch:
-            raise Refused(f"input: a text has {n} tokens, it may have {llama.n_batch} (n_batch)", "input")
+    if len(texts) > MOST_TEXTS:
+        raise Refused(f"input: {len(texts)} texts, there may be {MOST_TEXTS} in a request", "input")
     if (body.dimensions or 0) > (n := llama.n_embd()):
         raise Refused(f"dimensions: the vectors of this model have {n}", "dimensions")
-    answer = llama.create_embedding(texts, model=llama.alias)
-    if any(isinstance(x, list) for one in answer["data"] for x in one["embedding"][:1]):
+    if not llama.context_params.embeddings:
+        llama.create_embedding(texts[0])  # says why there are none
+    data, n_tokens, served = list[dict[str, Any]](), 0, current.get()
+    for piece in _pieces(llama, texts):
+        if served is not None and served.over:
+            raise Refused(
+                "the embeddings took longer than an answer may (max_seconds); ask in parts", status=503
+            )
+        answer = llama.create_embedding(piece)
+        n_tokens += answer["usage"]["prompt_tokens"]
+        for one in answer["data"]:
+            vector = _vector(one["embedding"], body)
+            data.append({"object": "embedding", "embedding": vector, "index": len(data)})
+    usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+    return {"object": "list", "data": data, "model": llama.alias, "usage": usage}
+
+
+def _pieces(llama: Any, texts: list[str]) -> Iterator[list[str]]:
+    """The texts, as many at a time as fit into one batch."""
+    piece, n_tokens = list[str](), 0
+    for text in texts:
+        if (n := len(llama.tokenize(text.encode()))) > llama.n_batch:  # llama-cpp-python would cut it
+            raise Refused(f"input: a text has {n} tokens, it may have {llama.n_batch} (n_batch)", "input")
+        if n_tokens + n > llama.n_batch:
+            yield piece
+            piece, n_tokens = [], 0
+        piece.append(text)
+        n_tokens += n
+    yield piece
+
+
+def _vector(given: Any, body: Embedding) -> Any:
+    """Of length 1, as OpenAI's and Ollama's are."""
+    if isinstance(given[0], list):
         raise Refused(
             "this model has a vector for every token and none for a text: its file names no pooling; serve one that is "
             "made for embeddings", "input",
         )  # fmt: skip
-    for one in answer["data"]:  # of length 1, as OpenAI's and Ollama's are
-        vector = np.array(one["embedding"][: body.dimensions], np.float32)
-        vector /= np.linalg.norm(vector) or 1
-        in_bytes = body.encoding_format == "base64"
-        one["embedding"] = (
-            base64.b64encode(vector.astype("<f4").tobytes()).decode() if in_bytes else vector.tolist()
-        )
-    return answer
+    vector = np.array(given[: body.dimensions], np.float32)
+    vector /= np.linalg.norm(vector) or 1
+    if body.encoding_format != "base64":
+        return vector.tolist()
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
 def _embed_as_ollama(llama: Any, body: Embedding) -> Any:

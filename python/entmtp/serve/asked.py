@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from ..completion import AtLeast
 from ..llama import Llama
+from ..models.messages import template_of
 from ..request import grammar_of_text, with_schema
 from .calls import demand, for_template
 from .errors import Refused
@@ -25,6 +26,8 @@ MOST_PARTS = 1 << 16  # objects and lists of a request
 MOST_STOPS, LONGEST_STOP = 128, 1024  # each is looked for after every token
 MOST_LOGPROBS = 100  # of a token
 LONGEST_NUMBER = 1 << 31  # tokens and counts; more does not fit into the model's own numbers
+ROLES = ("system", "user", "assistant", "tool", "function")
+RANDOM = (1 << 32) - 1  # the seed by which llama.cpp draws one
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -100,7 +103,7 @@ class Asked:
         n_same: answers to the same prompt that follow each other.
         include_usage: a stream ends with the number of its tokens.
         functions: the answer's text may be, or hold, calls of these.
-        thoughts: before each message of a chat, as clients send them back.
+        messages: of a chat, with all that clients say of them: templates read more than OpenAI has names for.
     """
 
     body: Text | Chat
@@ -108,7 +111,7 @@ class Asked:
     n_same: int
     include_usage: bool
     functions: list[dict[str, Any]] = field(default_factory=list)
-    thoughts: list[Any] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
 
     def arguments(self, llama: Llama) -> dict[str, Any]:
         """Of the call that writes an answer."""
@@ -125,8 +128,8 @@ class Asked:
         if isinstance(body, Chat) and body.logprobs:
             named["top_logprobs"] = body.top_logprobs or 0  # without, llama-cpp-python tells nothing
         if isinstance(body, Chat):
-            template = llama.metadata.get("tokenizer.chat_template", "")
-            named["messages"] = for_template(named["messages"], template, self.thoughts)
+            said = [{**m, **checked} for m, checked in zip(self.messages, named["messages"], strict=True)]
+            named["messages"] = for_template(said, template_of(llama))
         if isinstance(body, Text) and isinstance(body.prompt, list):
             named["prompt"] = ""  # each choice has its own
         return named
@@ -210,7 +213,7 @@ def chat(request: dict[str, Any]) -> Asked:
     functions = demand(request)
     asked = _read(request, Chat, [None])
     asked.functions = functions
-    asked.thoughts = [m.get("reasoning_content") for m in request.get("messages") or ()]
+    asked.messages = request.get("messages") or []
     return asked
 
 
@@ -224,13 +227,18 @@ def _read(request: dict[str, Any], kind: type[Text] | type[Chat], prompts: list[
     seed = request.get("seed")
     choices = [
         ({} if prompt is None else {"prompt": prompt})
-        | ({} if seed is None or n_same == 1 else {"seed": (seed + i) % (1 << 32)})
+        | ({} if seed is None or n_same == 1 or seed % (1 << 32) == RANDOM else {"seed": _seed(seed, i)})
         for prompt in prompts
         for i in range(n_same)
     ]
     usage = bool((request.get("stream_options") or {}).get("include_usage"))
     given = {k: v for k, v in request.items() if v is not None or k == "max_tokens"}  # null: as if left out
     return Asked(kind.model_validate(given), choices, n_same, usage)
+
+
+def _seed(seed: int, i: int) -> int:
+    """Of the i-th answer; none is the one by which llama.cpp draws a seed."""
+    return (seed % (1 << 32) + i) % RANDOM
 
 
 def _check(request: dict[str, Any]) -> None:
@@ -274,6 +282,10 @@ def _message(message: Any) -> Any:
         message.setdefault("content", "")
     if message.get("role") == "developer":
         message["role"] = "system"
+    if message.get("role") not in ROLES:
+        raise Refused(f"messages: {message.get('role')!r:.40} is no role: {', '.join(ROLES)}", "messages")
+    if message["role"] == "tool" and not isinstance(message.get("tool_call_id"), str):
+        raise Refused("messages: one of role tool has no tool_call_id, the id of the call", "messages")
     if isinstance(message.get("content"), list):
         message["content"] = "\n".join(_part(p) for p in message["content"])
     return message

@@ -8,12 +8,11 @@ the deltas of a stream are such as clients put together.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from functools import cache
-from itertools import zip_longest
 from typing import Any
 
 from ..common.fields import parse_json
+from ..common.json_schema import moved
 from .errors import Refused
 
 
@@ -39,11 +38,13 @@ def demand(request: dict[str, Any]) -> list[dict[str, Any]]:
             "type": "object",
             "properties": {
                 "name": {"const": f["name"]},
-                "arguments": f.get("parameters") or {"type": "object"},
+                "arguments": moved(
+                    f.get("parameters") or {"type": "object"}, f"#/anyOf/{i}/properties/arguments"
+                ),
             },
             "required": ["name", "arguments"],
         }
-        for f in functions
+        for i, f in enumerate(functions)
     ]
     request["response_format"] = {"type": "json_object", "schema": {"anyOf": shapes}}
     return functions
@@ -71,7 +72,7 @@ def takes_objects(template: str) -> bool:
     return bool(CALL.search(template)) or any(re.search(WALKED.format(name), template) for name in names)
 
 
-def for_template(messages: list[Any], template: str, thoughts: Sequence[Any] = ()) -> list[Any]:
+def for_template(messages: list[Any], template: str) -> list[Any]:
     """Messages with earlier calls as their chat template reads them.
 
     Clients send a call's arguments as a text of JSON, and some templates write that; most take an object, and would
@@ -79,8 +80,10 @@ def for_template(messages: list[Any], template: str, thoughts: Sequence[Any] = (
     """
     if "message.thinking" in template:
         messages = [
-            {**m, "thinking": thought} if thought and m.get("tool_calls") and not m.get("content") else m
-            for m, thought in zip_longest(messages, thoughts)
+            {**m, "thinking": m["reasoning_content"]}
+            if m.get("reasoning_content") and m.get("tool_calls") and not m.get("content")
+            else m
+            for m in messages
         ]
     if not takes_objects(template):
         return messages

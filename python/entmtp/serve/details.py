@@ -118,9 +118,12 @@ class Details:
 
     # -- for the answer --
 
-    def add_to(self, chunk: dict[str, Any]) -> None:
-        """Put the details of a chunk's text into the chunk."""
+    def add_to(self, chunk: dict[str, Any], is_prompt: bool = False) -> None:
+        """Put the details of a chunk's text into the chunk; of the prompt's, which is told again, there are none."""
         choice = chunk["choices"][0]
+        if is_prompt:
+            chunk["entmtp"] = {"tokens": [], "steps": []}
+            return
         said = choice.get("delta") or {"content": choice.get("text")}
         text = (said.get("reasoning_content") or "") + (said.get("content") or "")
         tokens = self._of(text)

@@ -105,11 +105,12 @@ class ServedRequest:
         """While `llama` writes the answer, `stop` cancels it; called in the thread that writes."""
         with self._lock:
             self._llama = llama
+            llama.unwanted = lambda: self.over
         try:
             yield
         finally:
             with self._lock:  # the next answer of this model must not be hit
-                self._llama = None
+                self._llama = llama.unwanted = None
 
     def stop(self, why: str) -> None:
         """End the answer within one pass of the model, or give up the place in the queue; in the event loop."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .asked import Asked, chat, is_whole
@@ -34,7 +34,7 @@ def read(asked: dict[str, Any]) -> Asked:
     if limit is not None and not (is_whole(limit) and limit > 0):
         raise Refused(f"max_output_tokens is {limit!r}, it must be 1 or more", "max_output_tokens")
     said = {name: asked[name] for name in SAME if asked.get(name) is not None}
-    said["messages"] = list(_messages(asked))
+    said["messages"] = _in_turns(_messages(asked))
     if limit is not None:
         said["max_tokens"] = limit
     if (form := _format(asked.get("text"))) is not None:
@@ -68,11 +68,22 @@ def _messages(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
         elif kind == "function_call":
             function = {"name": item.get("name"), "arguments": item.get("arguments")}
             call = {"id": item.get("call_id"), "type": "function", "function": function}
-            yield {"role": "assistant", "content": "", "tool_calls": [call]}
+            yield {"role": "assistant", "tool_calls": [call]}
         elif kind == "function_call_output":
             yield {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
         else:
             raise Refused(f"input: this server does not know an item of type {kind!r}", "input")
+
+
+def _in_turns(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Calls in a row, and a text before them, are one turn of the assistant."""
+    turns = list[dict[str, Any]]()
+    for message in messages:
+        if turns and "tool_calls" in message and turns[-1]["role"] == "assistant":
+            turns[-1]["tool_calls"] = turns[-1].get("tool_calls", []) + message["tool_calls"]
+        else:
+            turns.append(message)
+    return turns
 
 
 def _format(text: Any) -> dict[str, Any] | None:
