@@ -150,6 +150,7 @@ class Engine:
         _check("kv_tokens", room, MOST_TOKENS)
         if not 0 < stall < math.inf:
             raise ValueError(f"stall is {stall}, it must be a number of seconds above 0")
+        n_ctx = min(n_ctx, room)  # no text can have more
         self.n_ctx, self.kv_tokens = n_ctx, room
         self._stack = contextlib.ExitStack()
         self._closed = self._is_free = False

@@ -165,7 +165,7 @@ def test_a_loop_in_a_lent_slot_keeps_its_room() -> None:
         time.sleep(0.3)
         llm.eval([llm.sample(temp=0.0)])
         assert llm.n_tokens == held + 1 == llm.decoder.n_held
-        with pytest.raises(EntmtpError, match="leave no room for"):
+        with pytest.raises(EntmtpError, match="the context is full"):
             llm.eval([5] * 60)
         llm.reset()
         made._stop_reserving(llm)
@@ -298,6 +298,15 @@ def test_a_lent_slot_does_not_know_what_was_asked_of_it_before() -> None:
                     assert len(made._reserved[llm]) == made.n_ctx
                     if n == 3:
                         break
+
+
+def test_room_for_less_than_a_context() -> None:
+    """A text without a limit, as of a chat, ends where the room does."""
+    with Engine(DEMO, slots=2, kv_tokens=64, **SETTINGS) as made:
+        assert made.n_ctx == 64
+        streams = [made.submit(STORY, max_tokens=None, temperature=0, logit_bias={2: -100}) for _ in range(3)]
+        assert len({stream.text for stream in streams}) == 1 and streams[0].text
+        assert [stream.finish_reason for stream in streams] == ["length"] * 3
 
 
 def test_all_slots_in_one_thread(pair: Engine) -> None:
