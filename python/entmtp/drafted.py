@@ -243,8 +243,7 @@ class Drafted(Paced):
                 self._set_bank(*before)
                 raise
 
-    def cancel(self) -> None:
-        """Stop the running generation within one pass of the model, from any thread. What was generated stays."""
+    def _stop(self) -> None:
         self._stopped = True
         if self._decoder:
             self._decoder.cancel()
@@ -258,7 +257,7 @@ class Drafted(Paced):
         if self._decoder is not None:
             self._decoder.resume()
         if self.is_unwanted():
-            self.cancel()
+            self._stop()
 
     @property
     def lossless(self) -> str:

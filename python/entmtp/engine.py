@@ -204,7 +204,8 @@ class Engine:
         """A slot for the block, as a `Llama`; waits until there is one.
 
         Raises:
-            BusyError: this thread has all of them. EntmtpError: the engine was closed meanwhile.
+            BusyError: this thread has all of them already.
+            EntmtpError: the engine was closed meanwhile.
         """
         with self._free:
             if len(self._lent) == len(self.slots) and set(self._lent.values()) == {threading.get_ident()}:

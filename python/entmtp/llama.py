@@ -275,6 +275,10 @@ class Llama(Drafted):
         n, echo = asked.get("logprobs"), bool(asked.get("echo")) and not asked.get("stream")
         return None if n is None or self._decoder is None else Logprobs(self, n, echo, begin)
 
+    def cancel(self) -> None:
+        """Stop the running generation within one pass of the model, from any thread. What was generated stays."""
+        self._stop()
+
     # The two calls below are the plain decode loop. The rest of llama_cpp.Llama is built on them.
 
     def eval(self, tokens: Sequence[int]) -> None:
