@@ -33,9 +33,8 @@ class Drafted(Paced):
     """A model that may draft; `Llama` is one."""
 
     one_text = True  # at a time
-    unwanted: Callable[[], bool] | None = (
-        None  # asked as a text begins: whoever asked for it has left meanwhile
-    )
+    # asked as a text begins: whether whoever wanted it has left meanwhile
+    unwanted: Callable[[], bool] | None = None
     _stopped: bool
     _settings: dict[str, Any]
     _calibrate: bool

@@ -94,6 +94,7 @@ class Slot(Llama):
 
     def leave(self) -> None:
         """Whoever had the slot is done with it: a text that was not written to its end is over."""
+        self.unwanted = None
         try:
             with self._use:
                 self._use.begin()

@@ -16,6 +16,7 @@ class Stream:
     """Pieces of a text as they come, for any number of readers, each from the beginning.
 
     Attributes:
+        cancelled: nobody wants the text any more.
         finish_reason: why the text ended: `"stop"`, `"length"`, `"tool_calls"`; None while it is written, and where it
             was cancelled before it began.
         logprobs: of the pieces so far, where they were asked for, as `create_completion` (lists by token) or

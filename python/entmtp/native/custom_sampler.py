@@ -19,9 +19,8 @@ def _apply(sampler: Any, candidates: Any) -> None:
 
 
 _interface = llama_cpp.llama_sampler_i()
-_interface.apply = (
-    _apply  # no `free`: chains are also freed between calls, where nobody hears of a Ctrl-C within it
-)
+_interface.apply = _apply
+# no `free`: chains are also freed between calls, where nobody hears of a Ctrl-C within it
 
 
 def add(chain: Any, function: Callable[[Any], None]) -> None:
