@@ -57,6 +57,7 @@ class Ending:
 
     Attributes:
         stops: criteria of the user, None for none.
+        most: tokens that were asked for at most, None without a limit.
         early: it was cancelled, or nothing more fits, or is allowed, in the middle of a character; set by `generate`.
         cut: bytes of the text before a stop string, None where none came.
     """
@@ -65,7 +66,7 @@ class Ending:
         self._llm, self.record, self.early = llm, record, False
         self.stops: Callable[[Any, Any], bool] | None = asked.get("stopping_criteria")
         self._was_told = False  # by them
-        self.streamed, self._most = bool(asked.get("stream")), most_tokens(asked)
+        self.streamed, self.most = bool(asked.get("stream")), most_tokens(asked)
         stop = asked.get("stop") or []
         # as in llama.cpp, an empty one is none
         self._strings = [s.encode() for s in ([stop] if isinstance(stop, str) else stop) if s]
@@ -119,7 +120,7 @@ class Ending:
         """Whether the last token was the last one, with so many drawn and room for so many more in the context."""
         if self.cut is not None:
             return True
-        self.early = n_free < 1 or (self._most is not None and n_drawn >= self._most + LONGEST_REST)
+        self.early = n_free < 1 or (self.most is not None and n_drawn >= self.most + LONGEST_REST)
         return self.early
 
     def _n_behind(self) -> int:

@@ -75,12 +75,19 @@ class SequenceContext:
 def context_of(model: Any, params: Any, verbose: bool = True) -> Any:
     """A context of llama-cpp-python, in whose passes whole batches fit where tokens see later ones, or are pooled:
     llama.cpp ends the process over a text that does not fit there."""
-    data = model.metadata()
-    is_causal = data.get(f"{data.get('general.architecture')}.attention.causal") != "false"
+    arch = _told(model, "general.architecture")
+    is_causal = _told(model, f"{arch}.attention.causal") != "false"
     sees_all = params.attention_type == llama_cpp.LLAMA_ATTENTION_TYPE_NON_CAUSAL
     if params.embeddings or sees_all or not is_causal or llama_cpp.llama_model_has_encoder(model.model):
         params.n_ubatch = params.n_batch
     return LlamaContext(model=model, params=params, verbose=verbose)
+
+
+def _told(model: Any, key: str) -> str:
+    """By the model's file, of which other values may be no UTF-8."""
+    value = ctypes.create_string_buffer(128)
+    llama_cpp.llama_model_meta_val_str(model.model, key.encode(), value, len(value))
+    return value.value.decode("utf-8", "replace")
 
 
 def cache_types(given: dict[str, Any]) -> dict[str, Any]:

@@ -161,7 +161,7 @@ class Llama(Drafted):
         if rpc_servers:
             self._servers = Servers(rpc_servers)
             kwargs.setdefault("n_gpu_layers", -1)
-        elif kwargs.get("n_gpu_layers") and not local_gpus():
+        elif isinstance(kwargs.get("n_gpu_layers"), int) and not local_gpus():
             kwargs["n_gpu_layers"] = 0  # llama.cpp would not mind, and nothing here is a GPU's
         with loading:
             own_kernels = self._load(model_path, kernels, **kwargs)

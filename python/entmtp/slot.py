@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 from .common.errors import BusyError, Cancelled
 from .common.use import Use
+from .completion import Ending
 from .llama import Llama
 from .native.decoder import Decoder
-from .request import LONGEST_REST, by_name, check_request, most_tokens
+from .request import LONGEST_REST
 
 # A text is begun from another slot's cells where that saves so many tokens more than the slot's own
 WORTH_SHARING = 8
@@ -43,7 +44,6 @@ class Slot(Llama):
         self._use = Use()
         self.on_token = None
         self._begins = self._stopped = False
-        self.expected = engine.n_ctx  # tokens that the text may come to
         self.left = False  # whoever asked for the text does not want it any more
 
     def follow(self) -> None:
@@ -71,12 +71,8 @@ class Slot(Llama):
         raise ValueError("an engine gives no embeddings; use a Llama with embedding=True")
 
     def create_completion(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        asked = by_name("create_completion", prompt, args, kwargs)
-        check_request(self.vocab_size, asked)
-        most = most_tokens(asked)
-        self.expected = self.n_ctx() if most is None else most + LONGEST_REST
         with self._own_limit():
-            answer = super().create_completion(prompt, **asked)
+            answer = super().create_completion(prompt, *args, **kwargs)
         return self._stream(answer) if isinstance(answer, Iterator) else answer
 
     def _stream(self, chunks: Iterator[Any]) -> Iterator[Any]:
@@ -119,7 +115,6 @@ class Slot(Llama):
     def begin(self) -> None:
         """Somebody else has it from now on: what was cancelled is over."""
         self.left, self.unwanted = False, None
-        self.expected = self.n_ctx()
         self._resume()
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -132,9 +127,11 @@ class Slot(Llama):
         """As `Llama.generate`; waits where the texts of others leave no room in the memory."""
         tokens = list(tokens)
         self.left = self.is_unwanted()
-        expected, self.expected = self.expected, self.n_ctx()  # of the next one, unless it says so
+        asked = kwargs.get("stopping_criteria")
+        most = asked.most if isinstance(asked, Ending) else None
+        n = self.n_ctx() if most is None else min(len(tokens) + most + LONGEST_REST, self.n_ctx())
         try:
-            with self._engine.room_for(self, min(len(tokens) + expected, self.n_ctx())):
+            with self._engine.room_for(self, n):
                 return (yield from super().generate(tokens, *args, **kwargs))
         except Cancelled:  # while it waited
             return None

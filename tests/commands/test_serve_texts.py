@@ -228,6 +228,9 @@ def test_embeddings(models: dict[str, Path]) -> None:
             [ask(server, "/v1/embeddings", input=many[i])["data"][0]["embedding"] for i in (0, 31, 59)]
         )
         assert np.allclose(np.array([told["data"][i]["embedding"] for i in (0, 31, 59)]), alone, atol=1e-5)
+        for texts in ("", ["", "a"]):
+            status, text = status_of(server, "/v1/embeddings", input=texts)
+            assert status == 200 or (status == 400 and "a text is empty" in text)
         status, text = status_of(server, "/v1/embeddings", input=["a"] * 2049)
         assert status == 400 and "there may be 2048" in text
         for body in ({"dimensions": 10_000}, {"dimensions": 0}, {"encoding_format": "hex"}):

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFWriter
 
 from entmtp import Llama
+from entmtp.common.json_schema import check_schema
 from entmtp.request import grammar_of_schema
 from entmtp.serve import responses
 from entmtp.serve.asked import chat, text
 from entmtp.serve.calls import demand
 from entmtp.serve.errors import Refused
+from helpers.rewritten import rewritten
 from helpers.serving import Server
 from helpers.typed import DEMO
 
@@ -45,6 +51,18 @@ def test_what_templates_read_of_messages() -> None:
         llm.close()
     del messages[1]["refusal"]
     assert given == messages
+
+
+@pytest.mark.parametrize("calls", [[1], "abc", 7, [{}], [{"function": {"name": "x"}}]])
+def test_calls_of_those_who_make_none(calls: Any) -> None:
+    llm = Llama(DEMO, n_ctx=64, verbose=False)
+    try:
+        llm.metadata["tokenizer.chat_template"] = "{{ message.tool_calls | tojson }}"  # reads objects
+        user = {"role": "user", "content": "Hi", "tool_calls": calls, "function_call": calls}
+        [said] = chat({"messages": [user]}).arguments(llm)["messages"]
+        assert said == {"role": "user", "content": "Hi"}
+    finally:
+        llm.close()
 
 
 @pytest.mark.parametrize(
@@ -82,7 +100,8 @@ def test_several_tools_with_parts_of_their_own() -> None:
     """As pydantic writes nested models: each tool's references lead into itself."""
     tools = [
         {"type": "function", "function": {"name": f"f{i}", "parameters": {
-            "type": "object", "properties": {"to": {"$ref": "#/$defs/Address"}}, "required": ["to"],
+            "type": "object", "required": ["to", "link"],
+            "properties": {"to": {"$ref": "#/$defs/Address"}, "link": {"const": {"$ref": "#/x"}}},
             "$defs": {"Address": {"const": f"street {i}"}}}}}
         for i in range(2)
     ]  # fmt: skip
@@ -90,31 +109,53 @@ def test_several_tools_with_parts_of_their_own() -> None:
     demand(request)
     written = grammar_of_schema(request["response_format"]["schema"])._grammar
     assert "street 0" in written and "street 1" in written
+    assert "#/x" in written and "arguments/x" not in written  # data that only looks like a reference
 
 
+def test_references_into_long_lists() -> None:
+    """Each is looked up, the list not walked: 237 KB of a request took half a minute."""
+    schema = {"anyOf": [{"$ref": "#/x/0"}] * 3000, "x": [{"const": 1}] * 20_000}
+    begun = time.process_time()
+    check_schema(schema)
+    assert time.process_time() - begun < 10
+    for ref in ("#/x/20000", "#/x/-1", "#/x/00", "#/x/" + "1" * 5000, "#/x/\u0661"):
+        with pytest.raises(ValueError, match="leads nowhere"):
+            check_schema({**schema, "$ref": ref})
+
+
+MOST = 6000  # tokens: seconds, in which the other request comes
+SEA = [{"role": "user", "content": "The sea"}]
 PATHS: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": {"max_tokens": 400, "stream_options": {"include_usage": True}},
-    "/v1/responses": {"max_output_tokens": 400},
-    "/v1/messages": {"max_tokens": 400},
-    "/api/chat": {"options": {"num_predict": 400}},
+    "/v1/chat/completions": {
+        "messages": SEA,
+        "max_tokens": 400,
+        "n": 2,
+        "stream_options": {"include_usage": True},
+    },
+    "/v1/responses": {"input": SEA, "max_output_tokens": MOST},
+    "/v1/messages": {"messages": SEA, "max_tokens": MOST},
+    "/api/chat": {"messages": SEA, "options": {"num_predict": MOST, "temperature": 0}},
 }
 
 
-def test_answers_that_give_way() -> None:
+def test_answers_that_give_way(tmp_path: Path) -> None:
     """With interrupt_requests an answer ends when another request comes, and says that it was cut."""
+    goes_on = "{{ messages[-1].content }}"  # greedily, to the limit
+    model = rewritten(
+        DEMO,
+        tmp_path / "model.gguf",
+        ("tokenizer.chat",),
+        partial(GGUFWriter.add_chat_template, value=goes_on),
+    )
     with Server(
-        "--model", DEMO, "--n_ctx", 512, "--n_threads", 1, "--draft", "off", "--chat_format", "chatml",
-        "--interrupt_requests", "true",
+        "--model", model, "--n_ctx", 8192, "--n_threads", 1, "--draft", "off", "--interrupt_requests", "true",
     ) as server:  # fmt: skip
         for path, asked in PATHS.items():
-            messages = [{"role": "user", "content": "The sea"}]
-            body = {"messages": messages, "input": messages, "stream": True, "model": "x", **asked}
-            if path.startswith("/v1/chat"):
-                body["logit_bias"] = {"2": -100}
             told: list[dict[str, Any]] = []
             begun = threading.Event()
 
-            def read(path: str = path, body: Any = body, told: Any = told, begun: Any = begun) -> None:
+            def read(path: str = path, body: Any = asked, told: Any = told, begun: Any = begun) -> None:
+                body = {"stream": True, "model": "x", "temperature": 0, **body}
                 with server.http() as http, http.stream("POST", path, json=body) as answer:
                     for line in answer.iter_lines():
                         if (data := line.removeprefix("data: ")).startswith("{"):
@@ -127,10 +168,16 @@ def test_answers_that_give_way() -> None:
             assert begun.wait(60)
             server.post("/v1/completions", prompt="x", max_tokens=1)
             reader.join(60)
-            last = json.dumps(told[-3:])
-            if path == "/v1/chat/completions":
-                assert '"length"' in last and '"completion_tokens"' in last
+            assert 8 < len(told) < MOST, path
+            if path.startswith("/v1/chat"):
+                ends = [
+                    (c["index"], c["finish_reason"]) for e in told for c in e["choices"] if c["finish_reason"]
+                ]
+                assert (
+                    ends == [(0, "length"), (1, "length")] and told[-1]["usage"]["completion_tokens"] < MOST
+                )
             else:
+                last = json.dumps(told[-3:])
                 assert any(word in last for word in ('"incomplete"', '"max_tokens"', '"length"')), last
 
 

@@ -185,7 +185,9 @@ CALL = '<tool_call>{"name": "stop", "arguments": {}}</tool_call>'
 
 
 @given(
-    st.lists(st.sampled_from([CALL, "<tool_call>{", "one", "two", " ", "\n\n"]), max_size=12).map("".join),
+    st.lists(
+        st.sampled_from([CALL, "<tool_call>{", '{"name": "stop", "', "one", "two", " ", "\n\n"]), max_size=12
+    ).map("".join),
     st.integers(1, 40),
     st.sampled_from(["stop", "length"]),
 )

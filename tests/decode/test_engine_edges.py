@@ -294,6 +294,8 @@ def test_a_lent_slot_does_not_know_what_was_asked_of_it_before() -> None:
         for _ in range(2):
             with made.slot() as llm:
                 llm.create_completion(STORY, max_tokens=1)
+                with pytest.raises(ValueError, match="exceed context window"):
+                    llm.create_completion([5] * 500, max_tokens=1)
                 for n, _ in enumerate(llm.generate(llm.tokenize(STORY.encode()))):
                     assert len(made._reserved[llm]) == made.n_ctx
                     if n == 3:

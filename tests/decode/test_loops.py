@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gguf
 import llama_cpp
 import numpy as np
 import pytest
+from gguf import GGUFWriter
 
 from entmtp import Llama
-from entmtp.models.messages import plain_message
 from entmtp.native.rpc import local_gpus
 from helpers.models import write_encoder
+from helpers.rewritten import rewritten
 from helpers.typed import DEMO
 
 SETTINGS: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
@@ -101,28 +104,35 @@ def test_layers_for_a_gpu_that_is_not_there() -> None:
         assert asked.lossless == with_none.lossless
         assert asked.n_threads == with_none.n_threads and asked.n_threads_batch == with_none.n_threads_batch
         assert asked.__getstate__()["n_gpu_layers"] == -1  # a copy elsewhere may find one
+        with pytest.raises(TypeError):
+            Llama(DEMO, n_gpu_layers="many", **SETTINGS)  # type: ignore[arg-type]
     finally:
         with_none.close()
         asked.close()
 
 
-def test_no_content_beside_calls() -> None:
-    """What was left out stays so: a template that prints it would print None."""
+@pytest.mark.parametrize("content", [{}, {"content": None}], ids=["left out", "None"])
+def test_no_content_beside_calls(content: dict[str, Any], tmp_path: Path) -> None:
+    """A template that knows of calls looks for None (DeepSeek's), one that does not would print it (Llama 3's)."""
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    assert plain_message({"role": "assistant", "tool_calls": [call]}) == {
-        "role": "assistant", "tool_calls": [call],
-    }  # fmt: skip
-    assert plain_message({"role": "assistant", "tool_calls": [call], "content": None})["content"] is None
-    assert plain_message({"role": "user"}) == plain_message({"role": "user", "content": None})
-    template = "{% for m in messages %}{{ m['content'] | trim }}{% endfor %}"
-    handler = llama_cpp.llama_chat_format.Jinja2ChatFormatter(template, "", "").to_chat_handler()
-    with_template = Llama(DEMO, chat_handler=handler, **SETTINGS)
-    try:
-        asked: list[Any] = [{"role": "user", "content": "Go."}, {"role": "assistant", "tool_calls": [call]}]
-        answer: Any = with_template.create_chat_completion(asked, max_tokens=1)
-        assert answer["usage"]["prompt_tokens"] == len(with_template.tokenize(b"Go.", add_bos=False))
-    finally:
-        with_template.close()
+    asked: list[Any] = [
+        {"role": "user", "content": "Go."},
+        {"role": "assistant", **content, "tool_calls": [call]},
+    ]
+    for template, said in {
+        "{% for m in messages %}{{ m['content'] | trim }}{% endfor %}": "Go.",
+        "{% for m in messages %}{% if m['content'] is none %}{{ m.tool_calls[0].function.name }}{% else %}"
+        "{{ m['content'] }}{% endif %}{% endfor %}": "Go.f",
+    }.items():
+        path = rewritten(
+            DEMO,
+            tmp_path / "model.gguf",
+            ("tokenizer.chat",),
+            partial(GGUFWriter.add_chat_template, value=template),
+        )
+        with closing(Llama(path, **SETTINGS)) as llm:
+            answer: Any = llm.create_chat_completion(asked, max_tokens=1)
+            assert answer["usage"]["prompt_tokens"] == len(llm.tokenize(said.encode(), add_bos=False))
 
 
 def test_texts_that_are_seen_at_once(tmp_path: Path) -> None:
@@ -145,6 +155,18 @@ def test_texts_that_are_seen_at_once(tmp_path: Path) -> None:
         assert 0 <= llm.sample(temp=0.0) < llm.n_vocab()
     with pytest.raises(ValueError, match="attention_type"):
         Llama(DEMO, draft="entmtp", **both)
+
+
+def test_a_file_with_a_text_that_is_none(tmp_path: Path) -> None:
+    def spoil(writer: GGUFWriter) -> None:
+        writer.add_key_value("general.description", "spoiled!", gguf.GGUFValueType.STRING)
+
+    path = rewritten(DEMO, tmp_path / "model.gguf", ("general.description",), spoil)
+    data = path.read_bytes()
+    assert data.count(b"spoiled!") == 1
+    path.write_bytes(data.replace(b"spoiled!", b"\xff\xfe" * 4))
+    with closing(Llama(path, **SETTINGS)) as llm:
+        assert llm.create_completion(STORY, max_tokens=4)["choices"][0]["text"]  # type: ignore[index]
 
 
 def test_kernels_that_another_model_switched_off() -> None:

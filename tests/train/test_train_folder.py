@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,16 +26,15 @@ def removed_by_one_who_dies(work: Path, at: int) -> bool:
     child = os.fork()
     if child == 0:
         left = at
-        for name in ("unlink", "rmdir", "replace"):
 
-            def dying(*args: object, change: object = getattr(os, name), **how: object) -> None:
-                nonlocal left
+        def dies(event: str, args: object) -> None:
+            nonlocal left
+            if event in ("os.remove", "os.rmdir", "os.rename"):
                 if left == 0:
                     os._exit(9)
                 left -= 1
-                change(*args, **how)  # type: ignore[operator]
 
-            setattr(os, name, dying)
+        sys.addaudithook(dies)
         try:
             folder.remove(work)
         finally:

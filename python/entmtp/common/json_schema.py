@@ -20,6 +20,8 @@ DEEPEST = 64
 # what a grammar repeats is written as often: so many are as many as llama.cpp reads, and a pattern nests them
 COUNTS, MOST_TIMES = ("minItems", "maxItems", "minLength", "maxLength"), 1000
 LONGEST_PATTERN = 1000  # characters
+INDEX = re.compile(r"0|[1-9]\d{0,8}")
+DATA = ("const", "enum", "default", "examples")  # keywords whose values are no schemas
 TIMES = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 
 
@@ -43,8 +45,9 @@ def target(root: Any, ref: Any, where: str) -> Any:
     found = root
     for part in unquote(ref).split("/")[1:]:
         name = part.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, list):
-            found = {str(i): value for i, value in enumerate(found)}
+        if isinstance(found, list) and INDEX.fullmatch(name) and int(name) < len(found):
+            found = found[int(name)]
+            continue
         if not isinstance(found, dict) or name not in found:
             raise ValueError(f"{where}: $ref {ref} leads nowhere in this schema")
         found = found[name]
@@ -57,10 +60,9 @@ def moved(schema: Any, to: str) -> Any:
         return [moved(part, to) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    return {
-        key: to + part[1:] if key == "$ref" and isinstance(part, str) and part[:1] == "#" else moved(part, to)
-        for key, part in schema.items()
-    }
+    if isinstance(ref := schema.get("$ref"), str) and ref[:1] == "#":
+        schema = {**schema, "$ref": to + ref[1:]}
+    return {key: part if key in DATA else moved(part, to) for key, part in schema.items()}
 
 
 class _Checker:

@@ -43,12 +43,11 @@ def in_template(error: BaseException) -> bool:
     return isinstance(error, TemplateError) or "<template>" in (frame.filename for frame in frames)
 
 
-def plain_message(message: Any, needs_content: bool = False) -> dict[str, Any]:
-    """A message with its content as one text, where OpenAI has lists of parts; None beside calls of tools, or what was
-    left out there.
+def plain_message(message: Any, knows_calls: bool = True) -> dict[str, Any]:
+    """A message with its content as one text, where OpenAI has lists of parts, or nothing.
 
     Args:
-        needs_content: None in place of what was left out.
+        knows_calls: its reader looks for None beside calls of tools; others would print it.
 
     Raises:
         ValueError: it is no message, or has a part that is no text.
@@ -60,9 +59,7 @@ def plain_message(message: Any, needs_content: bool = False) -> dict[str, Any]:
         content = "\n".join(_text(part) for part in content)
     if content is not None and not isinstance(content, str):
         raise ValueError(f"messages: a content is {content!r:.80}, it must be a text, or a list of parts")
-    if not message.get("tool_calls"):
-        return {**message, "content": content or ""}
-    return {**message, "content": content} if needs_content or "content" in message else dict(message)
+    return {**message, "content": content if knows_calls and message.get("tool_calls") else content or ""}
 
 
 def _text(part: Any) -> str:
@@ -113,14 +110,16 @@ def plain_messages(llm: Any, messages: Any) -> Any:
     is_template = llm.chat_format in llm.chat_handlers
     if llm.chat_handler is not None or not (is_template or llm.chat_format in FORMATS):
         return messages
-    return [plain_message(message, needs_content=not is_template) for message in messages]
+    knows_calls = not is_template or "tool_calls" in template_of(llm)
+    return [plain_message(message, knows_calls) for message in messages]
 
 
 def template_of(llm: Any) -> str:
-    """The chat template of its file that writes its prompts, or nothing."""
-    if llm.chat_handler is not None or llm.chat_format not in llm.chat_handlers:
+    """The chat template of its file that writes its prompts, or nothing where a format of llama-cpp-python does."""
+    if llm.chat_handler is None and llm.chat_format in FORMATS:
         return ""
-    return str(llm.metadata.get(f"tokenizer.{llm.chat_format.removesuffix('.default')}", ""))
+    named = f"tokenizer.{str(llm.chat_format).removesuffix('.default')}"
+    return str(llm.metadata.get(named) or llm.metadata.get(TEMPLATE, ""))
 
 
 def with_texts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 
 from . import calls, written
-from .asked import Asked, Chat, Text
+from .asked import Asked, Chat
 from .details import Details
 from .errors import Refused, worded
 from .model import Models
@@ -106,9 +106,15 @@ def _finish(choice: dict[str, Any], index: int, asked: Asked, begun: dict[str, s
         calls.tidy(choice, asked.body.functions is not None, begun)
 
 
-def _cut(chunk: dict[str, Any]) -> dict[str, Any]:
-    """The end of an answer that gives way to another request, behind its last chunk."""
-    choice = {**chunk["choices"][0], "finish_reason": "length", "logprobs": None}
+def _tells_prompt(llama: Any, named: dict[str, Any]) -> bool:
+    """An answer begins with its prompt, which has a text."""
+    prompt = named.get("prompt") or ""
+    return bool(named.get("echo") and (prompt if isinstance(prompt, str) else llama.detokenize(prompt)))
+
+
+def _cut(chunk: dict[str, Any], index: int) -> dict[str, Any]:
+    """The end of an answer that gives way to another request, behind the last chunk."""
+    choice = {**chunk["choices"][0], "index": index, "finish_reason": "length", "logprobs": None}
     choice["text" if "text" in choice else "delta"] = "" if "text" in choice else {}
     return {**{key: value for key, value in chunk.items() if key != "entmtp"}, "choices": [choice]}
 
@@ -270,7 +276,7 @@ class Streamed(Response):
 
         for index, create in enumerate(_calls(llama, self.asked, True)):
             begun = dict[str, str]()
-            is_prompt = isinstance(self.asked.body, Text) and self.asked.body.echo  # the first piece
+            is_prompt = _tells_prompt(llama, create.keywords)  # the first piece
             with contextlib.closing(create()) as chunks:
                 for chunk in written.streamed(chunks, functions) if chat else chunks:
                     _finish(chunk["choices"][0], index, self.asked, begun)
@@ -285,8 +291,9 @@ class Streamed(Response):
             if served.stopped:
                 return
             if is_cut:
-                if chunk["choices"][0]["finish_reason"] is None:
-                    self.pipe.put(_cut(chunk), served)
+                first = index + (chunk["choices"][0]["finish_reason"] is not None)
+                for left in range(first, len(self.asked.choices)):
+                    self.pipe.put(_cut(chunk, left), served)
                 break
         if self.asked.include_usage:
             rest = {k: v for k, v in chunk.items() if k != "entmtp"}

@@ -96,6 +96,10 @@ def _pieces(llama: Any, texts: list[str]) -> Iterator[list[str]]:
     for text in texts:
         if (n := len(llama.tokenize(text.encode()))) > llama.n_batch:  # llama-cpp-python would cut it
             raise Refused(f"input: a text has {n} tokens, it may have {llama.n_batch} (n_batch)", "input")
+        if n == 0:
+            raise Refused(
+                "input: a text is empty, and this model's vocabulary has no token for its beginning", "input"
+            )
         if n_tokens + n > llama.n_batch:
             yield piece
             piece, n_tokens = [], 0

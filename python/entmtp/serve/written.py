@@ -116,6 +116,7 @@ class Written:
         self.n_calls = 0
         self.goes_on = False  # text came behind the last call
         self._begun = False  # something of the answer was text, or a call between tags
+        self._looked = False  # for tags
         self._said = False  # some of it was text
         self._space = ""  # white space that is left out around calls
 
@@ -135,6 +136,8 @@ class Written:
             if not last:
                 return "", []
             calls = self._whole()
+        if not self._begun and not self._looked:
+            n_new, self._looked = len(self.held), True  # also what was held as JSON
         while self.held:
             tag = TAG.search(self.held)
             if tag is None:
