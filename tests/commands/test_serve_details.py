@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from entmtp import Llama
+from entmtp.measure.speed import ENOUGH
 from helpers.serving import Server
 from helpers.typed import DEMO
 
@@ -124,8 +125,13 @@ def test_details_are_of_the_text(server: Server) -> None:
     assert told.speed["passes"] == len(told.steps)
     assert told.speed["drafted"] == sum(len(s["parents"]) - 1 for s in told.steps.values())
     assert told.speed["alone"]
-    assert told.speed["plain_pass_from"] in ("this answer", "answers before", "calibration")
-    assert told.speed["plain_pass_us"] > 0 and told.speed["against_plain"] > 0
+    # known once there were passes over one token: on a busy machine an answer may have none
+    n_single = sum(len(s["parents"]) == 1 for s in told.steps.values())
+    known = told.speed["plain_pass_from"]
+    assert known in ("this answer", "answers before", "calibration", None)
+    assert n_single >= ENOUGH - 1 if known == "this answer" else n_single <= ENOUGH
+    for name in ("plain_pass_us", "against_plain"):
+        assert told.speed[name] is None if known is None else told.speed[name] > 0
 
 
 def test_entropy_is_the_models(alone: Server) -> None:
