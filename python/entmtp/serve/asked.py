@@ -27,7 +27,7 @@ MOST_STOPS, LONGEST_STOP = 128, 1024  # each is looked for after every token
 MOST_LOGPROBS = 100  # of a token
 LONGEST_NUMBER = 1 << 31  # tokens and counts; more does not fit into the model's own numbers
 ROLES = ("system", "user", "assistant", "tool", "function")
-CALLS = ("tool_calls", "function_call")  # of an assistant's messages
+ASSISTANTS = ("tool_calls", "function_call")  # of an assistant's messages
 RANDOM = (1 << 32) - 1  # the seed by which llama.cpp draws one
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -130,7 +130,7 @@ class Asked:
             named["top_logprobs"] = body.top_logprobs or 0  # without, llama-cpp-python tells nothing
         if isinstance(body, Chat):
             said = [
-                {**{k: v for k, v in m.items() if k not in CALLS}, **checked}
+                {**{k: v for k, v in m.items() if k not in ASSISTANTS}, **checked}
                 for m, checked in zip(self.messages, named["messages"], strict=True)
             ]
             named["messages"] = for_template(said, template_of(llama))

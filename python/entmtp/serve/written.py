@@ -142,10 +142,10 @@ class Written:
             tag = TAG.search(self.held)
             if tag is None:
                 keep = 0 if last else _overlap(self.held)
-                said += self._text(self.held[: len(self.held) - keep])
+                said += self._seen(self.held[: len(self.held) - keep])
                 self.held = self.held[len(self.held) - keep :]
                 break
-            said, self.held = said + self._text(self.held[: tag.start()]), self.held[tag.start() :]
+            said, self.held = said + self._seen(self.held[: tag.start()]), self.held[tag.start() :]
             closed, read = FORMS[tag[0]]
             end = self.held.find(closed, max(len(tag[0]), len(self.held) - n_new - len(closed)))
             if end < 0 and not last:
@@ -153,7 +153,7 @@ class Written:
             end = end + len(closed) if end >= 0 else len(self.held)
             found = self._calls(read(self.held[len(tag[0]) : end], self._properties))
             calls += found
-            said += "" if found else self._text(self.held[:end])
+            said += "" if found else self._seen(self.held[:end])
             self.goes_on = self.goes_on and not found
             self.held = self.held[end:]
             n_new = len(self.held)
@@ -167,7 +167,7 @@ class Written:
         self._begun = self._begun or bool(said or calls)
         return said, calls
 
-    def _text(self, text: str) -> str:
+    def _seen(self, text: str) -> str:
         self.goes_on = self.goes_on or bool(text.strip())
         return text
 
